@@ -1,0 +1,60 @@
+"""Every error that idap raises on purpose.
+
+    IdapError
+    ├── TraceError                the model could not be run or exported on the example inputs
+    │   └── UnknownOperatorError  an operator has no rule; names operator, module and source line
+    ├── StructureError            the analysis found nothing to prune, or was asked for an unknown name
+    ├── PlanError                 a plan does not fit the model, or contradicts itself
+    ├── VerificationError         the pruned model does not equal the masked original
+    ├── TaskError                 the data, the loss or the metric cannot be used
+    ├── ConfigError               a setting or a recipe is wrong
+    │   └── BudgetError           the goals cannot be met by any compression
+    ├── RunFolderError            a run folder cannot be written, or holds another run
+    └── CheckpointError           a saved file is broken or does not belong to this model
+
+Every message names the culprit, what was found, what was expected and the way out.
+"""
+
+
+class IdapError(Exception):
+    """The root of every error that idap raises on purpose."""
+
+
+class TraceError(IdapError):
+    """The model could not be run or exported on the example inputs."""
+
+
+class UnknownOperatorError(TraceError):
+    """An operator has no rule, so how channels pass through it is not known."""
+
+
+class StructureError(IdapError):
+    """The analysis found nothing to prune, or was asked for a name it does not know."""
+
+
+class PlanError(IdapError):
+    """A plan does not fit the model, or contradicts itself."""
+
+
+class VerificationError(IdapError):
+    """The pruned model does not equal the masked original."""
+
+
+class TaskError(IdapError):
+    """The data, the loss or the metric of a task cannot be used."""
+
+
+class ConfigError(IdapError):
+    """A setting or a recipe is wrong."""
+
+
+class BudgetError(ConfigError):
+    """The goals cannot be met by any compression."""
+
+
+class RunFolderError(IdapError):
+    """A run folder cannot be written, or holds another run."""
+
+
+class CheckpointError(IdapError):
+    """A saved file is broken or does not belong to this model."""
