@@ -1,0 +1,1 @@
+"""Data, loss and metric of a purpose; training, distillation and evaluation. Knows nothing of pruning."""

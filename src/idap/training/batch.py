@@ -1,0 +1,180 @@
+"""Batches of the usual layouts: where the inputs, the labels and the logits are, how to move and describe them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idap.errors import TaskError
+
+Batch = Any
+Outputs = Any
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+_LABEL_KEYS = ("labels", "label")
+
+
+def default_inputs(batch: Batch) -> Inputs:
+    """Find the model's arguments in a batch of one of the usual layouts.
+
+    Args:
+        batch: a tensor, a tuple or list that starts with the input, or a dict of keyword arguments and labels.
+
+    Returns:
+        Positional and keyword arguments of the model.
+
+    Raises:
+        TaskError: the batch has another layout.
+
+    Example:
+        >>> default_inputs({"input_ids": 1, "labels": 2})
+        ((), {'input_ids': 1})
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
+    if isinstance(batch, tuple | list) and batch:
+        return (batch[0],), {}
+    raise TaskError(
+        f"a batch is {describe(batch)}; expected a tensor, a non-empty tuple or list, or a dict. "
+        "Pass inputs=lambda batch: ((positional, ...), {keyword: ...}) to the task."
+    )
+
+
+def default_logits(outputs: Outputs) -> Tensor:
+    """Find the tensor of logits in a model's outputs.
+
+    Args:
+        outputs: a tensor, an object with `.logits`, a dict with 'logits', or a tuple or list that starts with a tensor.
+
+    Returns:
+        The logits, of the shape the model gave them.
+
+    Raises:
+        TaskError: the outputs have another layout.
+    """
+    if isinstance(outputs, Mapping):
+        found = outputs.get("logits")
+    elif isinstance(outputs, Tensor):
+        found = outputs
+    else:
+        found = getattr(outputs, "logits", None)
+        if found is None and isinstance(outputs, tuple | list) and outputs:
+            found = outputs[0]
+    if isinstance(found, Tensor):
+        return found
+    raise TaskError(
+        f"no logits found in the model's outputs, which are {describe(outputs)}; expected a tensor, .logits, "
+        "['logits'] or a tuple that starts with a tensor. Pass logits=lambda outputs: ... to the task."
+    )
+
+
+def default_labels(batch: Batch) -> Tensor:
+    """Find the labels in a batch of one of the usual layouts.
+
+    Args:
+        batch: a tuple or list `(input, labels, ...)`, or a dict with 'labels' or 'label'.
+
+    Returns:
+        The labels, as the loader gave them.
+
+    Raises:
+        TaskError: the batch has another layout.
+    """
+    found: object = None
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        found = batch[1]
+    if isinstance(found, Tensor):
+        return found
+    raise TaskError(
+        f"no labels found in a batch, which is {describe(batch)}; expected (input, labels) or a dict with "
+        "'labels'. Let the loader yield that, or build a Task with a loss and a metric of your own."
+    )
+
+
+def default_size(batch: Batch) -> int:
+    """Count the samples of a batch: the first dimension of its first tensor.
+
+    Args:
+        batch: a tensor, or tensors nested in tuples, lists and dicts.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        TaskError: the batch holds no tensor with a dimension.
+    """
+    pending = [batch]
+    while pending:
+        part = pending.pop(0)
+        if isinstance(part, Tensor) and part.ndim:
+            return len(part)
+        if isinstance(part, Mapping):
+            pending[:0] = part.values()
+        elif isinstance(part, tuple | list):
+            pending[:0] = part
+    raise TaskError(f"a batch is {describe(batch)}, so its size is not known. Pass size=lambda batch: ... to the task.")
+
+
+def move(batch: Batch, device: torch.device | str) -> Batch:
+    """Bring every tensor of a batch to a device.
+
+    Args:
+        batch: tensors, or objects with `.to(device)`, nested in tuples, lists and dicts.
+        device: where they are wanted.
+
+    Returns:
+        The same nesting; what is not a tensor is passed on as it is.
+    """
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(part, device) for part in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(move(part, device) for part in batch)
+    return batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Name the device where a model expects its inputs.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The device of its first parameter, else of its first buffer, else the CPU.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def describe(value: object) -> str:
+    """Say in a few words what a value is, for the text of an error.
+
+    Args:
+        value: a batch, the outputs of a model, or a part of them.
+
+    Returns:
+        Its type, the shapes of tensors, and the keys of dicts.
+
+    Example:
+        >>> describe((torch.zeros(2, 3), {"labels": torch.tensor([1])}))
+        'a tuple of (a float32 tensor of shape (2, 3), a dict of (labels: an int64 tensor of shape (1,)))'
+    """
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{'an' if kind.startswith('i') else 'a'} {kind} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of ({', '.join(f'{key}: {describe(part)}' for key, part in value.items())})"
+    if isinstance(value, tuple | list):
+        shown = [describe(part) for part in value[:3]] + ["..."] * (len(value) > 3)
+        return f"a {type(value).__name__} of ({', '.join(shown)})"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,176 @@
+"""Measure a model on a task, and leave it as it was."""
+
+import math
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from idap.errors import TaskError
+from idap.progress import Progress, Silent
+from idap.training.batch import Batch, Outputs, describe, device_of, move
+from idap.training.task import Split, Task, empty_split
+
+
+@contextmanager
+def modes_kept(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Put a model in evaluation or training mode for a while, and give each module its own mode back.
+
+    Args:
+        model: changed in place within the context.
+        training: the mode within the context.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def evaluate(model: nn.Module, task: Task, *, split: Split = "val", progress: Progress | None = None) -> float:
+    """Measure the task's metric on one split.
+
+    Args:
+        model: run in evaluation mode without gradients; every module gets its mode back.
+        task: a function as metric is averaged over batches, weighted by their size.
+        split: which batches.
+        progress: told of each batch.
+
+    Returns:
+        The metric, a finite number.
+
+    Raises:
+        TaskError: the split is missing or empty, or the metric is NaN, infinite or no number.
+    """
+    device = device_of(model)
+    batches = task.batches(split)
+    meter = Meter(task, device, split=split)
+    total = operator.length_hint(batches) or None
+    # no_grad, not inference_mode: a model may keep a tensor for later, and training could not use an inference tensor.
+    with modes_kept(model), torch.no_grad(), (progress or Silent()).phase(f"evaluate {split}", total) as phase:
+        for loaded in batches:
+            batch = move(loaded, device)
+            meter.add(task.run(model, batch), batch)
+            phase.advance()
+    return meter.value()
+
+
+def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: Split = "val") -> float:
+    """Measure how far a model's logits are from those of a reference, relative to the size of the latter.
+
+    The value is E‖N0(x) − N*(x)‖² / E‖N0(x)‖², section 3.5 of `docs/method.md`.
+
+    Args:
+        model: N*, the compressed model.
+        reference: N0, the original model, on the same device.
+        task: says where the logits are.
+        split: which batches.
+
+    Returns:
+        The relative error: 0 for equal outputs, 1 where nothing of the output is left.
+
+    Raises:
+        TaskError: the split is missing or empty, the shapes differ, or the error is not finite.
+    """
+    device = device_of(model)
+    error = power = 0.0
+    seen = 0
+    with modes_kept(model), modes_kept(reference), torch.no_grad():
+        for loaded in task.batches(split):
+            batch = move(loaded, device)
+            ours = task.logits(task.run(model, batch)).float()
+            theirs = task.logits(task.run(reference, batch)).float()
+            if ours.shape != theirs.shape:
+                raise TaskError(
+                    f"the model's logits have shape {tuple(ours.shape)}, those of the reference {tuple(theirs.shape)}; "
+                    "the output error compares models with the same outputs."
+                )
+            error += float((theirs - ours).square().sum())
+            power += float(theirs.square().sum())
+            seen += 1
+    if seen == 0:
+        raise empty_split(split)
+    if power == 0 or not math.isfinite(error + power):
+        raise TaskError(
+            f"on the {split!r} split the squared logits of the reference sum to {power} and the squared differences to "
+            f"{error}; a relative error needs both finite and the first above 0. Look for NaN in both models' outputs."
+        )
+    return error / power
+
+
+class Meter:
+    """Accumulates a task's metric batch by batch, without touching the metric object of the task.
+
+    Args:
+        task: gives the metric.
+        device: where the outputs are.
+        split: named in errors.
+    """
+
+    def __init__(self, task: Task, device: torch.device, *, split: Split) -> None:
+        self._task = task
+        self._split = split
+        self._metric: Metric | None = None
+        if isinstance(task.metric, Metric):
+            self._metric = task.metric.clone().to(device)
+            self._metric.reset()
+        self._batches = 0
+        self._sum = 0.0
+        self._weight = 0
+
+    def add(self, outputs: Outputs, batch: Batch) -> None:
+        """Take in one batch.
+
+        Args:
+            outputs: what the model returned.
+            batch: the batch on the model's device.
+
+        Raises:
+            TaskError: the metric of the batch is NaN, infinite or no number.
+        """
+        if self._metric is not None and self._task.update is not None:
+            self._task.update(self._metric, outputs, batch)
+        elif not isinstance(self._task.metric, Metric):
+            size = self._task.size(batch)
+            where = f"batch {self._batches} of the {self._split!r} split"
+            self._sum += size * self._number(self._task.metric(outputs, batch), where)
+            self._weight += size
+        self._batches += 1
+
+    def value(self) -> float:
+        """Give the metric over all batches so far.
+
+        Returns:
+            A finite number.
+
+        Raises:
+            TaskError: there was no batch, or the metric is NaN, infinite or no number.
+        """
+        if self._batches == 0:
+            raise empty_split(self._split)
+        if self._metric is not None:
+            return self._number(self._metric.compute(), f"the {self._split!r} split")
+        if self._weight == 0:
+            raise TaskError(f"all batches of the {self._split!r} split have size 0; check size= of the task.")
+        return self._sum / self._weight
+
+    def _number(self, value: object, where: str) -> float:
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        name = self._task.metric_name
+        if not isinstance(number, Real):
+            raise TaskError(
+                f"metric {name!r} gave {describe(value)} on {where}; expected one number. "
+                "Let the metric return a float, or a tensor with one element."
+            )
+        if not math.isfinite(number):
+            raise TaskError(
+                f"metric {name!r} is {float(number)} on {where}; expected a finite number. "
+                "Look at the model's outputs there for NaN, and at the metric for a division by zero."
+            )
+        return float(number)

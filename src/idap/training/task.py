@@ -1,0 +1,202 @@
+"""What a model is for: its data, its loss, its metric, and how a batch enters the model.
+
+A batch may be anything a loader yields. Only the functions of a `Task` look inside it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from idap.errors import ConfigError, TaskError
+from idap.training.batch import (
+    Batch,
+    Inputs,
+    Outputs,
+    default_inputs,
+    default_labels,
+    default_logits,
+    default_size,
+    describe,
+    move,
+)
+
+Split = Literal["train", "val", "test", "calibration"]
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """Data, loss and metric of one purpose; everything that training and judging need to know of it.
+
+    Args:
+        train: batches to learn from; iterated anew in every epoch.
+        val: batches that decide what is accepted.
+        test: batches that are looked at once, at the end.
+        calibration: batches on which divergence is measured; `train` where None.
+        loss: gives the scalar loss of `(outputs, batch)`.
+        metric: a torchmetrics metric, or a function that gives the mean of `(outputs, batch)` over one batch.
+        metric_name: what reports call the metric.
+        higher_is_better: False for a metric such as perplexity.
+        update: feeds a torchmetrics metric: `update(metric, outputs, batch)`.
+        inputs: gives the model's positional and keyword arguments of a batch.
+        logits: gives the tensor of logits of the outputs, classes in the last dimension.
+        size: counts the samples of a batch, the weight of its mean.
+
+    Raises:
+        TaskError: the metric and `update` do not fit together.
+    """
+
+    train: Iterable[Batch] = field(repr=False)
+    val: Iterable[Batch] = field(repr=False)
+    test: Iterable[Batch] | None = field(default=None, repr=False)
+    calibration: Iterable[Batch] | None = field(default=None, repr=False)
+    loss: Callable[[Outputs, Batch], Tensor]
+    metric: Metric | Callable[[Outputs, Batch], float | Tensor]
+    metric_name: str
+    higher_is_better: bool = True
+    update: Callable[[Metric, Outputs, Batch], None] | None = None
+    inputs: Callable[[Batch], Inputs] = default_inputs
+    logits: Callable[[Outputs], Tensor] = default_logits
+    size: Callable[[Batch], int] = default_size
+
+    def __post_init__(self) -> None:
+        if isinstance(self.metric, Metric) and self.update is None:
+            raise TaskError(
+                f"metric {self.metric_name!r} is a torchmetrics {type(self.metric).__name__} and nothing feeds it. "
+                "Pass update=lambda metric, outputs, batch: metric.update(predictions, targets) to the task."
+            )
+        if not isinstance(self.metric, Metric) and self.update is not None:
+            raise TaskError(
+                f"update= feeds a torchmetrics metric, but metric {self.metric_name!r} is {describe(self.metric)}, "
+                "which is called as metric(outputs, batch). Leave update= out."
+            )
+
+    def batches(self, split: Split) -> Iterable[Batch]:
+        """Look up the batches of a split.
+
+        Args:
+            split: 'train', 'val', 'test' or 'calibration'; the last is 'train' where the task has none of its own.
+
+        Returns:
+            The iterable given for the split, untouched.
+
+        Raises:
+            TaskError: there is no such split.
+        """
+        splits = {"train": self.train, "val": self.val, "test": self.test, "calibration": self.calibration}
+        if split not in splits:
+            raise TaskError(f"there is no split {split!r}; splits are {', '.join(splits)}.")
+        found = splits[split]
+        if found is None and split == "calibration":
+            return self.train
+        if found is None:
+            raise TaskError(f"the task has no {split!r} split. Pass {split}=batches when the task is built.")
+        return found
+
+    def run(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Call the model on one batch.
+
+        Args:
+            model: called as it is: mode and gradient are the caller's business.
+            batch: already on the model's device, see `move`.
+
+        Returns:
+            What the model returns.
+        """
+        args, kwargs = self.inputs(batch)
+        return model(*args, **kwargs)
+
+    def example(self, device: torch.device | str) -> Inputs:
+        """Give the model's arguments of the first calibration batch.
+
+        Args:
+            device: where the tensors are wanted.
+
+        Returns:
+            Positional and keyword arguments of the model.
+
+        Raises:
+            TaskError: the calibration split is empty.
+        """
+        for batch in self.batches("calibration"):
+            return self.inputs(move(batch, device))
+        raise empty_split("calibration" if self.calibration is not None else "train")
+
+
+def classification(
+    train: Iterable[Batch],
+    val: Iterable[Batch],
+    *,
+    num_classes: int,
+    test: Iterable[Batch] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    label_smoothing: float = 0.0,
+) -> Task:
+    """Build the task of naming one of several classes: cross-entropy and accuracy.
+
+    Args:
+        train: batches `(input, labels, ...)`, or dicts with 'labels' or 'label'; labels are integers of shape `(B,)`.
+        val: batches that decide what is accepted.
+        num_classes: the number of classes C; the model's logits have shape `(B, C)`.
+        test: batches that are looked at once, at the end.
+        calibration: batches on which divergence is measured; `train` where None.
+        label_smoothing: share of the target spread over all classes, in [0, 1).
+
+    Returns:
+        A `Task` whose metric is the accuracy, in [0, 1]. Labels are checked in every batch.
+
+    Raises:
+        ConfigError: `num_classes` or `label_smoothing` is out of range.
+    """
+    if num_classes < 2:
+        raise ConfigError(f"num_classes must be 2 or more, got {num_classes}.")
+    if not 0 <= label_smoothing < 1:
+        raise ConfigError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
+
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        logits, labels = _logits_and_labels(outputs, batch, num_classes)
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    def accuracy(outputs: Outputs, batch: Batch) -> float:
+        logits, labels = _logits_and_labels(outputs, batch, num_classes)
+        return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+    return Task(
+        train=train, val=val, test=test, calibration=calibration, loss=loss, metric=accuracy, metric_name="accuracy"
+    )
+
+
+def empty_split(split: str) -> TaskError:
+    """Word the error of a split without batches, the same wherever it is noticed."""
+    return TaskError(
+        f"the {split!r} split gave no batches. Either it is empty, or it can be read only once, as a generator can: "
+        "pass a DataLoader, a list, or an object whose __iter__ starts anew each time."
+    )
+
+
+def _logits_and_labels(outputs: Outputs, batch: Batch, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Find logits `(B, C)` and labels `(B,)` as int64, and refuse what cannot be compared."""
+    logits, labels = default_logits(outputs), default_labels(batch)
+    if logits.ndim != 2 or logits.shape[1] != num_classes:
+        raise TaskError(
+            f"the model's logits have shape {tuple(logits.shape)}; classification with num_classes={num_classes} "
+            f"expects (B, {num_classes}). Pass the model's own number of outputs, or replace its last layer."
+        )
+    if labels.dtype not in _INTEGERS or labels.shape != logits.shape[:1]:
+        raise TaskError(
+            f"the labels are {describe(labels)}; expected integers of shape ({len(logits)},), one class per sample. "
+            "Turn one-hot rows into indices with argmax(1), and columns of shape (B, 1) into squeeze(1)."
+        )
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise TaskError(
+            f"label {low if low < 0 else high} is outside 0..{num_classes - 1}: the model has {num_classes} outputs. "
+            "Renumber the labels from 0, or give the model and num_classes more classes."
+        )
+    return logits, labels.long()

@@ -1,0 +1,20 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Several test processes run side by side; more threads than cores would only slow them down.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Find the folder of real data sets and weights, or skip."""
+    named = os.environ.get("IDAP_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is missing; set IDAP_DATA to the folder that holds it")
+    return folder
