@@ -1,0 +1,199 @@
+"""The graph as data: names, shapes and numbers. It holds no module and can be printed and compared."""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+CallKey = tuple[str, str, int]
+"""Names one eager call: (path of the module whose forward makes it, function name, how many of that name before)."""
+
+SPECIAL_OPS = ("input", "parameter", "buffer", "constant", "output")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A use of another node's value."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A size that the code writes as a number (or that comes from where we cannot see)."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A size read from an int, or one entry of a tuple of ints, that a module holds."""
+
+    module: str
+    name: str
+    index: int | None
+    value: int
+
+    def __str__(self) -> str:
+        place = f"{self.module}.{self.name}" if self.module else self.name
+        return place if self.index is None else f"{place}[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A size read from a tensor's shape."""
+
+    node: str
+    dim: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A size computed from other sizes."""
+
+    symbol: str
+    operands: tuple["Expression", ...]
+    value: int
+
+
+Expression = Literal | Attribute | Extent | Operation
+
+ARITHMETIC: Mapping[str, Callable[..., int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "**": operator.pow,
+    "neg": operator.neg,
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value of the graph and how it is computed.
+
+    Attributes:
+        name: unique in the graph.
+        op: the ATen overload, such as ``aten.linear.default``, ``getitem``, or one of `SPECIAL_OPS`.
+        args: positional arguments; other nodes appear as `Ref`.
+        kwargs: keyword arguments, likewise.
+        shapes: the shape of each tensor it produces (one for most operators).
+        owner: path of the module whose forward produced it; "" is the model itself.
+        source: ``file.py:line: code`` of the innermost user line, "" where unknown.
+        target: for parameters and buffers the canonical name in the state dict, for inputs their place.
+        call: the eager call that produced it, None where there is none.
+        sizes: the ints that the eager call was given, in order, each with where it came from.
+    """
+
+    name: str
+    op: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], ...] = ()
+    owner: str = ""
+    source: str = ""
+    target: str = ""
+    call: CallKey | None = None
+    sizes: tuple[Expression, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first tensor it produces."""
+        return self.shapes[0]
+
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the nodes it reads, in order, with repetitions."""
+        return tuple(ref.name for ref in leaves((self.args, dict(self.kwargs))) if isinstance(ref, Ref))
+
+    def where(self) -> str:
+        """The operator with its module and source line, for messages."""
+        return f"{self.op} in module {self.owner or '(the model itself)'!r}" + (f" ({self.source})" if self.source else "")
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """What the analysis needs to know of one module: its class and the ints it holds."""
+
+    kind: str
+    sizes: Mapping[str, int | tuple[int, ...]]
+    tensors: Mapping[str, str]
+    """Own parameters and buffers: attribute name -> canonical name in the state dict."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model as a list of operators in execution order.
+
+    Attributes:
+        nodes: by name, in execution order.
+        outputs: names of the nodes that the model returns.
+        shapes: canonical name of each parameter and buffer -> its shape.
+        aliases: every other name of a tied tensor -> its canonical name.
+        modules: module path -> what it is.
+        constants: tensors that the code makes from plain numbers, by node name.
+        escaped: attributes and shapes from which the code computes other numbers, such as a scale: they must not
+            change, or the results would.
+    """
+
+    nodes: Mapping[str, Node]
+    outputs: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
+    modules: Mapping[str, ModuleInfo]
+    constants: Mapping[str, Tensor]
+    escaped: frozenset[Expression] = frozenset()
+
+    def users(self) -> dict[str, list[str]]:
+        """For each node the names of the nodes that read it."""
+        users: dict[str, list[str]] = {name: [] for name in self.nodes}
+        for node in self.nodes.values():
+            for name in dict.fromkeys(node.inputs()):
+                users[name].append(node.name)
+        return users
+
+    def data_nodes(self) -> set[str]:
+        """The nodes whose values depend on the model's inputs, not on its parameters alone."""
+        found: set[str] = set()
+        for node in self.nodes.values():
+            if node.op == "input" or (not _shape_only(node) and any(name in found for name in node.inputs())):
+                found.add(node.name)
+        return found
+
+    def ops(self) -> dict[str, int]:
+        """How often each operator occurs."""
+        counts: dict[str, int] = {}
+        for node in self.nodes.values():
+            counts[node.op] = counts.get(node.op, 0) + 1
+        return counts
+
+
+def _shape_only(node: Node) -> bool:
+    """Whether an operator reads only the shape of its inputs."""
+    name = node.op.split(".")[1] if node.op.count(".") >= 2 else node.op
+    return name.startswith("new_") or name.endswith("_like") or name.startswith("_assert")
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Every leaf of nested tuples, lists, dicts and slices, in order."""
+    if isinstance(tree, tuple | list):
+        for item in tree:
+            yield from leaves(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from leaves(item)
+    elif isinstance(tree, slice):
+        yield from leaves((tree.start, tree.stop, tree.step))
+    else:
+        yield tree
+
+
+def ints(tree: Any) -> list[int]:
+    """The int leaves of a nested argument list, in order; bools do not count."""
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, int) and not isinstance(leaf, bool)]

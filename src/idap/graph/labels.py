@@ -1,0 +1,300 @@
+"""Which slots of which tensor dimensions must stay or go together.
+
+A *dim* is an integer array of shape (rows, size). Each entry is a label; a slot of the dimension is present if all
+labels of its column are. Label 0 is always present, so a dim without rows, shape (0, size), can't shrink. Labels are
+joined (they stay or go together), frozen (they stay), or refined: a label becomes "all of these finer labels", which
+is how the 64 outputs of a projection turn into 4 heads x 16 channels once a reshape has shown it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Dim = NDArray[np.int64]
+Ids = NDArray[np.int64]
+
+
+def fixed(size: int) -> Dim:
+    """A dim whose slots are always present."""
+    return np.zeros((0, size), dtype=np.int64)
+
+
+class Labels:
+    """Union-find over labels, with freezing and refinement; every operation takes whole arrays.
+
+    Only atomic labels (not refined) are ever joined: `settled` replaces refined labels by their parts first.
+    """
+
+    def __init__(self) -> None:
+        self._parent = np.zeros(1, dtype=np.int64)
+        self._frozen = np.ones(1, dtype=bool)
+        self._why = np.zeros(1, dtype=np.int64)
+        self._left = np.full(1, -1, dtype=np.int64)
+        self._right = np.full(1, -1, dtype=np.int64)
+        self._count = 1
+        self._reasons = [""]
+        self._reason = 0
+
+    def because(self, reason: str) -> None:
+        """Set the reason that is noted with everything frozen from here on."""
+        self._reasons.append(reason)
+        self._reason = len(self._reasons) - 1
+
+    def fresh(self, count: int) -> Ids:
+        """New free labels, shape (count,)."""
+        start, self._count = self._count, self._count + count
+        if self._count > len(self._parent):
+            extra = max(count, len(self._parent))
+            old = len(self._parent)
+            self._parent = np.concatenate([self._parent, np.arange(old, old + extra)])
+            self._frozen = np.concatenate([self._frozen, np.zeros(extra, dtype=bool)])
+            self._why = np.concatenate([self._why, np.zeros(extra, dtype=np.int64)])
+            self._left = np.concatenate([self._left, np.full(extra, -1, dtype=np.int64)])
+            self._right = np.concatenate([self._right, np.full(extra, -1, dtype=np.int64)])
+        return np.arange(start, self._count, dtype=np.int64)
+
+    def fresh_dim(self, size: int) -> Dim:
+        """A dim whose slots are free of one another; a dim of one slot can't shrink."""
+        return self.fresh(size)[None] if size > 1 else fixed(size)
+
+    def roots(self, ids: Ids) -> Ids:
+        """The representative of each label; 0 for frozen ones."""
+        found = self._find(ids)
+        return np.where(self._frozen[found], 0, found)
+
+    def _find(self, ids: Ids) -> Ids:
+        found = self._parent[ids]
+        while True:
+            further = self._parent[found]
+            if np.array_equal(further, found):
+                break
+            self._parent[ids] = further
+            found = further
+        return found
+
+    def freeze(self, ids: Ids) -> None:
+        """These labels stay, and all that they are made of."""
+        todo = self._find(np.unique(ids))
+        while todo.size:
+            refined = self._left[todo] >= 0
+            parts = np.concatenate([self._left[todo[refined]], self._right[todo[refined]]])
+            atoms = todo[~refined]
+            atoms = atoms[~self._frozen[atoms]]
+            self._frozen[atoms] = True
+            self._why[atoms] = self._reason
+            todo = self._find(np.unique(parts))
+
+    def reason(self, ids: Ids) -> str:
+        """Why these labels can't go: the reason given with the first frozen one, "" if none is frozen."""
+        todo = self._find(np.unique(ids[ids > 0]))
+        while todo.size:
+            frozen = todo[self._frozen[todo]]
+            if frozen.size:
+                return self._reasons[int(self._why[frozen[0]])]
+            refined = todo[self._left[todo] >= 0]
+            todo = self._find(np.unique(np.concatenate([self._left[refined], self._right[refined]])))
+        return ""
+
+    def join(self, one: Ids, other: Ids) -> None:
+        """Slot by slot, these atomic labels stay or go together; joining with 0 freezes."""
+        pairs = np.stack([np.ravel(one), np.ravel(other)])
+        roots = self.roots(pairs)
+        rigid = ((roots == 0) | (self._left[roots] >= 0)).any(axis=0) & (roots[0] != roots[1])
+        if rigid.any():  # a refined label here was refined a moment ago, by the same operator: too entangled to tell
+            self.freeze(pairs[:, rigid].ravel())
+            pairs = pairs[:, ~rigid]
+        while pairs.size:
+            low = np.minimum(self._find(pairs[0]), self._find(pairs[1]))
+            high = np.maximum(self._find(pairs[0]), self._find(pairs[1]))
+            differ = low != high
+            pairs, low, high = pairs[:, differ], low[differ], high[differ]
+            if not pairs.size:
+                return
+            merged, first = np.unique(high, return_index=True)
+            self._parent[merged] = low[first]
+
+    def refine(self, ids: Ids, parts: Sequence[Ids]) -> None:
+        """Each atomic label becomes "all of its parts"; a label that occurs twice ties the parts of both places."""
+        ids = self.roots(ids)
+        alive = (ids > 0) & (self._left[ids] < 0)
+        if not alive.all():
+            self.freeze(np.concatenate([ids[~alive], *(part[~alive] for part in parts)]))
+        ids, parts = ids[alive], [part[alive] for part in parts]
+        if not ids.size:
+            return
+        if len(parts) == 1:
+            self.join(ids, parts[0])
+            return
+        unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+        for part in parts:
+            self.join(part, part[first][inverse])
+        left = parts[0][first]
+        right = parts[1][first]
+        for part in parts[2:]:
+            nested = self.fresh(len(unique))
+            self._left[nested], self._right[nested] = right, part[first]
+            right = nested
+        self._left[unique], self._right[unique] = left, right
+
+    def settled(self, dim: Dim) -> Dim:
+        """The same dim in terms of atomic labels, without duplicates in a column and without empty rows."""
+        if not dim.size:
+            return dim[:0]
+        rows = self.roots(dim)
+        while True:
+            refined = (rows > 0) & (self._left[rows] >= 0)
+            if not refined.any():
+                break
+            extra = np.where(refined, self._right[rows], 0)
+            rows = self.roots(np.where(refined, self._left[rows], rows))
+            rows = np.concatenate([rows, self.roots(extra)[refined.any(axis=1)]])
+        for i in range(1, len(rows)):
+            rows[i][(rows[:i] == rows[i]).any(axis=0)] = 0
+        rows = rows[(rows > 0).any(axis=1)]
+        # A part that a whole dimension depends on can't go: nothing would be left of the dimension.
+        whole = [row[0] for row in rows if row[0] > 0 and (row == row[0]).all()]
+        if whole:
+            self.freeze(np.array(whole))
+            return self.settled(rows)
+        return rows
+
+    def freeze_dim(self, dim: Dim) -> None:
+        """No slot of this dim may go."""
+        if dim.size:
+            self.freeze(dim.ravel())
+
+    def unify(self, one: Dim, other: Dim) -> None:
+        """Two dims of equal size are the same dimension: their slots stay or go together."""
+        if one.shape[1] != other.shape[1]:
+            raise AssertionError(f"dims of sizes {one.shape[1]} and {other.shape[1]} can't be one dimension")
+        one, other = _without_common(self.settled(one), self.settled(other))
+        one, other = self._join_alike(one, other)
+        if not len(one) or not len(other):
+            self.freeze_dim(one)
+            self.freeze_dim(other)
+        elif len(one) == 1 or len(other) == 1:
+            single, several = (one, other) if len(one) == 1 else (other, one)
+            self._refine_row(single[0], several)
+        else:
+            self._unify_by_digits(one, other)
+
+    def _join_alike(self, one: Dim, other: Dim) -> tuple[Dim, Dim]:
+        """Join the rows that vary in the same way; returns what is left of both."""
+        patterns = [_pattern(row) for row in other]
+        left, taken = [], set()
+        for row in one:
+            mine = _pattern(row)
+            match = next((j for j, p in enumerate(patterns) if j not in taken and np.array_equal(mine, p)), None)
+            if match is None:
+                left.append(row)
+                continue
+            taken.add(match)
+            self.join(row[row > 0], other[match][row > 0])
+        rest = [row for j, row in enumerate(other) if j not in taken]
+        size = one.shape[1]
+        return (
+            self.settled(np.array(left, dtype=np.int64).reshape(-1, size)),
+            self.settled(np.array(rest, dtype=np.int64).reshape(-1, size)),
+        )
+
+    def _refine_row(self, row: Ids, parts: Dim) -> None:
+        bare = row == 0
+        self.freeze(parts[:, bare].ravel())
+        empty = (parts == 0).all(axis=0)
+        self.freeze(row[empty])
+        both = ~bare & ~empty
+        if np.intersect1d(row[both], parts[:, both]).size:  # a label that is its own part: too entangled to tell
+            self.freeze(np.concatenate([row[both], parts[:, both].ravel()]))
+            return
+        for pattern in np.unique((parts[:, both] > 0).T, axis=0):
+            slots = both & ((parts > 0) == pattern[:, None]).all(axis=0)
+            self.refine(row[slots], [part[slots] for part in parts[pattern]])
+
+    def _unify_by_digits(self, one: Dim, other: Dim) -> None:
+        """Both sides are products, cut differently, such as (4, 2) against (2, 4): split both at all cuts."""
+        digits = _common_digits([*one, *other], one.shape[1])
+        if digits is None:
+            self.freeze_dim(one)
+            self.freeze_dim(other)
+            return
+        for mine, theirs in zip(self.split(one, digits), self.split(other, digits), strict=True):
+            self.unify(mine, theirs)
+
+    def split(self, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+        """One dimension seen as several, in row-major order; their sizes multiply to its size."""
+        found: list[list[Ids]] = [[] for _ in sizes]
+        for row in self.settled(dim):
+            for axis, part in self._split_row(row.reshape(tuple(sizes))):
+                found[axis].append(part)
+        return [
+            self.settled(np.array(rows, dtype=np.int64).reshape(-1, size))
+            for rows, size in zip(found, sizes, strict=True)
+        ]
+
+    def _split_row(self, grid: Ids) -> list[tuple[int, Ids]]:
+        varying = [
+            axis for axis in range(grid.ndim) if grid.shape[axis] > 1 and (np.diff(grid, axis=axis) != 0).any()
+        ]
+        if not varying:
+            self.freeze(grid.ravel()[:1])
+            return []
+        corner = grid[tuple(slice(None) if axis in varying else 0 for axis in range(grid.ndim))]
+        if len(varying) == 1:
+            return [(varying[0], corner)]
+        parts = [self.fresh(size) for size in corner.shape]
+        at = [part[index].ravel() for part, index in zip(parts, np.indices(corner.shape), strict=True)]
+        self.refine(corner.ravel(), at)
+        return list(zip(varying, parts, strict=True))
+
+    def merge(self, dims: Sequence[Dim]) -> Dim:
+        """Several dimensions seen as one, in row-major order."""
+        sizes = tuple(dim.shape[1] for dim in dims)
+        total = int(np.prod(sizes))
+        rows = []
+        for axis, dim in enumerate(dims):
+            place = [1] * len(sizes)
+            place[axis] = sizes[axis]
+            rows += [np.broadcast_to(row.reshape(place), sizes).reshape(total) for row in self.settled(dim)]
+        return np.array(rows, dtype=np.int64).reshape(-1, total)
+
+
+def concat(dims: Sequence[Dim]) -> Dim:
+    """Dims one after the other, as one dim."""
+    height = max((len(dim) for dim in dims), default=0)
+    padded = [np.concatenate([dim, np.zeros((height - len(dim), dim.shape[1]), np.int64)]) for dim in dims]
+    return np.concatenate(padded, axis=1)
+
+
+def _without_common(one: Dim, other: Dim) -> tuple[Dim, Dim]:
+    """Drop from each column what both sides have there."""
+    one, other = one.copy(), other.copy()
+    for mine in one:
+        for theirs in other:
+            same = (mine == theirs) & (mine > 0)
+            mine[same] = 0
+            theirs[same] = 0
+    return one[(one > 0).any(axis=1)], other[(other > 0).any(axis=1)]
+
+
+def _pattern(row: Ids) -> Ids:
+    """How a row varies, whatever its labels are: each label's first place, -1 where there is none."""
+    _, first, inverse = np.unique(row, return_index=True, return_inverse=True)
+    return np.where(row > 0, first[inverse], -1)
+
+
+def _common_digits(rows: Sequence[Ids], size: int) -> list[int] | None:
+    """The mixed-radix digits that all rows have in common, outermost first; None if there are none."""
+    cuts = {1, size}
+    for row in rows:
+        change = np.flatnonzero(np.diff(row))
+        run = int(change[0]) + 1 if change.size else size
+        values = len(np.unique(row))
+        if (row == 0).any() or not np.array_equal(_pattern(row) // run, (np.arange(size) // run) % values):
+            return None
+        cuts |= {run, run * values}
+    ordered = sorted(cuts)
+    if any(larger % smaller for smaller, larger in zip(ordered, ordered[1:], strict=False)):
+        return None
+    digits = [larger // smaller for smaller, larger in zip(ordered, ordered[1:], strict=False)][::-1]
+    return digits if len(digits) > 1 else None

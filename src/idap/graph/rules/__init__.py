@@ -1,0 +1,24 @@
+"""How labels pass through each operator: one small rule per ATen operator, in a table that grows by rows.
+
+A rule reads the dims of an operator's inputs, tells `Flow` which of them are the same dimension, and returns the
+dims of its result. To add an operator, write a function and register its name with `@rule(...)`.
+"""
+
+from idap.graph.rules import attention, convolution, creation, indexing, linear, normalisation, pointwise, pooling, shape
+from idap.graph.rules.flow import Contraction, Flow, SizeUse, flow_of
+
+__all__ = [
+    "Contraction",
+    "Flow",
+    "SizeUse",
+    "attention",
+    "convolution",
+    "creation",
+    "flow_of",
+    "indexing",
+    "linear",
+    "normalisation",
+    "pointwise",
+    "pooling",
+    "shape",
+]

@@ -1,0 +1,266 @@
+"""Walk a graph once and give every tensor dimension its labels."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from idap.errors import UnknownOperatorError
+from idap.graph.ir import Expression, Extent, Graph, Node, Ref
+from idap.graph.labels import Dim, Labels, fixed
+
+Rule = Callable[["Flow", Node], list[Dim] | list[list[Dim]]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, by ATen name without overload and without the in-place underscore."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class SizeUse:
+    """An int that an operator is given and that counts the slots of a dim.
+
+    Attributes:
+        node: the operator.
+        argument: its name in the operator's schema.
+        index: place in the argument where it is a list, else None.
+        dim: what is counted.
+        sign: -1 where the int counts from the end.
+    """
+
+    node: str
+    argument: str
+    index: int | None
+    dim: Dim
+    sign: int = 1
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """An operator that sums over a dimension of its input, weighted by a tensor.
+
+    Attributes:
+        node: the operator.
+        kind: "linear" or "conv".
+        input: node that is read; `input_dim` is the dimension summed over.
+        weight: node that holds the weights; `read_dim` is summed over, `write_dim` is the result's dimension.
+        groups: number of independent parts (convolutions).
+        output_dim: the dimension of the result that `write_dim` becomes.
+    """
+
+    node: str
+    kind: str
+    input: str
+    input_dim: int
+    weight: str
+    read_dim: int
+    write_dim: int
+    output_dim: int
+    groups: int = 1
+
+
+@dataclass
+class Flow:
+    """What the rules read and write while a graph is walked.
+
+    Attributes:
+        graph: the graph.
+        labels: the labels of all dims.
+        dims: node -> for each tensor it produces, the dims.
+        sizes: ints that must follow the dims.
+        contractions: where channels are written and read.
+        crossings: node -> what it computes over a dimension that may shrink ("norm", "softmax", "reduction",
+            "contraction" of two activations); only there does a masked slot differ from an absent one.
+        roles: dims known to be "heads" or "head width".
+        data: nodes whose values depend on the model's inputs.
+        escaped: attributes and shapes whose value the results depend on.
+    """
+
+    graph: Graph
+    labels: Labels = field(default_factory=Labels)
+    dims: dict[str, list[list[Dim]]] = field(default_factory=dict)
+    sizes: list[SizeUse] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    crossings: dict[str, str] = field(default_factory=dict)
+    roles: list[tuple[str, Dim]] = field(default_factory=list)
+    data: set[str] = field(default_factory=set)
+    escaped: set[Expression] = field(default_factory=set)
+
+    def of(self, value: Any) -> list[Dim]:
+        """The dims of a tensor argument, in terms of atomic labels."""
+        return [self.labels.settled(dim) for dim in self.dims[value.name][0]]
+
+    def node(self, value: Ref) -> Node:
+        """The node behind a tensor argument."""
+        return self.graph.nodes[value.name]
+
+    def freeze(self, dims: Sequence[Dim]) -> None:
+        """None of these dims may shrink."""
+        for dim in dims:
+            self.labels.freeze_dim(dim)
+
+    def follows(self, node: Node, argument: str, index: int | None, dim: Dim, sign: int = 1) -> None:
+        """An int argument of the node counts the slots of `dim`."""
+        if len(dim):
+            self.sizes.append(SizeUse(node.name, argument, index, dim, sign))
+
+    def crosses(self, node: Node, kind: str, dims: Sequence[Dim]) -> None:
+        """The node computes one number from all slots of these dims."""
+        if any(len(self.labels.settled(dim)) for dim in dims):
+            self.crossings[node.name] = kind
+
+    def is_weight(self, value: Any) -> bool:
+        """Whether a tensor comes from parameters alone."""
+        return value.name not in self.data
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The node's arguments by their names in the operator's schema, defaults included."""
+    schema = operator(node)._schema
+    bound = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    bound |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
+    return bound | dict(node.kwargs)
+
+
+def operator(node: Node) -> Any:
+    """The torch operator that a node calls."""
+    namespace, name, overload = node.op.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def base_name(op: str) -> str:
+    """ATen name without namespace, overload and in-place underscore: ``aten.relu_.default`` -> ``relu``.
+
+    >>> base_name("aten.add_.Tensor"), base_name("aten.__and__.Tensor")
+    ('add', '__and__')
+    """
+    name = op.split(".")[1] if op.count(".") >= 2 else op
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def flow_of(graph: Graph, *, freeze_unknown: bool = False, contracts: Sequence[str] | None = None) -> Flow:
+    """Give every dimension of every tensor in a graph its labels.
+
+    Args:
+        graph: from `trace`.
+        freeze_unknown: freeze what an operator without a rule touches, instead of raising.
+        contracts: nodes whose shape must not change; None means all that the model returns.
+
+    Raises:
+        UnknownOperatorError: an operator has no rule.
+    """
+    flow = Flow(graph, data=graph.data_nodes(), escaped=set(graph.escaped))
+    shared: dict[str, list[Dim]] = {}
+    for node in graph.nodes.values():
+        flow.labels.because(f"it meets a dimension that can't shrink at {node.where()}")
+        flow.dims[node.name] = _dims_of(flow, node, shared, freeze_unknown)
+    for leaf in sorted(flow.escaped, key=str):
+        if isinstance(leaf, Extent):
+            flow.labels.because(f"the code computes a number from this size of {graph.nodes[leaf.node].where()}")
+            flow.labels.freeze_dim(flow.dims[leaf.node][0][leaf.dim])
+    outputs = graph.outputs if contracts is None else tuple(contracts)
+    for name in outputs:
+        flow.labels.because(f"the model returns it ({graph.nodes[name].where()})")
+        for dims in flow.dims[name]:
+            flow.freeze(dims)
+    return flow
+
+
+def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknown: bool) -> list[list[Dim]]:
+    if node.op in ("parameter", "buffer"):
+        if node.target not in shared:
+            shared[node.target] = [flow.labels.fresh_dim(size) for size in node.shape]
+        return [shared[node.target]]
+    if node.op in ("input", "constant"):
+        return [[fixed(size) for size in shape] for shape in node.shapes]
+    if node.op == "getitem":
+        source, index = node.args
+        return [flow.dims[source.name][index]]
+    if not node.shapes:
+        return []  # an assertion, a side effect
+    found = RULES.get(base_name(node.op)) or _by_tag(node)
+    if found is None:
+        if not freeze_unknown:
+            raise UnknownOperatorError(
+                f"no rule for operator {node.where()}: how channels pass through it is not known. "
+                "Write one with @idap.graph.rules.flow.rule, or analyse with freeze_unknown=True to leave what it "
+                "touches as it is."
+            )
+        found = freeze_all
+    dims = found(flow, node)
+    nested = dims if dims and isinstance(dims[0], list) else [dims]
+    _check(node, nested)
+    return nested  # type: ignore[return-value]
+
+
+def _by_tag(node: Node) -> Rule | None:
+    return RULES["add"] if torch.Tag.pointwise in operator(node).tags else None
+
+
+def freeze_all(flow: Flow, node: Node) -> list[list[Dim]]:
+    """The rule for operators through which nothing may shrink."""
+    for name in node.inputs():
+        for dims in flow.dims[name]:
+            flow.freeze(dims)
+    return [[fixed(size) for size in shape] for shape in node.shapes]
+
+
+def _check(node: Node, dims: Sequence[Any]) -> None:
+    shapes = tuple(tuple(dim.shape[1] for dim in tensor) for tensor in dims)
+    if shapes != node.shapes:
+        raise AssertionError(f"the rule for {node.where()} returned shapes {shapes}, the operator has {node.shapes}")
+
+
+def broadcast(flow: Flow, tensors: Sequence[list[Dim]], shape: Sequence[int]) -> list[Dim]:
+    """The dims of tensors combined element by element: dims that meet become one dimension."""
+    result: list[Dim] = []
+    for place, size in enumerate(shape):
+        met = [dims[place - len(shape)] for dims in tensors if len(dims) >= len(shape) - place]
+        flow.freeze([dim for dim in met if dim.shape[1] == 1])
+        full = [dim for dim in met if dim.shape[1] == size and size != 1]
+        for dim in full[1:]:
+            flow.labels.unify(full[0], dim)
+        result.append(flow.labels.settled(full[0]) if full else fixed(size))
+    return result
+
+
+def regroup(flow: Flow, dims: Sequence[Dim], shape: Sequence[int]) -> list[Dim]:
+    """The dims after a reshape in row-major order."""
+    if 0 in shape:
+        flow.freeze(dims)
+        return [fixed(size) for size in shape]
+    found: list[Dim] = []
+    taken = made = 0
+    while taken < len(dims) or made < len(shape):
+        before, after = [*dims[taken : taken + 1]], [*shape[made : made + 1]]
+        while _size(before) != _size_of(after):
+            if _size(before) < _size_of(after):
+                before.append(dims[taken + len(before)])
+            else:
+                after.append(shape[made + len(after)])
+        taken, made = taken + len(before), made + len(after)
+        if len(before) == len(after) == 1:
+            found.append(before[0])
+        else:
+            found += flow.labels.split(flow.labels.merge(before), after) if before else [fixed(1) for _ in after]
+    return found
+
+
+def _size(dims: Sequence[Dim]) -> int:
+    return _size_of([dim.shape[1] for dim in dims])
+
+
+def _size_of(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,107 @@
+"""Linear maps and matrix products."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from idap.graph.ir import Node
+from idap.graph.labels import Dim, fixed
+from idap.graph.rules.flow import Contraction, Flow, arguments, broadcast, rule
+
+
+@rule("linear")
+def linear(flow: Flow, node: Node) -> list[Dim]:
+    """x (..., I), weight (O, I), bias (O) -> (..., O)."""
+    given = arguments(node)
+    x, weight = flow.of(given["input"]), flow.of(given["weight"])
+    flow.labels.unify(x[-1], weight[1])
+    if given["bias"] is not None:
+        flow.labels.unify(flow.of(given["bias"])[0], weight[0])
+    last = len(x) - 1
+    flow.contractions.append(
+        Contraction(node.name, "linear", given["input"].name, last, given["weight"].name, 1, 0, last)
+    )
+    return [*x[:-1], flow.labels.settled(weight[0])]
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot")
+def matmul(flow: Flow, node: Node) -> list[Dim]:
+    """The matrix product with the broadcasting of `torch.matmul`."""
+    given = list(arguments(node).values())
+    return _product(flow, node, given[0], given[1])
+
+
+@rule("addmm", "baddbmm")
+def addmm(flow: Flow, node: Node) -> list[Dim]:
+    """A matrix product added to a tensor."""
+    bias, one, other = list(arguments(node).values())[:3]
+    return broadcast(flow, [flow.of(bias), _product(flow, node, one, other)], node.shape)
+
+
+def _product(flow: Flow, node: Node, one: Any, other: Any) -> list[Dim]:
+    a, b = flow.of(one), flow.of(other)
+    flow.labels.unify(a[-1], b[-2] if len(b) > 1 else b[-1])
+    rows = [a[-2]] if len(a) > 1 else []
+    columns = [b[-1]] if len(b) > 1 else []
+    shape = node.shape[: len(node.shape) - len(rows) - len(columns)]
+    batch = broadcast(flow, [a[:-2], b[:-2]], shape)
+    if len(b) == 2 and flow.is_weight(other):
+        flow.contractions.append(
+            Contraction(node.name, "linear", one.name, len(a) - 1, other.name, 0, 1, len(node.shape) - 1)
+        )
+    elif len(a) == 2 and flow.is_weight(one) and len(b) > 1:
+        flow.contractions.append(
+            Contraction(node.name, "linear", other.name, len(b) - 2, one.name, 1, 0, len(node.shape) - 2)
+        )
+    else:
+        flow.crosses(node, "contraction", [a[-1]])
+        flow.roles.append(("head width", a[-1]))
+        flow.roles += [("heads", dim) for dim in batch]
+    return [flow.labels.settled(dim) for dim in [*batch, *rows, *columns]]
+
+
+@rule("einsum")
+def einsum(flow: Flow, node: Node) -> list[Dim]:
+    """A sum over letters: dims of the same letter are one dimension."""
+    given = arguments(node)
+    equation = given["equation"].replace(" ", "")
+    tensors = [flow.of(ref) for ref in given["tensors"]]
+    if "..." in equation or "->" not in equation:
+        for dims in tensors:
+            flow.freeze(dims)
+        return [fixed(size) for size in node.shape]
+    left, right = equation.split("->")
+    places: dict[str, list[Dim]] = {}
+    for letters, dims in zip(left.split(","), tensors, strict=True):
+        for letter, dim in zip(letters, dims, strict=True):
+            places.setdefault(letter, []).append(dim)
+    for met in places.values():
+        flow.freeze([dim for dim in met if dim.shape[1] == 1])
+        for dim in met[1:]:
+            if dim.shape[1] == met[0].shape[1]:
+                flow.labels.unify(met[0], dim)
+    flow.crosses(node, "contraction", [met[0] for letter, met in places.items() if letter not in right])
+    _note_einsum(flow, node, left.split(","), right, given["tensors"])
+    return [flow.labels.settled(max(places[letter], key=lambda dim: dim.shape[1])) for letter in right]
+
+
+def _note_einsum(flow: Flow, node: Node, left: Sequence[str], right: str, tensors: Sequence[Any]) -> None:
+    """Find out what role the letters play: a weight's contraction, or attention over heads."""
+    if len(left) != 2:
+        return
+    for (x, w), (input_, weight) in zip(((0, 1), (1, 0)), (tensors, tensors[::-1]), strict=True):
+        if not flow.is_weight(weight):
+            continue
+        summed = [letter for letter in left[w] if letter not in right and letter in left[x]]
+        written = [letter for letter in left[w] if letter in right and letter not in left[x]]
+        if len(summed) == len(written) == 1 and len(left[w]) == 2:
+            read, write = summed[0], written[0]
+            flow.contractions.append(
+                Contraction(
+                    node.name, "linear", input_.name, left[x].index(read), weight.name,
+                    left[w].index(read), left[w].index(write), right.index(write),
+                )
+            )  # fmt: skip
+        return
+    both = set(left[0]) & set(left[1])
+    dims = dict(zip(left[0], flow.of(tensors[0]), strict=True))
+    flow.roles += [("heads" if letter in right else "head width", dims[letter]) for letter in sorted(both)]

@@ -1,0 +1,111 @@
+"""Norms, softmax and everything else that computes one number from many slots."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from idap.graph.ir import Node
+from idap.graph.labels import Dim, fixed
+from idap.graph.rules.flow import RULES, Flow, arguments, rule
+
+
+@rule("batch_norm", "instance_norm")
+def batch_norm(flow: Flow, node: Node) -> list[Dim]:
+    """x (N, C, ...), and up to four tensors (C)."""
+    given = arguments(node)
+    x = flow.of(given["input"])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if given[name] is not None:
+            flow.labels.unify(x[1], flow.of(given[name])[0])
+    if given.get("training") or (node.op.startswith("aten.instance_norm") and given.get("use_input_stats")):
+        flow.crosses(node, "norm", [x[0], *x[2:]])
+    return [flow.labels.settled(dim) for dim in x]
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(flow: Flow, node: Node) -> list[Dim]:
+    """x (..., *normalized), weight and bias (*normalized)."""
+    given = arguments(node)
+    x = flow.of(given["input"])
+    count = len(given["normalized_shape"])
+    for name in ("weight", "bias"):
+        if given.get(name) is not None:
+            for mine, theirs in zip(x[-count:], flow.of(given[name]), strict=True):
+                flow.labels.unify(mine, theirs)
+    x = [flow.labels.settled(dim) for dim in x]
+    for index, dim in enumerate(x[-count:]):
+        flow.follows(node, "normalized_shape", index, dim)
+    flow.crosses(node, "norm", x[-count:])
+    return x
+
+
+@rule("group_norm")
+def group_norm(flow: Flow, node: Node) -> list[Dim]:
+    """x (N, C, ...) in `num_groups` parts, weight and bias (C)."""
+    given = arguments(node)
+    x, groups = flow.of(given["input"]), int(given["num_groups"])
+    parts, inner = flow.labels.split(x[1], [groups, x[1].shape[1] // groups])
+    for name in ("weight", "bias"):
+        if given.get(name) is not None:
+            flow.labels.unify(flow.of(given[name])[0], flow.of(given["input"])[1])
+    flow.follows(node, "num_groups", None, flow.labels.settled(parts))
+    flow.crosses(node, "norm", [inner, *x[2:]])
+    return flow.of(given["input"])
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
+def softmax(flow: Flow, node: Node) -> list[Dim]:
+    """Over one dimension."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    flow.crosses(node, "softmax", [x[int(given["dim"])]])
+    return x
+
+
+@rule(
+    "mean", "sum", "amax", "amin", "var", "std", "prod", "norm", "linalg_vector_norm", "logsumexp", "any", "all",
+    "max", "min", "argmax", "argmin", "var_mean", "std_mean", "nansum",
+)  # fmt: skip
+def reduction(flow: Flow, node: Node) -> list[Dim] | list[list[Dim]]:
+    """Over some dimensions, or all."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    if "other" in given:  # max and min of two tensors
+        return RULES["add"](flow, node)
+    axes = _axes(given.get("dim"), len(x))
+    reduced = [x[axis] for axis in axes]
+    flow.crosses(node, "reduction", reduced)
+    if _returns_places(node):
+        flow.freeze(reduced)
+        x = flow.of(given["self"])
+    if given.get("keepdim"):
+        result = [fixed(1) if axis in axes else dim for axis, dim in enumerate(x)]
+    else:
+        result = [dim for axis, dim in enumerate(x) if axis not in axes]
+    return [result for _ in node.shapes] if len(node.shapes) > 1 else result
+
+
+@rule("normalize", "cosine_similarity", "cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "msort")
+def along_dims(flow: Flow, node: Node) -> list[list[Dim]]:
+    """The dims acted on can't shrink; the others pass."""
+    given = arguments(node)
+    x = flow.of(next(iter(given.values())))
+    axes = _axes(given.get("dims", given.get("dim", -1)), len(x))
+    flow.freeze([x[axis] for axis in axes])
+    passed = [flow.labels.settled(dim) for dim in x]
+    result = []
+    for shape in node.shapes:
+        sizes = zip(passed, shape, strict=True)
+        result.append([dim if dim.shape[1] == size else dim[:, :size] for dim, size in sizes])
+    return result
+
+
+def _returns_places(node: Node) -> bool:
+    name = node.op.split(".")[1]
+    return name.startswith("arg") or (name in ("max", "min") and len(node.shapes) > 1)
+
+
+def _axes(dim: Any, rank: int) -> list[int]:
+    if dim is None or dim == ():
+        return list(range(rank))
+    dims: Sequence[int] = dim if isinstance(dim, tuple | list) else (dim,)
+    return [int(axis) % rank for axis in dims] if rank else []

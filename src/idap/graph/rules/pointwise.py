@@ -1,0 +1,73 @@
+"""Operators that work element by element, and those that only pass a tensor on."""
+
+from idap.graph.ir import Node, Ref, leaves
+from idap.graph.labels import Dim
+from idap.graph.provenance import sources
+from idap.graph.rules.flow import Flow, arguments, broadcast, rule
+
+
+@rule(
+    "add",
+    "relu6",
+    "selu",
+    "celu",
+    "hardtanh",
+    "hardswish",
+    "silu",
+    "log_sigmoid",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "clone",
+    "contiguous",
+    "detach",
+    "detach_copy",
+    "alias",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "to",
+    "_to_copy",
+    "type_as",
+    "float",
+    "square",
+    "where",
+    "masked_fill",
+    "rsub",
+    "float_power",
+    "true_divide",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "__and__",
+    "__or__",
+    "__xor__",
+)
+def elementwise(flow: Flow, node: Node) -> list[Dim]:
+    """Dims that meet become one dimension."""
+    # A size used as a number, as in x / self.head_dim: it must stay as it is.
+    flow.escaped.update(leaf for size in node.sizes for leaf in sources(size))
+    tensors = [flow.of(leaf) for leaf in leaves((node.args, dict(node.kwargs))) if isinstance(leaf, Ref)]
+    return broadcast(flow, tensors, node.shape)
+
+
+@rule("prelu")
+def prelu(flow: Flow, node: Node) -> list[Dim]:
+    """One slope per channel, or one for all."""
+    given = arguments(node)
+    x, weight = flow.of(given["self"]), flow.of(given["weight"])
+    if weight and weight[0].shape[1] > 1:
+        flow.labels.unify(x[1], weight[0])
+    return x
+
+
+@rule("copy")
+def copy(flow: Flow, node: Node) -> list[Dim]:
+    """Writes one tensor into another of the same shape."""
+    given = arguments(node)
+    return broadcast(flow, [flow.of(given["self"]), flow.of(given["src"])], node.shape)

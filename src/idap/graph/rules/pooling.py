@@ -1,0 +1,33 @@
+"""Pooling and interpolation: they act on the spatial dimensions only."""
+
+from idap.graph.ir import Node
+from idap.graph.labels import Dim, fixed
+from idap.graph.rules.flow import Flow, arguments, rule
+
+
+def _spatial(flow: Flow, node: Node, count: int) -> list[list[Dim]]:
+    x = flow.of(next(iter(arguments(node).values())))
+    flow.freeze(x[-count:])
+    return [[*x[:-count], *(fixed(size) for size in shape[-count:])] for shape in node.shapes]
+
+
+@rule("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "upsample_nearest1d",
+      "upsample_linear1d", "max_pool1d_with_indices")  # fmt: skip
+def pool1d(flow: Flow, node: Node) -> list[list[Dim]]:
+    """The last dimension."""
+    return _spatial(flow, node, 1)
+
+
+@rule("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d",
+      "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "grid_sampler",
+      "reflection_pad2d", "replication_pad2d", "_upsample_nearest_exact2d")  # fmt: skip
+def pool2d(flow: Flow, node: Node) -> list[list[Dim]]:
+    """The last two dimensions."""
+    return _spatial(flow, node, 2)
+
+
+@rule("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_nearest3d",
+      "upsample_trilinear3d")  # fmt: skip
+def pool3d(flow: Flow, node: Node) -> list[list[Dim]]:
+    """The last three dimensions."""
+    return _spatial(flow, node, 3)

@@ -1,0 +1,310 @@
+"""Operators that rearrange slots without computing."""
+
+from collections.abc import Sequence
+
+from idap.graph.ir import Node
+from idap.graph.labels import Dim, concat, fixed
+from idap.graph.rules.flow import Flow, arguments, broadcast, regroup, rule
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+def reshape(flow: Flow, node: Node) -> list[Dim]:
+    """Row-major regrouping; sizes that were written out follow the dims."""
+    given = arguments(node)
+    dims = regroup(flow, flow.of(given["self"]), node.shape)
+    sizes = given.get("size", given.get("shape", given.get("sizes")))
+    first = int(given["dim"]) % len(flow.of(given["self"])) if "sizes" in given else 0
+    if sizes is not None:
+        for index, size in enumerate(sizes):
+            if size != -1:
+                flow.follows(node, _sizes_name(given), index, dims[first + index])
+    return dims
+
+
+def _sizes_name(given: dict[str, object]) -> str:
+    return next(name for name in ("size", "shape", "sizes") if name in given)
+
+
+@rule("permute")
+def permute(flow: Flow, node: Node) -> list[Dim]:
+    """Any order of dims."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    return [x[int(axis)] for axis in given["dims"]]
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(flow: Flow, node: Node) -> list[Dim]:
+    """Two dims change places."""
+    given = list(arguments(node).values())
+    x = flow.of(given[0])
+    one, other = int(given[1]), int(given[2])
+    x[one], x[other] = x[other], x[one]
+    return x
+
+
+@rule("t", "numpy_T", "mT", "matrix_H", "adjoint")
+def t(flow: Flow, node: Node) -> list[Dim]:
+    """The last two dims change places."""
+    x = flow.of(node.args[0])
+    return x[::-1] if len(x) <= 2 else [*x[:-2], x[-1], x[-2]]
+
+
+@rule("movedim", "moveaxis")
+def movedim(flow: Flow, node: Node) -> list[Dim]:
+    """Some dims change places."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    sources = [int(a) % len(x) for a in _several(given["source"])]
+    targets = [int(a) % len(x) for a in _several(given["destination"])]
+    rest = iter([dim for axis, dim in enumerate(x) if axis not in sources])
+    moved = {target: x[source] for source, target in zip(sources, targets, strict=True)}
+    return [moved[axis] if axis in moved else next(rest) for axis in range(len(x))]
+
+
+def _several(value: object) -> Sequence[int]:
+    return value if isinstance(value, tuple | list) else (value,)  # type: ignore[return-value]
+
+
+@rule("unsqueeze")
+def unsqueeze(flow: Flow, node: Node) -> list[Dim]:
+    """A new dim of one slot."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    place = int(given["dim"]) % (len(x) + 1)
+    return [*x[:place], fixed(1), *x[place:]]
+
+
+@rule("squeeze")
+def squeeze(flow: Flow, node: Node) -> list[Dim]:
+    """Dims of one slot vanish."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    axes = range(len(x)) if "dim" not in given else [int(axis) % len(x) for axis in _several(given["dim"])]
+    return [dim for axis, dim in enumerate(x) if axis not in axes or dim.shape[1] != 1]
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(flow: Flow, node: Node) -> list[Dim]:
+    """Dims of one slot become many, all alike: any of them may go."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    lead = len(node.shape) - len(x)
+    dims = [flow.labels.fresh_dim(size) for size in node.shape[:lead]]
+    for dim, size in zip(x, node.shape[lead:], strict=True):
+        dims.append(dim if dim.shape[1] == size else flow.labels.fresh_dim(size))
+    if "other" in given:
+        return broadcast(flow, [dims, flow.of(given["other"])], node.shape)
+    for index, size in enumerate(given["size"]):
+        if size != -1:
+            flow.follows(node, "size", index, dims[index])
+    return dims
+
+
+@rule("repeat")
+def repeat(flow: Flow, node: Node) -> list[Dim]:
+    """Copies side by side."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    repeats = [int(count) for count in given["repeats"]]
+    x = [fixed(1)] * (len(repeats) - len(x)) + x
+    dims = []
+    for index, (dim, count) in enumerate(zip(x, repeats, strict=True)):
+        if dim.shape[1] == 1 and count > 1:
+            dims.append(flow.labels.fresh_dim(count))
+            flow.follows(node, "repeats", index, dims[-1])
+        else:
+            dims.append(concat([dim] * count))
+    return dims
+
+
+@rule("cat", "concat", "concatenate")
+def cat(flow: Flow, node: Node) -> list[Dim]:
+    """One dim after the other; the others meet."""
+    given = arguments(node)
+    tensors = [flow.of(ref) for ref in given["tensors"] if flow.node(ref).shape != (0,)]
+    axis = int(given["dim"]) % len(node.shape)
+    return [
+        concat([dims[place] for dims in tensors]) if place == axis else _met(flow, [dims[place] for dims in tensors])
+        for place in range(len(node.shape))
+    ]
+
+
+@rule("stack")
+def stack(flow: Flow, node: Node) -> list[Dim]:
+    """A new dim that can't shrink; the others meet."""
+    given = arguments(node)
+    tensors = [flow.of(ref) for ref in given["tensors"]]
+    place = int(given["dim"]) % len(node.shape)
+    dims = [_met(flow, [dims[axis] for dims in tensors]) for axis in range(len(node.shape) - 1)]
+    return [*dims[:place], fixed(len(tensors)), *dims[place:]]
+
+
+def _met(flow: Flow, dims: Sequence[Dim]) -> Dim:
+    for dim in dims[1:]:
+        flow.labels.unify(dims[0], dim)
+    return flow.labels.settled(dims[0])
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def split(flow: Flow, node: Node) -> list[list[Dim]]:
+    """Parts one after the other. Parts asked for by one number stay equal, so they shrink together."""
+    given = arguments(node)
+    x, axis = flow.of(given["self"]), int(given["dim"])
+    axis %= len(x)
+    edges = [0]
+    for shape in node.shapes:
+        edges.append(edges[-1] + shape[axis])
+    name = next((n for n in ("split_size", "split_sizes") if n in given), "")
+    sizes = given.get(name)
+    if not isinstance(sizes, tuple | list):
+        _tie_parts(flow, x[axis], edges)
+    whole = flow.labels.settled(x[axis])
+    parts = [flow.labels.settled(whole[:, low:high]) for low, high in zip(edges, edges[1:], strict=False)]
+    if isinstance(sizes, tuple | list):
+        for index, part in enumerate(parts):
+            flow.follows(node, name, index, part)
+    elif name:
+        flow.follows(node, name, None, parts[0])
+    return [[part if place == axis else dim for place, dim in enumerate(flow.of(given["self"]))] for part in parts]
+
+
+def _tie_parts(flow: Flow, dim: Dim, edges: Sequence[int]) -> None:
+    sizes = {high - low for low, high in zip(edges, edges[1:], strict=False)}
+    if len(sizes) > 1:
+        flow.freeze([dim])
+        return
+    for low, high in zip(edges[1:], edges[2:], strict=False):
+        now = flow.labels.settled(dim)
+        flow.labels.unify(now[:, : edges[1]], now[:, low:high])
+
+
+@rule("unbind")
+def unbind(flow: Flow, node: Node) -> list[list[Dim]]:
+    """One result per slot, so none may go."""
+    given = arguments(node)
+    x, axis = flow.of(given["self"]), int(given["dim"])
+    flow.freeze([x[axis]])
+    axis %= len(x)
+    rest = [flow.labels.settled(dim) for place, dim in enumerate(x) if place != axis]
+    return [rest for _ in node.shapes]
+
+
+@rule("select")
+def select(flow: Flow, node: Node) -> list[Dim]:
+    """One slot is picked, so the dim can't shrink."""
+    given = arguments(node)
+    x, axis = flow.of(given["self"]), int(given["dim"])
+    flow.freeze([x[axis]])
+    axis %= len(x)
+    return [flow.labels.settled(dim) for place, dim in enumerate(x) if place != axis]
+
+
+@rule("slice", "narrow")
+def slice_(flow: Flow, node: Node) -> list[Dim]:
+    """A range of slots, perhaps every n-th."""
+    given = arguments(node)
+    x, axis = flow.of(given["self"]), int(given["dim"])
+    axis %= len(x)
+    dim = x[axis]
+    if "length" in given:
+        flow.freeze([dim])
+        start, stop, step = int(given["start"]) % dim.shape[1], node.shape[axis], 1
+        stop += start
+    else:
+        start, stop, step = slice(given["start"], given["end"], int(given["step"])).indices(dim.shape[1])
+    if step > 1 and len(dim):
+        _freeze_phase(flow, dim, step)
+    dim = flow.labels.settled(dim)
+    if "length" not in given:
+        _bounds_follow(flow, node, dim, given, (start, stop))
+    x = flow.of(given["self"])
+    x[axis] = flow.labels.settled(dim[:, start:stop:step])
+    return x
+
+
+def _freeze_phase(flow: Flow, dim: Dim, step: int) -> None:
+    """Every n-th slot: whole periods may go, single places in them may not."""
+    if dim.shape[1] % step:
+        flow.freeze([dim])
+        return
+    flow.freeze(flow.labels.split(dim, [dim.shape[1] // step, step])[1:])
+
+
+def _bounds_follow(
+    flow: Flow, node: Node, dim: Dim, given: dict[str, int | None], bounds: tuple[int, int]
+) -> None:
+    size = dim.shape[1]
+    for name, place in zip(("start", "end"), bounds, strict=True):
+        written = given[name]
+        if written is None or written == 0 or abs(written) >= size:
+            continue
+        if written < 0:
+            flow.follows(node, name, None, flow.labels.settled(dim[:, place:]), -1)
+        else:
+            flow.follows(node, name, None, flow.labels.settled(dim[:, :place]))
+
+
+@rule("pad", "constant_pad_nd")
+def pad(flow: Flow, node: Node) -> list[Dim]:
+    """Slots of zeros before and after: those of a dim that may shrink are free, and their number follows."""
+    given = arguments(node)
+    x, amounts = flow.of(given["self"]), [int(amount) for amount in given["pad"]]
+    rigid = given.get("mode", "constant") != "constant"
+    for pair in range(len(amounts) // 2):
+        axis = len(x) - 1 - pair
+        before, after = amounts[2 * pair], amounts[2 * pair + 1]
+        if (before, after) == (0, 0):
+            continue
+        if rigid or min(before, after) < 0 or not len(x[axis]):
+            flow.freeze([x[axis]])
+            x[axis] = fixed(node.shape[axis])
+            continue
+        sides = [flow.labels.fresh(count)[None] for count in (before, after)]
+        for place, side in enumerate(sides):
+            flow.follows(node, "pad", 2 * pair + place, side)
+        x[axis] = concat([sides[0], x[axis], sides[1]])
+    return x
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(flow: Flow, node: Node) -> list[Dim]:
+    """(N, C·r², H, W) -> (N, C, rH, rW): the r² places of a channel stay together."""
+    given = arguments(node)
+    x, factor = flow.of(given["self"]), int(given["upscale_factor"])
+    channels, inner = flow.labels.split(x[-3], [node.shape[-3], factor * factor])
+    flow.freeze([inner, *x[-2:]])
+    return [*x[:-3], flow.labels.settled(channels), *(fixed(size) for size in node.shape[-2:])]
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(flow: Flow, node: Node) -> list[Dim]:
+    """(N, C, rH, rW) -> (N, C·r², H, W): the r² places of a channel stay together."""
+    given = arguments(node)
+    x, factor = flow.of(given["self"]), int(given["downscale_factor"])
+    flow.freeze(x[-2:])
+    channels = flow.labels.merge([x[-3], fixed(factor * factor)])
+    return [*x[:-3], channels, *(fixed(size) for size in node.shape[-2:])]
+
+
+@rule("channel_shuffle")
+def channel_shuffle(flow: Flow, node: Node) -> list[Dim]:
+    """(N, g·n, ...) -> (N, n·g, ...): channel i of every group stays or goes together with the others."""
+    given = arguments(node)
+    x, groups = flow.of(given["self"]), int(given["groups"])
+    outer, inner = flow.labels.split(x[1], [groups, x[1].shape[1] // groups])
+    flow.freeze([outer])
+    return [x[0], flow.labels.merge([inner, fixed(groups)]), *x[2:]]
+
+
+@rule("glu")
+def glu(flow: Flow, node: Node) -> list[Dim]:
+    """The first half times a gate of the second: both shrink together."""
+    given = arguments(node)
+    x, axis = flow.of(given["self"]), int(given["dim"])
+    axis %= len(x)
+    half = x[axis].shape[1] // 2
+    _tie_parts(flow, x[axis], [0, half, 2 * half])
+    x = flow.of(given["self"])
+    x[axis] = flow.labels.settled(x[axis][:, :half])
+    return x

@@ -1,0 +1,94 @@
+"""Run a graph node by node, without the module it came from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idap.graph.ir import Graph, Node, Ref
+from idap.graph.rules.flow import operator
+
+Special = Callable[[Node, Callable[[Any], Any]], Any]
+"""Computes a node in its own way; the second argument replaces references by values."""
+
+
+@torch.no_grad()
+def run(
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+    *,
+    special: Mapping[str, Special] | None = None,
+    skip_to: Mapping[str, str] | None = None,
+) -> list[Tensor]:
+    """Compute what the model returns.
+
+    Args:
+        graph: from `trace`.
+        tensors: canonical name -> parameter or buffer, in the graph's shapes; they are not changed.
+        inputs: the leaves of the example inputs, in order.
+        special: nodes that are computed in another way.
+        skip_to: node -> the node whose value it takes instead of its own (a removed branch or block).
+
+    Returns:
+        The tensors that the model returns, flattened, in order.
+    """
+    special, skip_to = special or {}, skip_to or {}
+    live = live_nodes(graph, skip_to)
+    values: dict[str, Any] = {}
+    feed = iter(inputs)
+
+    def fetch(tree: Any) -> Any:
+        if isinstance(tree, Ref):
+            return values[tree.name]
+        if isinstance(tree, tuple | list):
+            return [fetch(item) for item in tree]
+        return tree
+
+    for node in graph.nodes.values():
+        if node.op == "input":
+            values[node.name] = next(feed)
+        elif node.name not in live:
+            continue
+        elif node.name in skip_to:
+            values[node.name] = values[skip_to[node.name]]
+        elif node.name in special:
+            values[node.name] = special[node.name](node, fetch)
+        else:
+            values[node.name] = _value(graph, node, tensors, fetch)
+    return [values[name] for name in graph.outputs]
+
+
+def _value(graph: Graph, node: Node, tensors: Mapping[str, Tensor], fetch: Callable[[Any], Any]) -> Any:
+    if node.op in ("parameter", "buffer"):
+        return tensors[node.target].detach().clone()
+    if node.op == "constant":
+        return graph.constants[node.name].clone()
+    if node.op == "getitem":
+        return fetch(node.args[0])[node.args[1]]
+    return operator(node)(*fetch(node.args), **{key: fetch(value) for key, value in node.kwargs.items()})
+
+
+def live_nodes(graph: Graph, skip_to: Mapping[str, str]) -> set[str]:
+    """The nodes that the outputs depend on once some nodes take the value of others."""
+    live: set[str] = set()
+    todo = list(graph.outputs)
+    written = _in_place(graph)
+    while todo:
+        name = todo.pop()
+        if name in live:
+            continue
+        live.add(name)
+        todo += [skip_to[name]] if name in skip_to else graph.nodes[name].inputs()
+        todo += written.get(name, ())  # what changes this value in place, although nobody reads its result
+    return live
+
+
+def _in_place(graph: Graph) -> dict[str, list[str]]:
+    written: dict[str, list[str]] = {}
+    for node in graph.nodes.values():
+        name = node.op.split(".")[1] if node.op.count(".") >= 2 else ""
+        if name.endswith("_") and not name.endswith("__") and node.args and isinstance(node.args[0], Ref):
+            written.setdefault(node.args[0].name, []).append(node.name)
+    return written

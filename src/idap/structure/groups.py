@@ -1,0 +1,248 @@
+"""From labels to groups: units that look alike to every tensor form one group, and each may go on its own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from idap.graph.ir import Graph
+from idap.graph.labels import Dim
+from idap.graph.rules import Flow
+from idap.structure.layout import Layout
+
+
+@dataclass(frozen=True)
+class Port:
+    """A place where the units of a group are written or read by weights.
+
+    Attributes:
+        contraction: index into the layout's contractions.
+        node: the operator.
+        weight: canonical name of its weight, "" if the weight is computed.
+    """
+
+    contraction: int
+    node: str
+    weight: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed one by one; all slots of one unit go together.
+
+    Attributes:
+        index: place in the structure.
+        name: module whose weight writes the units first, with what they are where that isn't channels or neurons.
+        kind: "channels", "neurons", "heads" or "head width".
+        size: number of units.
+        members: (canonical tensor name, dimension) that shrink with the group.
+        writers: contractions that produce the units.
+        readers: contractions that consume them.
+        crosses: nodes that compute a norm, softmax or reduction over the units.
+    """
+
+    index: int
+    name: str
+    kind: str
+    size: int
+    members: tuple[tuple[str, int], ...]
+    writers: tuple[Port, ...]
+    readers: tuple[Port, ...]
+    crosses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A dimension of a weight that can't shrink, and why."""
+
+    tensor: str
+    dim: int
+    size: int
+    reason: str
+
+
+def build_groups(flow: Flow) -> tuple[tuple[Group, ...], Layout]:
+    """Group the labels of a walked graph.
+
+    Returns:
+        The groups in the order of the network, and where their units lie.
+    """
+    dims, tensors = _final_dims(flow)
+    group_of, unit_of, count = _assign(flow, tensors)
+    layout = Layout(
+        dims,
+        tensors,
+        group_of,
+        unit_of,
+        tuple(flow.sizes),
+        tuple(flow.contractions),
+        dict(flow.crossings),
+        frozenset(flow.escaped),
+    )
+    return _describe(flow, layout, count), layout
+
+
+def blocked_dims(flow: Flow, layout: Layout) -> tuple[Blocked, ...]:
+    """The dimensions over which weights write and read that no group may shrink, with reasons."""
+    found: dict[tuple[str, int], Blocked] = {}
+    for contraction in layout.contractions:
+        node = flow.graph.nodes[contraction.weight]
+        if node.op != "parameter":
+            continue
+        for dim in (contraction.write_dim, contraction.read_dim):
+            final, original = layout.tensors[node.target][dim], flow.dims[node.name][0][dim]
+            if node.shape[dim] > 1 and not layout.groups_in(final):
+                reason = flow.labels.reason(original.ravel()) or "its weights are read by no other operator"
+                found[node.target, dim] = Blocked(node.target, dim, node.shape[dim], reason)
+    return tuple(found.values())
+
+
+def _final_dims(flow: Flow) -> tuple[dict[str, tuple[tuple[Dim, ...], ...]], dict[str, tuple[Dim, ...]]]:
+    """Settle every dim until no more label turns out to fill a whole dimension."""
+    flow.labels.because("removing it would leave nothing of a dimension")
+    while True:
+        dims = {
+            name: tuple(tuple(flow.labels.settled(dim) for dim in tensor) for tensor in nested)
+            for name, nested in flow.dims.items()
+        }
+        filling = [label for nested in dims.values() for tensor in nested for dim in tensor for label in _filling(dim)]
+        if not filling:
+            break
+        flow.labels.freeze(np.array(filling))
+    flow.sizes = [replace(use, dim=flow.labels.settled(use.dim)) for use in flow.sizes]
+    tensors = {
+        node.target: dims[node.name][0] for node in flow.graph.nodes.values() if node.op in ("parameter", "buffer")
+    }
+    return dims, tensors
+
+
+def _filling(dim: Dim) -> list[int]:
+    """Labels that every slot of a dim depends on, although in different rows."""
+    if len(dim) < 2:
+        return []
+    labels, counts = np.unique(dim, return_counts=True)
+    return [int(label) for label, times in zip(labels, counts, strict=True) if label and times >= dim.shape[1]]
+
+
+def _assign(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Give each label a group (labels with the same places in the same tensors) and a unit number."""
+    highest = 1 + max((int(dim.max()) for dims in tensors.values() for dim in dims if dim.size), default=0)
+    signature = np.zeros(highest, dtype=np.uint64)
+    rank = np.full(highest, -1, dtype=np.int64)
+    random = np.random.default_rng(0)
+    order = 0
+    for name in sorted_by_use(flow, tensors):
+        for dim in tensors[name]:
+            for row in dim:
+                # A key per row: heads and the channels within them lie in the same slots, but in different rows.
+                key = random.integers(1, 2**63, dtype=np.uint64)
+                np.add.at(signature, row, key)
+                new = np.unique(row[rank[row] < 0], return_index=True)
+                ordered = row[rank[row] < 0][np.sort(new[1])]
+                rank[ordered] = order + np.arange(len(ordered))
+                order += len(ordered)
+    signature[0] = 0
+    used = _contracted(flow, tensors, highest)
+    labels = np.flatnonzero((signature > 0) & used)
+    labels = labels[np.argsort(rank[labels])]
+    group_of = np.full(highest, -1, dtype=np.int64)
+    unit_of = np.zeros(highest, dtype=np.int64)
+    _, first, inverse = np.unique(signature[labels], return_index=True, return_inverse=True)
+    numbers = np.argsort(np.argsort(first))[inverse]  # groups in the order in which they first occur
+    for number in range(len(first)):
+        mine = labels[numbers == number]
+        group_of[mine], unit_of[mine] = number, np.arange(len(mine))
+    return group_of, unit_of, len(first)
+
+
+def sorted_by_use(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> list[str]:
+    """Tensor names in the order in which the operators read them."""
+    order = []
+    for node in flow.graph.nodes.values():
+        order += [flow.graph.nodes[name].target for name in node.inputs() if flow.graph.nodes[name].target in tensors]
+    return list(dict.fromkeys([*order, *tensors]))
+
+
+def _contracted(flow: Flow, tensors: Mapping[str, Sequence[Dim]], highest: int) -> NDArray[np.bool_]:
+    """Labels that a weight writes or reads; others are tables and tokens without cost."""
+    used = np.zeros(highest, dtype=bool)
+    for contraction in flow.contractions:
+        for dim in (contraction.write_dim, contraction.read_dim):
+            used[flow.labels.settled(flow.dims[contraction.weight][0][dim])] = True
+        grouped = flow.labels.settled(flow.dims[contraction.input][0][contraction.input_dim])
+        used[grouped[grouped < highest]] = True
+    return used
+
+
+def _describe(flow: Flow, layout: Layout, count: int) -> tuple[Group, ...]:
+    members: list[list[tuple[str, int]]] = [[] for _ in range(count)]
+    for name, dims in layout.tensors.items():
+        for place, dim in enumerate(dims):
+            for group in layout.groups_in(dim):
+                members[group].append((name, place))
+    writers: list[list[Port]] = [[] for _ in range(count)]
+    readers: list[list[Port]] = [[] for _ in range(count)]
+    for index, contraction in enumerate(layout.contractions):
+        port = Port(index, contraction.node, flow.graph.nodes[contraction.weight].target)
+        for group in layout.groups_in(layout.dims[contraction.weight][0][contraction.write_dim]):
+            writers[group].append(port)
+        for group in layout.groups_in(layout.dims[contraction.weight][0][contraction.read_dim]):
+            readers[group].append(port)
+    crosses = _crossed(flow.graph, layout, count)
+    roles = _roles(flow, layout)
+    names: dict[str, int] = {}
+    groups = []
+    for index in range(count):
+        kind = roles.get(index) or _kind(layout, writers[index])
+        name = _name(flow.graph, layout, writers[index], members[index], kind)
+        names[name] = names.get(name, 0) + 1
+        groups.append(
+            Group(
+                index,
+                name if names[name] == 1 else f"{name}#{names[name]}",
+                kind,
+                int((layout.group_of == index).sum()),
+                tuple(members[index]),
+                tuple(writers[index]),
+                tuple(readers[index]),
+                tuple(crosses[index]),
+            )
+        )
+    return tuple(groups)
+
+
+def _crossed(graph: Graph, layout: Layout, count: int) -> list[list[str]]:
+    found: list[list[str]] = [[] for _ in range(count)]
+    for name, kind in layout.crossings.items():
+        if kind == "contraction":
+            continue
+        node = graph.nodes[name]
+        lost = {group for used in node.inputs() for dim in layout.dims[used][0] for group in layout.groups_in(dim)}
+        for group in lost:
+            found[group].append(name)
+    return found
+
+
+def _roles(flow: Flow, layout: Layout) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for kind, dim in sorted(flow.roles, key=lambda role: role[0] == "heads"):
+        for group in layout.groups_in(flow.labels.settled(dim)):
+            found[group] = kind
+    return found
+
+
+def _kind(layout: Layout, writers: Sequence[Port]) -> str:
+    kinds = {layout.contractions[port.contraction].kind for port in writers}
+    return "channels" if "conv" in kinds or not kinds else "neurons"
+
+
+def _name(
+    graph: Graph, layout: Layout, writers: Sequence[Port], members: Sequence[tuple[str, int]], kind: str
+) -> str:
+    if writers:
+        owner = graph.nodes[writers[0].node].owner
+        name = writers[0].weight.rpartition(".")[0] or owner or writers[0].weight
+    else:
+        name = members[0][0]
+    return name if kind in ("channels", "neurons") else f"{name}:{kind.replace(' ', '-')}"

@@ -1,0 +1,69 @@
+"""Where every unit of every group lies in every tensor of a model."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from idap.graph.ir import Expression
+from idap.graph.labels import Dim
+from idap.graph.rules import Contraction, SizeUse
+
+Presence = NDArray[np.bool_]
+"""For each label whether it is present, shape (labels,)."""
+
+
+@dataclass(frozen=True, repr=False)
+class Layout:
+    """Labels of every tensor dimension, and the unit each label stands for.
+
+    Attributes:
+        dims: node -> for each tensor it produces, its dims in terms of final labels.
+        tensors: canonical name of a parameter or buffer -> its dims.
+        group_of: label -> index of its group, -1 where it can't go, shape (labels,).
+        unit_of: label -> index of its unit in the group, shape (labels,).
+        sizes: ints that follow a dim.
+        contractions: where units are written and read.
+        crossings: node -> what it computes over a dimension that may shrink.
+        escaped: attributes and shapes whose value the results depend on.
+    """
+
+    dims: Mapping[str, tuple[tuple[Dim, ...], ...]]
+    tensors: Mapping[str, tuple[Dim, ...]]
+    group_of: NDArray[np.int64]
+    unit_of: NDArray[np.int64]
+    sizes: tuple[SizeUse, ...]
+    contractions: tuple[Contraction, ...]
+    crossings: Mapping[str, str]
+    escaped: frozenset[Expression] = frozenset()
+
+    def presence(self, kept: Mapping[int, Iterable[int]]) -> Presence:
+        """Which labels are present when group `index` keeps only the units `kept[index]`."""
+        present = np.ones(len(self.group_of), dtype=bool)
+        for group, units in kept.items():
+            mine = self.group_of == group
+            present[mine] = np.isin(self.unit_of[mine], np.fromiter(units, dtype=np.int64))
+        return present
+
+    def units(self, dim: Dim, group: int) -> NDArray[np.int64]:
+        """For each slot of a dim the unit of the group that it belongs to, -1 where it belongs to none; shape (size,)."""
+        found = np.full(dim.shape[1], -1, dtype=np.int64)
+        for row in dim:
+            mine = self.group_of[row] == group
+            found[mine] = self.unit_of[row[mine]]
+        return found
+
+    def groups_in(self, dim: Dim) -> set[int]:
+        """The groups that slots of a dim belong to."""
+        return {int(index) for index in np.unique(self.group_of[dim])} - {-1}
+
+
+def slots(dim: Dim, present: Presence) -> Presence:
+    """Which slots of a dim are present, shape (size,)."""
+    return np.asarray(present[dim].all(axis=0))
+
+
+def count(dim: Dim, present: Presence) -> int:
+    """How many slots of a dim are present."""
+    return int(slots(dim, present).sum()) if len(dim) else dim.shape[1]

@@ -1,0 +1,120 @@
+"""A plan: everything that must be done to a freshly built model to make it small, as plain numbers."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from idap.errors import PlanError
+
+Size = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of a model, in the indices of the model it was made for.
+
+    Attributes:
+        keep: group name -> units kept, ascending; groups that are not named stay whole.
+        removed: names of the branches and blocks that go.
+        tensors: canonical tensor name -> dimension -> slots kept, ascending.
+        shapes: canonical tensor name -> the shape the plan expects, for every tensor of the model.
+        attributes: module path -> attribute -> its new value.
+        replaced: module path -> "identity" or "zero".
+    """
+
+    keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+    tensors: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
+    replaced: Mapping[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.keep or self.removed)
+
+    def gone(self, name: str) -> bool:
+        """Whether a tensor or module vanishes because it lies in a module that is replaced."""
+        return any(name == path or name.startswith(f"{path}.") for path in self.replaced)
+
+    def shape_after(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor once the plan is applied."""
+        kept = self.tensors.get(name, {})
+        return tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(self.shapes[name]))
+
+    def since(self, earlier: "Plan") -> "Plan":
+        """The same plan for a model to which `earlier` was already applied.
+
+        Raises:
+            PlanError: `earlier` removed something that this plan keeps.
+        """
+        tensors: dict[str, dict[int, tuple[int, ...]]] = {}
+        for name, dims in self.tensors.items():
+            if earlier.gone(name):
+                continue
+            before = earlier.tensors.get(name, {})
+            moved = {dim: _places(name, dim, kept, before[dim]) if dim in before else kept for dim, kept in dims.items()}
+            tensors[name] = {
+                dim: kept for dim, kept in moved.items() if len(kept) != _size_before(earlier, name, dim)
+            }
+        for name, dims in earlier.tensors.items():
+            for dim in dims:
+                if dim not in self.tensors.get(name, {}) and not self.gone(name):
+                    raise PlanError(f"the earlier plan cuts dimension {dim} of {name!r}, the later one keeps it whole")
+        return Plan(
+            keep=self.keep,
+            removed=self.removed,
+            tensors={name: dims for name, dims in tensors.items() if dims},
+            shapes={name: earlier.shape_after(name) for name in self.shapes if not earlier.gone(name)},
+            attributes={path: values for path, values in self.attributes.items() if not earlier.gone(path)},
+            replaced={path: kind for path, kind in self.replaced.items() if not earlier.gone(path)},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dicts; `Plan.from_json` reads them back."""
+        return {
+            "keep": {name: list(units) for name, units in self.keep.items()},
+            "removed": list(self.removed),
+            "tensors": {
+                name: {str(dim): list(kept) for dim, kept in dims.items()} for name, dims in self.tensors.items()
+            },
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "attributes": {path: dict(values) for path, values in self.attributes.items()},
+            "replaced": dict(self.replaced),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """Read what `to_json` wrote.
+
+        Raises:
+            PlanError: a part is missing or of the wrong type.
+        """
+        try:
+            return cls(
+                keep={name: tuple(map(int, units)) for name, units in data["keep"].items()},
+                removed=tuple(data["removed"]),
+                tensors={
+                    name: {int(dim): tuple(map(int, kept)) for dim, kept in dims.items()}
+                    for name, dims in data["tensors"].items()
+                },
+                shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()},
+                attributes={
+                    path: {name: tuple(v) if isinstance(v, list) else int(v) for name, v in values.items()}
+                    for path, values in data["attributes"].items()
+                },
+                replaced={str(path): str(kind) for path, kind in data["replaced"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"this is not a plan: {type(error).__name__}: {error}; it must come from Plan.to_json") from error
+
+
+def _places(name: str, dim: int, kept: Iterable[int], before: tuple[int, ...]) -> tuple[int, ...]:
+    place = {slot: index for index, slot in enumerate(before)}
+    missing = [slot for slot in kept if slot not in place]
+    if missing:
+        raise PlanError(f"slot {missing[0]} of dimension {dim} of {name!r} is kept, but an earlier plan removed it")
+    return tuple(place[slot] for slot in kept)
+
+
+def _size_before(earlier: Plan, name: str, dim: int) -> int:
+    return earlier.shape_after(name)[dim]

@@ -1,0 +1,123 @@
+"""Cut a module as a plan says: slice its tensors, set its attributes, replace what was removed."""
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from idap.errors import PlanError
+from idap.structure.plan import Plan
+from idap.surgery.bypass import stand_in
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Cut a copy of a model.
+
+    Args:
+        model: the model that the plan was made for, or a freshly built one of the same architecture. It is left as it
+            was, and the copy shares no memory with it. Kept tensors of the copy are new and contiguous.
+        plan: from `Structure.plan` or a file.
+
+    Returns:
+        A module of the same class, smaller.
+
+    Raises:
+        PlanError: the plan does not fit the model; names the first tensor, its shape and the shape expected.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> shapes = {name: tuple(tensor.shape) for name, tensor in net.named_parameters()}
+        >>> cut = {"0.weight": {0: (1, 5)}, "0.bias": {0: (1, 5)}, "2.weight": {1: (1, 5)}}
+        >>> small = apply_plan(net, Plan(keep={"0": (1, 5)}, tensors=cut, shapes=shapes))
+        >>> small[0].weight.shape, net[0].weight.shape
+        (torch.Size([2, 4]), torch.Size([8, 4]))
+    """
+    check_fit(model, plan)
+    slices = _sliced(model, plan)
+    # Handing the small tensors to deepcopy means that the large ones are never copied.
+    memo: dict[int, object] = dict(slices)
+    small = copy.deepcopy(model, memo)
+    _restructure(small, plan)
+    return small
+
+
+def apply_plan_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Cut a model in place; see `apply_plan`. The plan is checked first: on an error the model is untouched."""
+    check_fit(model, plan)
+    slices = _sliced(model, plan)
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) in slices:
+                    table[name] = slices[id(tensor)]  # type: ignore[assignment]
+    _restructure(model, plan)
+    return model
+
+
+def check_fit(model: nn.Module, plan: Plan) -> None:
+    """Check that every tensor and module a plan speaks of is there, in the shape it expects.
+
+    Raises:
+        PlanError: names the first that isn't.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
+    for name, expected in plan.shapes.items():
+        if name not in shapes:
+            raise PlanError(f"the plan does not fit this model: it has no tensor {name!r} (expected shape {expected})")
+        if shapes[name] != expected:
+            raise PlanError(
+                f"the plan does not fit this model: tensor {name!r} has shape {shapes[name]}, the plan expects "
+                f"{expected}; build the model exactly as it was when it was compressed."
+            )
+    for name in plan.tensors:
+        if name not in plan.shapes:
+            raise PlanError(f"the plan cuts tensor {name!r} but does not say what shape it expects")
+    modules = dict(model.named_modules())
+    for path in [*plan.attributes, *plan.replaced]:
+        if path not in modules:
+            raise PlanError(f"the plan does not fit this model: it has no module {path!r}")
+    for path, kind in plan.replaced.items():
+        if path == "":
+            raise PlanError("a plan can't replace the whole model")
+        stand_in(kind)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _sliced(model: nn.Module, plan: Plan) -> dict[int, Tensor]:
+    """id of each tensor to be cut -> its new tensor; tied names share one tensor, so it is cut once."""
+    found = {}
+    for name, tensor in _tensors(model):
+        if name in plan.tensors:
+            small = cut_tensor(tensor.detach(), plan.tensors[name])
+            found[id(tensor)] = (
+                nn.Parameter(small, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
+            )
+    return found
+
+
+def cut_tensor(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """The slots of a tensor that a plan keeps, as a new contiguous tensor.
+
+    >>> cut_tensor(torch.arange(6).reshape(2, 3), {1: (0, 2)})
+    tensor([[0, 2],
+            [3, 5]])
+    """
+    for dim, places in kept.items():
+        tensor = tensor.index_select(dim, torch.tensor(places, device=tensor.device))
+    return tensor.contiguous()
+
+
+def _restructure(model: nn.Module, plan: Plan) -> None:
+    modules = dict(model.named_modules())
+    for path, values in plan.attributes.items():
+        for name, value in values.items():
+            held = getattr(modules[path], name)
+            setattr(modules[path], name, type(held)(value) if isinstance(held, list | tuple) else value)
+    for path, kind in plan.replaced.items():
+        parent, _, name = path.rpartition(".")
+        modules[parent]._modules[name] = stand_in(kind)

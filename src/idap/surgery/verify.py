@@ -1,0 +1,204 @@
+"""Prove a cut: the pruned model must equal the masked original.
+
+The reference never sees the cut code. It runs the traced graph of the original with all removed slots set to zero
+and removed branches skipped. Where a norm, a softmax or another reduction runs over a dimension that shrank, a zero
+is not an absence; there, and only there, the reference computes over the kept slots alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from idap.errors import VerificationError
+from idap.graph.ir import Graph, Node, Ref
+from idap.graph.labels import Dim
+from idap.graph.rules.flow import arguments, operator
+from idap.graph.run import run
+from idap.structure.analysis import Structure
+from idap.structure.layout import Presence, count, slots
+from idap.structure.plan import Plan
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How close the pruned model came to the masked original.
+
+    Attributes:
+        error: largest difference over largest value of the reference, over all outputs.
+        crossed: nodes where the reference had to compute over the kept slots alone; empty means that it was the
+            unchanged original with zeros in its weights.
+    """
+
+    error: float
+    crossed: tuple[str, ...]
+
+
+def verify(
+    structure: Structure,
+    pruned: nn.Module,
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+) -> Proof:
+    """Compare a pruned model with the masked original on example inputs.
+
+    Args:
+        structure: of the original.
+        pruned: a model to which `plan` was applied. Its weights may have been trained since: the reference takes its
+            weights from it.
+        plan: in the original's indices.
+        args: positional inputs of the shapes that were traced.
+        kwargs: keyword inputs.
+        tolerance: largest relative difference allowed.
+
+    Returns:
+        The largest relative difference, and where norms were crossed.
+
+    Raises:
+        VerificationError: the pruned model doesn't run or differs; names the groups that were cut.
+    """
+    reference = masked_outputs(structure, pruned, plan, tree_leaves((args, dict(kwargs or {}))))
+    try:
+        found = _outputs(pruned, args, dict(kwargs or {}))
+    except Exception as error:
+        raise VerificationError(
+            f"the pruned model does not run: {type(error).__name__}: {error} (cut: {_names(plan)})"
+        ) from error
+    crossed = tuple(_crossed(structure, structure.presence(plan.keep)))
+    worst = 0.0
+    for place, (mine, theirs) in enumerate(zip(found, reference, strict=True)):
+        if mine.shape != theirs.shape:
+            raise VerificationError(
+                f"output {place} of the pruned model has shape {tuple(mine.shape)}, that of the masked original "
+                f"{tuple(theirs.shape)} (cut: {_names(plan)})"
+            )
+        worst = max(worst, _difference(mine, theirs))
+    if not worst <= tolerance:
+        raise VerificationError(
+            f"the pruned model differs from the masked original by {worst:.2g} of its largest output, allowed is "
+            f"{tolerance:g} (cut: {_names(plan)})"
+        )
+    return Proof(worst, crossed)
+
+
+def masked_outputs(structure: Structure, pruned: nn.Module, plan: Plan, inputs: Sequence[Any]) -> list[Tensor]:
+    """Outputs of the original's graph with the removed slots masked and the removed branches skipped."""
+    graph = structure.graph
+    present = structure.presence(plan.keep)
+    tensors = _full_size(graph, pruned, plan)
+    special = {name: _over_kept(structure, present) for name in _crossed(structure, present, every=True)}
+    return run(graph, tensors, inputs, special=special, skip_to=structure.skips(plan.removed))
+
+
+def _full_size(graph: Graph, pruned: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The pruned model's tensors in the original's shapes, zero where slots were removed."""
+    held = dict([*pruned.named_parameters(), *pruned.named_buffers()])
+    device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
+    full = {}
+    for name, shape in graph.shapes.items():
+        if name not in held:
+            full[name] = torch.zeros(shape, device=device)  # lay in a removed block: nothing reads it
+            continue
+        small = held[name].detach()
+        for dim, kept in plan.tensors.get(name, {}).items():
+            wide = small.new_zeros([*small.shape[:dim], shape[dim], *small.shape[dim + 1 :]])
+            small = wide.index_copy(dim, torch.tensor(kept, device=small.device), small)
+        full[name] = small
+    return full
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            returned = model(*args, **kwargs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+
+
+def _difference(mine: Tensor, theirs: Tensor) -> float:
+    if not theirs.is_floating_point():
+        return 0.0 if torch.equal(mine, theirs) else float("inf")
+    same = torch.isclose(mine, theirs, rtol=0, atol=0, equal_nan=True)  # infinities of masks
+    if bool(same.all()):
+        return 0.0
+    scale = theirs[theirs.isfinite()].abs().max().clamp_min(1e-12)
+    return float(((mine - theirs).abs()[~same] / scale).max())
+
+
+def _names(plan: Plan) -> str:
+    return ", ".join([*plan.keep, *plan.removed]) or "nothing"
+
+
+def _crossed(structure: Structure, present: Presence, *, every: bool = False) -> list[str]:
+    """Nodes that compute over a dimension which lost slots; products of activations only if `every`."""
+    found = []
+    for name, kind in structure.layout.crossings.items():
+        if kind == "contraction" and not every:
+            continue
+        dims = [dim for used in structure.graph.nodes[name].inputs() for dim in structure.layout.dims[used][0]]
+        if any(count(dim, present) != dim.shape[1] for dim in dims):
+            found.append(name)
+    return found
+
+
+def _over_kept(structure: Structure, present: Presence) -> Callable[[Node, Callable[[Any], Any]], Any]:
+    """Compute a node on the kept slots of its inputs, and put its result back among zeros."""
+    layout = structure.layout
+    sizes: dict[tuple[str, str, int | None], int] = {
+        (use.node, use.argument, use.index): use.sign * count(use.dim, present) for use in layout.sizes
+    }
+
+    def narrowed(tree: Any, fetch: Callable[[Any], Any]) -> Any:
+        if isinstance(tree, Ref):
+            return _gather(fetch(tree), layout.dims[tree.name][0], present)
+        if isinstance(tree, tuple | list):
+            return [narrowed(item, fetch) for item in tree]
+        return tree
+
+    def resized(node: Node, name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [sizes.get((node.name, name, place), item) for place, item in enumerate(value)]
+        return sizes.get((node.name, name, None), value)
+
+    def compute(node: Node, fetch: Callable[[Any], Any]) -> Any:
+        function = operator(node)
+        given = {name: resized(node, name, narrowed(value, fetch)) for name, value in arguments(node).items()}
+        names = [argument.name for argument in function._schema.arguments if not argument.kwarg_only]
+        result = function(*[given.pop(name) for name in names], **given)
+        if isinstance(result, tuple | list):
+            return [_scatter(r, dims, present) for r, dims in zip(result, layout.dims[node.name], strict=True)]
+        return _scatter(result, layout.dims[node.name][0], present)
+
+    return compute
+
+
+def _gather(tensor: Tensor, dims: Sequence[Dim], present: Presence) -> Tensor:
+    for place, dim in enumerate(dims):
+        if count(dim, present) != dim.shape[1]:
+            tensor = tensor.index_select(place, _kept(dim, present, tensor))
+    return tensor
+
+
+def _scatter(tensor: Tensor, dims: Sequence[Dim], present: Presence) -> Tensor:
+    for place, dim in enumerate(dims):
+        if count(dim, present) != dim.shape[1]:
+            shape = [*tensor.shape[:place], dim.shape[1], *tensor.shape[place + 1 :]]
+            tensor = tensor.new_zeros(shape).index_copy(place, _kept(dim, present, tensor), tensor)
+    return tensor
+
+
+def _kept(dim: Dim, present: Presence, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(slots(dim, present))).to(like.device)
