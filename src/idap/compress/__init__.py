@@ -1,0 +1,1 @@
+"""The two-stage compressor: filters, then layers, within a budget that holds."""

@@ -1,0 +1,119 @@
+"""Stage 2, layers: remove the branches and blocks that change the flow least (method.md 3.2)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idap.compress.budget import Budget
+from idap.compress.state import Journal, Setting, State
+from idap.divergence.observe import result_of, tensors_in
+from idap.divergence.ports import Wiring
+from idap.graph.calls import intercept
+from idap.record import Removal
+from idap.structure.blocks import Block
+from idap.training.batch import device_of, move
+from idap.training.evaluate import modes_kept
+
+
+def layer_stage(setting: Setting, state: State, goal: Budget, journal: Journal, removable: Sequence[str]) -> State:
+    """Remove layers until the goal is reached, the removals are used up, or all that is left is essential.
+
+    Args:
+        setting: of the run.
+        state: where to start; it is not changed.
+        goal: targets and the accuracy budget.
+        journal: gets one entry per decision.
+        removable: branches and blocks whose removal was proved on the original.
+
+    Returns:
+        The last accepted state.
+    """
+    stage = setting.config.layers
+    essential: set[str] = set()
+    rejected, already = 0, len(state.removed)
+    while len(state.removed) - already < stage.removals and rejected < stage.patience and not goal.reached(state.cost):
+        with setting.progress.phase(f"layers {len(journal.steps)}: measure", None):
+            scores = setting.divergence(state).blocks
+        left = {name: score for name, score in scores.items() if name in removable and name not in essential}
+        left = {name: score for name, score in left.items() if not _overshoots(setting, state, goal, name)}
+        short_list = sorted(left, key=lambda name: left[name])[: stage.short_list]
+        if not short_list:
+            break
+        chosen = _cheapest(setting, state, short_list)
+        removed = (*(name for name in state.removed if name not in setting.structure.block(chosen).contains), chosen)
+        candidate = setting.next_state(state, state.keep, removed, f"layers {len(journal.steps)}: recovery")
+        removal = Removal(
+            name=chosen,
+            kind=setting.structure.block(chosen).kind,
+            units=(),
+            left=0,
+            divergence=(scores[chosen], scores[chosen]),
+        )
+        if goal.holds(candidate.metric):
+            journal.note("layers", candidate, [removal], accepted=True, reason="within the budget")
+            state, rejected = candidate, 0
+        else:
+            essential.add(chosen)
+            rejected += 1
+            journal.note("layers", candidate, [removal], accepted=False, reason="outside the budget: it is essential")
+    return state
+
+
+def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:
+    """Whether removing a layer saves more than twice what is still wanted: filters come closer, and cost less."""
+    if goal.macs is None or not setting.config.filters.steps:
+        return False
+    saved = setting.costs.block_macs(name, state.keep, state.removed)
+    return saved > 2 * (state.cost.macs - goal.macs)
+
+
+def _cheapest(setting: Setting, state: State, names: Sequence[str]) -> str:
+    """The candidate whose removal costs least calibration loss per multiply-add saved."""
+    with setting.progress.phase("layers: trial", len(names) + 1) as phase:
+        before = calibration_loss(setting, state)
+        phase.advance()
+        price: dict[str, float] = {}
+        for name in names:
+            loss = calibration_loss(setting, state, setting.structure.block(name))
+            saved = setting.costs.block_macs(name, state.keep, state.removed)
+            price[name] = (loss - before) / max(1, saved) if loss > before else (loss - before) * max(1, saved)
+            phase.advance(name)
+    return min(names, key=lambda name: price[name])
+
+
+@torch.no_grad()
+def calibration_loss(setting: Setting, state: State, bypassed: Block | None = None) -> float:
+    """Mean loss on the calibration batches, perhaps with one more branch or block bypassed.
+
+    The block still runs; its result is replaced by the stream that entered it. Nothing is copied or traced.
+    """
+    task, model, total, count = setting.task, state.model, 0.0, 0
+    with modes_kept(model):
+        for batch in setting.calibration:
+            moved = move(batch, device_of(model))
+            outputs = task.run(model, moved) if bypassed is None else _run_without(setting, state, moved, bypassed)
+            size = task.size(moved)
+            total += float(task.loss(outputs, moved)) * size
+            count += size
+    return total / max(1, count)
+
+
+def _run_without(setting: Setting, state: State, batch: Any, block: Block) -> Any:
+    exit_call = setting.structure.graph.nodes[block.exit].call
+    entry = Wiring(setting.structure, state.removed).sight(block.entry)
+    assert entry is not None and exit_call is not None  # otherwise it would have no divergence
+    seen: dict[str, Tensor] = {}
+
+    def handle(key: Any, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if key == entry.call and entry.argument is not None:
+            seen["stream"] = tensors_in(args, dict(kwargs))[entry.argument].clone()
+        result = func(*args, **kwargs)
+        if key == entry.call and entry.argument is None:
+            seen["stream"] = result_of(setting.structure.graph, entry.node, result).clone()
+        # Written into the result, since code that works in place may not look at what a call returns.
+        return result.copy_(seen["stream"]) if key == exit_call else result
+
+    with intercept(state.model, handle):
+        return setting.task.run(state.model, batch)

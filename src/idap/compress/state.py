@@ -1,0 +1,199 @@
+"""One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from idap.compress.budget import Budget
+from idap.compress.config import Config
+from idap.cost.count import Cost, CostModel
+from idap.divergence.measure import Divergence, measure
+from idap.progress import Progress
+from idap.record import Removal, RunFolder, Step
+from idap.saving.checkpoint import save
+from idap.structure.analysis import Structure
+from idap.structure.plan import Plan
+from idap.surgery.apply import apply_plan
+from idap.surgery.verify import verify
+from idap.training.batch import Inputs, device_of, move
+from idap.training.evaluate import evaluate
+from idap.training.fit import Recovery, fit
+from idap.training.task import Task
+
+Keep = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class State:
+    """A model on the way, with what led to it.
+
+    Attributes:
+        model: cut and recovered.
+        keep: group name -> units it has, for every group.
+        removed: branches and blocks that are gone.
+        plan: from the original to the model.
+        cost: of one sample.
+        metric: on the validation data.
+        error: largest relative difference from the masked original when it was cut.
+    """
+
+    model: nn.Module
+    keep: Keep
+    removed: tuple[str, ...]
+    plan: Plan
+    cost: Cost
+    metric: float
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that stays the same during a run."""
+
+    original: nn.Module
+    task: Task
+    config: Config
+    structure: Structure
+    costs: CostModel
+    example: Inputs
+    budget: Budget
+    progress: Progress
+    folder: RunFolder | None
+    calibration: tuple[Any, ...]
+    """The calibration batches: the same ones at every step, so that scores can be compared."""
+
+    def passes(self) -> list[Callable[[nn.Module], Any]]:
+        """One function per calibration batch, which runs a model on it."""
+
+        def on(batch: Any) -> Callable[[nn.Module], Any]:
+            return lambda model: self.task.run(model, move(batch, device_of(model)))
+
+        return [on(batch) for batch in self.calibration]
+
+    def divergence(self, state: State) -> Divergence:
+        """The divergence of everything that may still go."""
+        return measure(
+            state.model,
+            self.structure,
+            self.passes(),
+            criterion=self.config.criterion,
+            keep=state.keep,
+            removed=state.removed,
+        )
+
+    def next_state(
+        self, state: State, keep: Keep, removed: Sequence[str], title: str, recovery: Recovery | None = None
+    ) -> State:
+        """Cut a copy of a state's model further, prove the cut, let it recover, and judge it.
+
+        Raises:
+            VerificationError: the cut model is not the masked original; the state is as it was.
+        """
+        plan = self.structure.plan(keep, tuple(removed))
+        model = apply_plan(state.model, plan.since(state.plan))
+        args, kwargs = self.example
+        proof = verify(self.structure, model, plan, args, kwargs)
+        metric = self.recover(model, title, recovery or self.config.recovery)
+        return State(
+            model, keep, tuple(removed), plan, self.costs.cost(keep, removed), metric, max(state.error, proof.error)
+        )
+
+    def recover(self, model: nn.Module, title: str, recovery: Recovery) -> float:
+        """Train a model beside the original, keep its best state, and return its metric on the validation data."""
+        sign = 1.0 if self.task.higher_is_better else -1.0
+
+        def judge(judged: nn.Module) -> float:
+            return sign * evaluate(judged, self.task)
+
+        report = fit(
+            model, self.task, recovery, teacher=self.original, progress=self.progress, title=title, judge=judge
+        )
+        assert report.best is not None  # there was a judge
+        return sign * report.best
+
+
+class Journal:
+    """Tells the decisions of a run to whoever listens, and writes them down."""
+
+    def __init__(self, setting: Setting, start: Cost) -> None:
+        self._setting = setting
+        self._start = start
+        self._since = time.monotonic()
+        self.steps: list[Step] = []
+
+    def note(self, stage: str, state: State, removed: Sequence[Removal], *, accepted: bool, reason: str) -> None:
+        """Record one decision; an accepted state is saved before the decision is written."""
+        now = time.monotonic()
+        step = Step(
+            index=len(self.steps),
+            stage=stage,
+            removed=tuple(removed),
+            macs=state.cost.macs,
+            parameters=state.cost.parameters,
+            metric=state.metric,
+            accepted=accepted,
+            reason=reason,
+            error=state.error,
+            seconds=now - self._since,
+        )
+        self._since = now
+        folder = self._setting.folder
+        if folder is not None:
+            if accepted:
+                save(folder.checkpoint(step.index), state.model, state.plan)
+            folder.add(step)
+        self.steps.append(step)
+        self._setting.progress.say(describe(step, self._start, self._setting.task.metric_name))
+
+
+def calibration_batches(task: Task, config: Config) -> tuple[Any, ...]:
+    """The first batches of the calibration data; a loader that shuffles does so by the run's seed."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(config.seed)
+        return tuple(islice(task.batches("calibration"), config.calibration_batches))
+
+
+def describe(step: Step, start: Cost, metric_name: str) -> str:
+    """One line for people: what went, its divergence, the cost, the metric, the decision."""
+    if not step.removed:
+        what = "nothing removed"
+    elif step.stage == "layers":
+        what = f"removed {step.removed[0].kind} {step.removed[0].name}"
+    else:
+        counts: dict[str, int] = {}
+        for removal in step.removed:
+            counts[removal.kind] = counts.get(removal.kind, 0) + len(removal.units)
+        parts = [f"{count} {kind}" for kind, count in counts.items()]
+        what = f"removed {' + '.join(parts)} in {len(step.removed)} groups"
+    if step.removed:
+        low = min(removal.divergence[0] for removal in step.removed)
+        high = max(removal.divergence[1] for removal in step.removed)
+        what += f", divergence {low:.2g}" if low == high else f", divergence {low:.2g} to {high:.2g}"
+    verdict = "accepted" if step.accepted else "rolled back"
+    return (
+        f"{step.stage} {step.index}: {what} | MACs {step.macs / start.macs:.1%} | "
+        f"parameters {step.parameters / start.parameters:.1%} | {metric_name} {step.metric:.4f} | "
+        f"{verdict}: {step.reason}"
+    )
+
+
+def few_samples(example: Inputs, count: int) -> Inputs:
+    """The first samples of example inputs: tensors whose first dimension is the batch are shortened."""
+    sizes = [leaf.shape[0] for leaf in _tensors(example) if leaf.dim() > 0]
+    batch = sizes[0] if sizes else 0
+
+    def shorten(leaf: Any) -> Any:
+        return leaf[:count].clone() if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
+
+    args, kwargs = tree_map(shorten, example)
+    return tuple(args), dict(kwargs)
+
+
+def _tensors(example: Inputs) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]

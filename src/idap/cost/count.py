@@ -1,0 +1,139 @@
+"""Multiply-adds and parameters of a model under any plan, without building it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from idap.cost.macs import counted, macs_of, ref_name, tensors_of
+from idap.graph.ir import Node
+from idap.structure.analysis import Structure
+from idap.structure.layout import Presence, count
+
+Keep = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one sample.
+
+    Attributes:
+        macs: multiply-adds for one sample.
+        parameters: trainable or not, buffers not counted.
+    """
+
+    macs: int
+    parameters: int
+
+
+class CostModel:
+    """Counts any plan of one model; the work that does not depend on the plan is done once.
+
+    Args:
+        structure: of the model.
+        batch: number of samples in the traced example; costs are per sample.
+    """
+
+    def __init__(self, structure: Structure, batch: int) -> None:
+        self._structure = structure
+        self._batch = batch
+        graph = structure.graph
+        self._nodes = [node for node in graph.nodes.values() if counted(node)]
+        self._parameters = {node.target for node in graph.nodes.values() if node.op == "parameter"}
+        self._used_by: dict[str, set[str]] = {}
+        for node in graph.nodes.values():
+            for name in node.inputs():
+                if graph.nodes[name].op == "parameter":
+                    self._used_by.setdefault(graph.nodes[name].target, set()).add(node.name)
+        self._touched: dict[int, list[Node]] = {group.index: [] for group in structure.groups}
+        for node in self._nodes:
+            for index in self._groups_of(node):
+                self._touched[index].append(node)
+
+    def cost(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> Cost:
+        """Cost of the model when groups keep only some units and some blocks are removed."""
+        present = self._structure.presence(keep or {})
+        dead = self._structure.dead_nodes(removed)
+        macs = sum(self._macs(node, present) for node in self._nodes if node.name not in dead)
+        parameters = sum(
+            prod(self._tensor_shape(name, present))
+            for name in self._parameters
+            if not self._used_by.get(name, set()) <= dead or not dead
+        )
+        return Cost(macs // self._batch, parameters)
+
+    def unit_macs(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> dict[str, float]:
+        """Multiply-adds per sample that the next unit of each group would save."""
+        structure, keep = self._structure, keep or {}
+        present = structure.presence(keep)
+        dead = structure.dead_nodes(removed)
+        found = {}
+        for group in structure.groups:
+            units = list(keep.get(group.name, range(group.size)))
+            fewer = self._without(present, group.index, units[-1])
+            nodes = [node for node in self._touched[group.index] if node.name not in dead]
+            saved = sum(self._macs(node, present) - self._macs(node, fewer) for node in nodes)
+            found[group.name] = saved / self._batch
+        return found
+
+    def unit_parameters(self, keep: Keep | None = None) -> dict[str, float]:
+        """Parameters that the next unit of each group would save."""
+        structure, keep = self._structure, keep or {}
+        present = structure.presence(keep)
+        found = {}
+        for group in structure.groups:
+            units = list(keep.get(group.name, range(group.size)))
+            fewer = self._without(present, group.index, units[-1])
+            tensors = {name for name, _ in group.members if name in self._parameters}
+            found[group.name] = float(
+                sum(prod(self._tensor_shape(n, present)) - prod(self._tensor_shape(n, fewer)) for n in tensors)
+            )
+        return found
+
+    def block_macs(self, name: str, keep: Keep | None = None, removed: Sequence[str] = ()) -> int:
+        """Multiply-adds per sample that removing a branch or block would save."""
+        return self.cost(keep, removed).macs - self.cost(keep, [*removed, name]).macs
+
+    def _without(self, present: Presence, group: int, unit: int) -> Presence:
+        layout = self._structure.layout
+        fewer: Presence = present & ~((layout.group_of == group) & (layout.unit_of == unit))
+        return fewer
+
+    def _groups_of(self, node: Node) -> set[int]:
+        layout = self._structure.layout
+        return {
+            group
+            for name in tensors_of(node)
+            for dims in layout.dims[name]
+            for dim in dims
+            for group in layout.groups_in(dim)
+        }
+
+    def _macs(self, node: Node, present: Presence) -> int:
+        layout = self._structure.layout
+
+        def shape_of(value: Any) -> tuple[int, ...]:
+            return tuple(count(dim, present) for dim in layout.dims[ref_name(value)][0])
+
+        return macs_of(node, tuple(count(dim, present) for dim in layout.dims[node.name][0]), shape_of)
+
+    def _tensor_shape(self, name: str, present: Presence) -> tuple[int, ...]:
+        return tuple(count(dim, present) for dim in self._structure.layout.tensors[name])
+
+
+def count_macs(structure: Structure, *, batch: int = 1) -> int:
+    """Multiply-adds of the traced model for one sample.
+
+    Args:
+        structure: from `analyze`.
+        batch: number of samples in the traced example.
+    """
+    return CostModel(structure, batch).cost().macs
+
+
+def count_parameters(structure: Structure) -> int:
+    """Parameters of the traced model, tied ones once."""
+    names = {node.target for node in structure.graph.nodes.values() if node.op == "parameter"}
+    return int(sum(np.prod(structure.graph.shapes[name], dtype=np.int64) for name in names))

@@ -1,0 +1,154 @@
+"""The run folder: one JSON line per decision, every file written whole or not at all.
+
+run/
+├── run.json        settings, environment, baseline; written before any work
+├── steps.jsonl     one line per decision, in order
+├── checkpoints/    the accepted states
+└── model/          the result: model.safetensors, plan.json
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from idap.errors import RunFolderError
+
+RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What one group or block lost in a step.
+
+    Attributes:
+        name: of the group, branch or block.
+        kind: "channels", "neurons", "heads", "head width", "branch" or "block".
+        units: the units removed, in the original's indices; empty for branches and blocks.
+        left: units that the group has left; 0 for branches and blocks.
+        divergence: lowest and highest divergence among what was removed.
+    """
+
+    name: str
+    kind: str
+    units: tuple[int, ...]
+    left: int
+    divergence: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The record of one decision.
+
+    Attributes:
+        index: place in the run, from 0.
+        stage: "filters", "layers" or "final".
+        removed: what the step removed.
+        macs: multiply-adds for one sample after the step.
+        parameters: after the step.
+        metric: on the validation data, measured after the step's recovery.
+        accepted: whether the step was kept; otherwise everything was rolled back.
+        reason: why it was kept or not.
+        error: largest relative difference between the pruned model and the masked original, before recovery.
+        seconds: that the step took.
+    """
+
+    index: int
+    stage: str
+    removed: tuple[Removal, ...]
+    macs: int
+    parameters: int
+    metric: float
+    accepted: bool
+    reason: str
+    error: float
+    seconds: float
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """A folder that holds one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Create the folder and note the settings.
+
+        Raises:
+            RunFolderError: the folder holds another run or other files, or can't be written.
+        """
+        if (self.path / RUN).exists():
+            raise RunFolderError(f"{self.path} already holds a run ({RUN}); choose another folder, or delete this one.")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(f"{self.path} exists and is not an empty folder; choose another one for the run.")
+        try:
+            (self.path / CHECKPOINTS).mkdir(parents=True)
+            write_json(self.path / RUN, settings)
+        except OSError as error:
+            raise RunFolderError(f"cannot write the run folder {self.path}: {error}") from error
+
+    def add(self, step: Step) -> None:
+        """Append one decision; it is on the disk when this returns."""
+        line = json.dumps(asdict(step), default=_plain) + "\n"
+        with (self.path / STEPS).open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def checkpoint(self, index: int) -> Path:
+        """Where the state accepted at step `index` is kept."""
+        return self.path / CHECKPOINTS / f"step-{index:03d}"
+
+    @property
+    def model(self) -> Path:
+        """Where the result is kept."""
+        return self.path / MODEL
+
+
+def read_steps(folder: str | Path) -> list[dict[str, Any]]:
+    """The decisions of a run, in order.
+
+    Raises:
+        RunFolderError: the folder holds no run, or a line is broken.
+    """
+    file = Path(folder) / STEPS
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{folder} holds no run: {file} is missing") from error
+    except json.JSONDecodeError as error:
+        raise RunFolderError(f"{file} is broken: {error}") from error
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_bytes(path, (json.dumps(data, indent=1, default=_plain) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: into a neighbour first, which then takes its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "__dataclass_fields__"):
+        return asdict(value)  # type: ignore[call-overload]
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} can't be written as JSON")

@@ -1,0 +1,1 @@
+"""Compressed models on disk: safetensors and a plan in JSON, no pickle."""
