@@ -171,11 +171,12 @@ class SubsampledShortcut(nn.Module):
 
     def __init__(self, extra: int) -> None:
         super().__init__()
-        self.pad = extra // 2
+        self.before = extra // 2
+        self.behind = extra - extra // 2  # numbers of their own, so that either side may shrink
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C + extra, H/2, W/2)`."""
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.behind))
 
 
 class CifarResNet(nn.Module):

@@ -1,0 +1,171 @@
+"""`idap compress`: both stages, from a recipe or from a model and a task."""
+
+import json
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from idap.cli.failure import GOAL_MISSED, Outcome
+from idap.cli.options import (
+    DataPath,
+    Debug,
+    Json,
+    Macs,
+    MaxDrop,
+    ModelSpec,
+    Overrides,
+    Quiet,
+    RecipeFile,
+    RunDir,
+    TaskSpec,
+    WeightsPath,
+)
+from idap.cli.progress import listener
+from idap.cli.tables import Comparison, comparison_table
+from idap.errors import ConfigError
+from idap.progress import Progress
+from idap.record import RunFolder, read_steps
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from idap.compress.result import Result
+    from idap.training.task import Task
+    from idap.zoo.recipe import Recipe
+
+LATENCY_REPEATS = 30
+
+
+def compress_command(  # noqa: PLR0913 - one argument per option
+    recipe: RecipeFile = None,
+    *,
+    model: ModelSpec = None,
+    task: TaskSpec = None,
+    data: DataPath = None,
+    weights: WeightsPath = None,
+    max_drop: MaxDrop = None,
+    macs: Macs = None,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a trained model: remove filters, then layers, within a budget of accuracy.
+
+    The run folder keeps every decision, the accepted models and the result, which idap.load reads.
+    """
+    where = str(recipe) if recipe is not None else model or "the command line"
+    outcome = Outcome(command="idap compress", where=where, as_json=as_json, debug=debug)
+    goals = {"goals.max_drop": max_drop, "goals.macs": macs}
+    settings = [*(overrides or []), *(f"{name}={value}" for name, value in goals.items() if value is not None)]
+    replaced = {"model.build": model, "task.build": task, "data.path": data, "model.weights": weights}
+    with outcome.reported():
+        if recipe is None and (model is None or task is None):
+            raise ConfigError("say what is compressed: a recipe, or both --model and --task.")
+        from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
+
+        read = read_recipe(recipe, settings, replaced=replaced)
+        outcome.run_dir = run_dir = _fresh(run_dir or read.run_dir, read.name)
+        # With --json, the standard output belongs to the document.
+        console = Console(highlight=False, stderr=as_json)
+        result, numbers = _run(read, run_dir, console, quiet=quiet)
+        if as_json:
+            typer.echo(json.dumps(_document(result, numbers, run_dir), indent=1))
+        elif not quiet:
+            _show(console, result, numbers, run_dir)
+    if not result.reached:
+        raise typer.Exit(GOAL_MISSED)
+
+
+def _fresh(wanted: Path | None, name: str) -> Path:
+    """Refuse a folder that is in use before any work is done; without a wish, take the first free one of `runs/`."""
+    if wanted is None:
+        numbered = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in count(1))
+        return next(folder for folder in numbered if not folder.exists())
+    RunFolder(wanted).check()
+    return wanted
+
+
+def _run(recipe: "Recipe", run_dir: Path, console: Console, *, quiet: bool) -> tuple["Result", Comparison]:
+    from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
+    from idap.training.fit import fit  # noqa: PLC0415 - as above
+
+    progress = listener(console, quiet=quiet)
+    config, training = recipe.config(), recipe.training()
+    model, task = recipe.model(), recipe.task()
+    if training is not None:
+        fit(model, task, training, progress=progress, title="train")
+    progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
+    result = compress(model, task, config, run_dir=run_dir, progress=progress)
+    return result, compare(model, result, task, progress)
+
+
+def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progress) -> Comparison:
+    """Measure the original and the result side by side: latency, and the metric on the test data.
+
+    Args:
+        model: the original.
+        result: of its compression.
+        task: of both; the test data is looked at here, for the first time.
+        progress: hears of it.
+
+    Returns:
+        The numbers of the closing table.
+    """
+    from idap.cost.latency import measure_latency  # noqa: PLC0415 - torch is slow to import
+    from idap.training.batch import device_of  # noqa: PLC0415 - as above
+    from idap.training.evaluate import evaluate  # noqa: PLC0415 - as above
+
+    test = None
+    if task.test is not None:
+        before, after = (evaluate(each, task, split="test", progress=progress) for each in (model, result.model))
+        test = (before, after)
+    args, kwargs = task.example(device_of(model))
+    with progress.phase("latency", 1) as phase:
+        models = {"before": model, "after": result.model}
+        times = measure_latency(models, args, kwargs, repeats=LATENCY_REPEATS)
+        phase.advance()
+    return Comparison(
+        parameters=result.parameters,
+        macs=result.macs,
+        metric_name=task.metric_name,
+        val=(result.baseline, result.metric),
+        test=test,
+        latency=(times["before"].median, times["after"].median),
+        batch=next((len(value) for value in args if hasattr(value, "__len__")), 1),
+    )
+
+
+def _goals(config: Any, metric: str) -> str:
+    parts = [] if config.max_drop is None else [f"{metric} within {config.max_drop:g} of the original's"]
+    for share, name in ((config.macs, "multiply-adds"), (config.parameters, "parameters")):
+        if share is not None:
+            parts.append(f"{share:.0%} of the {name}")
+    return ", ".join(parts)
+
+
+def _show(console: Console, result: "Result", numbers: Comparison, run_dir: Path) -> None:
+    console.print()
+    console.print(comparison_table(numbers))
+    style = "green" if result.reached else "yellow"
+    console.print(Text.assemble((result.message[:1].upper() + result.message[1:], style), "."))
+    console.print(
+        f"The model is in {RunFolder(run_dir).model}, every decision in {run_dir}.", markup=False, soft_wrap=True
+    )
+
+
+def _document(result: "Result", numbers: Comparison, run_dir: Path) -> dict[str, Any]:
+    return {
+        "reached": result.reached,
+        "message": result.message,
+        **numbers.to_json(),
+        "output_error": result.output_error,
+        "run_dir": str(run_dir),
+        "model": str(RunFolder(run_dir).model),
+        "steps": read_steps(run_dir),
+    }

@@ -1,0 +1,149 @@
+"""The demonstration: train two small networks on real scans, compress both, show what happened, prove the files."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from idap.cli.compress import compare
+from idap.cli.tables import comparison_table
+from idap.compress.config import Config, FilterStage, LayerStage
+from idap.compress.result import Result
+from idap.compress.run import compress
+from idap.errors import CheckpointError
+from idap.progress import Progress
+from idap.saving.checkpoint import load
+from idap.training.batch import default_inputs
+from idap.training.evaluate import modes_kept
+from idap.training.fit import Recovery, fit
+from idap.training.task import Task, classification
+from idap.zoo.data import digits
+from idap.zoo.nets import DigitsResNet, DigitsViT
+
+MAX_DROP, MACS = 0.01, 0.5
+
+
+@dataclass(frozen=True)
+class Act:
+    """One network of the demonstration.
+
+    Attributes:
+        title: for people.
+        folder: name of its run folder.
+        build: makes it anew.
+        training: from scratch.
+        recovery: after each cut.
+    """
+
+    title: str
+    folder: str
+    build: Callable[[], nn.Module]
+    training: Recovery
+    recovery: Recovery
+
+
+def acts(*, fast: bool, seed: int) -> tuple[Act, ...]:
+    """The networks with their settings, which were tuned on the validation data."""
+    short = 0.5 if fast else 1.0
+    adamw = {"optimizer": "adamw", "weight_decay": 0.05, "seed": seed}
+    return (
+        Act(
+            "a residual CNN",
+            "resnet",
+            DigitsResNet,
+            Recovery(epochs=8 * short, lr=0.05, seed=seed),
+            Recovery(epochs=3 * short, lr=0.02, seed=seed),
+        ),
+        Act(
+            "a vision transformer",
+            "vit",
+            DigitsViT,
+            Recovery(epochs=20 * short, lr=3e-3, **adamw),  # type: ignore[arg-type]
+            Recovery(epochs=4 * short, lr=1.5e-3, **adamw),  # type: ignore[arg-type]
+        ),
+    )
+
+
+def run_demo(
+    console: Console, progress: Progress, *, fast: bool = False, seed: int = 0, out: Path | None = None
+) -> bool:
+    """Train, compress, compare, save and reload two small networks.
+
+    Args:
+        console: for the text between the bars.
+        progress: for the bars, and one line per decision.
+        fast: train for half the time; the accuracies suffer.
+        seed: of everything that is random.
+        out: where the runs are kept, a new or empty folder; None keeps them in a temporary one.
+
+    Returns:
+        Whether every goal was reached.
+
+    Raises:
+        CheckpointError: a saved model did not give the same outputs after loading.
+    """
+    splits = digits(seed=seed)
+    task = classification(splits.train, splits.val, num_classes=splits.num_classes, test=splits.test)
+    sizes = [len(part.tensors[0]) for part in (splits.train, splits.val, splits.test)]
+    console.print(
+        f"Handwritten digits from scikit-learn, 8x8 pixels: {sizes[0]} to train on, {sizes[1]} that decide, {sizes[2]} "
+        f"looked at once, at the end.\nGoals: at most {MAX_DROP * 100:g} point of validation accuracy lost, at most "
+        f"{MACS:.0%} of the multiply-adds."
+    )
+    with tempfile.TemporaryDirectory(prefix="idap-demo-") as temporary:
+        folder = out or Path(temporary)
+        reached = [
+            _perform(act, task, folder / act.folder, console, progress, seed) for act in acts(fast=fast, seed=seed)
+        ]
+        if out is not None:
+            console.print(
+                f"\nThe runs are in {out}; idap.load(folder/'model', freshly_built) loads a model.", markup=False
+            )
+    return all(reached)
+
+
+def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Progress, seed: int) -> bool:
+    console.print()
+    console.rule(Text(f"{act.title} ({act.build.__name__})", style="bold"), align="left", characters="─")
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        model = act.build()
+    fit(model, task, act.training, progress=progress, title="train")
+    config = Config(
+        max_drop=MAX_DROP,
+        macs=MACS,
+        recovery=act.recovery,
+        filters=FilterStage(first_share=0.15, steps=8),
+        layers=LayerStage(removals=3),
+        seed=seed,
+    )
+    result = compress(model, task, config, run_dir=folder, progress=progress)
+    console.print()
+    console.print(comparison_table(compare(model, result, task, progress)))
+    console.print(
+        Text(f"{result.message[:1].upper()}{result.message[1:]}.", style="green" if result.reached else "yellow")
+    )
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        reloaded = load(folder / "model", act.build())
+    worst = _largest_difference(result, reloaded, task)
+    if worst:
+        raise CheckpointError(f"the model loaded from {folder / 'model'} differs from the saved one by {worst:g}")
+    console.print(
+        "Saved as safetensors + plan.json and loaded into a freshly built original: the outputs are the same."
+    )
+    return result.reached
+
+
+@torch.no_grad()
+def _largest_difference(result: Result, reloaded: nn.Module, task: Task) -> float:
+    worst = 0.0
+    with modes_kept(result.model), modes_kept(reloaded):
+        for batch in task.batches("test"):
+            args, kwargs = default_inputs(batch)
+            worst = max(worst, float((result.model(*args, **kwargs) - reloaded(*args, **kwargs)).abs().max()))
+    return worst

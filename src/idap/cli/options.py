@@ -1,0 +1,62 @@
+"""The options of the commands: their types and help texts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
+
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE", help="A TOML file; see recipes/.", show_default=False)
+]
+ModelSpec = Annotated[
+    str | None, typer.Option("--model", metavar="SPEC", help="The model, such as python:net.py:build or timm:NAME.")
+]
+TaskSpec = Annotated[
+    str | None, typer.Option("--task", metavar="SPEC", help="The task, python:FILE.py:NAME: a Task, or a function.")
+]
+DataPath = Annotated[
+    Path | None, typer.Option("--data", metavar="PATH", help="The data, instead of the recipe's.", show_default=False)
+]
+WeightsPath = Annotated[
+    Path | None, typer.Option("--weights", metavar="PATH", help="The weights, instead of the recipe's.")
+]
+MaxDrop = Annotated[
+    str | None,
+    typer.Option("--max-drop", metavar="NUMBER", help="Largest loss of the metric: 0.01 is a point of accuracy."),
+]
+Macs = Annotated[
+    str | None, typer.Option("--macs", metavar="SHARE", help="Share of the multiply-adds that may stay: 0.5 or 50%.")
+]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="PATH", help="New folder for the run; runs/NAME if left out.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the recipe; may be repeated."),
+]
+Spec = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="A model (python:FILE.py:NAME, idap:NAME, torchvision:NAME, timm:NAME) or a recipe (FILE.toml).",
+        show_default=False,
+    ),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="1,3,32,32",
+        help="Shape of an input, batch first; once per positional input. Add :int for token numbers, as in 1,128:int.",
+    ),
+]
+Members = Annotated[bool, typer.Option("--members", metavar="", help="List the tensors of each group.")]
+Fast = Annotated[bool, typer.Option("--fast", metavar="", help="Train and compress for a shorter time.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything that is random.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="PATH", help="Folder for the compressed models; temporary if left out.")
+]

@@ -1,0 +1,205 @@
+"""What may be removed from a model, as plain numbers and as a tree."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from idap.cost.count import CostModel
+    from idap.structure.analysis import Structure
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupView:
+    """One group of coupled units.
+
+    Attributes:
+        name: of the group.
+        kind: channels, neurons, heads or head width.
+        size: number of units.
+        macs_share: share of all multiply-adds that scales with the number of its units.
+        members: tensors that shrink with it, as `name[dimension]`.
+        crosses: norms, softmaxes and reductions over its units.
+    """
+
+    name: str
+    kind: str
+    size: int
+    macs_share: float
+    members: tuple[str, ...]
+    crosses: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockView:
+    """One branch or block that can be removed whole.
+
+    Attributes:
+        name: of the part.
+        kind: branch or block.
+        macs_share: share of all multiply-adds that goes with it.
+        contains: names of the parts that go with it.
+    """
+
+    name: str
+    kind: str
+    macs_share: float
+    contains: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockedView:
+    """One dimension of a weight that can't shrink, and why."""
+
+    tensor: str
+    dim: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureView:
+    """Everything that `idap inspect` shows.
+
+    Attributes:
+        model: class of the model.
+        macs: multiply-adds for one sample.
+        parameters: number of parameters.
+        prunable: share of the parameters that have a dimension that can shrink.
+        groups: in the order of the network.
+        blocks: in the order of the network.
+        blocked: dimensions that stay.
+    """
+
+    model: str
+    macs: int
+    parameters: int
+    prunable: float
+    groups: tuple[GroupView, ...]
+    blocks: tuple[BlockView, ...]
+    blocked: tuple[BlockedView, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as dicts and lists."""
+        return asdict(self)
+
+
+def survey(model: str, structure: "Structure", costs: "CostModel") -> StructureView:
+    """Collect what may be removed from a model.
+
+    Args:
+        model: class of the model.
+        structure: from `analyze`.
+        costs: of the same structure.
+
+    Returns:
+        Plain names and numbers.
+    """
+    whole = costs.cost()
+    units = costs.unit_macs()
+    total = max(1, whole.macs)
+    return StructureView(
+        model=model,
+        macs=whole.macs,
+        parameters=whole.parameters,
+        prunable=structure.prunable,
+        groups=tuple(
+            GroupView(
+                name=group.name,
+                kind=group.kind,
+                size=group.size,
+                macs_share=units[group.name] * group.size / total,
+                members=tuple(f"{tensor}[{dim}]" for tensor, dim in group.members),
+                crosses=group.crosses,
+            )
+            for group in structure.groups
+        ),
+        blocks=tuple(
+            BlockView(
+                name=block.name,
+                kind=block.kind,
+                macs_share=costs.block_macs(block.name) / total,
+                contains=block.contains,
+            )
+            for block in structure.blocks
+        ),
+        blocked=tuple(
+            BlockedView(tensor=item.tensor, dim=item.dim, size=item.size, reason=item.reason)
+            for item in structure.blocked
+        ),
+    )
+
+
+def structure_tree(view: StructureView, *, members: bool = False) -> Tree:
+    """Draw what may be removed.
+
+    Args:
+        view: from `survey`.
+        members: list the tensors of each group.
+
+    Returns:
+        A rich tree: groups, blocks with the branches in them, and what stays.
+    """
+    facts = f"{view.parameters:,} parameters, {view.macs:,} MACs per sample, {view.prunable:.0%} prunable"
+    root = Tree(Text.assemble((view.model, "bold"), f": {facts}"))
+    _add_groups(root, view.groups, members=members)
+    _add_blocks(root, view.blocks)
+    if view.blocked:
+        branch = root.add(Text.assemble((f"{_count(len(view.blocked), 'dimension')} of weights can't shrink", "bold")))
+        for item in view.blocked:
+            line = Text(f"{item.tensor}, dimension {item.dim} of size {item.size}")
+            branch.add(line).add(Text(item.reason, style="dim"))
+    return root
+
+
+def _add_groups(root: Tree, groups: Sequence[GroupView], *, members: bool) -> None:
+    units = sum(group.size for group in groups)
+    branch = root.add(Text(f"{_count(len(groups), 'group')} with {units:,} units; units go one by one", style="bold"))
+    name = max((len(group.name) for group in groups), default=0)
+    kind = max((len(group.kind) for group in groups), default=0)
+    for group in groups:
+        line = Text.assemble(
+            (f"{group.name:<{name}}", "cyan"),
+            f"  {group.size:>5} {group.kind:<{kind}}  {group.macs_share:>6.1%} of MACs",
+            f"  {len(group.members)} tensors",
+        )
+        added = branch.add(line)
+        if members:
+            added.add(Text(", ".join(group.members), style="dim"))
+        if members and group.crosses:
+            added.add(Text(f"crosses {', '.join(group.crosses)}", style="dim"))
+
+
+def _add_blocks(root: Tree, blocks: Sequence[BlockView]) -> None:
+    branch = root.add(Text(f"{_count(len(blocks), 'part')} that can go whole", style="bold"))
+    parents = _parents(blocks)
+    depth = {block.name: _depth(block.name, parents) for block in blocks}
+    width = max((len(block.name) + 4 * depth[block.name] for block in blocks), default=0)
+    nodes: dict[str, Tree] = {}
+    # Larger parts first, so that a parent exists before its children; the order of the network otherwise.
+    for block in sorted(blocks, key=lambda block: depth[block.name]):
+        line = Text.assemble(
+            (f"{block.name:<{width - 4 * depth[block.name]}}", "cyan"),
+            f"  {block.kind:<6}  {block.macs_share:>6.1%} of MACs",
+        )
+        parent = parents.get(block.name)
+        nodes[block.name] = (branch if parent is None else nodes[parent]).add(line)
+
+
+def _parents(blocks: Sequence[BlockView]) -> dict[str, str]:
+    """For each part the smallest part that contains it."""
+    found: dict[str, str] = {}
+    for outer in sorted(blocks, key=lambda block: -len(block.contains)):
+        found |= dict.fromkeys(outer.contains, outer.name)
+    return found
+
+
+def _depth(name: str, parents: Mapping[str, str]) -> int:
+    return 0 if name not in parents else 1 + _depth(parents[name], parents)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

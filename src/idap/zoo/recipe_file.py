@@ -1,0 +1,121 @@
+"""From a TOML file, overrides and environment variables to one plain table."""
+
+import os
+import re
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from idap.errors import ConfigError
+from idap.zoo.script import PREFIX, is_script
+from idap.zoo.sections import nearest_key
+
+Table = dict[str, Any]
+Changes = Mapping[tuple[str, str], Any]
+
+_PATHS = ("model.weights", "data.path", "output.run_dir")
+_SPECS = ("model.build", "task.build", "data.name")
+_OPTIONS = {"model.weights": "--weights PATH", "data.path": "--data PATH", "output.run_dir": "--run-dir PATH"}
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def read_changes(overrides: Sequence[str], replaced: Mapping[str, str | Path | None]) -> Changes:
+    """Read what the command line says beside the file.
+
+    Args:
+        overrides: `section.key=value`, with the value as in TOML; text may go without quotes.
+        replaced: `section.key` -> text taken as it is; None says nothing.
+
+    Returns:
+        (section, key) -> value.
+
+    Raises:
+        ConfigError: an override has another form.
+
+    Example:
+        >>> read_changes(["goals.macs=0.5", "compress.criterion=paper"], {"data.path": None})
+        {('goals', 'macs'): 0.5, ('compress', 'criterion'): 'paper'}
+    """
+    changes = dict(_override(text) for text in overrides)
+    return changes | {_key(name): str(value) for name, value in replaced.items() if value is not None}
+
+
+def read_table(path: Path, without: Collection[tuple[str, str]] = ()) -> Table:
+    """Read a file; its paths are made independent of the working folder, variables are filled in.
+
+    Args:
+        path: a TOML file.
+        without: (section, key) that are left out, for they will be replaced; their variables need not be set.
+
+    Returns:
+        Section -> key -> value, not checked.
+
+    Raises:
+        ConfigError: the file can't be read, or a variable is not set.
+    """
+    table = _parse(path)
+    for section, values in table.items():
+        if isinstance(values, dict):
+            kept = {key: value for key, value in values.items() if (section, key) not in without}
+            table[section] = {key: _settled(f"{section}.{key}", value, path) for key, value in kept.items()}
+    return table
+
+
+def with_changes(table: Table, changes: Changes) -> Table:
+    """Put changes into a table; sections that it lacks are added."""
+    changed = {section: dict(values) if isinstance(values, dict) else values for section, values in table.items()}
+    for (section, key), value in changes.items():
+        values = changed.setdefault(section, {})
+        if isinstance(values, dict):
+            values[key] = value
+    return changed
+
+
+def _key(name: str) -> tuple[str, str]:
+    section, _, key = name.strip().partition(".")
+    return section, key
+
+
+def _override(text: str) -> tuple[tuple[str, str], Any]:
+    name, equals, written = text.partition("=")
+    section, key = _key(name)
+    if not equals or not section or not key:
+        advice = f" ({nearest_key('', section)})" if section and not key else ""
+        raise ConfigError(f"--set {text!r} is not section.key=value, as in --set goals.macs=0.5{advice}.")
+    try:
+        return (section, key), tomllib.loads(f"value = {written.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        # A shell eats quotes, so what is no TOML value is text.
+        return (section, key), written.strip()
+
+
+def _parse(path: Path) -> Table:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no recipe {path}. Recipes are TOML files; those of idap lie in recipes/."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the recipe {path} can't be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}. Text needs quotes, and each key stands once.") from error
+
+
+def _settled(name: str, value: Any, path: Path) -> Any:
+    if not isinstance(value, str):
+        return value
+    for variable in _VARIABLE.findall(value):
+        if variable not in os.environ:
+            option = f", or pass {_OPTIONS[name]}" if name in _OPTIONS else ""
+            raise ConfigError(
+                f"{path}: {name} is {value!r}, but the environment variable {variable} is not set. "
+                f"Run: export {variable}=...{option}."
+            )
+        value = value.replace(f"${{{variable}}}", os.environ[variable])
+    if name in _PATHS:
+        return str(path.parent / Path(value).expanduser())
+    if name in _SPECS and is_script(value) and ".py:" in value:
+        return f"{PREFIX}{path.parent / Path(value.removeprefix(PREFIX)).expanduser()}"
+    return value

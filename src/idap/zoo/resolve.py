@@ -1,0 +1,156 @@
+"""A model by name: `python:...` of the user's own code, or a name that idap, torchvision or timm knows."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from idap.errors import ConfigError
+from idap.zoo.nets import DigitsResNet, DigitsViT, cifar_resnet20, cifar_resnet56
+from idap.zoo.script import call_object, is_script
+from idap.zoo.weights import load_weights
+
+Shape = tuple[int, ...]
+SCHEMES = ("python", "idap", "torchvision", "timm")
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A network of `nets.py` and the shape of its input."""
+
+    build: Callable[[], nn.Module]
+    shape: Shape
+
+
+_OWN: Mapping[str, _Own] = {
+    "digits_resnet": _Own(DigitsResNet, (1, 1, 8, 8)),
+    "digits_vit": _Own(DigitsViT, (1, 1, 8, 8)),
+    "cifar_resnet20": _Own(cifar_resnet20, (1, 3, 32, 32)),
+    "cifar_resnet56": _Own(cifar_resnet56, (1, 3, 32, 32)),
+}
+
+
+def build_model(spec: str, weights: str | Path | None = None) -> nn.Module:
+    """Build a model, with random weights or those of a file.
+
+    Args:
+        spec: `python:file.py:name`, `python:package.module:name` (a class or function that is called without
+            arguments, or a module), `idap:NAME`, `torchvision:NAME` or `timm:NAME`.
+        weights: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ConfigError: the spec names nothing, its package is not installed, or the user's code fails.
+        CheckpointError: the weights can't be read or don't fit the model.
+
+    Example:
+        >>> type(build_model("idap:digits_resnet")).__name__
+        'DigitsResNet'
+    """
+    scheme, _, name = spec.partition(":")
+    if is_script(spec):
+        model = call_object(spec, _module_of)
+    elif scheme == "idap":
+        model = _OWN[_known(spec, name, list(_OWN))].build()
+    elif scheme == "torchvision":
+        model = _torchvision(spec, name)
+    elif scheme == "timm":
+        model = _timm(spec, name)
+    else:
+        raise ConfigError(f"model {spec!r} can't be looked up. {_scheme_advice(spec)}")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{spec} gave {type(model).__name__}, expected a torch.nn.Module; return the model itself.")
+    if weights is not None:
+        load_weights(model, weights)
+    return model.eval()
+
+
+def example_shape(spec: str, model: nn.Module) -> Shape | None:
+    """Look up the shape of one example batch for a model built from a spec.
+
+    Args:
+        spec: that the model was built from.
+        model: asked for the image size where it states one, as timm's models do.
+
+    Returns:
+        A shape with batch size 1; None where the spec does not tell.
+
+    Example:
+        >>> example_shape("idap:cifar_resnet20", nn.Identity())
+        (1, 3, 32, 32)
+    """
+    scheme, _, name = spec.partition(":")
+    if scheme == "idap" and name in _OWN:
+        return _OWN[name].shape
+    if scheme == "timm":
+        stated: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        return (1, *stated.get("input_size", (3, 224, 224)))
+    return (1, 3, 224, 224) if scheme == "torchvision" else None
+
+
+def _module_of(found: Any) -> Any:
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise ConfigError(f"the model is {type(found).__name__}, expected a function without arguments or a module.")
+    return found()
+
+
+def _torchvision(spec: str, name: str) -> nn.Module:
+    models = _optional("torchvision.models", spec)
+    model: nn.Module = models.get_model(_known(spec, name, models.list_models()))
+    return model
+
+
+def _timm(spec: str, name: str) -> nn.Module:
+    timm = _optional("timm", spec)
+    # Names may end in a tag, as in resnet18.a1_in1k; the tag picks weights, which are not fetched here.
+    _known(spec, name.partition(".")[0], timm.list_models())
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    return model
+
+
+def _optional(module: str, spec: str) -> ModuleType:
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] == package:
+            raise ConfigError(f"{spec} needs {package}, which is missing. Run: pip install 'idap[vision]'") from error
+        raise _does_not_import(spec, package, error) from error
+    except Exception as error:
+        raise _does_not_import(spec, package, error) from error
+
+
+def _does_not_import(spec: str, package: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{spec}: {package} is installed but can't be imported: {type(error).__name__}: {error}. It was probably built "
+        "for another version of torch; install torch and torchvision together, from the same index."
+    )
+
+
+def _known(spec: str, name: str, names: list[str]) -> str:
+    if name in names:
+        return name
+    scheme = spec.partition(":")[0]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    advice = f"did you mean {scheme}:{near[0]}?" if near else f"there are {', '.join(names[:8])}."
+    raise ConfigError(f"{scheme} has no model named {name!r}; {advice}")
+
+
+def _scheme_advice(spec: str) -> str:
+    scheme, colon, rest = spec.partition(":")
+    if ".py" in spec:
+        return f"For your own code write python:{spec if colon else f'{spec}:NAME'}."
+    if not colon:
+        near = difflib.get_close_matches(spec, list(_OWN), n=1, cutoff=0.75)
+        return f"Write idap:{near[0]}." if near else f"Say where it comes from: torchvision:{spec} or timm:{spec}."
+    near = difflib.get_close_matches(scheme, SCHEMES, n=1)
+    return f"Did you mean {near[0]}:{rest}?" if near else f"A spec begins with {', '.join(f'{s}:' for s in SCHEMES)}."

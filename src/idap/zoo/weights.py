@@ -1,0 +1,122 @@
+"""Read trained weights into a model: every tensor must fit, or nothing changes."""
+
+import difflib
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from idap.errors import CheckpointError
+
+# Names under which training scripts keep the tensors within a larger checkpoint.
+_NESTED = ("state_dict", "model_state_dict", "model")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a file of weights into a model, in place and strictly.
+
+    Names may carry the prefix `module.` of DataParallel. Tied tensors may be stored once. Counters of batches that a
+    norm has seen may be missing, older files do not have them.
+
+    Args:
+        model: changed only if everything fits.
+        path: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or of another kind, or a tensor is missing, unexpected or has
+            another shape; names the first of them.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
+        advice = f"did you mean {path.with_name(near[0])}?" if near else "check the path."
+        raise CheckpointError(f"the weights {path} do not exist; {advice}")
+    tensors = _without_prefix(_read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path))
+    wanted = model.state_dict(keep_vars=True)
+    tensors = _completed(tensors, wanted)
+    _check(tensors, wanted, path)
+    model.load_state_dict(tensors)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_safetensors(path.read_bytes())
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file ({error}); copy or download it again."
+        ) from error
+    return tensors
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, or is no checkpoint of torch; idap runs no code from a file. In the "
+            "program that wrote it, save the weights alone: safetensors.torch.save_file(model.state_dict(), ...)."
+        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or no checkpoint of torch ({error}); copy or download it again."
+        ) from error
+    return _tensors_in(found, path)
+
+
+def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
+    nested = next((key for key in _NESTED if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)), None)
+    inner = found if nested is None else found[nested]
+    if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()):
+        keys = f" with the keys {', '.join(map(str, list(inner)[:6]))}" if isinstance(inner, Mapping) else ""
+        raise CheckpointError(
+            f"{path} holds {type(inner).__name__}{keys}; expected tensors by name, as model.state_dict() gives them."
+        )
+    return dict(inner)
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "module."
+    if all(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def _completed(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add what a file may leave out: other names of tied tensors, and counters of norms."""
+    given = {id(wanted[name]): tensor for name, tensor in tensors.items() if name in wanted}
+    for name, own in wanted.items():
+        if name not in tensors and id(own) in given:
+            tensors[name] = given[id(own)]
+        elif name not in tensors and name.rpartition(".")[2] == "num_batches_tracked":
+            tensors[name] = own
+    return tensors
+
+
+def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = sorted(name for name in tensors if name not in wanted)
+    problems = []
+    if missing:
+        problems.append(f"lacks {missing[0]!r} of shape {tuple(wanted[missing[0]].shape)}{_more(missing)}")
+    if unexpected:
+        problems.append(f"holds {unexpected[0]!r}, which the model does not have{_more(unexpected)}")
+    for name, tensor in tensors.items():
+        if name in wanted and tensor.shape != wanted[name].shape:
+            problems.append(
+                f"holds {name!r} with shape {tuple(tensor.shape)}, the model's has {tuple(wanted[name].shape)}"
+            )
+            break
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the model: it {'; it '.join(problems)}. Build the model that the weights belong to, "
+            "with the same number of classes."
+        )
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" ({len(names) - 1} more)" if len(names) > 1 else ""
