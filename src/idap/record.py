@@ -9,7 +9,7 @@ run/
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,29 +75,44 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def check(self) -> None:
+        """Make sure that a run may be written here; writes nothing.
+
+        Raises:
+            RunFolderError: the folder holds another run or other files, or is none.
+        """
+        if (self.path / RUN).exists():
+            raise RunFolderError(f"{self.path} already holds a run ({RUN}); choose another folder, or delete this one.")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(f"{self.path} exists and is not an empty folder; choose another one for the run.")
+
     def open(self, settings: Mapping[str, Any]) -> None:
         """Create the folder and note the settings.
 
         Raises:
             RunFolderError: the folder holds another run or other files, or can't be written.
         """
-        if (self.path / RUN).exists():
-            raise RunFolderError(f"{self.path} already holds a run ({RUN}); choose another folder, or delete this one.")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunFolderError(f"{self.path} exists and is not an empty folder; choose another one for the run.")
         try:
+            self.check()
             (self.path / CHECKPOINTS).mkdir(parents=True)
             write_json(self.path / RUN, settings)
         except OSError as error:
             raise RunFolderError(f"cannot write the run folder {self.path}: {error}") from error
 
     def add(self, step: Step) -> None:
-        """Append one decision; it is on the disk when this returns."""
+        """Append one decision; it is on the disk when this returns.
+
+        Raises:
+            RunFolderError: the folder can't be written.
+        """
         line = json.dumps(asdict(step), default=_plain) + "\n"
-        with (self.path / STEPS).open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with (self.path / STEPS).open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunFolderError(f"cannot write decision {step.index} to {self.path / STEPS}: {error}") from error
 
     def checkpoint(self, index: int) -> Path:
         """Where the state accepted at step `index` is kept."""
@@ -110,18 +125,25 @@ class RunFolder:
 
 
 def read_steps(folder: str | Path) -> list[dict[str, Any]]:
-    """The decisions of a run, in order.
+    """The decisions of a run, in order; none where it has not come to one yet.
 
     Raises:
         RunFolderError: the folder holds no run, or a line is broken.
     """
     file = Path(folder) / STEPS
+    if not file.exists() and (Path(folder) / RUN).exists():
+        return []
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError as error:
-        raise RunFolderError(f"{folder} holds no run: {file} is missing") from error
-    except json.JSONDecodeError as error:
-        raise RunFolderError(f"{file} is broken: {error}") from error
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{folder} holds no run: {file} can't be read ({error})") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RunFolderError(f"line {number} of {file} is broken: {error}") from error
+    return found
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -132,15 +154,15 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: into a neighbour first, which then takes its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    neighbour = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with neighbour.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        neighbour.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        neighbour.unlink(missing_ok=True)
         raise
 
 

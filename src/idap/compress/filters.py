@@ -42,7 +42,10 @@ def filter_stage(
             journal.note("filters", candidate, removed, accepted=True, reason="within the budget")
             state, step = candidate, step + 1
             continue
-        factor /= 2
+        # The goal may have asked for less than the share: half of what was really taken is the next try.
+        units = sum(map(len, state.keep.values()))
+        taken = units - sum(map(len, keep.values()))
+        factor *= taken / max(1, round(share * units)) / 2
         smaller = factor * step_share(stage.first_share, step, stage.steps, stage.growth)
         last = smaller < stage.min_share
         reason = "outside the budget" + ("; no smaller step is worth trying" if last else f"; next step {smaller:.1%}")
@@ -57,7 +60,7 @@ def rank(setting: Setting, state: State, scores: Mapping[str, Tensor], floor: fl
     config = setting.config
     only_parameters = config.parameters is not None and config.macs is None
     unit_costs = (
-        setting.costs.unit_parameters(state.keep)
+        setting.costs.unit_parameters(state.keep, state.removed)
         if only_parameters
         else setting.costs.unit_macs(state.keep, state.removed)
     )

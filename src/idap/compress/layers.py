@@ -11,6 +11,7 @@ from idap.compress.state import Journal, Setting, State
 from idap.divergence.observe import result_of, tensors_in
 from idap.divergence.ports import Wiring
 from idap.graph.calls import intercept
+from idap.graph.ir import Graph
 from idap.record import Removal
 from idap.structure.blocks import Block
 from idap.training.batch import device_of, move
@@ -101,19 +102,27 @@ def calibration_loss(setting: Setting, state: State, bypassed: Block | None = No
 
 
 def _run_without(setting: Setting, state: State, batch: Any, block: Block) -> Any:
-    exit_call = setting.structure.graph.nodes[block.exit].call
+    graph = setting.structure.graph
     entry = Wiring(setting.structure, state.removed).sight(block.entry)
-    assert entry is not None and exit_call is not None  # otherwise it would have no divergence
-    seen: dict[str, Tensor] = {}
+    assert entry is not None  # otherwise it would have no divergence
+    seen: list[Tensor] = []
 
     def handle(key: Any, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if key == entry.call and entry.argument is not None:
-            seen["stream"] = tensors_in(args, dict(kwargs))[entry.argument].clone()
+            seen.append(tensors_in(args, dict(kwargs))[entry.argument].clone())
         result = func(*args, **kwargs)
         if key == entry.call and entry.argument is None:
-            seen["stream"] = result_of(setting.structure.graph, entry.node, result).clone()
-        # Written into the result, since code that works in place may not look at what a call returns.
-        return result.copy_(seen["stream"]) if key == exit_call else result
+            seen.append(_tensor(graph, entry.node, result).clone())
+        if key == graph.nodes[block.exit].call:
+            # In place, since code that works in place may not look at what a call returns.
+            _tensor(graph, block.exit, result).copy_(seen[-1])
+        return result
 
     with intercept(state.model, handle):
         return setting.task.run(state.model, batch)
+
+
+def _tensor(graph: Graph, name: str, result: Any) -> Tensor:
+    value = result_of(graph, name, result)
+    assert value is not None  # otherwise it would have no divergence
+    return value

@@ -77,6 +77,9 @@ def _prepare(
     model: nn.Module, task: Task, config: Config, run_dir: str | Path | None, progress: Progress
 ) -> tuple[Setting, State, list[str]]:
     """Check everything that can be checked before any work; measure where we stand."""
+    folder = RunFolder(run_dir) if run_dir is not None else None
+    if folder is not None:
+        folder.check()
     with progress.phase("check", 4) as phase:
         check_task(model, task)
         phase.advance("task")
@@ -93,7 +96,6 @@ def _prepare(
     whole = costs.cost(keep)
     least = _least(structure, costs, config, removable)
     budget = budget_of(config, baseline, whole, higher_is_better=task.higher_is_better, least=least)
-    folder = RunFolder(run_dir) if run_dir is not None else None
     if folder is not None:
         folder.open(_settings(model, config, structure, baseline, whole))
     batches = calibration_batches(task, config)
@@ -136,7 +138,7 @@ def _try(
     removed: tuple[str, ...],
 ) -> None:
     plan = structure.plan(keep, removed)
-    verify(structure, apply_plan(original, plan), plan, *example)
+    verify(structure, original, apply_plan(original, plan), plan, example)
 
 
 def _least(structure: Structure, costs: CostModel, config: Config, removable: list[str]) -> Cost:
@@ -174,7 +176,7 @@ def _held(state: State) -> list[str]:
 
 
 def _conclude(setting: Setting, start: State, state: State, journal: Journal) -> Result:
-    reached, message = _verdict(setting, start, state)
+    reached, message = _verdict(setting, start, state, journal)
     result = Result(
         model=state.model,
         plan=state.plan,
@@ -193,7 +195,7 @@ def _conclude(setting: Setting, start: State, state: State, journal: Journal) ->
     return result
 
 
-def _verdict(setting: Setting, start: State, state: State) -> tuple[bool, str]:
+def _verdict(setting: Setting, start: State, state: State, journal: Journal) -> tuple[bool, str]:
     goal, cost = setting.budget, state.cost
     if state is start:
         return False, "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
@@ -205,7 +207,8 @@ def _verdict(setting: Setting, start: State, state: State) -> tuple[bool, str]:
         if wanted is not None and found > wanted:
             parts.append(f"{name} came down to {found / whole:.1%}, not to {wanted / whole:.1%}")
     if parts:
-        why = "every further step left the accuracy budget" if goal.worst is not None else "the steps were used up"
+        rejected = any(not step.accepted for step in journal.steps if step.stage != "final")
+        why = "every further step left the accuracy budget" if rejected else "the steps were used up"
         return False, f"{' and '.join(parts)}: {why}. Allow a larger max_drop, more steps or a longer recovery"
     return True, "every goal was reached"
 

@@ -97,8 +97,7 @@ class Setting:
         """
         plan = self.structure.plan(keep, tuple(removed))
         model = apply_plan(state.model, plan.since(state.plan))
-        args, kwargs = self.example
-        proof = verify(self.structure, model, plan, args, kwargs)
+        proof = verify(self.structure, state.model, model, plan, self.example, since=state.plan)
         metric = self.recover(model, title, recovery or self.config.recovery)
         return State(
             model, keep, tuple(removed), plan, self.costs.cost(keep, removed), metric, max(state.error, proof.error)

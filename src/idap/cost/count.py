@@ -10,6 +10,7 @@ import numpy as np
 from idap.cost.macs import counted, macs_of, ref_name, tensors_of
 from idap.graph.ir import Node
 from idap.structure.analysis import Structure
+from idap.structure.groups import Group
 from idap.structure.layout import Presence, count
 
 Keep = Mapping[str, Sequence[int]]
@@ -42,11 +43,6 @@ class CostModel:
         graph = structure.graph
         self._nodes = [node for node in graph.nodes.values() if counted(node)]
         self._parameters = {node.target for node in graph.nodes.values() if node.op == "parameter"}
-        self._used_by: dict[str, set[str]] = {}
-        for node in graph.nodes.values():
-            for name in node.inputs():
-                if graph.nodes[name].op == "parameter":
-                    self._used_by.setdefault(graph.nodes[name].target, set()).add(node.name)
         self._touched: dict[int, list[Node]] = {group.index: [] for group in structure.groups}
         for node in self._nodes:
             for index in self._groups_of(node):
@@ -54,39 +50,31 @@ class CostModel:
 
     def cost(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> Cost:
         """Cost of the model when groups keep only some units and some blocks are removed."""
-        present = self._structure.presence(keep or {})
-        dead = self._structure.dead_nodes(removed)
-        macs = sum(self._macs(node, present) for node in self._nodes if node.name not in dead)
-        parameters = sum(
-            prod(self._tensor_shape(name, present))
-            for name in self._parameters
-            if not self._used_by.get(name, set()) <= dead or not dead
-        )
+        present, gone = self._structure.presence(keep or {}), self._gone(removed)
+        macs = sum(self._macs(node, present) for node in self._nodes if node.name not in gone)
+        parameters = sum(prod(self._tensor_shape(name, present)) for name in self._held(removed))
         return Cost(macs // self._batch, parameters)
 
     def unit_macs(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> dict[str, float]:
         """Multiply-adds per sample that the next unit of each group would save."""
         structure, keep = self._structure, keep or {}
-        present = structure.presence(keep)
-        dead = structure.dead_nodes(removed)
+        present, gone = structure.presence(keep), self._gone(removed)
         found = {}
         for group in structure.groups:
-            units = list(keep.get(group.name, range(group.size)))
-            fewer = self._without(present, group.index, units[-1])
-            nodes = [node for node in self._touched[group.index] if node.name not in dead]
+            fewer = self._without_last(present, group, keep)
+            nodes = [node for node in self._touched[group.index] if node.name not in gone]
             saved = sum(self._macs(node, present) - self._macs(node, fewer) for node in nodes)
             found[group.name] = saved / self._batch
         return found
 
-    def unit_parameters(self, keep: Keep | None = None) -> dict[str, float]:
+    def unit_parameters(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> dict[str, float]:
         """Parameters that the next unit of each group would save."""
         structure, keep = self._structure, keep or {}
-        present = structure.presence(keep)
+        present, held = structure.presence(keep), self._held(removed)
         found = {}
         for group in structure.groups:
-            units = list(keep.get(group.name, range(group.size)))
-            fewer = self._without(present, group.index, units[-1])
-            tensors = {name for name, _ in group.members if name in self._parameters}
+            fewer = self._without_last(present, group, keep)
+            tensors = {name for name, _ in group.members} & held
             found[group.name] = float(
                 sum(prod(self._tensor_shape(n, present)) - prod(self._tensor_shape(n, fewer)) for n in tensors)
             )
@@ -96,10 +84,20 @@ class CostModel:
         """Multiply-adds per sample that removing a branch or block would save."""
         return self.cost(keep, removed).macs - self.cost(keep, [*removed, name]).macs
 
-    def _without(self, present: Presence, group: int, unit: int) -> Presence:
+    def _without_last(self, present: Presence, group: Group, keep: Keep) -> Presence:
+        unit = keep.get(group.name, range(group.size))[-1]
         layout = self._structure.layout
-        fewer: Presence = present & ~((layout.group_of == group) & (layout.unit_of == unit))
+        fewer: Presence = present & ~((layout.group_of == group.index) & (layout.unit_of == unit))
         return fewer
+
+    def _gone(self, removed: Sequence[str]) -> set[str]:
+        """Nodes that are no longer computed."""
+        return self._structure.dead_nodes(removed) | set(self._structure.skips(removed))
+
+    def _held(self, removed: Sequence[str]) -> set[str]:
+        """Parameters that the modules still hold, used or not; a removed module shares none with others."""
+        paths = tuple(f"{path}." for name in removed for path in self._structure.block(name).replaced)
+        return {name for name in self._parameters if not name.startswith(paths)}
 
     def _groups_of(self, node: Node) -> set[int]:
         layout = self._structure.layout

@@ -57,7 +57,8 @@ def measure_latency(
     if repeats < 2:
         raise ConfigError(f"a median needs at least 2 repeats, found {repeats}.")
     times: dict[str, list[float]] = {name: [] for name in models}
-    with ExitStack() as stack, torch.inference_mode():
+    # no_grad, not inference_mode: a model may keep a tensor for later, and training could not use an inference tensor.
+    with ExitStack() as stack, torch.no_grad():
         for model in models.values():
             for module in model.modules():
                 stack.callback(setattr, module, "training", module.training)
@@ -69,7 +70,7 @@ def measure_latency(
                     times[name].append(seconds)
     found = {}
     for name, seconds_each in times.items():
-        low, middle, high = statistics.quantiles(seconds_each, n=4)
+        low, middle, high = statistics.quantiles(seconds_each, n=4, method="inclusive")
         found[name] = Latency(middle, (low, high))
     return found
 

@@ -1,6 +1,6 @@
 """The paper's forms (method.md 2.1, D2 to D7): activation times weight."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,9 +76,8 @@ class WriterProbe:
         value = result_of(self._graph, self._end, result)
         if value is None:
             return
-        a = value.detach().float().movedim(self._contraction.output_dim, 1).flatten(2)  # (B, C, positions)
-        if a.dim() == 2:
-            a = a[:, :, None]
+        a = value.detach().float().movedim(self._contraction.output_dim, 1)
+        a = a.reshape(len(a), a.shape[1], -1)  # (B, C, positions)
         squared = a.square().sum(2, dtype=torch.float64).cpu()  # (B, C)
         mine = self._units >= 0
         summed = squared.new_zeros(len(a), self._size).index_add_(1, self._units[mine], squared[:, mine])
@@ -110,20 +109,21 @@ class HeadProbe:
         layout = structure.layout
         self._contraction = layout.contractions[port.contraction]
         read = layout.dims[self._contraction.input][0][self._contraction.input_dim]
-        self._units = torch.from_numpy(layout.units(read, group.index)[slots(read, present)])
+        original = torch.from_numpy(layout.units(read, group.index))
+        self._units = original[torch.from_numpy(slots(read, present))]
         self._size = group.size
         self._node = structure.graph.nodes[port.node]
         self._input = tensor_argument(structure.graph, port.node, self._contraction.input)
-        self._weights = _projection_norms(
-            structure, present, group, [port for port in group.writers if port.node not in wiring.gone], tensors
-        )
+        writers = [port for port in group.writers if port.weight and port.node not in wiring.gone]
+        width = int((original == 0).sum())
+        self._weights = [_norms(structure, present, group, writer, tensors, width) for writer in writers]
         self._norms = torch.zeros(group.size, dtype=torch.float64)
         self._samples = 0
 
     @property
     def observable(self) -> bool:
-        """Whether the projection is a call of its own."""
-        return self._input is not None
+        """Whether the projection is a call of its own, and weights that are not computed write the heads."""
+        return self._input is not None and bool(self._weights)
 
     @property
     def seen(self) -> bool:
@@ -141,12 +141,13 @@ class HeadProbe:
 
     def scores(self) -> Tensor:
         """D4 of each head, shape (group.size,); heads that the model no longer has get 0."""
-        return self._norms / max(1, self._samples) * self._weights
+        return self._norms / max(1, self._samples) * torch.stack(self._weights).sum(0)
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._input is not None
         x = tensors_in(args, kwargs)[self._input].detach().float()
-        x = x.movedim(self._contraction.input_dim, 1).flatten(2)  # (B, heads x width, tokens)
+        x = x.movedim(self._contraction.input_dim, 1)
+        x = x.reshape(len(x), x.shape[1], -1)  # (B, heads x width, tokens)
         squared = x.square().sum(2, dtype=torch.float64).cpu()
         mine = self._units >= 0
         summed = squared.new_zeros(len(x), self._size).index_add_(1, self._units[mine], squared[:, mine])
@@ -154,29 +155,34 @@ class HeadProbe:
         self._samples += len(x)
 
 
-def _projection_norms(
-    structure: Structure, present: Presence, group: Group, writers: Sequence[Port], tensors: Mapping[str, Tensor]
+def _norms(
+    structure: Structure, present: Presence, group: Group, port: Port, tensors: Mapping[str, Tensor], width: int
 ) -> Tensor:
-    """Sum over the projections that write a head of the Frobenius norm of its rows, shape (heads,).
+    """Norms of the rows of each head's query, key and value, as far as one projection writes them, summed; (heads,)."""
+    contraction = structure.layout.contractions[port.contraction]
+    write = structure.layout.dims[contraction.weight][0][contraction.write_dim]
+    units = torch.from_numpy(structure.layout.units(write, group.index))
+    starts = _run_starts(units, width)
+    runs = (starts.cumsum(0) - 1)[torch.from_numpy(slots(write, present))]
+    rows = tensors[port.weight].detach().double().cpu().movedim(contraction.write_dim, 0).flatten(1)
+    squared = torch.zeros(int(starts.sum()), dtype=torch.float64).index_add_(0, runs, rows.square().sum(1))
+    return _by_unit(squared.sqrt(), units[starts], group.size)
 
-    In a fused projection the rows of one head form several runs (its query, key and value), each with its own norm.
+
+def _run_starts(units: Tensor, width: int) -> Tensor:
+    """Where the rows of a head's query, key or value begin in a projection of the original; shape (rows,).
+
+    A fused projection holds all queries, then all keys, then all values, so that each head has three runs of rows; or
+    it holds query, key and value of one head after another, so that the run of a head is two or three heads wide.
     """
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for port in writers:
-        if not port.weight:
-            continue
-        contraction = structure.layout.contractions[port.contraction]
-        write = structure.layout.dims[contraction.weight][0][contraction.write_dim]
-        units = torch.from_numpy(structure.layout.units(write, group.index))
-        starts = torch.ones(len(units), dtype=torch.bool)
-        starts[1:] = units[1:] != units[:-1]  # in the original, where one head never stands beside itself
-        runs = (starts.cumsum(0) - 1)[torch.from_numpy(slots(write, present))]
-        rows = tensors[port.weight].detach().double().cpu().movedim(contraction.write_dim, 0).flatten(1)
-        squared = torch.zeros(int(starts.sum()), dtype=torch.float64).index_add_(0, runs, rows.square().sum(1))
-        owners = units[starts]
-        mine = owners >= 0
-        total.index_add_(0, owners[mine], squared.sqrt()[mine])
-    return total
+    places = torch.arange(len(units))
+    starts = torch.ones(len(units), dtype=torch.bool)
+    starts[1:] = units[1:] != units[:-1]
+    within = places - places[starts][starts.cumsum(0) - 1]
+    of_first = units == 0
+    if int(of_first.sum()) in (2 * width, 3 * width) and int((starts & of_first).sum()) == 1:
+        starts |= within % width == 0
+    return starts
 
 
 def _by_unit(values: Tensor, units: Tensor, size: int) -> Tensor:

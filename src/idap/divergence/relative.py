@@ -217,8 +217,8 @@ class BlockProbe(BranchProbe):
         return found
 
     def _remember(self, stream: Tensor | None) -> None:
-        # A copy: the block may work in place on what it is given.
-        self._before = stream.detach().clone() if stream is not None else None
+        # No copy: a block that overwrote the stream it is given could not be removed, and is not offered.
+        self._before = stream.detach() if stream is not None else None
 
     def _compare(self, result: Any) -> None:
         value = result_of(self._graph, self._exit.name, result)

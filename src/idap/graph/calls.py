@@ -18,32 +18,58 @@ from idap.graph.ir import CallKey
 Handler = Callable[[CallKey, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Receives one call and must return its result, usually by making the call."""
 
+_OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 
-class _Intercept(TorchFunctionMode):
-    def __init__(self, model: nn.Module, handler: Handler) -> None:
-        super().__init__()
-        self._handler = handler
-        self._paths: dict[int, str] = {}
+
+class _Stack:
+    """The modules that are running, innermost last; one from elsewhere counts as its caller, None outside the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.path_of: dict[int, str] = {}
         for path, module in model.named_modules():
-            self._paths.setdefault(id(module), path)
-        self._stack: list[str] = []
-        self._counts: dict[tuple[str, str], int] = {}
+            self.path_of.setdefault(id(module), path)
+        self.paths: list[str | None] = []
+        self.entered: Callable[[], None] = lambda: None
+
+    @property
+    def running(self) -> str | None:
+        return self.paths[-1] if self.paths else None
 
     def enter(self, module: nn.Module, _inputs: Any) -> None:
-        path = self._paths.get(id(module))
+        path = self.path_of.get(id(module))
         if path == "":
-            self._stack.clear()
-            self._counts.clear()
-        self._stack.append(self._stack[-1] if path is None and self._stack else path or "")
+            self.paths.clear()
+            self.entered()
+        self.paths.append(self.running if path is None else path)
 
     def leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        if self._stack:
-            self._stack.pop()
+        if self.paths:
+            self.paths.pop()
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        before = register_module_forward_pre_hook(self.enter)
+        after = register_module_forward_hook(self.leave, always_call=True)
+        try:
+            yield
+        finally:
+            after.remove()
+            before.remove()
+
+
+class _Intercept(TorchFunctionMode):
+    def __init__(self, stack: _Stack, handler: Handler) -> None:
+        super().__init__()
+        self._stack = stack
+        self._handler = handler
+        self._counts: dict[tuple[str, str], int] = {}
+        stack.entered = self._counts.clear
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._stack:  # data loading, a loss: not the model's own code
+        path = self._stack.running
+        if path is None:  # data loading, a loss: not the model's own code
             return func(*args, **(kwargs or {}))
-        place = (self._stack[-1], getattr(func, "__name__", str(func)))
+        place = (path, getattr(func, "__name__", str(func)))
         count = self._counts.get(place, 0)
         self._counts[place] = count + 1
         return self._handler((*place, count), func, args, kwargs or {})
@@ -57,12 +83,35 @@ def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
         model: the model whose forward is run inside the context.
         handler: gets the call's key, the function and its arguments; returns the result.
     """
-    mode = _Intercept(model, handler)
-    before = register_module_forward_pre_hook(mode.enter)
-    after = register_module_forward_hook(mode.leave, always_call=True)
-    try:
-        with mode:
-            yield
-    finally:
-        after.remove()
-        before.remove()
+    stack = _Stack(model)
+    with stack.followed(), _Intercept(stack, handler):
+        yield
+
+
+@contextmanager
+def watch_attributes(model: nn.Module) -> Iterator[dict[str, set[str]]]:
+    """Note which modules' attributes are read by the code of which other modules; leaves nothing behind.
+
+    What every module has, such as `training`, does not count: a stand-in has it too.
+
+    Args:
+        model: the model whose forward is run inside the context.
+
+    Returns:
+        What receives, by the path of the module that is read, the paths of those that read it.
+    """
+    stack, found = _Stack(model), dict[str, set[str]]()
+
+    def read(module: nn.Module, name: str) -> Any:
+        if stack.running is not None and not name.startswith("_") and name not in _OF_EVERY_MODULE:
+            path = stack.path_of.get(id(module))
+            if path is not None and path != stack.running:
+                found.setdefault(path, set()).add(stack.running)
+        return object.__getattribute__(module, name)
+
+    with stack.followed():
+        nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
+        try:
+            yield found
+        finally:
+            del nn.Module.__getattribute__

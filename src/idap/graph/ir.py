@@ -3,9 +3,12 @@
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+
+from idap.graph.memory import Memory
 
 CallKey = tuple[str, str, int]
 """Names one eager call: (path of the module whose forward makes it, function name, how many of that name before)."""
@@ -28,6 +31,9 @@ class Literal:
     """A size that the code writes as a number (or that comes from where we cannot see)."""
 
     value: int
+
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class Extent:
     dim: int
     value: int
 
+    def __str__(self) -> str:
+        return f"size {self.dim} of {self.node}"
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -60,6 +69,11 @@ class Operation:
     symbol: str
     operands: tuple["Expression", ...]
     value: int
+
+    def __str__(self) -> str:
+        if len(self.operands) == 1:
+            return f"-{self.operands[0]}"
+        return f"({f' {self.symbol} '.join(map(str, self.operands))})"
 
 
 Expression = Literal | Attribute | Extent | Operation
@@ -90,6 +104,8 @@ class Node:
         target: for parameters and buffers the canonical name in the state dict, for inputs their place.
         call: the eager call that produced it, None where there is none.
         sizes: the ints that the eager call was given, in order, each with where it came from.
+        shares: nodes whose memory its result may share (a view, an in-place result).
+        writes: nodes whose memory it changes.
     """
 
     name: str
@@ -102,6 +118,8 @@ class Node:
     target: str = ""
     call: CallKey | None = None
     sizes: tuple[Expression, ...] = ()
+    shares: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,17 +132,53 @@ class Node:
 
     def where(self) -> str:
         """The operator with its module and source line, for messages."""
-        return f"{self.op} in module {self.owner or '(the model itself)'!r}" + (f" ({self.source})" if self.source else "")
+        return f"{self.op} in module {self.owner or '(the model itself)'!r}" + (
+            f" ({self.source})" if self.source else ""
+        )
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: the nodes that hold its first argument and its result, "" where that is not one tensor."""
+
+    input: str
+    output: str
 
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """What the analysis needs to know of one module: its class and the ints it holds."""
+    """What the analysis needs to know of one module.
+
+    Attributes:
+        kind: its class, with the package.
+        layer: the class of torch.nn that it is, or derives from, without the package; "" if there is none.
+        sizes: the ints it holds, and tuples of ints.
+        tensors: own parameters and buffers: attribute name -> canonical name in the state dict.
+        calls: each time it is called.
+        read_by: the other modules whose code reads its attributes: they could not do with a stand-in.
+    """
 
     kind: str
+    layer: str
     sizes: Mapping[str, int | tuple[int, ...]]
     tensors: Mapping[str, str]
-    """Own parameters and buffers: attribute name -> canonical name in the state dict."""
+    calls: tuple[ModuleCall, ...] = ()
+    read_by: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sizes that the code found to be equal, so they must stay equal.
+
+    Attributes:
+        left: one of them.
+        right: the other.
+        source: ``file.py:line`` of the comparison.
+    """
+
+    left: Expression
+    right: Expression
+    source: str
 
 
 @dataclass(frozen=True)
@@ -139,7 +193,8 @@ class Graph:
         modules: module path -> what it is.
         constants: tensors that the code makes from plain numbers, by node name.
         escaped: attributes and shapes from which the code computes other numbers, such as a scale: they must not
-            change, or the results would.
+            change, or the results would. With the place, ``file.py:line``.
+        comparisons: sizes that the code compares and that are equal.
     """
 
     nodes: Mapping[str, Node]
@@ -148,23 +203,43 @@ class Graph:
     aliases: Mapping[str, str]
     modules: Mapping[str, ModuleInfo]
     constants: Mapping[str, Tensor]
-    escaped: frozenset[Expression] = frozenset()
+    escaped: Mapping[Expression, str] = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...] = ()
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Which nodes share memory, and which change it."""
+        return Memory({name: (node.shares, node.writes) for name, node in self.nodes.items()})
+
+    @cached_property
+    def dependencies(self) -> Mapping[str, tuple[str, ...]]:
+        """For each node what it needs: the nodes it reads, and those that changed them in place before it."""
+        order = {name: place for place, name in enumerate(self.nodes)}
+        return {
+            name: tuple(dict.fromkeys([*node.inputs(), *self.memory.changed(node.inputs(), order[name])]))
+            for name, node in self.nodes.items()
+        }
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The nodes that are returned, and those that change them in place after they were made."""
+        return tuple(dict.fromkeys([*self.outputs, *self.memory.changed(self.outputs, len(self.nodes))]))
 
     def users(self) -> dict[str, list[str]]:
-        """For each node the names of the nodes that read it."""
+        """For each node the nodes that need it, in order."""
         users: dict[str, list[str]] = {name: [] for name in self.nodes}
-        for node in self.nodes.values():
-            for name in dict.fromkeys(node.inputs()):
-                users[name].append(node.name)
+        for name, needed in self.dependencies.items():
+            for used in needed:
+                users[used].append(name)
         return users
 
     def data_nodes(self) -> set[str]:
         """The nodes whose values depend on the model's inputs, not on its parameters alone."""
         found: set[str] = set()
-        for node in self.nodes.values():
-            if node.op == "input" or (not _shape_only(node) and any(name in found for name in node.inputs())):
-                found.add(node.name)
-        return found
+        for name, node in self.nodes.items():
+            if node.op == "input" or (not _shape_only(node) and any(used in found for used in self.dependencies[name])):
+                found.add(name)
+        return found | {name for name in self.nodes if self.memory.writers(name) & found}
 
     def ops(self) -> dict[str, int]:
         """How often each operator occurs."""

@@ -6,6 +6,7 @@ joined (they stay or go together), frozen (they stay), or refined: a label becom
 is how the 64 outputs of a projection turn into 4 heads x 16 channels once a reshape has shown it.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,13 +34,15 @@ class Labels:
         self._left = np.full(1, -1, dtype=np.int64)
         self._right = np.full(1, -1, dtype=np.int64)
         self._count = 1
-        self._reasons = [""]
+        self._reasons = {"": 0}
         self._reason = 0
+
+    def __len__(self) -> int:
+        return self._count
 
     def because(self, reason: str) -> None:
         """Set the reason that is noted with everything frozen from here on."""
-        self._reasons.append(reason)
-        self._reason = len(self._reasons) - 1
+        self._reason = self._reasons.setdefault(reason, len(self._reasons))
 
     def fresh(self, count: int) -> Ids:
         """New free labels, shape (count,)."""
@@ -73,69 +76,70 @@ class Labels:
             found = further
         return found
 
-    def freeze(self, ids: Ids) -> None:
-        """These labels stay, and all that they are made of."""
+    def _atoms(self, ids: Ids) -> Ids:
+        """The atomic labels that these are made of, frozen ones too."""
         todo = self._find(np.unique(ids))
+        found = [todo[:0]]
         while todo.size:
             refined = self._left[todo] >= 0
-            parts = np.concatenate([self._left[todo[refined]], self._right[todo[refined]]])
-            atoms = todo[~refined]
-            atoms = atoms[~self._frozen[atoms]]
-            self._frozen[atoms] = True
-            self._why[atoms] = self._reason
-            todo = self._find(np.unique(parts))
+            found.append(todo[~refined])
+            todo = self._find(np.unique([self._left[todo[refined]], self._right[todo[refined]]]))
+        return np.unique(np.concatenate(found))
+
+    def freeze(self, ids: Ids) -> None:
+        """These labels stay, and all that they are made of."""
+        atoms = self._atoms(ids)
+        atoms = atoms[~self._frozen[atoms]]
+        self._frozen[atoms] = True
+        self._why[atoms] = self._reason
 
     def reason(self, ids: Ids) -> str:
         """Why these labels can't go: the reason given with the first frozen one, "" if none is frozen."""
-        todo = self._find(np.unique(ids[ids > 0]))
-        while todo.size:
-            frozen = todo[self._frozen[todo]]
-            if frozen.size:
-                return self._reasons[int(self._why[frozen[0]])]
-            refined = todo[self._left[todo] >= 0]
-            todo = self._find(np.unique(np.concatenate([self._left[refined], self._right[refined]])))
-        return ""
+        atoms = self._atoms(ids[ids > 0])
+        frozen = atoms[self._frozen[atoms] & (atoms > 0)]
+        return list(self._reasons)[int(self._why[frozen[0]])] if frozen.size else ""
 
     def join(self, one: Ids, other: Ids) -> None:
-        """Slot by slot, these atomic labels stay or go together; joining with 0 freezes."""
+        """Slot by slot, these labels stay or go together; joining with 0, or with a refined label, freezes both."""
         pairs = np.stack([np.ravel(one), np.ravel(other)])
-        roots = self.roots(pairs)
-        rigid = ((roots == 0) | (self._left[roots] >= 0)).any(axis=0) & (roots[0] != roots[1])
-        if rigid.any():  # a refined label here was refined a moment ago, by the same operator: too entangled to tell
-            self.freeze(pairs[:, rigid].ravel())
-            pairs = pairs[:, ~rigid]
         while pairs.size:
-            low = np.minimum(self._find(pairs[0]), self._find(pairs[1]))
-            high = np.maximum(self._find(pairs[0]), self._find(pairs[1]))
-            differ = low != high
-            pairs, low, high = pairs[:, differ], low[differ], high[differ]
-            if not pairs.size:
-                return
-            merged, first = np.unique(high, return_index=True)
-            self._parent[merged] = low[first]
+            roots = self._find(pairs)
+            pairs, roots = pairs[:, roots[0] != roots[1]], roots[:, roots[0] != roots[1]]
+            # A refined label here was refined a moment ago, by the same operator: too entangled to tell.
+            rigid = (self._frozen[roots] | (self._left[roots] >= 0)).any(axis=0)
+            if rigid.any():
+                self.freeze(pairs[:, rigid].ravel())
+                pairs = pairs[:, ~rigid]
+            elif pairs.size:
+                merged, first = np.unique(roots.max(axis=0), return_index=True)
+                self._parent[merged] = roots.min(axis=0)[first]
 
     def refine(self, ids: Ids, parts: Sequence[Ids]) -> None:
         """Each atomic label becomes "all of its parts"; a label that occurs twice ties the parts of both places."""
-        ids = self.roots(ids)
-        alive = (ids > 0) & (self._left[ids] < 0)
-        if not alive.all():
-            self.freeze(np.concatenate([ids[~alive], *(part[~alive] for part in parts)]))
-        ids, parts = ids[alive], [part[alive] for part in parts]
-        if not ids.size:
-            return
         if len(parts) == 1:
             self.join(ids, parts[0])
             return
-        unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        for part in parts:
-            self.join(part, part[first][inverse])
-        left = parts[0][first]
-        right = parts[1][first]
+        while ids.size:
+            ids = self.roots(ids)
+            unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+            for part in parts:
+                self.join(part, part[first][inverse])
+            ids = self.roots(ids)
+            # What is frozen, already refined, or a part of a part, is too entangled to tell.
+            bad = (ids == 0) | (self._left[ids] >= 0) | np.isin(ids, self._atoms(np.stack(parts)))
+            if not bad.any():
+                self._assign(unique, [part[first] for part in parts])
+                return
+            self.freeze(np.concatenate([ids[bad], *(part[bad] for part in parts)]))
+            ids, parts = ids[~bad], [part[~bad] for part in parts]
+
+    def _assign(self, ids: Ids, parts: Sequence[Ids]) -> None:
+        left, right = parts[0], parts[1]
         for part in parts[2:]:
-            nested = self.fresh(len(unique))
-            self._left[nested], self._right[nested] = right, part[first]
+            nested = self.fresh(len(ids))
+            self._left[nested], self._right[nested] = right, part
             right = nested
-        self._left[unique], self._right[unique] = left, right
+        self._left[ids], self._right[ids] = left, right
 
     def settled(self, dim: Dim) -> Dim:
         """The same dim in terms of atomic labels, without duplicates in a column and without empty rows."""
@@ -233,9 +237,7 @@ class Labels:
         ]
 
     def _split_row(self, grid: Ids) -> list[tuple[int, Ids]]:
-        varying = [
-            axis for axis in range(grid.ndim) if grid.shape[axis] > 1 and (np.diff(grid, axis=axis) != 0).any()
-        ]
+        varying = [axis for axis in range(grid.ndim) if grid.shape[axis] > 1 and (np.diff(grid, axis=axis) != 0).any()]
         if not varying:
             self.freeze(grid.ravel()[:1])
             return []
@@ -294,7 +296,7 @@ def _common_digits(rows: Sequence[Ids], size: int) -> list[int] | None:
             return None
         cuts |= {run, run * values}
     ordered = sorted(cuts)
-    if any(larger % smaller for smaller, larger in zip(ordered, ordered[1:], strict=False)):
+    if any(larger % smaller for smaller, larger in itertools.pairwise(ordered)):
         return None
-    digits = [larger // smaller for smaller, larger in zip(ordered, ordered[1:], strict=False)][::-1]
+    digits = [larger // smaller for smaller, larger in itertools.pairwise(ordered)][::-1]
     return digits if len(digits) > 1 else None

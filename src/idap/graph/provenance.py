@@ -5,12 +5,34 @@ traced, the ints its modules hold and the shapes its tensors report are `TracedI
 every respect, and carrying the expression that made them.
 """
 
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
-from idap.graph.ir import ARITHMETIC, Attribute, Expression, Literal, Operation, leaves
+from idap.graph.ir import ARITHMETIC, Attribute, Comparison, Expression, Literal, Operation, leaves
+
+
+@dataclass
+class Notes:
+    """What is learned about the sizes of one trace.
+
+    Attributes:
+        escaped: expressions that the code turned into something else than a size (a float, a scale), so that changing
+            them would change a result; with the place.
+        equal: sizes that the code compared and found to be equal.
+    """
+
+    escaped: dict[Expression, str] = field(default_factory=dict)
+    equal: dict[Comparison, None] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget everything that was noted."""
+        self.escaped.clear()
+        self.equal.clear()
 
 
 class TracedInt(int):
@@ -18,31 +40,58 @@ class TracedInt(int):
 
     Attributes:
         expression: where it came from.
-        escaped: shared by all ints of one trace; receives the expressions that the code turned into other numbers (a
-            float, a scale), so that changing the int would change a result.
+        notes: shared by all ints of one trace.
     """
 
     expression: Expression
-    escaped: set[Expression]
+    notes: Notes
 
-    def __new__(cls, value: int, expression: Expression, escaped: set[Expression]) -> Self:
+    def __new__(cls, value: int, expression: Expression, notes: Notes) -> Self:
+        """An int of this value."""
         made = super().__new__(cls, value)
         made.expression = expression
-        made.escaped = escaped
+        made.notes = notes
         return made
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (int(self),)
+        return int, (untraced(self),)
 
     def __neg__(self) -> "TracedInt":
-        return TracedInt(-int(self), Operation("neg", (self.expression,), -int(self)), self.escaped)
+        value = -untraced(self)
+        return TracedInt(value, Operation("neg", (self.expression,), value), self.notes)
 
-    def __float__(self) -> float:
-        self.escaped.add(self.expression)
-        return float(int(self))
+    def __eq__(self, other: object) -> bool:
+        same = int.__eq__(self, other)
+        if same is True and isinstance(other, int) and not isinstance(other, bool):
+            self._note_equal(other)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        different = int.__ne__(self, other)
+        if different is False and isinstance(other, int) and not isinstance(other, bool):
+            self._note_equal(other)
+        return different
+
+    __hash__ = int.__hash__
+
+    def _note_equal(self, other: int) -> None:
+        expression = expression_of(other)
+        if expression != self.expression:
+            self.notes.equal[Comparison(self.expression, expression, _caller(3))] = None
+
+
+def _caller(depth: int) -> str:
+    """``file.py:line`` of the code that made a TracedInt do something."""
+    frame = sys._getframe(depth)
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def untraced(value: int) -> int:
+    """The plain number, without a note that it was read."""
+    return int.__add__(value, 0)
 
 
 def expression_of(value: int) -> Expression:
@@ -54,24 +103,24 @@ def _exact(symbol: str, name: str, *, swapped: bool) -> Callable[[TracedInt, Any
     """An operation of ints that gives an int; with a float it gives a float, and the int has escaped."""
 
     def method(self: TracedInt, other: Any) -> Any:
-        value = getattr(int(self), name)(plain(other))
+        value = getattr(untraced(self), name)(plain(other))
         if value is NotImplemented or not isinstance(value, int):
-            self.escaped.add(self.expression)
+            self.notes.escaped.setdefault(self.expression, _caller(2))
             return value
         operands = (expression_of(self), expression_of(other))
-        return TracedInt(value, Operation(symbol, operands[::-1] if swapped else operands, value), self.escaped)
+        return TracedInt(value, Operation(symbol, operands[::-1] if swapped else operands, value), self.notes)
 
     return method
 
 
-def _escaping(name: str) -> Callable[[TracedInt, Any], Any]:
-    """An operation that never gives an int."""
+def _escaping(name: str) -> Callable[..., Any]:
+    """An operation whose result no longer tells where it came from."""
 
-    def method(self: TracedInt, other: Any) -> Any:
-        self.escaped.add(self.expression)
-        if isinstance(other, TracedInt):
-            self.escaped.add(other.expression)
-        return getattr(int(self), name)(plain(other))
+    def method(self: TracedInt, *others: Any) -> Any:
+        for value in (self, *others):
+            if isinstance(value, TracedInt):
+                self.notes.escaped.setdefault(value.expression, _caller(2))
+        return getattr(untraced(self), name)(*plain(others))
 
     return method
 
@@ -79,14 +128,17 @@ def _escaping(name: str) -> Callable[[TracedInt, Any], Any]:
 for _symbol, _method in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "%": "mod", "**": "pow"}.items():
     setattr(TracedInt, f"__{_method}__", _exact(_symbol, f"__{_method}__", swapped=False))
     setattr(TracedInt, f"__r{_method}__", _exact(_symbol, f"__r{_method}__", swapped=True))
-for _method in ("__truediv__", "__rtruediv__"):
-    setattr(TracedInt, _method, _escaping(_method))
+for _method in ("truediv", "divmod", "lshift", "rshift", "and", "or", "xor"):
+    setattr(TracedInt, f"__{_method}__", _escaping(f"__{_method}__"))
+    setattr(TracedInt, f"__r{_method}__", _escaping(f"__r{_method}__"))
+for _method in ("float", "int", "round", "trunc", "floor", "ceil", "abs", "invert"):
+    setattr(TracedInt, f"__{_method}__", _escaping(f"__{_method}__"))
 
 
 def plain(tree: Any) -> Any:
     """The same nested arguments with every `TracedInt` made an ordinary int."""
     if isinstance(tree, TracedInt):
-        return int(tree)
+        return untraced(tree)
     if type(tree) in (tuple, list):
         return type(tree)(plain(item) for item in tree)
     if type(tree) is dict:
@@ -102,30 +154,28 @@ def sizes_held(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
     """The ints, and tuples or lists of ints, that a module holds as plain attributes."""
     found: dict[str, int | tuple[int, ...]] = {}
     for name, value in vars(module).items():
-        if _is_int(value):
-            found[name] = int(value)
-        elif type(value) in (tuple, list) and value and all(_is_int(item) for item in value):
-            found[name] = tuple(int(item) for item in value)
+        if type(value) is int:  # neither a bool nor a member of an enumeration
+            found[name] = value
+        elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+            found[name] = tuple(value)
     return found
 
 
-def remember_sizes(modules: Iterable[tuple[str, nn.Module]]) -> set[Expression]:
+def remember_sizes(modules: Iterable[tuple[str, nn.Module]]) -> Notes:
     """Make every int that the modules hold remember its place; changes the modules, so give it a copy.
 
     Returns:
-        The set that receives what escapes.
+        What receives the notes of these ints and of those made from them.
     """
-    escaped: set[Expression] = set()
+    notes = Notes()
     for path, module in modules:
         for name, held in sizes_held(module).items():
             if isinstance(held, int):
-                vars(module)[name] = TracedInt(held, Attribute(path, name, None, held), escaped)
+                vars(module)[name] = TracedInt(held, Attribute(path, name, None, held), notes)
             else:
                 kind = type(vars(module)[name])
-                vars(module)[name] = kind(
-                    TracedInt(v, Attribute(path, name, i, v), escaped) for i, v in enumerate(held)
-                )
-    return escaped
+                vars(module)[name] = kind(TracedInt(v, Attribute(path, name, i, v), notes) for i, v in enumerate(held))
+    return notes
 
 
 def evaluate(expression: Expression, value_of: Callable[[Expression], int]) -> int:
@@ -135,7 +185,7 @@ def evaluate(expression: Expression, value_of: Callable[[Expression], int]) -> i
         ArithmeticError: the new values divide by zero.
     """
     if isinstance(expression, Operation):
-        return ARITHMETIC[expression.symbol](*(evaluate(part, value_of) for part in expression.operands))
+        return int(ARITHMETIC[expression.symbol](*(evaluate(part, value_of) for part in expression.operands)))
     return value_of(expression)
 
 
@@ -149,7 +199,3 @@ def sources(expression: Expression) -> set[Expression]:
 def attributes_in(expression: Expression) -> set[Attribute]:
     """The module attributes that an expression reads."""
     return {leaf for leaf in sources(expression) if isinstance(leaf, Attribute)}
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -27,7 +27,7 @@ def run(
     Args:
         graph: from `trace`.
         tensors: canonical name -> parameter or buffer, in the graph's shapes; they are not changed.
-        inputs: the leaves of the example inputs, in order.
+        inputs: the leaves of the example inputs, in order; they are not changed.
         special: nodes that are computed in another way.
         skip_to: node -> the node whose value it takes instead of its own (a removed branch or block).
 
@@ -48,7 +48,8 @@ def run(
 
     for node in graph.nodes.values():
         if node.op == "input":
-            values[node.name] = next(feed)
+            value = next(feed)
+            values[node.name] = value.clone() if isinstance(value, Tensor) else value
         elif node.name not in live:
             continue
         elif node.name in skip_to:
@@ -73,22 +74,10 @@ def _value(graph: Graph, node: Node, tensors: Mapping[str, Tensor], fetch: Calla
 def live_nodes(graph: Graph, skip_to: Mapping[str, str]) -> set[str]:
     """The nodes that the outputs depend on once some nodes take the value of others."""
     live: set[str] = set()
-    todo = list(graph.outputs)
-    written = _in_place(graph)
+    todo = list(graph.ends)
     while todo:
         name = todo.pop()
-        if name in live:
-            continue
-        live.add(name)
-        todo += [skip_to[name]] if name in skip_to else graph.nodes[name].inputs()
-        todo += written.get(name, ())  # what changes this value in place, although nobody reads its result
+        if name not in live:
+            live.add(name)
+            todo += [skip_to[name]] if name in skip_to else graph.dependencies[name]
     return live
-
-
-def _in_place(graph: Graph) -> dict[str, list[str]]:
-    written: dict[str, list[str]] = {}
-    for node in graph.nodes.values():
-        name = node.op.split(".")[1] if node.op.count(".") >= 2 else ""
-        if name.endswith("_") and not name.endswith("__") and node.args and isinstance(node.args[0], Ref):
-            written.setdefault(node.args[0].name, []).append(node.name)
-    return written

@@ -25,6 +25,7 @@ from idap.surgery.apply import apply_plan
 
 FORMAT = 1
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
+PLAN_DIGEST = "idap_plan"
 
 
 def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
@@ -36,10 +37,11 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
         plan: the plan that leads from the original to it.
 
     Raises:
-        CheckpointError: the folder can't be written.
+        CheckpointError: the folder can't be written, or the model's state holds something that is no tensor.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _owned(model).items()}
+    described = plan.to_json()
     description = {
         "format": FORMAT,
         "fingerprint": fingerprint(plan.shapes),
@@ -48,10 +50,11 @@ def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
             "safetensors": str(safetensors.__version__),
             "python": platform.python_version(),
         },
-        "plan": plan.to_json(),
+        "plan": described,
     }
     try:
-        write_bytes(folder / WEIGHTS, save_safetensors(tensors, metadata={"format": "pt"}))
+        weights = save_safetensors(_apart(tensors), metadata={"format": "pt", PLAN_DIGEST: _digest(described)})
+        write_bytes(folder / WEIGHTS, weights)
         write_json(folder / PLAN, description)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {folder}: {error}") from error
@@ -71,10 +74,14 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         CheckpointError: a file is missing, truncated or not what `save` writes, or the tensors don't match the plan.
         PlanError: the plan does not fit `model`; names the first tensor, its shape and the shape expected.
     """
-    plan = read_plan(folder)
-    tensors = _read_weights(Path(folder) / WEIGHTS)
+    plan, file = read_plan(folder), Path(folder) / WEIGHTS
+    tensors, made_for = _read_weights(file)
     small = apply_plan(model, plan)
-    _check(small, tensors, Path(folder) / WEIGHTS)
+    _check(small, tensors, file)
+    if made_for not in ("", _digest(plan.to_json())):
+        raise CheckpointError(
+            f"{file} was not saved with the {PLAN} beside it: one of the two was changed or replaced; copy both again"
+        )
     small.load_state_dict(_with_aliases(small, tensors), strict=False, assign=False)
     return small
 
@@ -90,6 +97,8 @@ def read_plan(folder: str | Path) -> Plan:
         description = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no compressed model: {file} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is broken: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -107,11 +116,35 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _digest(described: Mapping[str, Any]) -> str:
+    """A short name for a plan, which the weights carry so that the two can't be mixed up."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _owned(model: nn.Module) -> dict[str, Tensor]:
     """Every saved tensor once, under its first name."""
-    persistent = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
-    return {name: t for name, t in persistent.items() if first.setdefault(id(t), name) == name}
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{name!r} in the model's state is {type(tensor).__name__}, not a tensor, and can't be saved without "
+                "pickle; let get_extra_state return a tensor, or keep it out of the state"
+            )
+        if first.setdefault(id(tensor), name) == name:
+            found[name] = tensor
+    return found
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, none of which shares memory with another."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def _with_aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,16 +152,19 @@ def _with_aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     return {name: tensors[first.setdefault(id(t), name)] for name, t in model.state_dict(keep_vars=True).items()}
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file, and the digest of the plan they were made for, "" where it names none."""
     try:
-        tensors: dict[str, Tensor] = load_safetensors(file.read_bytes())
+        data = file.read_bytes()
+        tensors: dict[str, Tensor] = load_safetensors(data)
     except FileNotFoundError as error:
         raise CheckpointError(f"the compressed model has no weights: {file} is missing") from error
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is truncated or no safetensors file ({error}); copy or download it again"
         ) from error
-    return tensors
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__", {}).get(PLAN_DIGEST, "")
 
 
 def _check(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -142,7 +178,10 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
                 f"{tuple(tensor.shape)}; plan and weights don't belong together"
             )
         if tensors[name].dtype != tensor.dtype:
-            raise CheckpointError(f"tensor {name!r} in {file} is {tensors[name].dtype}, the model's is {tensor.dtype}")
+            raise CheckpointError(
+                f"tensor {name!r} in {file} is {tensors[name].dtype}, the model's is {tensor.dtype}; bring the model "
+                f"to the dtype it was compressed in first: model.to({tensors[name].dtype})"
+            )
     extra = sorted(set(tensors) - set(wanted))
     if extra:
         raise CheckpointError(f"{file} holds tensor {extra[0]!r}, which the model does not have")

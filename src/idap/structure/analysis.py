@@ -1,7 +1,7 @@
 """The structure of a model: what may be removed, what that takes, and what can't go and why."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -10,13 +10,17 @@ from idap.errors import PlanError, StructureError
 from idap.graph.ir import Graph
 from idap.graph.rules import Flow, flow_of
 from idap.graph.run import live_nodes
-from idap.structure.attributes import Conflict, collect, solve_attributes
+from idap.structure.attributes import Demand, Values, solve_attributes, tied_dims
 from idap.structure.blocks import Block, find_blocks
+from idap.structure.demands import demands_of, new_values
 from idap.structure.groups import Blocked, Group, blocked_dims, build_groups
 from idap.structure.layout import Layout, Presence, slots
-from idap.structure.plan import Plan
+from idap.structure.plan import Plan, Size
 
 Named = TypeVar("Named", Group, Block)
+
+TRIALS = 3
+"""How many random cuts of all groups at once must be expressible; a group is uniform, so one would nearly always do."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,6 +33,7 @@ class Structure:
         blocks: residual branches and blocks, in the order of the network.
         blocked: dimensions of weights that can't shrink, with reasons.
         layout: where the units lie in every tensor.
+        demands: what the code says about sizes.
     """
 
     graph: Graph
@@ -36,6 +41,7 @@ class Structure:
     blocks: tuple[Block, ...]
     blocked: tuple[Blocked, ...]
     layout: Layout = field(compare=False)
+    demands: tuple[Demand, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
@@ -96,30 +102,28 @@ class Structure:
         kept = {name: _checked(self.group(name), units) for name, units in keep.items()}
         kept = {name: units for name, units in kept.items() if len(units) < self.group(name).size}
         present = self.presence(kept)
-        solved, conflicts = solve_attributes(self.graph.nodes, self.layout, present, self.dead_nodes(removed))
-        if conflicts:
-            raise PlanError(
-                f"the model's code can't run with this cut: {conflicts[0].reason()} "
-                f"(groups {self._groups_in(conflicts[0])}); keep these groups whole."
-            )
         replaced = {path: kind for name in removed for path, kind in self.block(name).replaced.items()}
         outer = {path: kind for path, kind in replaced.items() if not any(path.startswith(f"{o}.") for o in replaced)}
-        plan = Plan(
-            keep=kept, removed=tuple(removed), tensors=self._slices(present), shapes=self.graph.shapes, replaced=outer
+        sketch = Plan(kept, tuple(removed), self._slices(present), self.graph.shapes, replaced=outer)
+        attributes = self._attributes(present, sketch)
+        return replace(
+            sketch,
+            tensors={name: dims for name, dims in sketch.tensors.items() if not sketch.gone(name)},
+            attributes={path: values for path, values in attributes.items() if not sketch.gone(path)},
         )
-        shapes = {name: plan.shape_after(name) for name in self.graph.shapes}
-        return Plan(
-            keep=kept,
-            removed=tuple(removed),
-            tensors={name: dims for name, dims in plan.tensors.items() if not plan.gone(name)},
-            shapes=self.graph.shapes,
-            attributes={
-                path: values
-                for path, values in collect(solved, self.graph.modules, shapes).items()
-                if not plan.gone(path)
-            },
-            replaced=outer,
-        )
+
+    def _attributes(self, present: Presence, sketch: Plan) -> dict[str, dict[str, Size]]:
+        """New values of the ints that modules hold; what lies in a replaced module asks for nothing."""
+        gone = {name for name, node in self.graph.nodes.items() if node.owner and sketch.gone(node.owner)}
+        demands = [d for d in self.demands if d.node not in gone and not (d.defines and sketch.gone(d.defines.module))]
+        values = Values(self.layout, present)
+        for demand in solve_attributes(demands, values, self.layout.escaped):
+            cut = sorted({index for dim in demand.dims(self.layout) for index in self.layout.groups_in(dim)})
+            raise PlanError(
+                f"the model's code can't run with this cut: {demand.why(values, self.layout.escaped)} "
+                f"(groups {', '.join(self.groups[index].name for index in cut)}); keep these groups whole."
+            )
+        return new_values(values.solved, self.graph.modules)
 
     def _slices(self, present: Presence) -> dict[str, dict[int, tuple[int, ...]]]:
         found: dict[str, dict[int, tuple[int, ...]]] = {}
@@ -129,9 +133,6 @@ class Structure:
                 if stays is not None and not stays.all():
                     found.setdefault(name, {})[place] = tuple(np.flatnonzero(stays).tolist())
         return found
-
-    def _groups_in(self, conflict: Conflict) -> list[str]:
-        return [self.groups[index].name for index in sorted(self.layout.groups_in(conflict.use.dim))]
 
 
 def analyze(
@@ -158,15 +159,10 @@ def analyze(
         [('0', 'neurons', 8)]
     """
     flow = flow_of(graph, freeze_unknown=freeze_unknown, contracts=contracts)
-    groups, layout = build_groups(flow)
-    while conflicts := _conflicts(flow, groups, layout):
-        for conflict in conflicts:
-            flow.labels.because(conflict.reason())
-            for use in (conflict.use, *conflict.related):
-                flow.labels.freeze_dim(use.dim)
-        groups, layout = build_groups(flow)
-    structure = Structure(graph, groups, find_blocks(graph), blocked_dims(flow, layout), layout)
-    if required and not groups and not structure.blocks:
+    groups, layout, demands = _expressible(flow)
+    blocks = find_blocks(graph, layout)
+    structure = Structure(graph, groups, blocks, blocked_dims(flow, layout), layout, demands)
+    if required and not groups and not blocks:
         reasons = "\n".join(f"  {b.tensor}, dimension {b.dim}: {b.reason}" for b in structure.blocked[:8])
         raise StructureError(
             "nothing can be pruned: the model has no group of units and no residual block that may go."
@@ -175,19 +171,42 @@ def analyze(
     return structure
 
 
-def _conflicts(flow: Flow, groups: Sequence[Group], layout: Layout) -> list[Conflict]:
-    """Cut every group on trial, evenly and unevenly, and see which sizes the code can't follow."""
-    for seed in range(2):
+def _expressible(flow: Flow) -> tuple[tuple[Group, ...], Layout, tuple[Demand, ...]]:
+    """Groups, of which every cut can be expressed by the code: what it can't express is tied or frozen."""
+    given_up: set[tuple[str, str]] = set()
+    tied = False
+    while True:
+        groups, layout = build_groups(flow)
+        demands = [d for d in demands_of(flow.graph, layout.sizes) if (d.node, d.place) not in given_up]
+        if not tied:
+            for one, other in tied_dims(demands, layout):
+                flow.labels.because("the code counts it with a number that also counts something else")
+                flow.labels.unify(one, other)
+            tied = True
+            continue
+        unmet = _unmet(demands, groups, layout)
+        if not unmet:
+            return groups, layout, tuple(demands)
+        for demand, reason in unmet.items():
+            flow.labels.because(reason)
+            shared = [other for other in demands if other.attributes() & demand.attributes()]
+            for dim in [dim for other in (demand, *shared) for dim in other.dims(layout)]:
+                flow.labels.freeze_dim(dim)
+        given_up |= {(demand.node, demand.place) for demand in unmet}
+
+
+def _unmet(demands: Sequence[Demand], groups: Sequence[Group], layout: Layout) -> dict[Demand, str]:
+    """Cut every group on trial and see which demands the code can't meet, and why."""
+    for seed in range(TRIALS):
         random = np.random.default_rng(seed)
         kept = {
-            group.index: np.sort(random.permutation(group.size)[: max(1, round(group.size * share))])
-            for group in groups
-            for share in [float(random.uniform(0.4, 0.9))]
+            group.index: random.permutation(group.size)[: random.integers(1, max(2, group.size))] for group in groups
         }
-        _, conflicts = solve_attributes(flow.graph.nodes, layout, layout.presence(kept), ())
-        if conflicts:
-            return conflicts
-    return []
+        values = Values(layout, layout.presence(kept))
+        unmet = solve_attributes(demands, values, layout.escaped)
+        if unmet:
+            return {demand: demand.why(values, layout.escaped) for demand in unmet}
+    return {}
 
 
 def _checked(group: Group, units: Sequence[int]) -> tuple[int, ...]:

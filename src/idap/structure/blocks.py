@@ -1,12 +1,12 @@
 """Residual branches and whole blocks, found in the graph: what may vanish without leaving a hole."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from idap.graph.ir import Graph, Node, Ref
-from idap.graph.rules.flow import base_name
-
-IDENTITY, ZERO = "identity", "zero"
+from idap.graph.rules.flow import arguments, base_name
+from idap.structure.layout import Layout
+from idap.structure.remains import IDENTITY, Remains, alike
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Reach:
         self.before: dict[str, int] = {}
         for name in self.names:
             bits = 0
-            for used in graph.nodes[name].inputs():
+            for used in graph.dependencies[name]:
                 if used in self._place:
                     bits |= self.before[used] | (1 << self._place[used])
             self.before[name] = bits
@@ -72,6 +72,13 @@ class Reach:
         bits = self.after[start] & (self.before[end] | (1 << self._place[end]))
         return frozenset(self._names(bits))
 
+    def closed(self, nodes: frozenset[str], exits: Iterable[str]) -> bool:
+        """Whether these nodes are seen outside through the exits alone, and change nothing outside in place."""
+        inner = nodes - set(exits)
+        read = any(user not in nodes for name in inner for user in self.users[name])
+        written = any(not self.graph.memory.written(name) <= nodes for name in nodes)
+        return not read and not written and not inner & set(self.graph.ends)
+
     def _names(self, bits: int) -> Iterable[str]:
         while bits:
             low = bits & -bits
@@ -79,90 +86,67 @@ class Reach:
             bits ^= low
 
 
-def find_blocks(graph: Graph) -> tuple[Block, ...]:
+@dataclass(frozen=True)
+class _Branch:
+    """An addition of two values of one shape, one of which the other depends on."""
+
+    entry: str
+    branch: str
+    addition: str
+    nodes: frozenset[str]
+    block: Block | None = None
+
+
+def find_blocks(graph: Graph, layout: Layout) -> tuple[Block, ...]:
     """Residual branches and blocks of a graph, in the order of the network.
 
     A branch ends in an addition of two values of one shape, one of which the other depends on; it holds a parameter,
     and nothing outside reads its values. A block is a module that maps one tensor to one of the same shape and
-    that holds at least one branch.
+    that holds at least one branch. Both are offered only where the modules they consist of can be replaced by
+    stand-ins so that the code around them still runs and adds nothing.
     """
-    reach = Reach(graph)
-    modules = _nodes_by_module(graph, reach)
-    branches = [b for node in graph.nodes.values() if (b := _branch_at(graph, reach, node, modules)) is not None]
-    blocks = [b for path in modules if (b := _block_at(graph, reach, path, modules, branches)) is not None]
-    blocks = _outermost_of_equals(blocks)
-    found = [*_without_twins(branches, blocks), *blocks]
+    reach, remains = Reach(graph), Remains(graph, layout)
+    residuals = [_branch_at(graph, reach, remains, node) for node in graph.nodes.values()]
+    branches = [residual for residual in residuals if residual is not None]
+    modules = [_block_at(graph, reach, remains, path, branches) for path in graph.modules]
+    blocks = _outermost_of_equals([block for block in modules if block is not None])
+    whole = {block.nodes & frozenset(b.addition for b in branches) for block in blocks}
+    found = [b.block for b in branches if b.block is not None and frozenset([b.addition]) not in whole] + blocks
     order = {name: place for place, name in enumerate(graph.nodes)}
     found.sort(key=lambda block: (order[block.exit], len(block.nodes)))
-    return tuple(_unique_names(found))
+    offered = {block.name for block in found}
+    return tuple(replace(b, contains=tuple(n for n in b.contains if n in offered)) for b in _unique_names(found))
 
 
-def _nodes_by_module(graph: Graph, reach: Reach) -> dict[str, set[str]]:
-    """Module path -> every node with data that runs in it or below it."""
-    found: dict[str, set[str]] = {}
-    for node in graph.nodes.values():
-        path = node.owner if node.name in reach.before and node.shapes else ""
-        while path:
-            found.setdefault(path, set()).add(node.name)
-            path = path.rpartition(".")[0]
-    return found
-
-
-def _branch_at(graph: Graph, reach: Reach, node: Node, modules: Mapping[str, set[str]]) -> Block | None:
-    if base_name(node.op) != "add" or len(node.shape) < 2:
+def _branch_at(graph: Graph, reach: Reach, remains: Remains, node: Node) -> _Branch | None:
+    if base_name(node.op) != "add" or len(node.shape) < 2 or arguments(node).get("alpha", 1) != 1:
         return None
     operands = [arg.name for arg in node.args[:2] if isinstance(arg, Ref)]
     if len(operands) != 2 or any(name not in reach.before for name in operands):
         return None
-    if graph.nodes[operands[0]].shape != graph.nodes[operands[1]].shape:
-        return None
     for entry, branch in (operands, operands[::-1]):
-        if reach.is_before(entry, branch):
-            return _branch(graph, reach, node, entry, branch, modules)
+        if graph.nodes[entry].shape == graph.nodes[branch].shape and reach.is_before(entry, branch):
+            return _branch(graph, reach, remains, node, entry, branch)
     return None
 
 
-def _branch(
-    graph: Graph, reach: Reach, node: Node, entry: str, branch: str, modules: Mapping[str, set[str]]
-) -> Block | None:
+def _branch(graph: Graph, reach: Reach, remains: Remains, node: Node, entry: str, branch: str) -> _Branch | None:
     nodes = reach.between(entry, branch)
-    allowed = nodes | {node.name}
-    if any(user not in allowed for name in nodes for user in reach.users[name]):
+    if any(user not in nodes | {node.name} for user in reach.users[branch]) or not reach.closed(nodes, [branch]):
         return None
-    if any(name in nodes for name in graph.outputs) or not _parameters_read(graph, nodes):
+    if branch in graph.ends or not _reads_parameters(graph, nodes):
         return None
-    inside = _maximal_modules(graph, nodes, modules, node.owner)
-    zeroed = next((path for path in reversed(inside) if _has_parameters(graph, path)), None)
-    if zeroed is None:
-        return None
-    replaced = {path: IDENTITY for path in inside if _has_parameters(graph, path)} | {zeroed: ZERO}
-    return Block(_span(list(replaced)), "branch", entry, node.name, node.name, branch, nodes, replaced)
+    found = _Branch(entry, branch, node.name, nodes)
+    replaced = remains.stand_ins(nodes, entry, branch)
+    if not replaced:
+        return found
+    name = _span(list(replaced))
+    block = Block(name, "branch", entry, node.name, node.name, branch, nodes, replaced)
+    return replace(found, block=block)
 
 
-def _parameters_read(graph: Graph, nodes: Iterable[str]) -> set[str]:
-    return {
-        graph.nodes[used].target
-        for name in nodes
-        for used in graph.nodes[name].inputs()
-        if graph.nodes[used].op == "parameter"
-    }
-
-
-def _has_parameters(graph: Graph, path: str) -> bool:
-    return any(
-        info.tensors for other, info in graph.modules.items() if other == path or other.startswith(f"{path}.")
-    )
-
-
-def _maximal_modules(
-    graph: Graph, nodes: frozenset[str], modules: Mapping[str, set[str]], owner: str
-) -> list[str]:
-    """Modules all of whose data nodes lie in a branch, largest only, in the order in which they run."""
-    inside = {path for path, names in modules.items() if names <= nodes}
-    below = f"{owner}." if owner else ""
-    maximal = [path for path in inside if path.rpartition(".")[0] not in inside and path.startswith(below)]
-    order = {name: place for place, name in enumerate(graph.nodes)}
-    return sorted(maximal, key=lambda path: min(order[name] for name in modules[path]))
+def _reads_parameters(graph: Graph, nodes: Iterable[str]) -> bool:
+    return any(graph.nodes[used].op == "parameter" for name in nodes for used in graph.nodes[name].inputs())
 
 
 def _span(paths: Sequence[str]) -> str:
@@ -175,40 +159,38 @@ def _span(paths: Sequence[str]) -> str:
     return f"{paths[0]}…{paths[-1]}"
 
 
-def _block_at(
-    graph: Graph, reach: Reach, path: str, modules: Mapping[str, set[str]], branches: Sequence[Block]
-) -> Block | None:
+def _block_at(graph: Graph, reach: Reach, remains: Remains, path: str, branches: Sequence[_Branch]) -> Block | None:
     """The module as a block, if it maps one tensor to one of the same shape and is made of branches."""
-    nodes = frozenset(name for name in modules[path] if name in reach.before)
-    inner = [branch for branch in branches if branch.exit in nodes and branch.nodes <= nodes]
-    if not inner:
+    if not remains.replaceable(path):
         return None
-    entries = {used for name in nodes for used in graph.nodes[name].inputs() if used in reach.before and used not in nodes}
-    exits = [
-        name
-        for name in nodes
-        if name in graph.outputs or any(user not in nodes for user in reach.users[name])
-    ]
-    if len(entries) != 1 or len(exits) != 1 or exits[0] in graph.outputs:
+    (call,) = graph.modules[path].calls
+    nodes = frozenset(remains.inside(path))
+    inner = [branch for branch in branches if branch.addition in nodes and branch.nodes <= nodes]
+    if not inner or call.output not in nodes or call.input in nodes or not reach.closed(nodes, [call.output]):
         return None
-    entry = entries.pop()
-    if graph.nodes[entry].shapes != graph.nodes[exits[0]].shapes or not _stream_runs_through(graph, inner, entry, nodes):
+    same = alike(remains.layout.dims[call.input][0], remains.layout.dims[call.output][0])
+    if not same or not _stream_runs_through(graph, inner[0].entry, call.input, nodes):
         return None
     return Block(
-        path, "block", entry, exits[0], inner[-1].exit, "", nodes, {path: IDENTITY}, tuple(b.name for b in inner)
+        path,
+        "block",
+        call.input,
+        call.output,
+        inner[-1].addition,
+        "",
+        nodes,
+        {path: IDENTITY},
+        tuple(b.block.name for b in inner if b.block is not None),
     )
 
 
-def _stream_runs_through(graph: Graph, inner: Sequence[Block], entry: str, nodes: frozenset[str]) -> bool:
+def _stream_runs_through(graph: Graph, place: str, entry: str, nodes: frozenset[str]) -> bool:
     """Whether the first branch starts at the module's input, perhaps behind an operator without parameters."""
-    place = inner[0].entry
     while place != entry:
-        if place not in nodes:
+        needed = graph.dependencies[place]
+        if place not in nodes or len(needed) != 1 or graph.nodes[needed[0]].op in ("parameter", "buffer"):
             return False
-        data = [name for name in graph.nodes[place].inputs() if graph.nodes[name].op not in ("parameter", "buffer")]
-        if len(data) != 1 or len(data) != len(graph.nodes[place].inputs()):
-            return False
-        place = data[0]
+        place = needed[0]
     return True
 
 
@@ -225,15 +207,9 @@ def _outermost_of_equals(blocks: Sequence[Block]) -> list[Block]:
     return kept
 
 
-def _without_twins(branches: Sequence[Block], blocks: Sequence[Block]) -> list[Block]:
-    """Branches that are not already the whole of a block."""
-    whole = {block.contains[0] for block in blocks if len(block.contains) == 1}
-    return [branch for branch in branches if branch.name not in whole]
-
-
 def _unique_names(blocks: Sequence[Block]) -> Iterable[Block]:
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
     for block in blocks:
-        seen[block.name] = seen.get(block.name, 0) + 1
-        if seen[block.name] == 1:
+        if block.name not in seen:
+            seen.add(block.name)
             yield block

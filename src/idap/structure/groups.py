@@ -33,10 +33,10 @@ class Group:
 
     Attributes:
         index: place in the structure.
-        name: module whose weight writes the units first, with what they are where that isn't channels or neurons.
+        name: module whose tensor holds the units first, with what they are where that isn't channels or neurons.
         kind: "channels", "neurons", "heads" or "head width".
         size: number of units.
-        members: (canonical tensor name, dimension) that shrink with the group.
+        members: (canonical tensor name, dimension) that shrink with the group, in the order in which they are read.
         writers: contractions that produce the units.
         readers: contractions that consume them.
         crosses: nodes that compute a norm, softmax or reduction over the units.
@@ -54,7 +54,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Blocked:
-    """A dimension of a weight that can't shrink, and why."""
+    """Slots of a dimension of a weight that can't go, and why.
+
+    Attributes:
+        tensor: canonical name.
+        dim: the dimension.
+        size: how many slots can't go; often all.
+        reason: of the first of them.
+    """
 
     tensor: str
     dim: int
@@ -78,13 +85,13 @@ def build_groups(flow: Flow) -> tuple[tuple[Group, ...], Layout]:
         tuple(flow.sizes),
         tuple(flow.contractions),
         dict(flow.crossings),
-        frozenset(flow.escaped),
+        dict(flow.escaped),
     )
     return _describe(flow, layout, count), layout
 
 
 def blocked_dims(flow: Flow, layout: Layout) -> tuple[Blocked, ...]:
-    """The dimensions over which weights write and read that no group may shrink, with reasons."""
+    """The slots over which weights write and read that belong to no group, with reasons."""
     found: dict[tuple[str, int], Blocked] = {}
     for contraction in layout.contractions:
         node = flow.graph.nodes[contraction.weight]
@@ -92,9 +99,10 @@ def blocked_dims(flow: Flow, layout: Layout) -> tuple[Blocked, ...]:
             continue
         for dim in (contraction.write_dim, contraction.read_dim):
             final, original = layout.tensors[node.target][dim], flow.dims[node.name][0][dim]
-            if node.shape[dim] > 1 and not layout.groups_in(final):
-                reason = flow.labels.reason(original.ravel()) or "its weights are read by no other operator"
-                found[node.target, dim] = Blocked(node.target, dim, node.shape[dim], reason)
+            stuck = ~(layout.group_of[final] >= 0).any(axis=0)
+            if node.shape[dim] > 1 and stuck.any():
+                reason = flow.labels.reason(original[:, stuck].ravel()) or "its weights are read by no other operator"
+                found[node.target, dim] = Blocked(node.target, dim, int(stuck.sum()), reason)
     return tuple(found.values())
 
 
@@ -126,34 +134,44 @@ def _filling(dim: Dim) -> list[int]:
 
 
 def _assign(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Give each label a group (labels with the same places in the same tensors) and a unit number."""
-    highest = 1 + max((int(dim.max()) for dims in tensors.values() for dim in dims if dim.size), default=0)
-    signature = np.zeros(highest, dtype=np.uint64)
-    rank = np.full(highest, -1, dtype=np.int64)
+    """Give each label a group (labels with the same places everywhere) and a unit number.
+
+    The places are those in tensors and those in the dims that an int of the code counts: a group lies wholly in the
+    part that a slice takes or a padding adds, or wholly outside of it, so no cut of it can empty one of them.
+    """
+    rank = _ranks(flow, tensors)
+    signature = np.zeros(len(rank), dtype=np.uint64)
     random = np.random.default_rng(0)
-    order = 0
-    for name in sorted_by_use(flow, tensors):
-        for dim in tensors[name]:
-            for row in dim:
-                # A key per row: heads and the channels within them lie in the same slots, but in different rows.
-                key = random.integers(1, 2**63, dtype=np.uint64)
-                np.add.at(signature, row, key)
-                new = np.unique(row[rank[row] < 0], return_index=True)
-                ordered = row[rank[row] < 0][np.sort(new[1])]
-                rank[ordered] = order + np.arange(len(ordered))
-                order += len(ordered)
-    signature[0] = 0
-    used = _contracted(flow, tensors, highest)
-    labels = np.flatnonzero((signature > 0) & used)
+    for dim in [*(dim for dims in tensors.values() for dim in dims), *(use.dim for use in flow.sizes)]:
+        for row in dim:
+            # A key per row: heads and the channels within them lie in the same slots, but in different rows.
+            np.add.at(signature, row, random.integers(1, 2**63, dtype=np.uint64))
+    used = _contracted(flow, len(rank))
+    labels = np.flatnonzero((rank >= 0) & used)
     labels = labels[np.argsort(rank[labels])]
-    group_of = np.full(highest, -1, dtype=np.int64)
-    unit_of = np.zeros(highest, dtype=np.int64)
+    group_of = np.full(len(rank), -1, dtype=np.int64)
+    unit_of = np.zeros(len(rank), dtype=np.int64)
     _, first, inverse = np.unique(signature[labels], return_index=True, return_inverse=True)
     numbers = np.argsort(np.argsort(first))[inverse]  # groups in the order in which they first occur
     for number in range(len(first)):
         mine = labels[numbers == number]
         group_of[mine], unit_of[mine] = number, np.arange(len(mine))
     return group_of, unit_of, len(first)
+
+
+def _ranks(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> NDArray[np.int64]:
+    """For each label its place in the order in which tensors are read, -1 where it is in none; shape (labels,)."""
+    rank = np.full(len(flow.labels), -1, dtype=np.int64)
+    order = 0
+    for name in sorted_by_use(flow, tensors):
+        for dim in tensors[name]:
+            for row in dim:
+                fresh = row[(rank[row] < 0) & (row > 0)]
+                _, first = np.unique(fresh, return_index=True)
+                ordered = fresh[np.sort(first)]
+                rank[ordered] = order + np.arange(len(ordered))
+                order += len(ordered)
+    return rank
 
 
 def sorted_by_use(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> list[str]:
@@ -164,21 +182,20 @@ def sorted_by_use(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> list[str]
     return list(dict.fromkeys([*order, *tensors]))
 
 
-def _contracted(flow: Flow, tensors: Mapping[str, Sequence[Dim]], highest: int) -> NDArray[np.bool_]:
-    """Labels that a weight writes or reads; others are tables and tokens without cost."""
-    used = np.zeros(highest, dtype=bool)
+def _contracted(flow: Flow, labels: int) -> NDArray[np.bool_]:
+    """Labels that a weight writes or reads; others are tables and tokens without cost. Shape (labels,)."""
+    used = np.zeros(labels, dtype=bool)
     for contraction in flow.contractions:
         for dim in (contraction.write_dim, contraction.read_dim):
             used[flow.labels.settled(flow.dims[contraction.weight][0][dim])] = True
-        grouped = flow.labels.settled(flow.dims[contraction.input][0][contraction.input_dim])
-        used[grouped[grouped < highest]] = True
+        used[flow.labels.settled(flow.dims[contraction.input][0][contraction.input_dim])] = True
     return used
 
 
 def _describe(flow: Flow, layout: Layout, count: int) -> tuple[Group, ...]:
     members: list[list[tuple[str, int]]] = [[] for _ in range(count)]
-    for name, dims in layout.tensors.items():
-        for place, dim in enumerate(dims):
+    for name in sorted_by_use(flow, layout.tensors):
+        for place, dim in enumerate(layout.tensors[name]):
             for group in layout.groups_in(dim):
                 members[group].append((name, place))
     writers: list[list[Port]] = [[] for _ in range(count)]
@@ -195,7 +212,7 @@ def _describe(flow: Flow, layout: Layout, count: int) -> tuple[Group, ...]:
     groups = []
     for index in range(count):
         kind = roles.get(index) or _kind(layout, writers[index])
-        name = _name(flow.graph, layout, writers[index], members[index], kind)
+        name = _name(members[index], kind)
         names[name] = names.get(name, 0) + 1
         groups.append(
             Group(
@@ -237,12 +254,7 @@ def _kind(layout: Layout, writers: Sequence[Port]) -> str:
     return "channels" if "conv" in kinds or not kinds else "neurons"
 
 
-def _name(
-    graph: Graph, layout: Layout, writers: Sequence[Port], members: Sequence[tuple[str, int]], kind: str
-) -> str:
-    if writers:
-        owner = graph.nodes[writers[0].node].owner
-        name = writers[0].weight.rpartition(".")[0] or owner or writers[0].weight
-    else:
-        name = members[0][0]
+def _name(members: Sequence[tuple[str, int]], kind: str) -> str:
+    """The module that holds the first tensor, with what the units are where that isn't channels or neurons."""
+    name = members[0][0].rpartition(".")[0] or members[0][0]
     return name if kind in ("channels", "neurons") else f"{name}:{kind.replace(' ', '-')}"

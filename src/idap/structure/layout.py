@@ -1,7 +1,7 @@
 """Where every unit of every group lies in every tensor of a model."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ class Layout:
         sizes: ints that follow a dim.
         contractions: where units are written and read.
         crossings: node -> what it computes over a dimension that may shrink.
-        escaped: attributes and shapes whose value the results depend on.
+        escaped: attributes and shapes whose value the results depend on, with the place.
     """
 
     dims: Mapping[str, tuple[tuple[Dim, ...], ...]]
@@ -36,7 +36,7 @@ class Layout:
     sizes: tuple[SizeUse, ...]
     contractions: tuple[Contraction, ...]
     crossings: Mapping[str, str]
-    escaped: frozenset[Expression] = frozenset()
+    escaped: Mapping[Expression, str] = field(default_factory=dict)
 
     def presence(self, kept: Mapping[int, Iterable[int]]) -> Presence:
         """Which labels are present when group `index` keeps only the units `kept[index]`."""
@@ -47,7 +47,7 @@ class Layout:
         return present
 
     def units(self, dim: Dim, group: int) -> NDArray[np.int64]:
-        """For each slot of a dim the unit of the group that it belongs to, -1 where it belongs to none; shape (size,)."""
+        """For each slot of a dim the unit of the group that it belongs to, -1 if to none; shape (size,)."""
         found = np.full(dim.shape[1], -1, dtype=np.int64)
         for row in dim:
             mine = self.group_of[row] == group

@@ -47,19 +47,14 @@ class Plan:
         Raises:
             PlanError: `earlier` removed something that this plan keeps.
         """
+        self._check_follows(earlier)
         tensors: dict[str, dict[int, tuple[int, ...]]] = {}
         for name, dims in self.tensors.items():
             if earlier.gone(name):
                 continue
             before = earlier.tensors.get(name, {})
-            moved = {dim: _places(name, dim, kept, before[dim]) if dim in before else kept for dim, kept in dims.items()}
-            tensors[name] = {
-                dim: kept for dim, kept in moved.items() if len(kept) != _size_before(earlier, name, dim)
-            }
-        for name, dims in earlier.tensors.items():
-            for dim in dims:
-                if dim not in self.tensors.get(name, {}) and not self.gone(name):
-                    raise PlanError(f"the earlier plan cuts dimension {dim} of {name!r}, the later one keeps it whole")
+            moved = {dim: _places(kept, before[dim]) if dim in before else kept for dim, kept in dims.items()}
+            tensors[name] = {dim: kept for dim, kept in moved.items() if len(kept) != earlier.shape_after(name)[dim]}
         return Plan(
             keep=self.keep,
             removed=self.removed,
@@ -68,6 +63,24 @@ class Plan:
             attributes={path: values for path, values in self.attributes.items() if not earlier.gone(path)},
             replaced={path: kind for path, kind in self.replaced.items() if not earlier.gone(path)},
         )
+
+    def _check_follows(self, earlier: "Plan") -> None:
+        """Everything that `earlier` removed must be removed here too."""
+        for path in earlier.replaced:
+            if not self.gone(path):
+                raise PlanError(f"the earlier plan removes module {path!r}, the later one keeps it")
+        for name, dims in earlier.tensors.items():
+            for dim, before in dims.items():
+                kept = self.tensors.get(name, {}).get(dim)
+                if self.gone(name):
+                    continue
+                if kept is None:
+                    raise PlanError(f"the earlier plan cuts dimension {dim} of {name!r}, the later one keeps it whole")
+                missing = sorted(set(kept) - set(before))
+                if missing:
+                    raise PlanError(
+                        f"slot {missing[0]} of dimension {dim} of {name!r} is kept, but an earlier plan removed it"
+                    )
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts; `Plan.from_json` reads them back."""
@@ -105,16 +118,10 @@ class Plan:
                 replaced={str(path): str(kind) for path, kind in data["replaced"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"this is not a plan: {type(error).__name__}: {error}; it must come from Plan.to_json") from error
+            found = f"{type(error).__name__}: {error}"
+            raise PlanError(f"this is not a plan: {found}; it must come from Plan.to_json") from error
 
 
-def _places(name: str, dim: int, kept: Iterable[int], before: tuple[int, ...]) -> tuple[int, ...]:
+def _places(kept: Iterable[int], before: tuple[int, ...]) -> tuple[int, ...]:
     place = {slot: index for index, slot in enumerate(before)}
-    missing = [slot for slot in kept if slot not in place]
-    if missing:
-        raise PlanError(f"slot {missing[0]} of dimension {dim} of {name!r} is kept, but an earlier plan removed it")
     return tuple(place[slot] for slot in kept)
-
-
-def _size_before(earlier: Plan, name: str, dim: int) -> int:
-    return earlier.shape_after(name)[dim]

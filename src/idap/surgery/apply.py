@@ -70,17 +70,37 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
                 f"the plan does not fit this model: tensor {name!r} has shape {shapes[name]}, the plan expects "
                 f"{expected}; build the model exactly as it was when it was compressed."
             )
-    for name in plan.tensors:
+    for name, dims in plan.tensors.items():
         if name not in plan.shapes:
             raise PlanError(f"the plan cuts tensor {name!r} but does not say what shape it expects")
+        for dim, kept in dims.items():
+            _check_slots(name, dim, kept, plan.shapes[name])
+    _check_modules(model, plan)
+
+
+def _check_modules(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for path in [*plan.attributes, *plan.replaced]:
         if path not in modules:
             raise PlanError(f"the plan does not fit this model: it has no module {path!r}")
+    for path, values in plan.attributes.items():
+        missing = [name for name in values if not hasattr(modules[path], name)]
+        if missing:
+            raise PlanError(f"the plan does not fit this model: module {path!r} has no attribute {missing[0]!r}")
     for path, kind in plan.replaced.items():
         if path == "":
             raise PlanError("a plan can't replace the whole model")
         stand_in(kind)
+
+
+def _check_slots(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    size = shape[dim] if 0 <= dim < len(shape) else 0
+    wrong = [slot for slot in kept if not 0 <= slot < size]
+    if wrong or not kept:
+        raise PlanError(
+            f"the plan keeps {f'slot {wrong[0]}' if wrong else 'no slot'} of dimension {dim} of tensor {name!r}, "
+            f"which has shape {shape}"
+        )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -89,7 +109,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sliced(model: nn.Module, plan: Plan) -> dict[int, Tensor]:
-    """id of each tensor to be cut -> its new tensor; tied names share one tensor, so it is cut once."""
+    """The id of each tensor to be cut -> its new tensor; tied names share one tensor, so it is cut once."""
     found = {}
     for name, tensor in _tensors(model):
         if name in plan.tensors:
@@ -117,7 +137,7 @@ def _restructure(model: nn.Module, plan: Plan) -> None:
     for path, values in plan.attributes.items():
         for name, value in values.items():
             held = getattr(modules[path], name)
-            setattr(modules[path], name, type(held)(value) if isinstance(held, list | tuple) else value)
+            setattr(modules[path], name, list(value) if isinstance(held, list) and isinstance(value, tuple) else value)
     for path, kind in plan.replaced.items():
         parent, _, name = path.rpartition(".")
         modules[parent]._modules[name] = stand_in(kind)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import PlanError
-from idap.structure.blocks import IDENTITY, ZERO
+from idap.structure.remains import IDENTITY, ZERO
 
 
 class Zero(nn.Module):
@@ -18,7 +18,7 @@ class Zero(nn.Module):
 
 
 class Pass(nn.Module):
-    """Returns its first input whatever else it is given: a removed module that is called with more than a tensor."""
+    """Returns its first input whatever else it is given, such as a mask."""
 
     def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """`x` itself."""
@@ -35,7 +35,7 @@ def stand_in(kind: str) -> nn.Module:
         PlanError: the kind is unknown.
     """
     if kind == IDENTITY:
-        return nn.Identity()
+        return Pass()
     if kind == ZERO:
         return Zero()
     raise PlanError(f"a removed module can become 'identity' or 'zero', found {kind!r}")

@@ -19,6 +19,7 @@ from idap.graph.ir import Graph, Node, Ref
 from idap.graph.labels import Dim
 from idap.graph.rules.flow import arguments, operator
 from idap.graph.run import run
+from idap.graph.trace import own_inputs
 from idap.structure.analysis import Structure
 from idap.structure.layout import Presence, count, slots
 from idap.structure.plan import Plan
@@ -42,22 +43,23 @@ class Proof:
 
 def verify(
     structure: Structure,
+    original: nn.Module,
     pruned: nn.Module,
     plan: Plan,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     *,
+    since: Plan | None = None,
     tolerance: float = TOLERANCE,
 ) -> Proof:
     """Compare a pruned model with the masked original on example inputs.
 
     Args:
-        structure: of the original.
-        pruned: a model to which `plan` was applied. Its weights may have been trained since: the reference takes its
-            weights from it.
-        plan: in the original's indices.
-        args: positional inputs of the shapes that were traced.
-        kwargs: keyword inputs.
+        structure: of the traced original.
+        original: the model that was cut: the reference takes its weights from it, never from the pruned model.
+        pruned: what the cut made of it.
+        plan: what was to be cut, in the indices of the traced original.
+        inputs: positional and keyword inputs of the shapes that were traced.
+        since: the plan that had already been applied to `original`; None: it is the traced original.
         tolerance: largest relative difference allowed.
 
     Returns:
@@ -66,14 +68,20 @@ def verify(
     Raises:
         VerificationError: the pruned model doesn't run or differs; names the groups that were cut.
     """
-    reference = masked_outputs(structure, pruned, plan, tree_leaves((args, dict(kwargs or {}))))
+    args, kwargs = inputs
+    leaves = tree_leaves((args, dict(kwargs)))
+    reference = masked_outputs(structure, original, plan, leaves, since=since)
     try:
-        found = _outputs(pruned, args, dict(kwargs or {}))
+        found = _outputs(pruned, args, dict(kwargs))
     except Exception as error:
         raise VerificationError(
             f"the pruned model does not run: {type(error).__name__}: {error} (cut: {_names(plan)})"
         ) from error
     crossed = tuple(_crossed(structure, structure.presence(plan.keep)))
+    if len(found) != len(reference):
+        raise VerificationError(
+            f"the pruned model returns {len(found)} tensors, the original {len(reference)} (cut: {_names(plan)})"
+        )
     worst = 0.0
     for place, (mine, theirs) in enumerate(zip(found, reference, strict=True)):
         if mine.shape != theirs.shape:
@@ -90,18 +98,28 @@ def verify(
     return Proof(worst, crossed)
 
 
-def masked_outputs(structure: Structure, pruned: nn.Module, plan: Plan, inputs: Sequence[Any]) -> list[Tensor]:
-    """Outputs of the original's graph with the removed slots masked and the removed branches skipped."""
+def masked_outputs(
+    structure: Structure, original: nn.Module, plan: Plan, inputs: Sequence[Any], *, since: Plan | None = None
+) -> list[Tensor]:
+    """Outputs of the original's graph with the removed slots masked and the removed branches skipped.
+
+    Args:
+        structure: of the traced original.
+        original: gives the weights.
+        plan: what is masked and skipped.
+        inputs: the leaves of the example inputs, in order.
+        since: the plan that had already been applied to `original`.
+    """
     graph = structure.graph
     present = structure.presence(plan.keep)
-    tensors = _full_size(graph, pruned, plan)
-    special = {name: _over_kept(structure, present) for name in _crossed(structure, present, every=True)}
+    tensors = {name: _masked(t, plan.tensors.get(name, {})) for name, t in _full_size(graph, original, since).items()}
+    special = dict.fromkeys(_crossed(structure, present, every=True), _over_kept(structure, present))
     return run(graph, tensors, inputs, special=special, skip_to=structure.skips(plan.removed))
 
 
-def _full_size(graph: Graph, pruned: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The pruned model's tensors in the original's shapes, zero where slots were removed."""
-    held = dict([*pruned.named_parameters(), *pruned.named_buffers()])
+def _full_size(graph: Graph, model: nn.Module, since: Plan | None) -> dict[str, Tensor]:
+    """A model's tensors in the traced original's shapes, zero where an earlier plan removed slots."""
+    held = dict([*model.named_parameters(), *model.named_buffers()])
     device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
     full = {}
     for name, shape in graph.shapes.items():
@@ -109,19 +127,29 @@ def _full_size(graph: Graph, pruned: nn.Module, plan: Plan) -> dict[str, Tensor]
             full[name] = torch.zeros(shape, device=device)  # lay in a removed block: nothing reads it
             continue
         small = held[name].detach()
-        for dim, kept in plan.tensors.get(name, {}).items():
+        for dim, kept in (since.tensors.get(name, {}) if since is not None else {}).items():
             wide = small.new_zeros([*small.shape[:dim], shape[dim], *small.shape[dim + 1 :]])
             small = wide.index_copy(dim, torch.tensor(kept, device=small.device), small)
         full[name] = small
     return full
 
 
+def _masked(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """The tensor with zeros in all slots but those kept."""
+    for dim, places in kept.items():
+        mask = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+        mask[list(places)] = True
+        tensor = torch.where(mask.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]), tensor, 0)
+    return tensor
+
+
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        mine, named = own_inputs(args, kwargs)
         with torch.no_grad():
-            returned = model(*args, **kwargs)
+            returned = model(*mine, **named)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -134,8 +162,9 @@ def _difference(mine: Tensor, theirs: Tensor) -> float:
     same = torch.isclose(mine, theirs, rtol=0, atol=0, equal_nan=True)  # infinities of masks
     if bool(same.all()):
         return 0.0
-    scale = theirs[theirs.isfinite()].abs().max().clamp_min(1e-12)
-    return float(((mine - theirs).abs()[~same] / scale).max())
+    finite = theirs[theirs.isfinite()].abs()
+    scale = finite.max().clamp_min(1e-12) if finite.numel() else torch.ones(())
+    return float(((mine - theirs).abs()[~same] / scale).nan_to_num(nan=float("inf")).max())
 
 
 def _names(plan: Plan) -> str:

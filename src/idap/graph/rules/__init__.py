@@ -4,7 +4,17 @@ A rule reads the dims of an operator's inputs, tells `Flow` which of them are th
 dims of its result. To add an operator, write a function and register its name with `@rule(...)`.
 """
 
-from idap.graph.rules import attention, convolution, creation, indexing, linear, normalisation, pointwise, pooling, shape
+from idap.graph.rules import (
+    attention,
+    convolution,
+    creation,
+    indexing,
+    linear,
+    normalisation,
+    pointwise,
+    pooling,
+    shape,
+)
 from idap.graph.rules.flow import Contraction, Flow, SizeUse, flow_of
 
 __all__ = [

@@ -9,7 +9,7 @@ from idap.graph.rules.flow import Flow, arguments, broadcast, rule
 
 @rule("scaled_dot_product_attention")
 def scaled_dot_product_attention(flow: Flow, node: Node) -> list[Dim]:
-    """query (..., H, L, E), key (..., H, S, E), value (..., H, S, Ev) -> (..., H, L, Ev)."""
+    """Query (..., H, L, E), key (..., H, S, E), value (..., H, S, Ev) -> (..., H, L, Ev)."""
     given = arguments(node)
     query, key, value = (flow.of(given[name]) for name in ("query", "key", "value"))
     flow.freeze([query[-2], key[-2], value[-2]])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from idap.errors import UnknownOperatorError
 from idap.graph.ir import Expression, Extent, Graph, Node, Ref
 from idap.graph.labels import Dim, Labels, fixed
+from idap.graph.provenance import sources
 
 Rule = Callable[["Flow", Node], list[Dim] | list[list[Dim]]]
 RULES: dict[str, Rule] = {}
@@ -82,7 +84,7 @@ class Flow:
             "contraction" of two activations); only there does a masked slot differ from an absent one.
         roles: dims known to be "heads" or "head width".
         data: nodes whose values depend on the model's inputs.
-        escaped: attributes and shapes whose value the results depend on.
+        escaped: attributes and shapes whose value the results depend on, with the place.
     """
 
     graph: Graph
@@ -93,7 +95,8 @@ class Flow:
     crossings: dict[str, str] = field(default_factory=dict)
     roles: list[tuple[str, Dim]] = field(default_factory=list)
     data: set[str] = field(default_factory=set)
-    escaped: set[Expression] = field(default_factory=set)
+    escaped: dict[Expression, str] = field(default_factory=dict)
+    _at: Node = field(default_factory=lambda: Node("", ""))
 
     def of(self, value: Any) -> list[Dim]:
         """The dims of a tensor argument, in terms of atomic labels."""
@@ -103,10 +106,24 @@ class Flow:
         """The node behind a tensor argument."""
         return self.graph.nodes[value.name]
 
-    def freeze(self, dims: Sequence[Dim]) -> None:
-        """None of these dims may shrink."""
+    def enter(self, node: Node) -> None:
+        """From here on what is frozen is frozen because of this node."""
+        self._at = node
+        self.labels.because(f"it meets a dimension that can't shrink, at {node.where()}")
+
+    def freeze(self, dims: Sequence[Dim], why: str = "") -> None:
+        """None of these dims may shrink, perhaps for a reason that tells more than that this node forbids it."""
+        if why:
+            self.labels.because(f"{why}, at {self._at.where()}")
         for dim in dims:
             self.labels.freeze_dim(dim)
+        if why:
+            self.enter(self._at)
+
+    def computes_with(self, node: Node) -> None:
+        """The node uses the ints it is given as numbers, so that where they come from nothing may change."""
+        for leaf in (leaf for size in node.sizes for leaf in sources(size)):
+            self.escaped.setdefault(leaf, node.where())
 
     def follows(self, node: Node, argument: str, index: int | None, dim: Dim, sign: int = 1) -> None:
         """An int argument of the node counts the slots of `dim`."""
@@ -126,14 +143,19 @@ class Flow:
 def arguments(node: Node) -> dict[str, Any]:
     """The node's arguments by their names in the operator's schema, defaults included."""
     schema = operator(node)._schema
-    bound = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    bound |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
-    return bound | dict(node.kwargs)
+    given: dict[str, Any] = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
+    given |= node.kwargs
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema.arguments}
 
 
 def operator(node: Node) -> Any:
     """The torch operator that a node calls."""
-    namespace, name, overload = node.op.split(".")
+    return _operator(node.op)
+
+
+@cache
+def _operator(op: str) -> Any:
+    namespace, name, overload = op.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
@@ -158,20 +180,20 @@ def flow_of(graph: Graph, *, freeze_unknown: bool = False, contracts: Sequence[s
     Raises:
         UnknownOperatorError: an operator has no rule.
     """
-    flow = Flow(graph, data=graph.data_nodes(), escaped=set(graph.escaped))
+    flow = Flow(graph, data=graph.data_nodes(), escaped=dict(graph.escaped))
     shared: dict[str, list[Dim]] = {}
     for node in graph.nodes.values():
-        flow.labels.because(f"it meets a dimension that can't shrink at {node.where()}")
+        flow.enter(node)
         flow.dims[node.name] = _dims_of(flow, node, shared, freeze_unknown)
-    for leaf in sorted(flow.escaped, key=str):
+    for leaf, place in flow.escaped.items():
         if isinstance(leaf, Extent):
-            flow.labels.because(f"the code computes a number from this size of {graph.nodes[leaf.node].where()}")
+            flow.labels.because(f"the code computes another number from this size, at {place}")
             flow.labels.freeze_dim(flow.dims[leaf.node][0][leaf.dim])
     outputs = graph.outputs if contracts is None else tuple(contracts)
     for name in outputs:
-        flow.labels.because(f"the model returns it ({graph.nodes[name].where()})")
+        flow.enter(graph.nodes[name])
         for dims in flow.dims[name]:
-            flow.freeze(dims)
+            flow.freeze(dims, "the model returns it")
     return flow
 
 
@@ -187,7 +209,7 @@ def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknow
         return [flow.dims[source.name][index]]
     if not node.shapes:
         return []  # an assertion, a side effect
-    found = RULES.get(base_name(node.op)) or _by_tag(node)
+    found = rule_of(node)
     if found is None:
         if not freeze_unknown:
             raise UnknownOperatorError(
@@ -202,15 +224,17 @@ def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknow
     return nested  # type: ignore[return-value]
 
 
-def _by_tag(node: Node) -> Rule | None:
-    return RULES["add"] if torch.Tag.pointwise in operator(node).tags else None
+def rule_of(node: Node) -> Rule | None:
+    """The rule for an operator: its own, or that of all operators which torch says work element by element."""
+    by_tag = RULES["add"] if torch.Tag.pointwise in operator(node).tags else None
+    return RULES.get(base_name(node.op), by_tag)
 
 
 def freeze_all(flow: Flow, node: Node) -> list[list[Dim]]:
     """The rule for operators through which nothing may shrink."""
     for name in node.inputs():
         for dims in flow.dims[name]:
-            flow.freeze(dims)
+            flow.freeze(dims, "nothing is known of this operator that would let it shrink")
     return [[fixed(size) for size in shape] for shape in node.shapes]
 
 

@@ -4,17 +4,16 @@ from idap.graph.ir import Node
 from idap.graph.labels import Dim, fixed
 from idap.graph.rules.flow import Flow, arguments, freeze_all, rule
 
-for _name in ("gather", "scatter", "scatter_add", "index_put", "index_add", "masked_select", "nonzero", "bincount",
-              "take_along_dim", "im2col", "unfold", "as_strided", "tril", "triu", "diagonal"):  # fmt: skip
-    rule(_name)(freeze_all)
+rule("gather", "scatter", "scatter_add", "index_put", "index_add", "masked_select", "nonzero", "bincount",
+     "take_along_dim", "im2col", "unfold", "as_strided", "tril", "triu", "diagonal")(freeze_all)  # fmt: skip
 
 
 @rule("embedding")
 def embedding(flow: Flow, node: Node) -> list[Dim]:
-    """weight (V, E), indices (...) -> (..., E)."""
+    """Weight (V, E), indices (...) -> (..., E)."""
     given = arguments(node)
     weight, indices = flow.of(given["weight"]), flow.of(given["indices"])
-    flow.freeze([weight[0], *indices])
+    flow.freeze([weight[0], *indices], "it is looked up by index")
     return [*indices, flow.labels.settled(weight[1])]
 
 
@@ -23,7 +22,7 @@ def index_select(flow: Flow, node: Node) -> list[Dim]:
     """Other dims pass."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
-    flow.freeze([x[axis]])
+    flow.freeze([x[axis]], "its slots are picked by index")
     x[axis] = fixed(node.shape[axis])
     return [flow.labels.settled(dim) for dim in x]
 
@@ -37,7 +36,7 @@ def index(flow: Flow, node: Node) -> list[Dim]:
     indexed = [axis for axis, item in enumerate(given_indices) if item is not None]
     if any(given_indices[axis].name and flow.node(given_indices[axis]).shape == () for axis in indexed):
         return freeze_all(flow, node)[0]
-    flow.freeze([x[axis] for axis in indexed])
+    flow.freeze([x[axis] for axis in indexed], "its slots are picked by index")
     for axis in indexed:
         flow.freeze(flow.of(given_indices[axis]))
     passed = [flow.labels.settled(dim) for axis, dim in enumerate(x) if axis not in indexed]

@@ -10,7 +10,7 @@ from idap.graph.rules.flow import Contraction, Flow, arguments, broadcast, rule
 
 @rule("linear")
 def linear(flow: Flow, node: Node) -> list[Dim]:
-    """x (..., I), weight (O, I), bias (O) -> (..., O)."""
+    """X (..., I), weight (O, I), bias (O) -> (..., O)."""
     given = arguments(node)
     x, weight = flow.of(given["input"]), flow.of(given["weight"])
     flow.labels.unify(x[-1], weight[1])

@@ -5,12 +5,12 @@ from typing import Any
 
 from idap.graph.ir import Node
 from idap.graph.labels import Dim, fixed
-from idap.graph.rules.flow import RULES, Flow, arguments, rule
+from idap.graph.rules.flow import RULES, Flow, arguments, broadcast, rule
 
 
 @rule("batch_norm", "instance_norm")
 def batch_norm(flow: Flow, node: Node) -> list[Dim]:
-    """x (N, C, ...), and up to four tensors (C)."""
+    """X (N, C, ...), and up to four tensors (C)."""
     given = arguments(node)
     x = flow.of(given["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -23,7 +23,7 @@ def batch_norm(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(flow: Flow, node: Node) -> list[Dim]:
-    """x (..., *normalized), weight and bias (*normalized)."""
+    """X (..., *normalized), weight and bias (*normalized)."""
     given = arguments(node)
     x = flow.of(given["input"])
     count = len(given["normalized_shape"])
@@ -40,7 +40,7 @@ def layer_norm(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("group_norm")
 def group_norm(flow: Flow, node: Node) -> list[Dim]:
-    """x (N, C, ...) in `num_groups` parts, weight and bias (C)."""
+    """X (N, C, ...) in `num_groups` parts, weight and bias (C)."""
     given = arguments(node)
     x, groups = flow.of(given["input"]), int(given["num_groups"])
     parts, inner = flow.labels.split(x[1], [groups, x[1].shape[1] // groups])
@@ -84,13 +84,24 @@ def reduction(flow: Flow, node: Node) -> list[Dim] | list[list[Dim]]:
     return [result for _ in node.shapes] if len(node.shapes) > 1 else result
 
 
-@rule("normalize", "cosine_similarity", "cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "msort")
+@rule("cosine_similarity")
+def cosine_similarity(flow: Flow, node: Node) -> list[Dim]:
+    """Of two tensors, over one dimension."""
+    given = arguments(node)
+    x, y = flow.of(given["x1"]), flow.of(given["x2"])
+    shape = [max(mine.shape[1], theirs.shape[1]) for mine, theirs in zip(x, y, strict=True)]
+    met, axis = broadcast(flow, [x, y], shape), int(given["dim"]) % len(x)
+    flow.crosses(node, "reduction", [met[axis]])
+    return [flow.labels.settled(dim) for place, dim in enumerate(met) if place != axis]
+
+
+@rule("cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "msort")
 def along_dims(flow: Flow, node: Node) -> list[list[Dim]]:
     """The dims acted on can't shrink; the others pass."""
     given = arguments(node)
     x = flow.of(next(iter(given.values())))
     axes = _axes(given.get("dims", given.get("dim", -1)), len(x))
-    flow.freeze([x[axis] for axis in axes])
+    flow.freeze([x[axis] for axis in axes], "the order of its slots matters")
     passed = [flow.labels.settled(dim) for dim in x]
     result = []
     for shape in node.shapes:

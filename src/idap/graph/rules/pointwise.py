@@ -2,7 +2,6 @@
 
 from idap.graph.ir import Node, Ref, leaves
 from idap.graph.labels import Dim
-from idap.graph.provenance import sources
 from idap.graph.rules.flow import Flow, arguments, broadcast, rule
 
 
@@ -50,8 +49,7 @@ from idap.graph.rules.flow import Flow, arguments, broadcast, rule
 )
 def elementwise(flow: Flow, node: Node) -> list[Dim]:
     """Dims that meet become one dimension."""
-    # A size used as a number, as in x / self.head_dim: it must stay as it is.
-    flow.escaped.update(leaf for size in node.sizes for leaf in sources(size))
+    flow.computes_with(node)  # as in x / self.head_dim
     tensors = [flow.of(leaf) for leaf in leaves((node.args, dict(node.kwargs))) if isinstance(leaf, Ref)]
     return broadcast(flow, tensors, node.shape)
 

@@ -7,7 +7,7 @@ from idap.graph.rules.flow import Flow, arguments, rule
 
 def _spatial(flow: Flow, node: Node, count: int) -> list[list[Dim]]:
     x = flow.of(next(iter(arguments(node).values())))
-    flow.freeze(x[-count:])
+    flow.freeze(x[-count:], "it is pooled or resized")
     return [[*x[:-count], *(fixed(size) for size in shape[-count:])] for shape in node.shapes]
 
 

@@ -1,10 +1,11 @@
 """Operators that rearrange slots without computing."""
 
+import itertools
 from collections.abc import Sequence
 
 from idap.graph.ir import Node
 from idap.graph.labels import Dim, concat, fixed
-from idap.graph.rules.flow import Flow, arguments, broadcast, regroup, rule
+from idap.graph.rules.flow import Flow, arguments, broadcast, freeze_all, regroup, rule
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
@@ -63,7 +64,7 @@ def movedim(flow: Flow, node: Node) -> list[Dim]:
 
 
 def _several(value: object) -> Sequence[int]:
-    return value if isinstance(value, tuple | list) else (value,)  # type: ignore[return-value]
+    return value if isinstance(value, tuple | list) else (value,)
 
 
 @rule("unsqueeze")
@@ -118,6 +119,18 @@ def repeat(flow: Flow, node: Node) -> list[Dim]:
     return dims
 
 
+@rule("repeat_interleave")
+def repeat_interleave(flow: Flow, node: Node) -> list[Dim]:
+    """Every slot several times in a row; by one number for all, otherwise the dim can't shrink."""
+    given = arguments(node)
+    x, repeats = flow.of(given["self"]), given["repeats"]
+    if given["dim"] is None or not isinstance(repeats, int):
+        return freeze_all(flow, node)[0]
+    axis = int(given["dim"]) % len(x)
+    x[axis] = flow.labels.merge([x[axis], fixed(repeats)])
+    return x
+
+
 @rule("cat", "concat", "concatenate")
 def cat(flow: Flow, node: Node) -> list[Dim]:
     """One dim after the other; the others meet."""
@@ -160,7 +173,7 @@ def split(flow: Flow, node: Node) -> list[list[Dim]]:
     if not isinstance(sizes, tuple | list):
         _tie_parts(flow, x[axis], edges)
     whole = flow.labels.settled(x[axis])
-    parts = [flow.labels.settled(whole[:, low:high]) for low, high in zip(edges, edges[1:], strict=False)]
+    parts = [flow.labels.settled(whole[:, low:high]) for low, high in itertools.pairwise(edges)]
     if isinstance(sizes, tuple | list):
         for index, part in enumerate(parts):
             flow.follows(node, name, index, part)
@@ -170,11 +183,11 @@ def split(flow: Flow, node: Node) -> list[list[Dim]]:
 
 
 def _tie_parts(flow: Flow, dim: Dim, edges: Sequence[int]) -> None:
-    sizes = {high - low for low, high in zip(edges, edges[1:], strict=False)}
+    sizes = {high - low for low, high in itertools.pairwise(edges)}
     if len(sizes) > 1:
-        flow.freeze([dim])
+        flow.freeze([dim], "it is split into unequal parts by one number")
         return
-    for low, high in zip(edges[1:], edges[2:], strict=False):
+    for low, high in itertools.pairwise(edges):
         now = flow.labels.settled(dim)
         flow.labels.unify(now[:, : edges[1]], now[:, low:high])
 
@@ -184,7 +197,7 @@ def unbind(flow: Flow, node: Node) -> list[list[Dim]]:
     """One result per slot, so none may go."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
-    flow.freeze([x[axis]])
+    flow.freeze([x[axis]], "each of its slots is taken on its own")
     axis %= len(x)
     rest = [flow.labels.settled(dim) for place, dim in enumerate(x) if place != axis]
     return [rest for _ in node.shapes]
@@ -195,7 +208,7 @@ def select(flow: Flow, node: Node) -> list[Dim]:
     """One slot is picked, so the dim can't shrink."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
-    flow.freeze([x[axis]])
+    flow.freeze([x[axis]], "a slot of it is picked by its place")
     axis %= len(x)
     return [flow.labels.settled(dim) for place, dim in enumerate(x) if place != axis]
 
@@ -231,9 +244,7 @@ def _freeze_phase(flow: Flow, dim: Dim, step: int) -> None:
     flow.freeze(flow.labels.split(dim, [dim.shape[1] // step, step])[1:])
 
 
-def _bounds_follow(
-    flow: Flow, node: Node, dim: Dim, given: dict[str, int | None], bounds: tuple[int, int]
-) -> None:
+def _bounds_follow(flow: Flow, node: Node, dim: Dim, given: dict[str, int | None], bounds: tuple[int, int]) -> None:
     size = dim.shape[1]
     for name, place in zip(("start", "end"), bounds, strict=True):
         written = given[name]

@@ -1,0 +1,199 @@
+"""What is left of a branch's code once its modules are replaced: does it still run, and does it add nothing?
+
+The modules of a removed branch become stand-ins, which return their first argument or zeros like it, but the code
+of their parents stays and runs on. So the branch's remaining operators are followed here in the abstract: for each
+value the dims it then has, and whether it is surely zero.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from idap.graph.ir import Graph, Node
+from idap.graph.labels import Dim
+from idap.graph.rules.flow import RULES, arguments, base_name, rule_of
+from idap.structure.layout import Layout
+
+IDENTITY, ZERO = "identity", "zero"
+
+KEEPS_ZERO = (
+    *("relu", "relu6", "hardtanh", "gelu", "silu", "mish", "hardswish", "leaky_relu", "elu", "selu", "celu", "prelu"),
+    *("tanh", "abs", "neg", "sqrt", "square", "sin", "erf", "softsign", "div", "glu", "mean", "sum"),
+    *("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "_to_copy"),
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "t", "squeeze"),
+    *("unsqueeze", "expand", "repeat", "select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind"),
+    *("getitem", "roll", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "float", "type_as"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest2d"),
+)
+"""Operators whose result is zero if the first tensor they are given is."""
+
+SUMS = ("add", "sub", "cat", "stack")
+"""Operators whose result is zero if all that they are given is."""
+
+PRODUCTS = ("mul", "matmul", "mm", "bmm", "einsum")
+"""Operators whose result is zero if one of the tensors they are given is."""
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What is known of a value: the dims of the tensors it holds, and whether it is surely zero."""
+
+    dims: Sequence[Sequence[Dim]]
+    zero: bool = False
+
+
+class _CannotRun(Exception):  # noqa: N818 - never leaves this module
+    """What remains can't run on the dims it would meet, or that can't be told."""
+
+
+class Remains:
+    """Finds stand-ins for the modules of a branch."""
+
+    def __init__(self, graph: Graph, layout: Layout) -> None:
+        self.graph = graph
+        self.layout = layout
+        data = graph.data_nodes()
+        self._users = graph.users()
+        self._contracting = {contraction.node for contraction in layout.contractions}
+        self._inside: dict[str, list[str]] = {}
+        for node in graph.nodes.values():
+            path = node.owner if node.name in data and node.shapes else ""
+            while path:
+                self._inside.setdefault(path, []).append(node.name)
+                path = path.rpartition(".")[0]
+        self._names: dict[str, list[str]] = {name: [name] for name in graph.shapes}
+        for alias, name in graph.aliases.items():
+            self._names[name].append(alias)
+
+    def inside(self, path: str) -> list[str]:
+        """Every node with data that runs in a module or below it, in order."""
+        return self._inside.get(path, [])
+
+    def replaceable(self, path: str) -> bool:
+        """Whether something can stand in for a module: called once, for one tensor, and nothing else needs it."""
+        if not path or not self.inside(path):
+            return False
+        calls = self.graph.modules[path].calls
+        if len(calls) != 1 or not calls[0].input or not calls[0].output:
+            return False
+        below = [info for other, info in self.graph.modules.items() if _within(other, path)]
+        read = any(not _within(reader, path) for info in below for reader in info.read_by)
+        return not read and not self._shares_tensors(path)
+
+    def _shares_tensors(self, path: str) -> bool:
+        """Whether a tensor of the module has another name elsewhere."""
+        return any(len({_within(name, path) for name in names}) > 1 for names in self._names.values())
+
+    def stand_ins(self, nodes: frozenset[str], entry: str, branch: str) -> dict[str, str]:
+        """Which modules of a branch become what so that it adds nothing; empty if that can't be done."""
+        outermost = self._outermost(nodes)
+        covered = {name for path in outermost for name in self.inside(path)}
+        if not outermost or (nodes - covered) & self._contracting:
+            return {}
+        last = self._last(nodes, branch, outermost)
+        replaced = {path: ZERO if path in last else IDENTITY for path in outermost}
+        try:
+            left = self._follow(nodes, branch, replaced)
+        except _CannotRun:
+            return {}
+        return replaced if left.zero and alike(left.dims[0], self.layout.dims[entry][0]) else {}
+
+    def _outermost(self, nodes: frozenset[str]) -> list[str]:
+        """The largest replaceable modules with parameters that lie in a branch, in the order in which they run."""
+        found: list[str] = []
+        for path in self.graph.modules:
+            if any(_within(path, other) for other in found) or not set(self.inside(path)) <= nodes:
+                continue
+            if self._has_parameters(path) and self.replaceable(path):
+                found.append(path)
+        order = {name: place for place, name in enumerate(self.graph.nodes)}
+        return sorted(found, key=lambda path: order[self.inside(path)[0]])
+
+    def _has_parameters(self, path: str) -> bool:
+        return any(info.tensors for other, info in self.graph.modules.items() if _within(other, path))
+
+    def _last(self, nodes: frozenset[str], branch: str, outermost: Sequence[str]) -> set[str]:
+        """The modules from which the end of the branch is reached without passing another."""
+        home = {name: path for path in outermost for name in self.inside(path)}
+        found, todo, seen = set(), [branch], set[str]()
+        while todo:
+            name = todo.pop()
+            if name in home:
+                found.add(home[name])
+            elif name in nodes and name not in seen:
+                seen.add(name)
+                todo += self.graph.dependencies[name]
+        return found
+
+    def _follow(self, nodes: frozenset[str], branch: str, replaced: Mapping[str, str]) -> _Value:
+        """What the branch's last value becomes."""
+        home = {name: path for path in replaced for name in self.inside(path)}
+        values: dict[str, _Value] = {}
+
+        def value_of(name: str) -> _Value:
+            return values.get(name) or _Value(self.layout.dims[name])
+
+        for name in self.graph.nodes:
+            if name not in nodes:
+                continue
+            path = home.get(name, "")
+            if not path:
+                values[name] = self._operator(self.graph.nodes[name], value_of)
+                continue
+            (call,) = self.graph.modules[path].calls
+            if name == call.output:
+                given = value_of(call.input)
+                values[name] = _Value(given.dims, given.zero or replaced[path] == ZERO)
+            elif any(user not in home or home[user] != path for user in self._users[name]):
+                raise _CannotRun
+        return values[branch]
+
+    def _operator(self, node: Node, value_of: Callable[[str], _Value]) -> _Value:
+        given = [value_of(name) for name in node.inputs()]
+        changed = any(
+            not all(map(alike, value.dims, self.layout.dims[name]))
+            for name, value in zip(node.inputs(), given, strict=True)
+        )
+        if not changed:
+            return _Value(self.layout.dims[node.name], _stays_zero(node, given))
+        if node.op == "getitem" or rule_of(node) is not RULES["add"]:
+            raise _CannotRun
+        return _Value([_broadcast([value.dims[0] for value in given])], _stays_zero(node, given))
+
+
+def _within(name: str, path: str) -> bool:
+    """Whether a module or tensor is, or lies in, the module at a path."""
+    return name == path or name.startswith(f"{path}.")
+
+
+def _stays_zero(node: Node, given: Sequence[_Value]) -> bool:
+    name = base_name(node.op)
+    zeros = [value.zero for value in given]
+    if name in PRODUCTS:
+        return any(zeros)
+    if name in SUMS:
+        return all(zeros) and not any(isinstance(leaf, float | int) and leaf for leaf in node.args[:2])
+    if name in ("linear", "conv1d", "conv2d", "conv3d"):
+        return zeros[0] and arguments(node)["bias"] is None
+    return name in KEEPS_ZERO and zeros[0]
+
+
+def _broadcast(tensors: Sequence[Sequence[Dim]]) -> list[Dim]:
+    """The dims of tensors combined element by element, if they fit whatever is cut."""
+    rank = max(map(len, tensors))
+    found = []
+    for place in range(-rank, 0):
+        met = sorted((dims[place] for dims in tensors if len(dims) >= -place), key=lambda dim: dim.shape[1])
+        if any(not alike(dim, met[-1]) for dim in met if dim.shape[1] > 1):
+            raise _CannotRun
+        found.append(met[-1])
+    return found
+
+
+def alike(one: Dim | Sequence[Dim], other: Dim | Sequence[Dim]) -> bool:
+    """Whether two dims, or the dims of two tensors, have the same slots whatever is cut."""
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.shape == other.shape and np.array_equal(np.sort(one, axis=0), np.sort(other, axis=0))
+    return len(one) == len(other) and all(map(alike, one, other))

@@ -1,0 +1,129 @@
+"""Goals and settings: what is impossible is refused with the reason and the way out."""
+
+import pytest
+
+from idap.compress.budget import Budget, budget_of
+from idap.compress.config import Config, FilterStage, LayerStage
+from idap.cost.count import Cost
+from idap.errors import BudgetError, ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            {"macs": -0.5},
+            r"^macs is the share of the original that may stay and must lie between 0 and 1, found -0\.5\. ",
+        ),
+        ({"macs": 0}, r"must lie between 0 and 1, found 0\. macs=0\.5 asks for half\.$"),
+        ({"macs": 1}, r"found 1\. macs=0\.5"),
+        ({"macs": 40}, r"found 40; for 40 % write 0\.4\. macs=0\.5 asks for half\.$"),
+        ({"parameters": 12.5}, r"^parameters is the share .* found 12\.5; for 12\.5 % write 0\.125\. parameters=0\.5"),
+        ({"macs": 300}, r"found 300\. macs"),
+        ({"macs": float("nan")}, r"found nan\."),
+        ({"max_drop": -0.01}, r"^max_drop must be at least 0, found -0\.01; 0\.01 allows one point of accuracy\.$"),
+        ({"max_drop": float("nan")}, r"^max_drop must be at least 0, found nan"),
+        ({"max_drop": None}, r"^there is no goal: set max_drop \(how much worse it may get\), macs or parameters"),
+    ],
+)
+def test_impossible_goals(settings, match):
+    with pytest.raises(BudgetError, match=match):
+        Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Config(criterion="magnitude"), r"^criterion must be 'relative' or 'paper', found 'magnitude'\.$"),
+        (lambda: Config(cost_power=1.5), r"^cost_power must lie in \[0, 1\], found 1\.5\.$"),
+        (lambda: Config(filters_share=-0.1), r"^filters_share must lie in \[0, 1\], found -0\.1\.$"),
+        (lambda: Config(calibration_batches=0), r"^calibration_batches must be at least 1, found 0\.$"),
+        (lambda: FilterStage(first_share=0), r"^filters\.first_share must lie in \(0, 1\), found 0\.$"),
+        (lambda: FilterStage(first_share=1), r"^filters\.first_share must lie in \(0, 1\), found 1\.$"),
+        (lambda: FilterStage(min_share=0), r"^filters\.min_share must lie in \(0, 1\), found 0\.$"),
+        (lambda: FilterStage(min_keep=0), r"^filters\.min_keep must lie in \(0, 1\], found 0\.$"),
+        (lambda: FilterStage(steps=-1), r"^filters\.steps must be at least 0, found -1\.$"),
+        (lambda: FilterStage(growth=-1), r"^filters\.growth must be at least 0, found -1\.$"),
+        (lambda: LayerStage(removals=-1), r"^layers\.removals must be at least 0, found -1\.$"),
+        (lambda: LayerStage(short_list=0), r"^layers\.short_list must be at least 1, found 0\.$"),
+        (lambda: LayerStage(patience=0), r"^layers\.patience must be at least 1, found 0\.$"),
+        (
+            lambda: Config(filters=FilterStage(steps=0), layers=LayerStage(removals=0)),
+            r"^filters\.steps and layers\.removals are both 0, so nothing could be removed\.$",
+        ),
+    ],
+)
+def test_settings_out_of_range(make, match):
+    with pytest.raises(ConfigError, match=match):
+        make()
+
+
+def test_edges_are_allowed():
+    Config(max_drop=0, filters_share=0, cost_power=0, filters=FilterStage(min_keep=1))
+    Config(max_drop=None, parameters=0.999, filters_share=1, cost_power=1)
+
+
+def test_the_power_follows_the_criterion_unless_it_is_set():
+    assert (Config().power, Config(criterion="paper").power) == (0.0, 1.0)
+    assert (Config(cost_power=0.5).power, Config(criterion="paper", cost_power=0).power) == (0.5, 0)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(AttributeError):
+        Config().macs = 0.5
+
+
+# -------------------------------------------------------------------------------------------------------------- budget
+
+WHOLE, LEAST = Cost(1000, 400), Cost(300, 100)
+
+
+def budget(higher=True, baseline=0.9, **goals):
+    return budget_of(Config(**goals), baseline, WHOLE, higher_is_better=higher, least=LEAST)
+
+
+def test_the_worst_metric_lies_on_the_side_of_the_loss():
+    high, low = budget(max_drop=0.1), budget(higher=False, baseline=2.0, max_drop=0.5)
+    assert [high.holds(metric) for metric in (0.95, 0.81, 0.79)] == [True, True, False]
+    assert [low.holds(metric) for metric in (1.0, 2.5, 2.6)] == [True, True, False]
+
+
+def test_without_a_drop_any_metric_is_within_the_budget():
+    assert budget(max_drop=None, macs=0.5).holds(-1e9)
+
+
+def test_targets_are_shares_of_the_original():
+    both = budget(macs=0.5, parameters=0.25)
+    assert (both.macs, both.parameters) == (500, 100)
+    assert [both.reached(Cost(*cost)) for cost in ((500, 100), (501, 100), (500, 101), (1, 1))] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert both.shortfall(Cost(750, 100)) == 0.5
+    assert both.shortfall(Cost(750, 300)) == 2.0
+
+
+def test_without_a_target_there_is_always_more_to_gain():
+    assert not budget().reached(Cost(1, 1))
+
+
+def test_part_way():
+    half = budget(macs=0.5, parameters=0.5).part_way(WHOLE, 0.4)
+    assert (half.macs, half.parameters) == (800, 320)
+    assert budget(macs=0.5).part_way(WHOLE, 1.0).macs == 500
+    assert budget(macs=0.5).part_way(WHOLE, 0.0).reached(WHOLE)
+    assert budget().part_way(WHOLE, 0.4) == budget()
+
+
+def test_a_target_out_of_reach_names_what_can_be_reached():
+    with pytest.raises(
+        BudgetError,
+        match=r"^macs=0\.2 can't be reached: even with everything removable gone, 30\.0% of the macs would stay\. Ask "
+        r"for macs=0\.31 or more, or lower filters\.min_keep\.$",
+    ):
+        budget(macs=0.2)
+    with pytest.raises(BudgetError, match=r"^parameters=0\.2 can't be reached: .* 25\.0% of the parameters would stay"):
+        budget(parameters=0.2)
+    assert isinstance(budget(macs=0.31), Budget)
