@@ -64,8 +64,8 @@ def test_a_rejected_step_is_rolled_back_exactly_and_halved(scripted):
     assert [step.accepted for step in journal.steps] == [False] * 4
     assert [step.reason for step in journal.steps] == [
         "outside the budget; next step 20.0%",
-        "outside the budget; next step 9.7%",
-        "outside the budget; next step 4.9%",
+        "outside the budget; next step 10.0%",
+        "outside the budget; next step 5.0%",
         "outside the budget; no smaller step is worth trying",
     ]
     lowest = [{(removal.name, unit) for removal in step.removed for unit in removal.units} for step in journal.steps]
