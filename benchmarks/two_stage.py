@@ -63,6 +63,7 @@ def main() -> None:
         "steps": [asdict(step) for step in result.steps],
     }
     target = Path(__file__).parent / "results" / f"two_stage_{options.name or options.recipe.stem}.json"
+    target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     print(f"{result}\nwritten to {target}")
 

@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from idap.graph.trace import trace
+from idap.structure.analysis import Structure, analyze
 
 Expected = Mapping[str, tuple[str, int]]
 
@@ -637,3 +642,184 @@ class ScaleFromShape(nn.Module):
         x = F.relu(self.fc2(x)) * x.shape[-1] ** -0.5
         x = F.relu(self.fc3(x).view(-1, self.width)) / self.width
         return self.head(F.relu(self.fc4(x)))
+
+
+# -------------------------------------------------------------------------------------------------------- answers
+
+
+def _channels(**sizes: int) -> Expected:
+    return {name.replace("__", ".").replace("_second", "#2"): ("channels", size) for name, size in sizes.items()}
+
+
+def _attention(path: str, heads: int, width: int, hidden: int, first: str = "qkv") -> Expected:
+    """The groups within one transformer block; a width or hidden size of 0 stands for one that can't shrink."""
+    sizes = {
+        f"{path}.attn.{first}:heads": ("heads", heads),
+        f"{path}.attn.{first}:head-width": ("head width", width),
+        f"{path}.mlp.fc1": ("neurons", hidden),
+    }
+    return {name: answer for name, answer in sizes.items() if answer[1]}
+
+
+def _both(path: str, *, pre: bool = True) -> tuple[str, ...]:
+    """The branches of a transformer block, and the block itself."""
+    branches = ("norm1…attn", "norm2…mlp") if pre else ("attn", "mlp")
+    return (*(f"{path}.{branch}" for branch in branches), path)
+
+
+NETS = (
+    Net("mlp", mlp, (sequence(4),), {"0": ("neurons", 6), "2": ("neurons", 5)}),
+    Net("vgg", VGG, (images(),), {**_channels(features__0=4, features__4=6), "classifier.0": ("neurons", 8)}),
+    Net("conv1d", ConvAndLinear1d, (sequence(9, 3),), _channels(conv1=6, conv2=4)),
+    Net("group norm", GroupNormNet, (images(),), _channels(conv1=3, conv1_second=4, conv2=6)),
+    Net("instance norm", InstanceNormNet, (images(),), _channels(conv1=6, conv2=5)),
+    Net(
+        "resnet basic",
+        lambda: ResNet(Basic(4, 4), Basic(4, 4), Basic(4, 6, 2), Basic(6, 6), stem=4, width=6),
+        (images(),),
+        _channels(
+            conv=4, layers__0__conv1=4, layers__1__conv1=4, layers__2__conv1=6, layers__2__conv2=6, layers__3__conv1=6
+        ),
+        ("layers.0", "layers.1", "layers.3"),
+    ),
+    Net(
+        "resnet bottleneck",
+        lambda: ResNet(Bottleneck(4, 3, 8), Bottleneck(8, 3, 8), Bottleneck(8, 5, 10, 2), stem=4, width=10),
+        (images(),),
+        _channels(
+            **{"conv": 4, "layers__0__conv1": 3, "layers__0__conv2": 3, "layers__0__conv3": 8},
+            **{"layers__1__conv1": 3, "layers__1__conv2": 3},
+            **{"layers__2__conv1": 5, "layers__2__conv2": 5, "layers__2__conv3": 10},
+        ),
+        ("layers.1",),
+    ),
+    Net(  # the four channels that the padding adds can't go: the code writes how many they are
+        "cifar literal",
+        lambda: ResNet(CifarBlock(4, 4), CifarBlock(4, 8, PadLiteral()), CifarBlock(8, 8), stem=4, width=8),
+        (images(),),
+        _channels(conv=4, layers__0__conv1=4, layers__1__conv1=8, layers__2__conv1=8),
+        ("layers.0", "layers.2"),
+    ),
+    Net(  # those before and those after are counted by two attributes, so they are two groups
+        "cifar held",
+        lambda: ResNet(CifarBlock(4, 4), CifarBlock(4, 9, PadHeld(2, 3)), CifarBlock(9, 9), stem=4, width=9),
+        (images(),),
+        _channels(
+            **{"conv": 4, "layers__0__conv1": 4, "layers__1__conv1": 9},
+            **{"layers__1__conv2": 2, "layers__1__conv2_second": 3, "layers__2__conv1": 9},
+        ),
+        ("layers.0", "layers.2"),
+    ),
+    Net(
+        "mobilenet",
+        MobileNet,
+        (images(),),
+        _channels(stem=4, blocks__0__conv__0=8, blocks__1__conv__0=10, blocks__1__conv__6=6),
+        ("blocks.0",),
+    ),
+    Net("squeeze excite", SENet, (images(),), _channels(stem=6, expand=10, se__fc1=4), ("expand…project",)),
+    Net(
+        "grouped",
+        GroupedNet,
+        (images(),),
+        _channels(conv1=4, conv1_second=2, conv2=3, conv3=2, conv3_second=3, conv4=3),
+    ),
+    Net(  # two chunks in a row, with a shuffle between them, leave two units of four channels each
+        "shufflenet",
+        ShuffleNet,
+        (images(),),
+        _channels(stem=2, units__0__branch__0=4, units__1__branch__0=4),
+    ),
+    Net("densenet", DenseNet, (images(),), _channels(stem=4, layers__0__2=3, layers__1__2=3)),
+    Net(
+        "unet",
+        UNet,
+        (images(),),
+        _channels(down1=4, down2=6, down3=8, up1=5, merge1=7, merge2=2, merge2_second=3, up2=3),
+    ),
+    Net(
+        "pre-norm, fused",
+        lambda: Encoder(4, 8, *(PreNorm(8, FusedAttention(8, 2, 3), FeedForward(8, 10)) for _ in range(2))),
+        (sequence(4),),
+        {"embed": ("neurons", 8), **_attention("blocks.0", 2, 3, 10), **_attention("blocks.1", 2, 3, 10)},
+        (*_both("blocks.0"), *_both("blocks.1")),
+    ),
+    Net(
+        "post-norm, fused",
+        lambda: Encoder(4, 8, PostNorm(8, FusedAttention(8, 2, 3), FeedForward(8, 10))),
+        (sequence(4),),
+        {"embed": ("neurons", 8), **_attention("blocks.0", 2, 3, 10)},
+        _both("blocks.0", pre=False),
+    ),
+    Net(  # one attribute counts the width of q, k and v, so it is one group
+        "pre-norm, written",
+        lambda: Encoder(4, 8, PreNorm(8, WrittenAttention(8, 3, 4), FeedForward(8, 10))),
+        (sequence(4),),
+        {"embed": ("neurons", 8), **_attention("blocks.0", 3, 4, 10, "q_proj")},
+        _both("blocks.0"),
+    ),
+    Net(
+        "post-norm, written",
+        lambda: Encoder(4, 8, *(PostNorm(8, WrittenAttention(8, 2, 3), FeedForward(8, 10)) for _ in range(2))),
+        (sequence(4),),
+        {
+            "embed": ("neurons", 8),
+            **_attention("blocks.0", 2, 3, 10, "q_proj"),
+            **_attention("blocks.1", 2, 3, 10, "q_proj"),
+        },
+        (*_both("blocks.0", pre=False), *_both("blocks.1", pre=False)),
+    ),
+    Net(  # the scale is computed from the head width
+        "einsum, swiglu",
+        lambda: Encoder(4, 8, PreNorm(8, EinsumAttention(8, 2), SwiGLU(8, 6))),
+        (sequence(4),),
+        {"embed": ("neurons", 8), **_attention("blocks.0", 2, 0, 0), "blocks.0.mlp.w12": ("neurons", 6)},
+        _both("blocks.0"),
+    ),
+    Net(
+        "vision transformer",
+        lambda: VisionTransformer(
+            8,
+            PreNorm(8, FusedAttention(8, 2, 4), FeedForward(8, 10)),
+            LayerScale(8, FusedAttention(8, 2, 4), FeedForward(8, 10)),
+        ),
+        (images(),),
+        {"patch": ("channels", 8), **_attention("blocks.0", 2, 4, 10), **_attention("blocks.1", 2, 4, 10)},
+        (*_both("blocks.0"), *_both("blocks.1")),
+    ),
+    Net(  # torch's own attention asks for the width it was built with; its encoder looks into its first layer
+        "torch encoder",
+        TorchEncoder,
+        (sequence(4),),
+        {"encoder.layers.0.linear1": ("neurons", 12), "encoder.layers.1.linear1": ("neurons", 12)},
+        ("encoder.layers.1",),
+    ),
+    Net(
+        "hybrid",
+        Hybrid,
+        (images(),),
+        {**_channels(stem__0=6, stem__3=8), **_attention("block", 2, 3, 10)},
+        _both("block"),
+    ),
+    Net(
+        "language model",
+        LanguageModel,
+        (tokens(),),
+        {"embed": ("neurons", 8), **_attention("block", 2, 0, 0), "block.mlp.w12": ("neurons", 6)},
+        _both("block"),
+        kwargs={"mask": torch.ones(2, 5)},
+    ),
+    Net("shared", Shared, (sequence(4),), {"weight": ("neurons", 6)}),
+    Net("in place", InPlace, (torch.ones(3, 4),), {"one": ("neurons", 6), "two": ("neurons", 6)}),
+    Net("scale from shape", ScaleFromShape, (torch.ones(3, 4),), {"fc2": ("neurons", 5), "fc4": ("neurons", 8)}),
+)
+
+by_name = {net.name: net for net in NETS}
+every_net = pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
+
+
+@cache
+def structure_of(name: str) -> Structure:
+    """The structure of a net, analysed once."""
+    net = by_name[name]
+    return analyze(trace(net.model(), net.args, net.kwargs))

@@ -245,7 +245,15 @@ def test_a_parameter_without_use_counts_whatever_is_removed():
         (lambda x, w: F.conv_transpose1d(x, w, stride=2, groups=2), [(2, 4, 5), (4, 3, 2)], 2 * 4 * 5 * 3 * 2),
         (torch.matmul, [(2, 3, 4), (4,)], 2 * 3 * 4),
         (lambda x, w: torch.einsum("bic,dc->bid", x, w), [(2, 3, 4), (5, 4)], 2 * 3 * 4 * 5),
-        (lambda x, w: F.scaled_dot_product_attention(x, w, w), [(2, 3, 4, 8), (2, 3, 6, 8)], 2 * 3 * 4 * 6 * (8 + 8)),
+        (lambda x, w: torch.einsum("b...c,dc->b...d", x, w), [(2, 3, 7, 4), (5, 4)], 2 * 3 * 7 * 4 * 5),
+        (lambda x, w: torch.einsum("...ij,...j->...i", x, w), [(2, 3, 4, 5), (3, 5)], 2 * 3 * 4 * 5),
+        (lambda x, w: torch.einsum("ij->ji", x) + w, [(2, 3), (3, 2)], 0),
+        (torch.dot, [(7,), (7,)], 7),
+        (
+            lambda x, w: F.scaled_dot_product_attention(x, w[..., :8], w),
+            [(2, 3, 4, 8), (2, 3, 6, 10)],
+            2 * 3 * 4 * 6 * (8 + 10),
+        ),
         (lambda x, w: F.gelu(x) * w, [(2, 3), (3,)], 0),
     ],
 )

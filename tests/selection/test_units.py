@@ -80,6 +80,12 @@ def test_bisection_finds_what_a_linear_search_finds(problem, target, most):
     assert fewest_for_target(ranking, cost_of, target, most=most) == expected
 
 
+def test_a_target_that_is_met_exactly_is_met():
+    ranking = rank_units({"a": [1.0, 2.0, 3.0, 4.0]}, {"a": (0, 1, 2, 3)}, {"a": 1.0}, floors={})
+    counts = [fewest_for_target(ranking, lambda keep: len(keep["a"]), target, most=9) for target in (4, 3, 2.5, 1, 0)]
+    assert counts == [0, 1, 2, 3, 3]
+
+
 def test_power_weighs_the_cost():
     scores, present, costs = {"cheap": [2.0, 5.0], "dear": [3.0, 9.0]}, {"cheap": (0, 1), "dear": (0, 1)}, {}
     costs = {"cheap": 1.0, "dear": 4.0}

@@ -42,13 +42,22 @@ def _attention(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> in
 
 
 def _einsum(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
-    left = given["equation"].replace(" ", "").split("->")[0].split(",")
-    if len(left) < 2 or "..." in given["equation"]:
+    terms = given["equation"].replace(" ", "").split("->")[0].split(",")
+    if len(terms) < 2:
         return 0
     sizes: dict[str, int] = {}
-    for letters, ref in zip(left, given["tensors"], strict=True):
-        sizes |= dict(zip(letters, shape_of(ref), strict=True))
+    for term, ref in zip(terms, given["tensors"], strict=True):
+        shape = shape_of(ref)
+        for label, size in zip(_labels(term, len(shape)), shape, strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))
     return prod(sizes.values())
+
+
+def _labels(term: str, rank: int) -> list[str]:
+    """One name per dimension; those that an ellipsis stands for are counted from the right, as they broadcast."""
+    before, _, after = term.partition("...")
+    hidden = range(rank - len(before) - len(after), 0, -1)
+    return [*before, *map(str, hidden), *after]
 
 
 FORMULAS: Mapping[str, Formula] = {
@@ -63,6 +72,7 @@ FORMULAS: Mapping[str, Formula] = {
     "mm": _product,
     "bmm": _product,
     "mv": _product,
+    "dot": _product,
     "addmm": _added_product,
     "baddbmm": _added_product,
     "scaled_dot_product_attention": _attention,

@@ -133,10 +133,10 @@ def _is_affine(wiring: Wiring, node: Node, channels: int) -> bool:
 
 
 def factor_in(graph: Graph, node: Node) -> Any:
-    """The number, or the reference to a parameter, that a multiplication applies; None if it is neither."""
+    """The number, or the reference to a parameter or buffer, that a multiplication applies; None if there is none."""
     given = arguments(node)
     for value in (given["self"], given["other"]):
-        if not isinstance(value, Ref) or graph.nodes[value.name].op == "parameter":
+        if not isinstance(value, Ref) or graph.nodes[value.name].op in ("parameter", "buffer"):
             return value
     return None
 

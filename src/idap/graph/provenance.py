@@ -38,6 +38,9 @@ class Notes:
 class TracedInt(int):
     """An int with the expression that produced it.
 
+    Python lets no int notice `range(n)`, nor a float that comes first, as in ``0.5 * n``; such uses are found only
+    when a cut model is verified.
+
     Attributes:
         expression: where it came from.
         notes: shared by all ints of one trace.

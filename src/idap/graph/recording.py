@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from idap.graph.calls import intercept
@@ -74,6 +74,7 @@ class _Recorder:
             self._paths.setdefault(id(module), path)
         # The tensors are kept, or their ids could be used again.
         self._origin: dict[int, tuple[Tensor, str]] = {}
+        self._given: list[str] = []
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with everything noted; what an earlier run noted is forgotten."""
@@ -85,12 +86,14 @@ class _Recorder:
             self._name(leaf, f"input:{place}")
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
             self._name(tensor, f"tensor:{name}")
-        after = register_module_forward_hook(self._returned)
+        self._given.clear()
+        before, after = register_module_forward_pre_hook(self._entered), register_module_forward_hook(self._returned)
         try:
             with intercept(self._model, self._call):
                 result = self._enter_root(args, kwargs)
         finally:
             after.remove()
+            before.remove()
         self.record.escaped |= self._notes.escaped
         self.record.equal += self._notes.equal
         return result
@@ -110,11 +113,13 @@ class _Recorder:
     def _origin_of(self, value: Any) -> str:
         return self._origin[id(value)][1] if isinstance(value, Tensor) and id(value) in self._origin else ""
 
-    def _returned(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        path = self._paths.get(id(module))
+    def _entered(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._given.append(self._origin_of(inputs[0]) if inputs else "")  # it may be changed in place inside
+
+    def _returned(self, module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        given, path = self._given.pop(), self._paths.get(id(module))
         if path:
-            first = inputs[0] if inputs else None
-            self.record.calls.setdefault(path, []).append((self._origin_of(first), self._origin_of(output)))
+            self.record.calls.setdefault(path, []).append((given, self._origin_of(output)))
 
     def _call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")

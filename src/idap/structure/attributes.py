@@ -122,8 +122,12 @@ def solve_attributes(demands: Sequence[Demand], values: Values, fixed: Iterable[
     for stage in (plainly, used, used, used, lastly):  # twice more: one demand may tell what another lacks
         for demand in stage:
             free = ({demand.defines} if demand.defines else demand.attributes()) - closed - set(values.solved)
-            if len(free) == 1 and not demand.holds(values):
+            if len(free) != 1:
+                continue
+            if not demand.holds(values):
                 _solve(free.pop(), demand, reading, values, closed)
+            elif demand.found in free:  # told to stay
+                values.solved[demand.found] = demand.found.value
     return [demand for demand in demands if not demand.holds(values)]
 
 

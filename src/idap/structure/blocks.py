@@ -73,10 +73,10 @@ class Reach:
         return frozenset(self._names(bits))
 
     def closed(self, nodes: frozenset[str], exits: Iterable[str]) -> bool:
-        """Whether these nodes are seen outside through the exits alone, and change nothing outside in place."""
+        """Whether these nodes are felt outside through the exits alone: by what is read, and by what is written."""
         inner = nodes - set(exits)
         read = any(user not in nodes for name in inner for user in self.users[name])
-        written = any(not self.graph.memory.written(name) <= nodes for name in nodes)
+        written = any(not self.graph.memory.written(name) <= nodes for name in inner)
         return not read and not written and not inner & set(self.graph.ends)
 
     def _names(self, bits: int) -> Iterable[str]:
@@ -134,7 +134,7 @@ def _branch(graph: Graph, reach: Reach, remains: Remains, node: Node, entry: str
     nodes = reach.between(entry, branch)
     if any(user not in nodes | {node.name} for user in reach.users[branch]) or not reach.closed(nodes, [branch]):
         return None
-    if branch in graph.ends or not _reads_parameters(graph, nodes):
+    if branch in graph.ends or not graph.memory.written(branch) <= nodes or not _reads_parameters(graph, nodes):
         return None
     found = _Branch(entry, branch, node.name, nodes)
     replaced = remains.stand_ins(nodes, entry, branch)

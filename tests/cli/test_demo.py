@@ -1,0 +1,51 @@
+"""The demonstration, cut short: it trains, compresses, compares, saves and reloads both networks."""
+
+import dataclasses
+
+import pytest
+from rich.console import Console
+
+from idap.cli import demo
+from idap.errors import CheckpointError
+from idap.progress import Silent
+from idap.record import read_steps
+
+SHORT = {"epochs": 0.2}
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Hardly any training, so that only the course of things can be judged."""
+    real = demo.acts
+
+    def short(**chosen):
+        return tuple(
+            dataclasses.replace(
+                act,
+                training=dataclasses.replace(act.training, **SHORT),
+                recovery=dataclasses.replace(act.recovery, **SHORT),
+            )
+            for act in real(**chosen)
+        )
+
+    monkeypatch.setattr(demo, "acts", short)
+    monkeypatch.setattr(demo, "MAX_DROP", 0.9)
+
+
+def test_the_whole_story(hurried, tmp_path):
+    console = Console(record=True, width=100)
+    assert demo.run_demo(console, Silent(), seed=1, out=tmp_path / "runs")
+    text = " ".join(console.export_text().split())
+    assert "1078 to train on, 359 that decide, 360 looked at once" in text
+    assert text.count("loaded into a freshly built original: the outputs are the same") == 2
+    for row in ("parameters", "MACs per sample", "latency, batch of 64", "accuracy (validation)", "accuracy (test)"):
+        assert text.count(row) == 2
+    for name in ("resnet", "vit"):
+        stages = {step["stage"] for step in read_steps(tmp_path / "runs" / name)}
+        assert "filters" in stages
+
+
+def test_a_model_that_loads_differently_is_an_error(hurried, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "load", lambda folder, model: demo.DigitsResNet())
+    with pytest.raises(CheckpointError, match="differs from the saved one"):
+        demo.run_demo(Console(quiet=True), Silent(), out=tmp_path / "runs")

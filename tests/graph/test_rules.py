@@ -1,0 +1,319 @@
+"""Every operator rule against the truth.
+
+A rule says which slots are one unit. If that is right, all units of all groups can change places in every weight at
+once and the model's output doesn't move; and what is cut equals what is masked. Each case puts one operator between
+a convolution that writes channels and a layer that reads them.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from idap.graph.labels import Dim
+from idap.graph.rules.flow import RULES, arguments, base_name, flow_of
+from idap.graph.trace import trace
+from idap.structure.analysis import Structure, analyze
+from idap.surgery.apply import apply_plan
+from idap.surgery.verify import verify
+from tests.nets import NETS, Net, every_net, images, randomised, sequence, structure_of
+
+CHANNELS = 8
+
+
+class Between(nn.Module):
+    """A convolution, an operator on (2, 8, 4, 4), and a layer that reads whatever comes out."""
+
+    def __init__(self, operator: Callable[[Tensor], Tensor], inside: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, 3, 2, 1)
+        self.operator = operator
+        self.read = nn.Linear(inside, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.operator(self.conv(x)).flatten(1))
+
+
+def normalised_over_channels(x: Tensor) -> Tensor:
+    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],)).permute(0, 3, 1, 2)
+
+
+def halves(x: Tensor) -> Tensor:
+    one, other = x.chunk(2, 1)
+    return one * torch.sigmoid(other)
+
+
+def written_in_place(x: Tensor) -> Tensor:
+    made = x.new_zeros(x.shape)
+    made[:, :, :2] = x[:, :, 2:]
+    made[:, :, 2:].copy_(x[:, :, :2]).mul_(2)
+    return made.add_(1)
+
+
+def attention(x: Tensor) -> Tensor:
+    x = x.flatten(2).transpose(1, 2)
+    return F.scaled_dot_product_attention(x, x, x.relu(), torch.zeros(16, 16), scale=0.5)
+
+
+def grouped_queries(x: Tensor) -> Tensor:
+    """4 query heads share 2 key heads; 2 channels each."""
+    q = x.flatten(2).unflatten(1, (4, -1)).transpose(2, 3)
+    k = q.unflatten(1, (2, 2)).sum(2)
+    return F.scaled_dot_product_attention(q, k, k.relu(), scale=1.0, enable_gqa=True)
+
+
+CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    # Name: the operator, and how many units there are in each group of the convolution's channels.
+    "relu": (F.relu, (8,)),
+    "in place": (lambda x: x.relu_().mul_(2).clamp_(0, 1), (8,)),
+    "gelu": (lambda x: F.gelu(x, approximate="tanh"), (8,)),
+    "hardswish, silu, mish": (lambda x: F.mish(F.silu(F.hardswish(x))), (8,)),
+    "exp, log1p": (lambda x: x.exp().log1p(), (8,)),
+    "dropouts": (lambda x: F.dropout2d(F.alpha_dropout(F.dropout(x, training=False)), training=False), (8,)),
+    "with itself": (lambda x: x * x + x.square() - x / (x.abs() + 1), (8,)),
+    "broadcast over places": (lambda x: x * x[:, :, :1] + x.mean((2, 3), keepdim=True), (8,)),
+    "broadcast over channels": (lambda x: x * x.sum(1, keepdim=True), (8,)),
+    "where, masked_fill": (lambda x: torch.where(x > 0, x, 0.1).masked_fill(x > 1, 1.0), (8,)),
+    "clamp, maximum, pow": (lambda x: torch.maximum(x.clamp(-1, 1), x.pow(2)), (8,)),
+    "lerp, addcmul": (lambda x: torch.addcmul(x.lerp(x.relu(), 0.3), x, x, value=2), (8,)),
+    "cast": (lambda x: x.double().to(torch.float32).contiguous().clone().detach(), (8,)),
+    "zeros_like, full_like": (lambda x: torch.zeros_like(x) + torch.full_like(x, 2.0) * x, (8,)),
+    "made and written": (written_in_place, (8,)),
+    "permute": (lambda x: x.permute(0, 2, 3, 1), (8,)),
+    "transpose": (lambda x: x.transpose(1, -1).mT.swapaxes(0, 1).swapdims(0, 1), (8,)),
+    "movedim": (lambda x: x.movedim(1, -1).movedim((1, 2), (3, 1)), (8,)),
+    "squeeze, unsqueeze": (lambda x: x.unsqueeze(1).unsqueeze(-1).squeeze(1).squeeze(), (8,)),
+    "flatten": (lambda x: x.flatten(1, 2), (8,)),
+    "reshape": (lambda x: x.reshape(2, -1), (8,)),
+    "view and back": (lambda x: x.view(2, x.shape[1], 16).view(*x.shape), (8,)),
+    "view into a half and two": (lambda x: x.view(2, x.shape[1] // 2, 2, 16), (4,)),
+    "view with literals": (lambda x: x.view(2, 4, 2, 16), ()),
+    "unflatten": (lambda x: x.unflatten(1, (2, -1)).sum(1), (4,)),
+    "chunk": (halves, (4,)),
+    "glu": (lambda x: F.glu(x, 1), (4,)),
+    "split by a number": (lambda x: sum(x.split(x.shape[1] // 4, 1)), (2,)),
+    "split by a literal": (lambda x: sum(x.split(2, 1)), ()),
+    "split by a list": (lambda x: torch.cat(x.split([2, 6], 1)[::-1], 1), ()),
+    "unequal parts": (lambda x: torch.cat(x.split(5, 1)[::-1], 1), ()),
+    "tensor_split": (lambda x: sum(torch.tensor_split(x, 2, 1)), (4,)),
+    "cat": (lambda x: torch.cat([x, x.relu(), x[:, :, :1].expand_as(x)], 1), (8,)),
+    "cat of places": (lambda x: torch.cat([x, x], -1), (8,)),
+    "stack": (lambda x: torch.stack([x, x * x], 1), (8,)),
+    "slice of places": (lambda x: x[:, :, 1:, ::2], (8,)),
+    "first four": (lambda x: x[:, :4], (4,)),
+    "last two": (lambda x: x[:, -2:], (6,)),
+    "first half": (lambda x: x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :], (4,)),
+    "every second": (lambda x: x[:, ::2], (4,)),
+    "every third": (lambda x: x[:, ::3], ()),
+    "narrow": (lambda x: x.narrow(1, 2, 3), ()),
+    "narrow places": (lambda x: x.narrow(2, 1, 2), (8,)),
+    "one channel": (lambda x: x[:, 3], ()),
+    "one place": (lambda x: x[:, :, 0], (8,)),
+    "unbind": (lambda x: sum(x.unbind(1)), ()),
+    "repeat": (lambda x: x.repeat(1, 2, 1, 1), (8,)),
+    "repeat_interleave": (lambda x: x.repeat_interleave(3, dim=1), (8,)),
+    "expand": (lambda x: x.unsqueeze(1).expand(2, 3, *x.shape[1:]), (8,)),
+    "roll channels": (lambda x: x.roll(1, 1), ()),
+    "roll places": (lambda x: x.roll((1, 1), (2, 3)), (8,)),
+    "flip, cumsum of places": (lambda x: x.flip(2).cumsum(3), (8,)),
+    "sort channels": (lambda x: x.sort(1).values, ()),
+    "topk of places": (lambda x: x.topk(2, -1).values, (8,)),
+    "index_select channels": (lambda x: x.index_select(1, torch.tensor([0, 2])), ()),
+    "index_select places": (lambda x: x.index_select(2, torch.tensor([0, 2])), (8,)),
+    "index channels": (lambda x: x[:, torch.tensor([0, 2])], ()),
+    "index places": (lambda x: x[..., torch.tensor([0, 2]), torch.tensor([1, 1])], (8,)),
+    "gather": (lambda x: x.gather(1, torch.zeros(2, 1, 4, 4, dtype=torch.long)), ()),
+    "softmax over channels": (lambda x: x.softmax(1), (8,)),
+    "softmax over places": (lambda x: x.flatten(2).softmax(-1), (8,)),
+    "mean over channels": (lambda x: x - x.mean(1, keepdim=True), (8,)),
+    "sum, amax over channels": (lambda x: torch.stack([x.sum(1), x.amax(1), x.logsumexp(1)]).mean(0), (8,)),
+    "max with places": (lambda x: x.max(1).values, ()),
+    "max of two": (lambda x: torch.max(x, x * 2), (8,)),
+    "var, std": (lambda x: x.var(1, keepdim=True) + x.std((2, 3), keepdim=True), (8,)),
+    "norm": (lambda x: x / x.norm(dim=1, keepdim=True) + F.normalize(x, dim=1), (8,)),
+    "cosine_similarity": (lambda x: F.cosine_similarity(x, x.relu() + 1, dim=1), (8,)),
+    "layer_norm": (normalised_over_channels, (8,)),
+    "rms_norm": (lambda x: F.rms_norm(x.transpose(1, 3), (x.shape[1],)), (8,)),
+    "group_norm, groups by a literal": (lambda x: F.group_norm(x, 2), (4,)),
+    "instance_norm": (F.instance_norm, (8,)),
+    "pad places": (lambda x: F.pad(x, (1, 1, 0, 1)), (8,)),
+    "pad places, reflected": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), (8,)),
+    "pad channels by literals": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), (8,)),
+    "crop channels by padding": (lambda x: F.pad(x, (0, 0, 0, 0, -1, -1)), ()),
+    "pools": (lambda x: F.avg_pool2d(F.max_pool2d(x, 2, 1), 2, 1), (8,)),
+    "adaptive pools": (lambda x: F.adaptive_max_pool2d(x, 2) + F.adaptive_avg_pool2d(x, 2), (8,)),
+    "pool over channels": (lambda x: F.avg_pool1d(x.flatten(2).transpose(1, 2), 2), ()),
+    "pools of three": (lambda x: F.max_pool3d(x.unsqueeze(2), (1, 2, 2)), (8,)),
+    "interpolate": (lambda x: F.interpolate(F.interpolate(x, scale_factor=2), size=(3, 3), mode="bilinear"), (8,)),
+    "pixel_shuffle": (lambda x: F.pixel_shuffle(x, 2), (2,)),
+    "pixel_unshuffle": (lambda x: F.pixel_unshuffle(x, 2), (8,)),
+    "channel_shuffle": (lambda x: F.channel_shuffle(x, 2), (4,)),
+    "unfold": (lambda x: F.unfold(x, 2), ()),
+    "tril": (lambda x: x.transpose(1, 2).tril(), ()),
+    "matmul": (lambda x: x.flatten(2) @ x.flatten(2).mT, (8,)),
+    "bmm, baddbmm": (lambda x: torch.baddbmm(torch.ones(4), x[:, :, 0].mT, x[:, :, 0]).bmm(x[:, :, 1].mT), (8,)),
+    "einsum": (lambda x: torch.einsum("bchw,bdhw->bcd", x, x.relu()), (8,)),
+    "einsum over channels": (lambda x: torch.einsum("bchw, bchw -> bhw", x, x.exp()), (8,)),
+    "einsum with dots": (lambda x: torch.einsum("...c,...c->...", x.movedim(1, -1), x.movedim(1, -1)), ()),
+    "attention": (attention, (8,)),
+    "grouped queries": (grouped_queries, (2,)),
+}
+
+
+def between(name: str) -> nn.Module:
+    operator = CASES[name][0]
+    with torch.no_grad():
+        inside = operator(torch.randn(2, CHANNELS, 4, 4)).flatten(1).shape[1]
+    return randomised(Between(operator, inside).eval())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rule_tells_the_truth(name: str) -> None:
+    model, inputs = between(name), (images(),)
+    structure = analyze(trace(model, inputs), required=False)
+    units = tuple(group.size for group in structure.groups if ("conv.weight", 0) in group.members)
+    assert units == CASES[name][1]
+    assert_permuted_output_is_the_same(model, structure, *inputs)
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        keep = {g.name: random.permutation(g.size)[: random.integers(1, g.size)].tolist() for g in structure.groups}
+        plan = structure.plan(keep)
+        assert verify(structure, model, apply_plan(model, plan), plan, (inputs, {})).error <= 1e-4
+
+
+@every_net
+def test_units_can_change_places(net: Net) -> None:
+    assert_permuted_output_is_the_same(net.model(), structure_of(net.name), *net.args, **net.kwargs)
+
+
+def assert_permuted_output_is_the_same(model: nn.Module, structure: Structure, *args: Tensor, **kwargs: Tensor) -> None:
+    before = outputs(model, *args, **kwargs)
+    moved = 0
+    labels = shuffled_labels(structure)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for name, dims in structure.layout.tensors.items():
+            for place, dim in enumerate(dims):
+                order = slot_order(dim, labels)
+                moved += int((order != np.arange(len(order))).sum())
+                tensors[name].copy_(tensors[name].index_select(place, torch.from_numpy(order)))
+    assert moved > 0 or not structure.groups
+    for mine, theirs in zip(outputs(model, *args, **kwargs), before, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def outputs(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        found = model(*(arg.clone() for arg in args), **kwargs)
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def shuffled_labels(structure: Structure) -> np.ndarray:
+    """Label -> the label of the same group that takes its place; no unit stays where it is."""
+    labels = np.arange(len(structure.layout.group_of))
+    for group in structure.groups:
+        mine = np.flatnonzero(structure.layout.group_of == group.index)
+        labels[mine] = np.random.default_rng(group.index).permutation(mine)
+        if group.size > 1 and (labels[mine] == mine).all():
+            labels[mine] = np.roll(mine, 1)
+    return labels
+
+
+def slot_order(dim: Dim, labels: np.ndarray) -> np.ndarray:
+    """Slot -> the slot that moves there: the same occurrence of what its labels became."""
+    seen: dict[tuple[int, ...], int] = {}
+    place: dict[tuple[tuple[int, ...], int], int] = {}
+    for slot, column in enumerate(dim.T):
+        now = tuple(column.tolist())
+        seen[now] = seen.get(now, -1) + 1
+        place[now, seen[now]] = slot
+    return np.array([place[tuple(labels[list(now)].tolist()), occurrence] for now, occurrence in place])
+
+
+def test_every_rule_takes_part_in_a_test() -> None:
+    """A rule that is added without a case here fails."""
+    seen = set()
+    for name in CASES:
+        seen |= {base_name(op) for op in trace(between(name), (images(),)).ops()}
+    for net in NETS:
+        seen |= {base_name(op) for op in structure_of(net.name).graph.ops()}
+    by_alias = {name for name in RULES if any(RULES[name] is RULES.get(other) for other in seen)}
+    assert sorted(set(RULES) - by_alias) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "channels"),
+    [
+        (lambda: nn.Sequential(nn.Conv3d(2, 6, 3), nn.ReLU(), nn.ConvTranspose3d(6, 2, 2)), (1, 2, 4, 4, 4), 1),
+        (lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.ConvTranspose1d(6, 2, 2)), (1, 2, 6), 1),
+        (lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.ConvTranspose1d(6, 2, 2, groups=2)), (2, 6), 0),
+        (lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 2, groups=6)), (2, 6, 6), 0),
+        (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 2, groups=4)), (1, 2, 6, 6), 1),
+    ],
+)
+def test_convolutions_of_every_kind(make: Callable[[], nn.Module], shape: tuple[int, ...], channels: int) -> None:
+    """Of every dimension, transposed, grouped, with and without a batch, with a multiplier."""
+
+    class Ended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = make()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).mean(channels) * self.scale
+
+    model, inputs = randomised(Ended().eval()), (torch.randn(shape),)
+    structure = analyze(trace(model, inputs))
+    assert_permuted_output_is_the_same(model, structure, *inputs)
+    plan = structure.plan({group.name: range(0, group.size, 2) for group in structure.groups})
+    assert verify(structure, model, apply_plan(model, plan), plan, (inputs, {})).error <= 1e-5
+
+
+def test_a_weight_that_is_computed_shrinks_with_its_parts() -> None:
+    """Weight standardisation and weight normalisation: the weight of the operator is no parameter."""
+
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.g = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6, 1))
+            self.conv = nn.Conv1d(6, 5, 1)
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.g * self.v / (self.v.norm(dim=1, keepdim=True) + 1e-6)
+            x = F.linear(x, weight).mT
+            kernel = self.conv.weight
+            kernel = (kernel - kernel.mean(1, keepdim=True)) / (kernel.std(1, keepdim=True, unbiased=False) + 1e-5)
+            return self.head(F.conv1d(x, kernel, self.conv.bias).mean(-1))
+
+    model, inputs = randomised(Computed().eval()), (sequence(4),)
+    structure = analyze(trace(model, inputs))
+    assert [(group.name, group.size) for group in structure.groups] == [("g", 6), ("conv", 5)]
+    assert_permuted_output_is_the_same(model, structure, *inputs)
+    plan = structure.plan({"g": [0, 2, 5], "conv": [1, 3]})
+    assert verify(structure, model, apply_plan(model, plan), plan, (inputs, {})).error <= 1e-5
+
+
+def test_arguments_are_named_and_complete() -> None:
+    graph = trace(between("softmax over channels"), (images(),))
+    (node,) = (node for node in graph.nodes.values() if base_name(node.op) == "softmax")
+    assert list(arguments(node)) == ["self", "dim", "dtype"]
+    assert arguments(node)["dim"] == 1 and arguments(node)["dtype"] is None
+
+
+def test_crossings_name_what_is_computed() -> None:
+    kinds = {}
+    for name in ("softmax over channels", "softmax over places", "mean over channels", "layer_norm", "matmul"):
+        flow = flow_of(trace(between(name), (images(),)))
+        kinds[name] = sorted(set(flow.crossings.values()))
+    assert kinds == {
+        "softmax over channels": ["softmax"],
+        "softmax over places": [],
+        "mean over channels": ["reduction"],
+        "layer_norm": ["norm"],
+        "matmul": [],
+    }
