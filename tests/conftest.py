@@ -1,11 +1,17 @@
 """What all tests share."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+from tests.conformance.vision_operators import make_importable
+
+if importlib.util.find_spec("torchvision") is not None:
+    make_importable()  # torchmetrics imports torchvision where it is installed
 
 # Several test processes run side by side; more threads than cores would only slow them down.
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Tiny nets that carry their own answers: which groups and blocks a correct analysis finds in them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,7 @@ class Net:
         groups: name of each group -> its kind and size, in the order of the network.
         blocks: names of the branches and blocks, in the order of the network.
         kwargs: keyword example inputs.
+        swap: whether modules may be rewritten where their code can't come to the sizes of a cut.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Net:
     groups: Expected
     blocks: tuple[str, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    swap: bool = False
 
     def model(self, seed: int = 0) -> nn.Module:
         """Build the model in eval mode with random weights and statistics, none of them zero or one."""
@@ -421,7 +423,7 @@ class WrittenAttention(nn.Module):
 
 
 class EinsumAttention(nn.Module):
-    """Heads by einsum, and a scale that forward computes from the head width: so that width is fixed."""
+    """Heads by einsum, and a scale that forward computes from the head width: fixed unless it is written out."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -525,7 +527,7 @@ class VisionTransformer(nn.Module):
 
 
 class TorchEncoder(nn.Module):
-    """torch.nn's own encoder; its attention stays as it is in this version."""
+    """torch.nn's own encoder; its attention can shrink only where it is rewritten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -576,7 +578,7 @@ class LanguageModel(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Fused attention that leaves its scale to torch: the head width is fixed, the heads are not."""
+    """Fused attention that leaves its scale to torch: the head width is fixed unless the scale is written out."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -588,6 +590,19 @@ class CausalAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.dim)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(x.transpose(1, 2).flatten(-2))
+
+
+class Recurrent(nn.Module):
+    """Two layers in both directions, that start from zeros, and a mean over time."""
+
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, **settings: Any) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 5)
+        self.recurrent = kind(5, 6, batch_first=True, **settings)
+        self.head = nn.Linear(6 * (2 if self.recurrent.bidirectional else 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(self.embed(x))[0].mean(1))
 
 
 # ------------------------------------------------------------------------------------------------------------ odd
@@ -626,7 +641,7 @@ class InPlace(nn.Module):
 
 
 class ScaleFromShape(nn.Module):
-    """Computes numbers from sizes in forward: those sizes must stay."""
+    """Computes numbers from sizes in forward: those sizes must stay, unless the numbers are written out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -661,13 +676,22 @@ def _attention(path: str, heads: int, width: int, hidden: int, first: str = "qkv
     return {name: answer for name, answer in sizes.items() if answer[1]}
 
 
+def _torch_attention(path: str, heads: int, width: int, hidden: int) -> Expected:
+    """The groups within one layer of torch's own encoder."""
+    return {
+        f"{path}.self_attn:heads": ("heads", heads),
+        f"{path}.self_attn:head-width": ("head width", width),
+        f"{path}.linear1": ("neurons", hidden),
+    }
+
+
 def _both(path: str, *, pre: bool = True) -> tuple[str, ...]:
     """The branches of a transformer block, and the block itself."""
     branches = ("norm1…attn", "norm2…mlp") if pre else ("attn", "mlp")
     return (*(f"{path}.{branch}" for branch in branches), path)
 
 
-NETS = (
+_WITHOUT_REWRITING = (
     Net("mlp", mlp, (sequence(4),), {"0": ("neurons", 6), "2": ("neurons", 5)}),
     Net("vgg", VGG, (images(),), {**_channels(features__0=4, features__4=6), "classifier.0": ("neurons", 8)}),
     Net("conv1d", ConvAndLinear1d, (sequence(9, 3),), _channels(conv1=6, conv2=4)),
@@ -809,9 +833,53 @@ NETS = (
         _both("block"),
         kwargs={"mask": torch.ones(2, 5)},
     ),
+    Net(
+        "recurrent",
+        lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+        (sequence(4),),
+        {"embed": ("neurons", 5), "recurrent": ("neurons", 6)},
+    ),
     Net("shared", Shared, (sequence(4),), {"weight": ("neurons", 6)}),
     Net("in place", InPlace, (torch.ones(3, 4),), {"one": ("neurons", 6), "two": ("neurons", 6)}),
     Net("scale from shape", ScaleFromShape, (torch.ones(3, 4),), {"fc2": ("neurons", 5), "fc4": ("neurons", 8)}),
+)
+
+_WHERE_REWRITING_HELPS: Mapping[str, Expected] = {
+    "cifar literal": _channels(
+        **{"conv": 4, "layers__0__conv1": 4, "layers__1__conv1": 8},
+        **{"layers__1__conv2": 2, "layers__1__conv2_second": 2, "layers__2__conv1": 8},
+    ),
+    "einsum, swiglu": {
+        "embed": ("neurons", 8),
+        **_attention("blocks.0", 2, 4, 0),
+        "blocks.0.mlp.w12": ("neurons", 6),
+    },
+    "torch encoder": {
+        "embed": ("neurons", 8),
+        **_torch_attention("encoder.layers.0", 2, 4, 12),
+        **_torch_attention("encoder.layers.1", 2, 4, 12),
+    },
+    "language model": {
+        "embed": ("neurons", 8),
+        **_attention("block", 2, 4, 0),
+        "block.mlp.w12": ("neurons", 6),
+    },
+    "scale from shape": {
+        "fc1": ("neurons", 6),
+        "fc2": ("neurons", 5),
+        "fc3": ("neurons", 7),
+        "fc4": ("neurons", 8),
+    },
+}
+"""Net -> what may be removed from it if modules may be rewritten; for all others that makes no difference."""
+
+NETS = (
+    *_WITHOUT_REWRITING,
+    *(
+        replace(net, name=f"{net.name}, swapped", groups=_WHERE_REWRITING_HELPS[net.name], swap=True)
+        for net in _WITHOUT_REWRITING
+        if net.name in _WHERE_REWRITING_HELPS
+    ),
 )
 
 by_name = {net.name: net for net in NETS}
@@ -820,6 +888,6 @@ every_net = pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
 
 @cache
 def structure_of(name: str) -> Structure:
-    """The structure of a net, analysed once."""
+    """The structure of a net, analysed once, with rewriting where the net says so: see `Net.swap`."""
     net = by_name[name]
-    return analyze(trace(net.model(), net.args, net.kwargs))
+    return analyze(trace(net.model(), net.args, net.kwargs), swap=net.swap)

@@ -5,6 +5,7 @@
     │   └── UnknownOperatorError  an operator has no rule; names operator, module and source line
     ├── StructureError            the analysis found nothing to prune, or was asked for an unknown name
     ├── PlanError                 a plan does not fit the model, or contradicts itself
+    ├── RewrittenModuleError      a module with rewritten code was called in another way than it was rewritten for
     ├── VerificationError         the pruned model does not equal the masked original
     ├── TaskError                 the data, the loss or the metric cannot be used
     ├── ConfigError               a setting or a recipe is wrong
@@ -34,6 +35,10 @@ class StructureError(IdapError):
 
 class PlanError(IdapError):
     """A plan does not fit the model, or contradicts itself."""
+
+
+class RewrittenModuleError(IdapError):
+    """A module whose code was rewritten was called in another way than it was rewritten for."""
 
 
 class VerificationError(IdapError):

@@ -459,9 +459,19 @@ def test_a_forward_pass_that_takes_another_way_is_noticed():
 
 
 def test_a_call_that_makes_several_operators_tells_no_tensor_apart():
-    _, structure = build(nets.TorchEncoder, TOKENS[:2])
-    graph = structure.graph
-    inside = [node.name for node in graph.nodes.values() if node.call and "multi_head" in node.call[1]]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LocalResponseNorm(2), nn.Conv2d(4, 2, 1))
+    graph = trace(model, (IMAGES[:2],))
+    inside = [node.name for node in graph.nodes.values() if node.call == ("1", "local_response_norm", 0)]
     assert len(inside) > 5
     assert [name for name in inside if observing.tensors_given(graph, name) is not None] == []
-    assert sum(observing.is_result(graph, name) for name in inside) <= 2
+    assert [observing.is_result(graph, name) for name in inside] == [False] * (len(inside) - 1) + [True]
+
+
+def test_the_steps_of_torchs_attention_are_told_apart():
+    """Every one of them is a call of its own, of which the tensors are known."""
+    _, structure = build(nets.TorchEncoder, TOKENS[:2])
+    graph = structure.graph
+    inside = [n.name for n in graph.nodes.values() if n.call and n.call[0].endswith("self_attn")]
+    assert any("scaled_dot_product_attention" in graph.nodes[name].op for name in inside)
+    assert all(observing.is_result(graph, name) for name in inside)
+    assert [name for name in inside if observing.tensors_given(graph, name) is None] == []

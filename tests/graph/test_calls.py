@@ -10,22 +10,37 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from idap.graph.calls import intercept, watch_attributes
-from idap.graph.ir import CallKey
+from idap.graph.ir import CallKey, leaves
 from idap.surgery.apply import apply_plan
 from tests.nets import VGG, Net, TorchEncoder, by_name, every_net, images, sequence, structure_of
 
 
 def calls(model: nn.Module, *args: Any, **kwargs: Any) -> list[CallKey]:
     """Every call of one forward pass."""
+    return [key for key, _ in results(model, *args, **kwargs)]
+
+
+def results(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[CallKey, Any]]:
+    """Every call of one forward pass, with what it returned."""
     found = []
 
     def handle(key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found.append(key)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        found.append((key, result))
+        return result
 
     with torch.no_grad(), intercept(model, handle):
         model(*args, **kwargs)
     return found
+
+
+def tensor_calls(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[CallKey, list[int]]]:
+    """The calls that return tensors or write into them, with the numbers of dimensions; no reads of shapes."""
+    made = [
+        (key, [x.dim() for x in leaves(result) if isinstance(x, Tensor)])
+        for key, result in results(model, *args, **kwargs)
+    ]
+    return [(key, dims) for key, dims in made if dims or key[1] == "__setitem__"]
 
 
 def nothing_is_left() -> bool:
@@ -55,11 +70,23 @@ def test_the_batch_size_does_not_matter(net: Net) -> None:
     assert calls(model, *wide, **kwargs) == calls(model, *net.args, **net.kwargs)
 
 
+def parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts))]
+
+
 @every_net
 def test_a_cut_model_makes_the_same_calls(net: Net) -> None:
     structure, model = structure_of(net.name), net.model()
-    small = apply_plan(model, structure.plan({group.name: [0] for group in structure.groups}))
-    assert calls(small, *net.args, **net.kwargs) == calls(model, *net.args, **net.kwargs)
+    plan = structure.plan({group.name: [0] for group in structure.groups})
+    small = apply_plan(model, plan)
+    # Code that is written anew reads fewer shapes, or reads them elsewhere. What makes tensors is the same call.
+    assert tensor_calls(small, *net.args, **net.kwargs) == tensor_calls(model, *net.args, **net.kwargs)
+    mine, theirs = calls(small, *net.args, **net.kwargs), calls(model, *net.args, **net.kwargs)
+    # Those that hold rewritten modules may be told to leave a fused kernel alone, and then read fewer shapes, too.
+    touched = {above for path in plan.programs for above in (path, *parents(path))}
+    assert [key for key in mine if key[0] not in touched] == [key for key in theirs if key[0] not in touched]
+    assert net.swap == bool(plan.programs)
 
 
 @every_net
@@ -94,7 +121,17 @@ def test_a_module_with_two_names_has_the_first_one() -> None:
 def test_the_fast_path_of_torch_is_not_taken() -> None:
     """It would be one opaque call in place of those that the export knows."""
     names = {key[1] for key in calls(TorchEncoder().eval(), sequence(4))}
-    assert "multi_head_attention_forward" in names and "_transformer_encoder_layer_fwd" not in names
+    assert "scaled_dot_product_attention" in names and "_transformer_encoder_layer_fwd" not in names
+
+
+def test_the_steps_of_an_attention_count_one_by_one() -> None:
+    """`F.multi_head_attention_forward` is Python code: its calls are those of the module, and it leaves no trace."""
+    before = F.multi_head_attention_forward
+    model = nn.MultiheadAttention(4, 2, batch_first=True).eval()
+    found = calls(model, *3 * [sequence(4)], need_weights=False)
+    assert ("", "linear", 0) in found and ("", "scaled_dot_product_attention", 0) in found
+    assert all(key[1] != "multi_head_attention_forward" for key in found)
+    assert F.multi_head_attention_forward is before and nothing_is_left()
 
 
 class Foreign(nn.Module):

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from idap.graph.ir import Graph
 from idap.graph.memory import Memory
-from idap.graph.run import live_nodes, run
+from idap.graph.run import run
 from idap.graph.trace import trace
 from tests.nets import Net, every_net
 
@@ -99,9 +99,9 @@ def traced(body: Callable[[Tensor, Tensor], Tensor]) -> Graph:
 
 def test_what_is_written_in_place_is_alive_and_the_rest_is_not() -> None:
     graph = traced(half_then_all)
-    assert "mul_" in graph.ends and "mul_" in live_nodes(graph, {})
+    assert "mul_" in graph.ends and "mul_" in graph.live({})
     graph = traced(unread)
-    assert "mul" not in live_nodes(graph, {}) and "add_" not in live_nodes(graph, {})
+    assert "mul" not in graph.live({}) and "add_" not in graph.live({})
 
 
 def test_a_tensor_made_from_sizes_carries_data_once_data_was_written_into_it() -> None:
@@ -116,4 +116,4 @@ def test_nodes_that_are_skipped_take_another_value() -> None:
     model = Program(lambda x, y: y)
     found = run(graph, dict(model.named_parameters()), [torch.ones(1, 4)], skip_to={"relu": "linear"})
     torch.testing.assert_close(found[0], model.fc(torch.ones(1, 4)).detach() + 1)
-    assert "mul" not in live_nodes(graph, {"relu": "linear"})
+    assert "mul" not in graph.live({"relu": "linear"})

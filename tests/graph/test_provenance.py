@@ -3,13 +3,24 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from idap.graph.ir import Attribute, Comparison, Expression, Extent, Literal, Operation
-from idap.graph.provenance import Notes, TracedInt, evaluate, expression_of, plain, remember_sizes, sources, untraced
+from idap.graph.provenance import (
+    RELATIONS,
+    Notes,
+    TracedInt,
+    evaluate,
+    expression_of,
+    plain,
+    remember_sizes,
+    sources,
+    untraced,
+)
 from idap.graph.trace import trace
 
 
@@ -69,9 +80,21 @@ def test_an_expression_can_be_read() -> None:
 )
 def test_what_becomes_another_number_has_escaped(use) -> None:
     n = traced(8)
+    n.notes.module = "blocks.0"
     assert use(n) == use(8)
     assert list(n.notes.escaped) == [n.expression]
-    assert n.notes.escaped[n.expression].startswith("test_provenance.py:")
+    assert list(n.notes.escaped[n.expression]) == ["blocks.0"]
+    assert n.notes.escaped[n.expression]["blocks.0"].startswith("test_provenance.py:")
+
+
+def test_every_module_that_computes_with_a_size_is_noted_with_its_first_place() -> None:
+    n = traced(8)
+    for module in ("a", "b", "a"):
+        n.notes.module = module
+        float(n)
+    assert list(n.notes.escaped[n.expression]) == ["a", "b"]
+    n.notes.clear()
+    assert not n.notes.escaped and not n.notes.compared and n.notes.module == ""
 
 
 def test_a_float_that_comes_first_is_not_seen() -> None:
@@ -86,14 +109,49 @@ def test_what_stays_a_size_has_not_escaped() -> None:
     assert torch.Size([n, 2]).numel() and not n.notes.escaped
 
 
-def test_equal_sizes_are_noted_with_the_line() -> None:
+def test_compared_sizes_are_noted_with_the_line() -> None:
     n, m = traced(8), traced(8, "m")
-    assert n == m and n != 7 and m == 8
-    notes = [*n.notes.equal, *m.notes.equal]
+    assert n == m and m == 8
+    notes = [*n.notes.compared, *m.notes.compared]
     assert [(note.left, note.right) for note in notes] == [(n.expression, m.expression), (m.expression, Literal(8))]
     assert all(isinstance(note, Comparison) and note.source.startswith("test_provenance.py:") for note in notes)
     same = n
-    assert n == same and len(n.notes.equal) == 1  # a size is always equal to itself
+    assert n == same and len(n.notes.compared) == 1  # a size is always equal to itself
+    assert all(n != other for other in (8.5, "8", True)) and len(n.notes.compared) == 1  # no sizes
+
+
+@pytest.mark.parametrize(
+    ("compare", "outcome", "symbol"),
+    [
+        (lambda n: n == 8, True, "=="),
+        (lambda n: n == 7, False, "!="),
+        (lambda n: n != 7, True, "!="),
+        (lambda n: n != 8, False, "=="),
+        (lambda n: n < 9, True, "<"),
+        (lambda n: n < 8, False, ">="),
+        (lambda n: n >= 8, True, ">="),
+        (lambda n: n >= 9, False, "<"),
+        (lambda n: n > 7, True, ">"),
+        (lambda n: n > 8, False, "<="),
+        (lambda n: n <= 8, True, "<="),
+        (lambda n: n <= 7, False, ">"),
+    ],
+)
+def test_what_a_comparison_found_is_noted_not_what_was_asked(
+    compare: Callable[[int], bool], outcome: bool, symbol: str
+) -> None:
+    n = traced(8)
+    n.notes.module = "blocks.0"
+    assert compare(n) is outcome
+    (note,) = n.notes.compared
+    assert (note.left, note.symbol, note.module) == (n.expression, symbol, "blocks.0")
+    assert getattr(note.left.value, RELATIONS[note.symbol])(note.right.value)  # what is noted is true
+
+
+def test_a_number_on_the_left_is_compared_the_other_way_round() -> None:
+    n = traced(8)
+    assert 3 < n and not 9 <= n  # noqa: SIM300
+    assert [(note.right, note.symbol) for note in n.notes.compared] == [(Literal(3), ">"), (Literal(9), "<")]
 
 
 def test_plain_gives_ordinary_ints_back() -> None:

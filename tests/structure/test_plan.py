@@ -74,7 +74,7 @@ def test_a_block_that_goes_takes_its_branches_with_it() -> None:
 @pytest.mark.parametrize(
     ("keep", "removed", "error", "message"),
     [
-        ({"embed": []}, (), PlanError, "group 'embed' would lose all its 8 units; keep at least one of them"),
+        ({"embed": []}, (), PlanError, "group 'embed' would lose all its 8 units.*; keep at least one"),
         ({"embed": [0, 8]}, (), PlanError, "group 'embed' has units 0 to 7, asked to keep unit 8"),
         ({"embed": [-1, 3]}, (), PlanError, "group 'embed' has units 0 to 7, asked to keep unit -1"),
         ({"stem": [0]}, (), StructureError, "there is no group named 'stem'; there are: embed, "),

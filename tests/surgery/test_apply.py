@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from idap.errors import PlanError
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan, apply_plan_, check_fit, cut_tensor
+from idap.surgery.rewritten import original_class
 from tests.nets import Net, by_name, every_net, structure_of
 
 
@@ -30,7 +31,10 @@ def test_the_copy_is_smaller_and_the_original_untouched(net: Net) -> None:
     before = {name: (id(tensor), tensor.clone(), tensor.data_ptr()) for name, tensor in tensors(model).items()}
     held = {path: dict(vars(module)) for path, module in model.named_modules()}
     small = apply_plan(model, plan)
-    assert type(small) is type(model) and small is not model
+    assert isinstance(small, type(model)) and original_class(type(small)) is type(model) and small is not model
+    for path, module in small.named_modules():
+        assert (type(module) is original_class(type(module))) == (path not in plan.programs)
+        assert plan.gone(path) or original_class(type(module)) is type(model.get_submodule(path))
     for name, tensor in tensors(model).items():
         identity, value, place = before[name]
         assert id(tensor) == identity and tensor.data_ptr() == place and torch.equal(tensor, value)
@@ -58,6 +62,9 @@ def test_in_place_makes_the_same_model(net: Net) -> None:
     assert all(torch.equal(tensor, tensors(expected)[name]) for name, tensor in tensors(model).items())
     for (path, mine), (_, theirs) in zip(model.named_modules(), expected.named_modules(), strict=True):
         plain = {name: value for name, value in vars(mine).items() if isinstance(value, int | tuple | list)}
+        if isinstance(mine, nn.RNNBase):
+            del plain["_flat_weight_refs"]
+            assert [id(tensor) for tensor in plain.pop("_flat_weights")] == [id(tensor) for tensor in mine.parameters()]
         assert plain == {name: vars(theirs)[name] for name in plain}, path
 
 

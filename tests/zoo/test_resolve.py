@@ -10,7 +10,7 @@ from torch import nn
 
 from idap.errors import CheckpointError, ConfigError
 from idap.zoo.nets import CifarResNet, DigitsResNet, DigitsViT, cifar_resnet20
-from idap.zoo.resolve import build_model, example_shape
+from idap.zoo.resolve import build_model, example_inputs
 from idap.zoo.script import load_object
 from idap.zoo.weights import load_weights
 
@@ -66,7 +66,7 @@ class TestModels:
         model = build_model(f"idap:{name}")
         assert isinstance(model, kind)
         assert not model.training
-        assert example_shape(f"idap:{name}", model) == shape
+        assert example_inputs(f"idap:{name}", model)[0][0].shape == shape
 
     @pytest.mark.parametrize("name", ["build_model", "Net", "ready"])
     def test_a_function_a_class_or_a_module_of_a_script(self, script, name):
@@ -119,7 +119,7 @@ class TestModels:
         monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
         monkeypatch.setitem(sys.modules, "torchvision.models", fake)
         model = build_model("torchvision:resnet18")
-        assert example_shape("torchvision:resnet18", model) == (1, 3, 224, 224)
+        assert example_inputs("torchvision:resnet18", model)[0][0].shape == (1, 3, 224, 224)
         with pytest.raises(ConfigError, match=r"did you mean torchvision:vgg11\?"):
             build_model("torchvision:vgg12")
 
@@ -133,11 +133,11 @@ class TestModels:
         fake = types.ModuleType("timm")
         fake.list_models, fake.create_model = lambda: ["vit_tiny"], create
         monkeypatch.setitem(sys.modules, "timm", fake)
-        assert example_shape("timm:vit_tiny", build_model("timm:vit_tiny.augreg")) == (1, 3, 96, 96)
+        assert example_inputs("timm:vit_tiny", build_model("timm:vit_tiny.augreg"))[0][0].shape == (1, 3, 96, 96)
 
     def test_a_script_whose_inputs_are_not_known(self, script):
         spec = f"python:{script}:Net"
-        assert example_shape(spec, build_model(spec)) is None
+        assert example_inputs(spec, build_model(spec)) is None
 
 
 class TestScripts:

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from idap.cli.failure import Outcome
-from idap.cli.options import Debug, InputShapes, Json, Members, Spec
+from idap.cli.options import Contracts, Debug, InputShapes, Json, Members, NoSwap, Spec
 from idap.cli.structure_view import StructureView, structure_tree, survey
 from idap.errors import ConfigError
 
@@ -21,6 +21,8 @@ def inspect_command(
     spec: Spec,
     *,
     input_shape: InputShapes = None,
+    contract: Contracts = None,
+    no_swap: NoSwap = False,
     members: Members = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -28,39 +30,40 @@ def inspect_command(
     """Show groups of coupled units, removable blocks, what can't shrink and why, and the cost of each."""
     outcome = Outcome(command="idap inspect", where=spec, as_json=as_json, debug=debug)
     with outcome.reported():
-        view = _view(spec, input_shape or [])
+        view = _view(spec, input_shape or [], contract, swap=not no_swap)
     if as_json:
         typer.echo(json.dumps(view.to_json(), indent=1))
     else:
         Console(highlight=False).print(structure_tree(view, members=members))
 
 
-def _view(spec: str, shapes: list[str]) -> StructureView:
+def _view(spec: str, shapes: list[str], contracts: list[str] | None, *, swap: bool) -> StructureView:
+    import torch  # noqa: PLC0415 - slow to import
+
     from idap.cost.count import CostModel  # noqa: PLC0415 - torch is slow to import
     from idap.graph.trace import trace  # noqa: PLC0415 - as above
     from idap.structure.analysis import analyze  # noqa: PLC0415 - as above
 
     inputs = tuple(_input(text) for text in shapes)
     model, args, kwargs = _model_and_inputs(spec, inputs)
-    structure = analyze(trace(model, args, kwargs), required=False)
-    batch = args[0].shape[0] if args else 1
+    structure = analyze(trace(model, args, kwargs), contracts=contracts, swap=swap, required=False)
+    batch = next((len(leaf) for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
     return survey(type(model).__name__, structure, CostModel(structure, batch))
 
 
 def _model_and_inputs(spec: str, inputs: tuple["Tensor", ...]) -> tuple["nn.Module", tuple[Any, ...], dict[str, Any]]:
-    import torch  # noqa: PLC0415 - slow to import
 
     from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - imports torch
-    from idap.zoo.resolve import build_model, example_shape  # noqa: PLC0415 - as above
+    from idap.zoo.resolve import build_model, example_inputs  # noqa: PLC0415 - as above
 
     recipe: Recipe | None = read_recipe(spec) if spec.endswith(".toml") else None
     build = spec if recipe is None else recipe.network.build
     model = build_model(spec) if recipe is None else recipe.model()
     if inputs:
         return model, inputs, {}
-    shape = example_shape(build, model)
-    if shape is not None:
-        return model, (torch.zeros(shape),), {}
+    known = example_inputs(build, model)
+    if known is not None:
+        return model, *known
     if recipe is None:
         raise ConfigError(f"what {spec} takes is not known; say it: --input-shape 1,3,32,32, once per input.")
     args, kwargs = recipe.task().example("cpu")

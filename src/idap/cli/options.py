@@ -42,7 +42,8 @@ Spec = Annotated[
     str,
     typer.Argument(
         metavar="SPEC",
-        help="A model (python:FILE.py:NAME, idap:NAME, torchvision:NAME, timm:NAME) or a recipe (FILE.toml).",
+        help="A model (python:FILE.py:NAME, idap:NAME, torchvision:NAME, timm:NAME, transformers:TYPE) or a recipe "
+        "(FILE.toml).",
         show_default=False,
     ),
 ]
@@ -53,6 +54,18 @@ InputShapes = Annotated[
         metavar="1,3,32,32",
         help="Shape of an input, batch first; once per positional input. Add :int for token numbers, as in 1,128:int.",
     ),
+]
+Contracts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--contract",
+        metavar="NAME",
+        help="An output whose shape must stay, such as logits; may be repeated. All outputs if left out.",
+    ),
+]
+NoSwap = Annotated[
+    bool,
+    typer.Option("--no-swap", metavar="", help="Leave whole what would need a module's code to be written anew."),
 ]
 Members = Annotated[bool, typer.Option("--members", metavar="", help="List the tensors of each group.")]
 Fast = Annotated[bool, typer.Option("--fast", metavar="", help="Train and compress for a shorter time.")]

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from idap.structure.analysis import Structure
 
 
+MOST_SHOWN = 3
+"""How many of the dimensions are listed that can't shrink for the same reason; --json lists all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupView:
     """One group of coupled units.
@@ -72,6 +76,7 @@ class StructureView:
         groups: in the order of the network.
         blocks: in the order of the network.
         blocked: dimensions that stay.
+        rewritten: paths of the modules that get new code when the groups they use are cut.
     """
 
     model: str
@@ -81,6 +86,7 @@ class StructureView:
     groups: tuple[GroupView, ...]
     blocks: tuple[BlockView, ...]
     blocked: tuple[BlockedView, ...]
+    rewritten: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The same as dicts and lists."""
@@ -130,6 +136,7 @@ def survey(model: str, structure: "Structure", costs: "CostModel") -> StructureV
             BlockedView(tensor=item.tensor, dim=item.dim, size=item.size, reason=item.reason)
             for item in structure.blocked
         ),
+        rewritten=structure.rewritten,
     )
 
 
@@ -147,12 +154,24 @@ def structure_tree(view: StructureView, *, members: bool = False) -> Tree:
     root = Tree(Text.assemble((view.model, "bold"), f": {facts}"))
     _add_groups(root, view.groups, members=members)
     _add_blocks(root, view.blocks)
+    if view.rewritten:
+        what = f"{_count(len(view.rewritten), 'module')} whose forward is written anew when its groups are cut"
+        root.add(Text(what, style="bold")).add(Text(", ".join(view.rewritten), style="dim"))
     if view.blocked:
-        branch = root.add(Text.assemble((f"{_count(len(view.blocked), 'dimension')} of weights can't shrink", "bold")))
-        for item in view.blocked:
-            line = Text(f"{item.tensor}, dimension {item.dim} of size {item.size}")
-            branch.add(line).add(Text(item.reason, style="dim"))
+        branch = root.add(Text(f"{_count(len(view.blocked), 'dimension')} of weights can't shrink", style="bold"))
+        for reason, places in _by_reason(view.blocked).items():
+            shown = ", ".join(places[:MOST_SHOWN]) + (
+                f" and {len(places) - MOST_SHOWN} more" * (len(places) > MOST_SHOWN)
+            )
+            branch.add(Text(shown)).add(Text(reason, style="dim"))
     return root
+
+
+def _by_reason(blocked: Sequence[BlockedView]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for item in blocked:
+        found.setdefault(item.reason, []).append(f"{item.tensor}, dimension {item.dim} of size {item.size}")
+    return found
 
 
 def _add_groups(root: Tree, groups: Sequence[GroupView], *, members: bool) -> None:
@@ -160,10 +179,11 @@ def _add_groups(root: Tree, groups: Sequence[GroupView], *, members: bool) -> No
     branch = root.add(Text(f"{_count(len(groups), 'group')} with {units:,} units; units go one by one", style="bold"))
     name = max((len(group.name) for group in groups), default=0)
     kind = max((len(group.kind) for group in groups), default=0)
+    size = len(str(max((group.size for group in groups), default=0)))
     for group in groups:
         line = Text.assemble(
             (f"{group.name:<{name}}", "cyan"),
-            f"  {group.size:>5} {group.kind:<{kind}}  {group.macs_share:>6.1%} of MACs",
+            f"  {group.size:>{size}} {group.kind:<{kind}}  {group.macs_share:>6.1%} of MACs",
             f"  {len(group.members)} tensors",
         )
         added = branch.add(line)

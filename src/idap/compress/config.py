@@ -78,6 +78,10 @@ class Config:
             stage 2 leaves over is taken by a second round of stage 1.
         recovery: training after each change.
         final: training of the final model; None trains it as `recovery` says.
+        contracts: outputs whose shape must stay, such as ``logits``; None: all that the model returns. Others, such as
+            hidden states, may shrink.
+        swap: write the code of a module anew where its own code can't come to the sizes of a cut; False leaves whole
+            what would need it.
         calibration_batches: batches on which divergence is measured, at least 1.
         seed: of everything that is random.
 
@@ -96,6 +100,8 @@ class Config:
     filters_share: float = 0.7
     recovery: Recovery = field(default_factory=Recovery)
     final: Recovery | None = None
+    contracts: tuple[str, ...] | None = None
+    swap: bool = True
     calibration_batches: int = 8
     seed: int = 0
 

@@ -84,7 +84,7 @@ def _prepare(
         check_task(model, task)
         phase.advance("task")
         example = few_samples(task.example(device_of(model)), TRACED_SAMPLES)
-        structure = analyze(trace(model, *example))
+        structure = analyze(trace(model, *example), contracts=config.contracts, swap=config.swap)
         phase.advance("structure")
         original = apply_plan(model, Plan(shapes=structure.graph.shapes))  # a copy: the teacher
         removable = _proved(original, structure, example, progress)

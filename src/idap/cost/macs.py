@@ -41,6 +41,11 @@ def _attention(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> in
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _recurrent(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    steps = prod(shape_of(given["input"])[:-1])
+    return steps * sum(prod(shape_of(ref)) for ref in given["params"] if len(shape_of(ref)) == 2)
+
+
 def _einsum(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
     terms = given["equation"].replace(" ", "").split("->")[0].split(",")
     if len(terms) < 2:
@@ -77,6 +82,10 @@ FORMULAS: Mapping[str, Formula] = {
     "baddbmm": _added_product,
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
+    "lstm": _recurrent,
+    "gru": _recurrent,
+    "rnn_tanh": _recurrent,
+    "rnn_relu": _recurrent,
 }
 
 

@@ -5,6 +5,8 @@ place in the code. That is how a node of the exported graph is found again in th
 batch size, and also after other parts were cut or removed.
 """
 
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,9 @@ from idap.graph.ir import CallKey
 Handler = Callable[[CallKey, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Receives one call and must return its result, usually by making the call."""
 
+_IN_PYTHON = ("multi_head_attention_forward",)
+"""Functions of torch written in Python, whose steps count one by one instead of as one call."""
+
 _OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 
 
@@ -27,7 +32,7 @@ class _Stack:
     def __init__(self, model: nn.Module) -> None:
         self.path_of: dict[int, str] = {}
         for path, module in model.named_modules():
-            self.path_of.setdefault(id(module), path)
+            self.path_of.setdefault(id(vars(module)), path)
         self.paths: list[str | None] = []
         self.entered: Callable[[], None] = lambda: None
 
@@ -36,7 +41,7 @@ class _Stack:
         return self.paths[-1] if self.paths else None
 
     def enter(self, module: nn.Module, _inputs: Any) -> None:
-        path = self.path_of.get(id(module))
+        path = self.path_of.get(id(vars(module)))
         if path == "":
             self.paths.clear()
             self.entered()
@@ -69,10 +74,21 @@ class _Intercept(TorchFunctionMode):
         path = self._stack.running
         if path is None:  # data loading, a loss: not the model's own code
             return func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _IN_PYTHON:
+            with self:
+                return _without_override(func)(*args, **(kwargs or {}))
         place = (path, getattr(func, "__name__", str(func)))
         count = self._counts.get(place, 0)
         self._counts[place] = count + 1
         return self._handler((*place, count), func, args, kwargs or {})
+
+
+def _without_override(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The same Python function without its first step, which hands the call to whoever intercepts it."""
+    unaware = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}
+    return types.FunctionType(
+        func.__code__, {**func.__globals__, **unaware}, func.__name__, func.__defaults__, func.__closure__
+    )
 
 
 @contextmanager
@@ -86,6 +102,12 @@ def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
     stack = _Stack(model)
     with stack.followed(), _Intercept(stack, handler):
         yield
+
+
+def _reads_itself(frame: types.FrameType, module: nn.Module) -> bool:
+    """Whether the code that runs is a method of the module, such as a `__call__` of its own."""
+    names = frame.f_code.co_varnames[:1]
+    return bool(names) and frame.f_locals.get(names[0]) is module
 
 
 @contextmanager
@@ -104,8 +126,8 @@ def watch_attributes(model: nn.Module) -> Iterator[dict[str, set[str]]]:
 
     def read(module: nn.Module, name: str) -> Any:
         if stack.running is not None and not name.startswith("_") and name not in _OF_EVERY_MODULE:
-            path = stack.path_of.get(id(module))
-            if path is not None and path != stack.running:
+            path = stack.path_of.get(id(object.__getattribute__(module, "__dict__")))
+            if path is not None and path != stack.running and not _reads_itself(sys._getframe(1), module):
                 found.setdefault(path, set()).add(stack.running)
         return object.__getattribute__(module, name)
 

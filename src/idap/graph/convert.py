@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from idap.graph.frames import Frame
 from idap.graph.ir import Comparison, Expression, Extent, Literal, ModuleCall, Node, Operation, Ref, leaves
 from idap.graph.provenance import sources
-from idap.graph.recording import Record
+from idap.graph.recording import Record, places_in
 
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "hints_wrapper")
 _PASSING = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
@@ -31,7 +32,9 @@ class Converter:
         canonical: as given.
         nodes: the operators, by name, in execution order.
         outputs: names of the nodes that the model returns.
+        returned: a name for each of them, such as ``logits`` or ``0.1``.
         constants: tensors that the code makes from plain numbers, by node name.
+        places: name of a tensor in the record -> the node that holds it.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Converter:
         self.canonical = canonical
         self._paths = paths
         self._made_by: dict[int, list[str]] = {}
-        self._places: dict[str, str] = {}
+        self.places: dict[str, str] = {}
         self._raw: dict[str, Node] = {}
         self.constants: dict[str, Tensor] = {}
         names: dict[fx.Node, Any] = {}
@@ -50,29 +53,51 @@ class Converter:
         self._walk(self._program.graph, names, "")
         self._locate()
         self.nodes = {name: self._resolved(node) for name, node in self._raw.items()}
-        self.outputs = self._returned(names)
+        self.outputs, self.returned = self._returned(names)
 
     def calls(self, path: str) -> tuple[ModuleCall, ...]:
         """The calls of a module, with the nodes they start from and end in."""
-        calls = self._record.calls.get(path, ())
-        return tuple(ModuleCall(self._places.get(first, ""), self._places.get(last, "")) for first, last in calls)
+        return tuple(self._call_of(frame) for frame in self._record.frames.get(path, ()))
 
-    def escaped(self) -> dict[Expression, str]:
-        """The leaves of the sizes from which other numbers were computed, with the place."""
-        renamed = [(self._rename(expression), place) for expression, place in self._record.escaped.items()]
-        return {leaf: place for expression, place in renamed for leaf in sources(expression)}
-
-    def comparisons(self) -> tuple[Comparison, ...]:
-        """The sizes that were compared and found equal."""
-        return tuple(
-            replace(note, left=self._rename(note.left), right=self._rename(note.right)) for note in self._record.equal
+    def _call_of(self, frame: Frame) -> ModuleCall:
+        passed: dict[int | str, Any] = dict(enumerate(frame.args))
+        passed.update(frame.kwargs)
+        places = {item.name: place for place, item in reversed(passed.items()) if isinstance(item, Ref)}
+        takes = next((place for place, item in passed.items() if isinstance(item, Ref)), 0)
+        given = passed.get(takes)
+        stream = next((name for _, name in places_in(frame.output)), "")
+        gives = _given_on(frame.output, stream, places)
+        return ModuleCall(
+            self.places.get(given.name, "") if isinstance(given, Ref) else "",
+            "" if gives is None else self.places.get(stream, ""),
+            takes,
+            gives,
         )
 
-    def _returned(self, names: Mapping[fx.Node, Any]) -> tuple[str, ...]:
+    def escaped(self) -> dict[Expression, dict[str, str]]:
+        """The leaves of the sizes from which other numbers were computed: for each the modules, with the place."""
+        found: dict[Expression, dict[str, str]] = {}
+        for expression, places in self._record.escaped.items():
+            for leaf in sources(self._rename(expression)):
+                found[leaf] = places | found.get(leaf, {})
+        return found
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The sizes that the code compared, with what it found."""
+        return tuple(
+            replace(note, left=self._rename(note.left), right=self._rename(note.right))
+            for note in self._record.compared
+        )
+
+    def _returned(self, names: Mapping[fx.Node, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         wanted = set(self._program.graph_signature.user_outputs)
         returned = [n for n in leaves(list(self._program.graph.output_node().args)) if isinstance(n, fx.Node)]
-        found = [names[n] for n in returned if n.name in wanted]
-        return tuple(ref.name for ref in found if isinstance(ref, Ref))
+        refs = [names[n] for n in returned if n.name in wanted]
+        nodes = tuple(ref.name for ref in refs if isinstance(ref, Ref))
+        # What the exporter returns is flat; what the model's own code returned has names.
+        (frame,) = self._record.frames[""]
+        paths = [".".join(map(str, path)) or "output" for path, _ in places_in(frame.output)]
+        return nodes, tuple(paths) if len(paths) == len(nodes) else tuple(map(str, range(len(nodes))))
 
     def _placeholders(self, names: dict[fx.Node, Any]) -> None:
         inputs = 0
@@ -83,10 +108,10 @@ class Converter:
             if kind == "constant":
                 self.constants[node.name] = self._program.constants[target]
             elif kind == "input":
-                self._places[f"input:{inputs}"] = node.name
+                self.places[f"input:{inputs}"] = node.name
                 inputs += 1
             else:
-                self._places[f"tensor:{target}"] = node.name
+                self.places[f"tensor:{target}"] = node.name
             names[node] = Ref(node.name)
             value = node.meta.get("val")
             shapes = (tuple(map(int, value.shape)),) if isinstance(value, Tensor) else ()
@@ -131,6 +156,7 @@ class Converter:
             owner=self._owner(node),
             source=_source(node),
             call=event.key if event else None,
+            place=event.place if event else "",
             sizes=event.sizes if event else (),
             shares=(args[0].name,) if taken else shares,
             writes=writes,
@@ -158,26 +184,40 @@ class Converter:
 
     def _locate(self) -> None:
         """Find the node that holds each result of each eager call."""
-        for index, names in self._made_by.items():
-            outputs = self._record.events[index].outputs
+        for index, event in enumerate(self._record.events):
+            names = [name for name in self._made_by.get(index, []) if self._raw[name].shapes]  # no assertions
+            if not names and event.same in self.places and event.outputs:
+                self.places[event.outputs[0][0]] = self.places[event.same]
             read = {name for made in names for name in self._raw[made].inputs()}
             ends = [name for name in names if name not in read]
-            if len(ends) != len(outputs):  # an operator with several results whose items are made by other nodes
-                ends = names[-len(outputs) :] if outputs else []
-            for position, (name, tensor) in enumerate(zip(ends, outputs, strict=False)):
-                if self._raw[name].shapes and self._raw[name].shape == tuple(tensor.shape):
-                    self._places[f"event:{index}:{position}"] = name
+            if len(ends) != len(event.outputs):  # an operator with several results whose items other nodes make
+                ends = names[-len(event.outputs) :] if event.outputs else []
+            for name, (place, shape) in zip(ends, event.outputs, strict=False):
+                if self._raw[name].shapes and self._raw[name].shape == shape:
+                    self.places[place] = name
 
     def _resolved(self, node: Node) -> Node:
         return replace(node, sizes=tuple(self._rename(size) for size in node.sizes)) if node.sizes else node
 
     def _rename(self, expression: Expression) -> Expression:
         if isinstance(expression, Extent):
-            found = self._places.get(expression.node)
+            found = self.places.get(expression.node)
             return replace(expression, node=found) if found else Literal(expression.value)
         if isinstance(expression, Operation):
             return replace(expression, operands=tuple(self._rename(part) for part in expression.operands))
         return expression
+
+
+def _given_on(output: Any, stream: str, places: Mapping[str, int | str]) -> Any:
+    """What a module returns as a tree of its stream and its arguments; None if it returns something else, too."""
+    if isinstance(output, Ref):
+        if output.name == stream:
+            return ("stream",)
+        return ("given", places[output.name]) if output.name in places else None
+    if isinstance(output, tuple | list):
+        items = [_given_on(item, stream, places) if item is not None else ("none",) for item in output]
+        return None if None in items else ("tuple" if isinstance(output, tuple) else "list", *items)
+    return None
 
 
 def _translate(tree: Any, names: Mapping[fx.Node, Any]) -> Any:

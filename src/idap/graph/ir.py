@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from idap.graph.frames import Frame
 from idap.graph.memory import Memory
 
 CallKey = tuple[str, str, int]
@@ -103,6 +104,7 @@ class Node:
         source: ``file.py:line: code`` of the innermost user line, "" where unknown.
         target: for parameters and buffers the canonical name in the state dict, for inputs their place.
         call: the eager call that produced it, None where there is none.
+        place: the same call by its line of code, as `Step.place`.
         sizes: the ints that the eager call was given, in order, each with where it came from.
         shares: nodes whose memory its result may share (a view, an in-place result).
         writes: nodes whose memory it changes.
@@ -117,6 +119,7 @@ class Node:
     source: str = ""
     target: str = ""
     call: CallKey | None = None
+    place: str = ""
     sizes: tuple[Expression, ...] = ()
     shares: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
@@ -125,6 +128,11 @@ class Node:
     def shape(self) -> tuple[int, ...]:
         """The shape of the first tensor it produces."""
         return self.shapes[0]
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose own code makes the eager call."""
+        return self.call[0] if self.call is not None else self.owner
 
     def inputs(self) -> tuple[str, ...]:
         """Names of the nodes it reads, in order, with repetitions."""
@@ -139,10 +147,20 @@ class Node:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module: the nodes that hold its first argument and its result, "" where that is not one tensor."""
+    """One call of a module: the stream of data that enters and leaves it.
+
+    Attributes:
+        input: the node that holds the first tensor among its arguments, "" if there is none.
+        output: the node that holds the first tensor among its results, "" if there is none, or if it returns other
+            tensors that it was not given.
+        takes: place or name of that argument.
+        gives: what it returns, as a tree: ("stream",) is that tensor, ("given", place) an argument handed on.
+    """
 
     input: str
     output: str
+    takes: int | str = 0
+    gives: Any = ("stream",)
 
 
 @dataclass(frozen=True)
@@ -168,17 +186,21 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sizes that the code found to be equal, so they must stay equal.
+    """Two sizes that the code compared: what it found must stay so, as it may have taken its way by it.
 
     Attributes:
         left: one of them.
         right: the other.
         source: ``file.py:line`` of the comparison.
+        module: path of the module whose code compares.
+        symbol: what it found, such as ``==`` or ``<``.
     """
 
     left: Expression
     right: Expression
     source: str
+    module: str = ""
+    symbol: str = "=="
 
 
 @dataclass(frozen=True)
@@ -193,8 +215,14 @@ class Graph:
         modules: module path -> what it is.
         constants: tensors that the code makes from plain numbers, by node name.
         escaped: attributes and shapes from which the code computes other numbers, such as a scale: they must not
-            change, or the results would. With the place, ``file.py:line``.
-        comparisons: sizes that the code compares and that are equal.
+            change, or the results would. For each the modules whose code does so, with the place, ``file.py:line``.
+        comparisons: sizes that the code compares, with what it finds.
+        returned: a name for each output, such as ``logits`` or ``0.1``, in the order of `outputs`.
+        frames: module path -> for each call of the module what its own code did, step by step; once as exported,
+            and once more if it does something else in an ordinary run.
+        places: name of a tensor in `frames` -> the node that holds it.
+        dropped: call of a fused attention, as `Step.place` -> its dropout in training.
+        module_aliases: every other path of a shared module -> its first path.
     """
 
     nodes: Mapping[str, Node]
@@ -203,8 +231,13 @@ class Graph:
     aliases: Mapping[str, str]
     modules: Mapping[str, ModuleInfo]
     constants: Mapping[str, Tensor]
-    escaped: Mapping[Expression, str] = field(default_factory=dict)
+    escaped: Mapping[Expression, Mapping[str, str]] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
+    returned: tuple[str, ...] = ()
+    frames: Mapping[str, tuple[tuple[Frame, ...], ...]] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, float] = field(default_factory=dict)
+    module_aliases: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def memory(self) -> Memory:
@@ -232,6 +265,17 @@ class Graph:
             for used in needed:
                 users[used].append(name)
         return users
+
+    def live(self, skip_to: Mapping[str, str]) -> set[str]:
+        """The nodes that the outputs depend on once some nodes take the value of others."""
+        live: set[str] = set()
+        todo = list(self.ends)
+        while todo:
+            name = todo.pop()
+            if name not in live:
+                live.add(name)
+                todo += [skip_to[name]] if name in skip_to else self.dependencies[name]
+        return live
 
     def data_nodes(self) -> set[str]:
         """The nodes whose values depend on the model's inputs, not on its parameters alone."""

@@ -114,6 +114,11 @@ class Labels:
                 merged, first = np.unique(roots.max(axis=0), return_index=True)
                 self._parent[merged] = roots.min(axis=0)[first]
 
+    def _join_ascending(self, one: Ids, other: Ids) -> None:
+        """Join free atomic labels, of which neither side has one twice."""
+        low, high = np.minimum(one, other), np.maximum(one, other)
+        self._parent[high] = low
+
     def refine(self, ids: Ids, parts: Sequence[Ids]) -> None:
         """Each atomic label becomes "all of its parts"; a label that occurs twice ties the parts of both places."""
         if len(parts) == 1:
@@ -146,6 +151,8 @@ class Labels:
         if not dim.size:
             return dim[:0]
         rows = self.roots(dim)
+        if len(rows) == 1 and not (self._left[rows[0]] >= 0).any():
+            return self._settled_row(rows)
         while True:
             refined = (rows > 0) & (self._left[rows] >= 0)
             if not refined.any():
@@ -163,6 +170,15 @@ class Labels:
             return self.settled(rows)
         return rows
 
+    def _settled_row(self, rows: Dim) -> Dim:
+        """The same for one row of atomic labels, which is what most dims are."""
+        first = rows[0, 0]
+        if not (rows[0] == first).all():
+            return rows
+        if first > 0:
+            self.freeze(rows[0, :1])
+        return rows[:0]
+
     def freeze_dim(self, dim: Dim) -> None:
         """No slot of this dim may go."""
         if dim.size:
@@ -172,7 +188,11 @@ class Labels:
         """Two dims of equal size are the same dimension: their slots stay or go together."""
         if one.shape[1] != other.shape[1]:
             raise AssertionError(f"dims of sizes {one.shape[1]} and {other.shape[1]} can't be one dimension")
-        one, other = _without_common(self.settled(one), self.settled(other))
+        one, other = self.settled(one), self.settled(other)
+        if len(one) == len(other) == 1 and _ascending(one[0]) and _ascending(other[0]):
+            self._join_ascending(one[0], other[0])
+            return
+        one, other = _without_common(one, other)
         one, other = self._join_alike(one, other)
         if not len(one) or not len(other):
             self.freeze_dim(one)
@@ -266,6 +286,11 @@ def concat(dims: Sequence[Dim]) -> Dim:
     height = max((len(dim) for dim in dims), default=0)
     padded = [np.concatenate([dim, np.zeros((height - len(dim), dim.shape[1]), np.int64)]) for dim in dims]
     return np.concatenate(padded, axis=1)
+
+
+def _ascending(row: Ids) -> bool:
+    """Whether every slot has a label and each a larger one than the slot before."""
+    return bool(row[0] > 0 and (row[1:] > row[:-1]).all())
 
 
 def _without_common(one: Dim, other: Dim) -> tuple[Dim, Dim]:

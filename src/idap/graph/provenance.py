@@ -15,6 +15,9 @@ from torch import nn
 
 from idap.graph.ir import ARITHMETIC, Attribute, Comparison, Expression, Literal, Operation, leaves
 
+RELATIONS = {"==": "__eq__", "!=": "__ne__", "<": "__lt__", ">=": "__ge__", ">": "__gt__", "<=": "__le__"}
+"""Comparisons and Python's names for them."""
+
 
 @dataclass
 class Notes:
@@ -22,17 +25,24 @@ class Notes:
 
     Attributes:
         escaped: expressions that the code turned into something else than a size (a float, a scale), so that changing
-            them would change a result; with the place.
-        equal: sizes that the code compared and found to be equal.
+            them would change a result; for each the modules whose code does so, with the place.
+        compared: sizes that the code compared, with what it found.
+        module: path of the module whose code runs now.
     """
 
-    escaped: dict[Expression, str] = field(default_factory=dict)
-    equal: dict[Comparison, None] = field(default_factory=dict)
+    escaped: dict[Expression, dict[str, str]] = field(default_factory=dict)
+    compared: dict[Comparison, None] = field(default_factory=dict)
+    module: str = ""
 
     def clear(self) -> None:
         """Forget everything that was noted."""
         self.escaped.clear()
-        self.equal.clear()
+        self.compared.clear()
+        self.module = ""
+
+    def escapes(self, expression: Expression, place: str) -> None:
+        """The code that runs now computes something else from a size."""
+        self.escaped.setdefault(expression, {}).setdefault(self.module, place)
 
 
 class TracedInt(int):
@@ -66,25 +76,6 @@ class TracedInt(int):
         value = -untraced(self)
         return TracedInt(value, Operation("neg", (self.expression,), value), self.notes)
 
-    def __eq__(self, other: object) -> bool:
-        same = int.__eq__(self, other)
-        if same is True and isinstance(other, int) and not isinstance(other, bool):
-            self._note_equal(other)
-        return same
-
-    def __ne__(self, other: object) -> bool:
-        different = int.__ne__(self, other)
-        if different is False and isinstance(other, int) and not isinstance(other, bool):
-            self._note_equal(other)
-        return different
-
-    __hash__ = int.__hash__
-
-    def _note_equal(self, other: int) -> None:
-        expression = expression_of(other)
-        if expression != self.expression:
-            self.notes.equal[Comparison(self.expression, expression, _caller(3))] = None
-
 
 def _caller(depth: int) -> str:
     """``file.py:line`` of the code that made a TracedInt do something."""
@@ -108,10 +99,26 @@ def _exact(symbol: str, name: str, *, swapped: bool) -> Callable[[TracedInt, Any
     def method(self: TracedInt, other: Any) -> Any:
         value = getattr(untraced(self), name)(plain(other))
         if value is NotImplemented or not isinstance(value, int):
-            self.notes.escaped.setdefault(self.expression, _caller(2))
+            self.notes.escapes(self.expression, _caller(2))
             return value
         operands = (expression_of(self), expression_of(other))
         return TracedInt(value, Operation(symbol, operands[::-1] if swapped else operands, value), self.notes)
+
+    return method
+
+
+def _relation(name: str, holds: str, fails: str) -> Callable[[TracedInt, object], Any]:
+    """A comparison; what it found must stay so, as the code may have taken its way by it."""
+
+    def method(self: TracedInt, other: object) -> Any:
+        outcome = getattr(int, name)(self, other)
+        if outcome is not NotImplemented and isinstance(other, int) and not isinstance(other, bool):
+            expression = expression_of(other)
+            if expression != self.expression:
+                symbol = holds if outcome else fails
+                note = Comparison(self.expression, expression, _caller(2), self.notes.module, symbol)
+                self.notes.compared[note] = None
+        return outcome
 
     return method
 
@@ -122,12 +129,16 @@ def _escaping(name: str) -> Callable[..., Any]:
     def method(self: TracedInt, *others: Any) -> Any:
         for value in (self, *others):
             if isinstance(value, TracedInt):
-                self.notes.escaped.setdefault(value.expression, _caller(2))
+                value.notes.escapes(value.expression, _caller(2))
         return getattr(untraced(self), name)(*plain(others))
 
     return method
 
 
+for _holds, _fails in (("==", "!="), ("<", ">="), (">", "<=")):
+    for _symbol, _other in ((_holds, _fails), (_fails, _holds)):
+        setattr(TracedInt, RELATIONS[_symbol], _relation(RELATIONS[_symbol], _symbol, _other))
+TracedInt.__hash__ = int.__hash__  # type: ignore[method-assign]
 for _symbol, _method in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "%": "mod", "**": "pow"}.items():
     setattr(TracedInt, f"__{_method}__", _exact(_symbol, f"__{_method}__", swapped=False))
     setattr(TracedInt, f"__r{_method}__", _exact(_symbol, f"__r{_method}__", swapped=True))

@@ -1,52 +1,84 @@
 """Note what a forward pass does while the exporter runs it: calls, sizes with their origin, module boundaries."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import get_overridable_functions, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from idap.graph.calls import intercept
-from idap.graph.ir import CallKey, Comparison, Expression, Extent, Operation, leaves
+from idap.graph.frames import Built, DtypeOf, Frame, Step, Unseen
+from idap.graph.ir import CallKey, Comparison, Expression, Extent, Operation, Ref, leaves
 from idap.graph.provenance import Notes, TracedInt, expression_of, plain, remember_sizes
 
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _COUNTS = ("numel", "nelement")
-_OPAQUE = ("multi_head_attention_forward",)
-"""Functions of torch written in Python that compute sizes from those of their inputs where nobody can see it."""
+
+
+_PLAIN = (int, float, str, bool, complex, type(None), type(...), torch.dtype, torch.device, torch.memory_format)
+
+_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "tril_indices", "triu_indices")
+"""Functions that make tensors of numbers."""
+
+
+_BETWEEN = ("idap/graph/recording.py", "idap/graph/calls.py", "torch/overrides.py")
+"""Files whose lines lie between the code of a model and the note of its call."""
 
 
 @dataclass
 class Event:
-    """One eager call: the sizes it was given and the tensors it returned."""
+    """One eager call.
+
+    Attributes:
+        key: names it.
+        place: names it by the line of code that makes it, which tells calls apart where the code takes another way.
+        sizes: the ints it was given.
+        outputs: names and shapes of the tensors it returned.
+        same: the name by which its result was known before, if it returned what it was given.
+    """
 
     key: CallKey
+    place: str
     sizes: tuple[Expression, ...]
-    outputs: list[Tensor]
+    outputs: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    same: str = ""
 
 
 @dataclass
 class Record:
     """What was noted in one forward pass.
 
-    Tensors are named by where they came from: ``event:position``, ``input:place`` or ``tensor:name``.
-
     Attributes:
         events: the calls, in order; a node of the export carries the index of its call.
-        calls: module path -> for each of its calls the tensor it was given first and the one it returned, "" if other.
-        escaped: sizes that were turned into other numbers, with the place.
-        equal: sizes that were compared and found equal.
+        frames: module path -> what its own code did in each of its calls.
+        escaped: sizes that were turned into other numbers: for each the modules, with the place.
+        compared: sizes that the code compared, with what it found.
     """
 
     events: list[Event] = field(default_factory=list)
-    calls: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    escaped: dict[Expression, str] = field(default_factory=dict)
-    equal: list[Comparison] = field(default_factory=list)
+    frames: dict[str, list[Frame]] = field(default_factory=dict)
+    escaped: dict[Expression, dict[str, str]] = field(default_factory=dict)
+    compared: list[Comparison] = field(default_factory=list)
+
+
+@dataclass
+class _Open:
+    """A call of a module that is running."""
+
+    path: str
+    args: Any
+    kwargs: Any
+    steps: list[Step] = field(default_factory=list)
 
 
 @contextmanager
@@ -71,55 +103,97 @@ class _Recorder:
         self._model, self._notes, self._forward = model, notes, model.forward
         self._paths: dict[int, str] = {}
         for path, module in model.named_modules():
-            self._paths.setdefault(id(module), path)
-        # The tensors are kept, or their ids could be used again.
-        self._origin: dict[int, tuple[Tensor, str]] = {}
-        self._given: list[str] = []
+            self._paths.setdefault(id(vars(module)), path)
+        self._origin: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._open: list[_Open] = []
+        self._places: dict[str, int] = {}
+        self._dtype_read: tuple[str, torch.dtype] | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with everything noted; what an earlier run noted is forgotten."""
         self._notes.clear()
         self._origin.clear()
-        for table in (self.record.events, self.record.calls, self.record.escaped, self.record.equal):
+        self._open.clear()
+        self._places.clear()
+        for table in (self.record.events, self.record.frames, self.record.escaped, self.record.compared):
             table.clear()
         for place, leaf in enumerate(tree_leaves((args, kwargs))):
             self._name(leaf, f"input:{place}")
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
             self._name(tensor, f"tensor:{name}")
-        self._given.clear()
-        before, after = register_module_forward_pre_hook(self._entered), register_module_forward_hook(self._returned)
-        try:
-            with intercept(self._model, self._call):
-                result = self._enter_root(args, kwargs)
-        finally:
-            after.remove()
-            before.remove()
+        with ExitStack() as wrapped, intercept(self._model, self._call):
+            for module in self._model.modules():
+                wrapped.enter_context(self._followed(module))
+            result = self._enter_root(args, kwargs)
         self.record.escaped |= self._notes.escaped
-        self.record.equal += self._notes.equal
+        self.record.compared += self._notes.compared
         return result
 
     def _enter_root(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model once more as a module: it was entered before the hooks that follow modules were there."""
-        self._model.forward = self._forward
+        """Call the model once more as a module: it was entered before what follows modules was there."""
+        return nn.Module.__call__(self._model, *args, **kwargs)
+
+    @contextmanager
+    def _followed(self, module: nn.Module) -> Iterator[None]:
+        """Note what goes in and out of a module. By its forward, for there is code that asks whether it has hooks."""
+        own, before = vars(module).get("forward"), self._forward if module is self._model else module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._entered(module, args, kwargs)
+            result = before(*args, **kwargs)
+            self._returned(result)
+            return result
+
+        module.forward = forward
         try:
-            return nn.Module.__call__(self._model, *args, **kwargs)
+            yield
         finally:
-            self._model.forward = self.run
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
     def _name(self, value: Any, name: str) -> None:
         if isinstance(value, Tensor):
-            self._origin[id(value)] = (value, name)
+            self._origin[id(value)] = weakref.ref(value), name
 
     def _origin_of(self, value: Any) -> str:
-        return self._origin[id(value)][1] if isinstance(value, Tensor) and id(value) in self._origin else ""
+        found = self._origin.get(id(value)) if isinstance(value, Tensor) else None
+        return found[1] if found is not None and found[0]() is value else ""
 
-    def _entered(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._given.append(self._origin_of(inputs[0]) if inputs else "")  # it may be changed in place inside
+    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._notes.module = self._paths[id(vars(module))]
+        self._open.append(_Open(self._notes.module, self._noted(args), self._noted(kwargs)))
 
-    def _returned(self, module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        given, path = self._given.pop(), self._paths.get(id(module))
-        if path:
-            self.record.calls.setdefault(path, []).append((given, self._origin_of(output)))
+    def _returned(self, output: Any) -> None:
+        done = self._open.pop()
+        frame = Frame(done.args, done.kwargs, tuple(done.steps), self._noted(output))
+        self.record.frames.setdefault(done.path, []).append(frame)
+        if self._open:
+            self._notes.module = self._open[-1].path
+            step = Step("", done.path, done.args, done.kwargs, tuple(places_in(frame.output)))
+            self._open[-1].steps.append(step)
+
+    def _noted(self, tree: Any) -> Any:
+        """An argument tree as plain data."""
+        if isinstance(tree, Tensor):
+            name = self._origin_of(tree)
+            return Ref(name) if name else Unseen("a tensor from elsewhere")
+        if isinstance(tree, TracedInt):
+            return tree.expression
+        if isinstance(tree, slice):
+            return slice(*(self._noted(item) for item in (tree.start, tree.stop, tree.step)))
+        if isinstance(tree, Mapping):  # a dictionary, or the output class of transformers
+            items = {key: self._noted(item) for key, item in tree.items()}
+            return items if type(tree) is dict else Built(type(tree).__name__, items)
+        if isinstance(tree, tuple | list):
+            members = [self._noted(item) for item in tree]
+            if type(tree) not in (tuple, list, torch.Size):
+                return Built(type(tree).__name__, dict(enumerate(members)))
+            return members if isinstance(tree, list) else tuple(members)
+        if isinstance(tree, torch.dtype) and self._dtype_read is not None and self._dtype_read[1] == tree:
+            return DtypeOf(self._dtype_read[0])
+        return tree if isinstance(tree, _PLAIN) else Unseen(type(tree).__name__)
 
     def _call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
@@ -127,19 +201,40 @@ class _Recorder:
             return self._shape(func, args, kwargs)
         if name in _COUNTS:
             return self._count(func, args[0])
-        if name in _OPAQUE:
-            for extent in (extent for leaf in leaves((args, kwargs)) for extent in self._extents(leaf)):
-                self._notes.escaped.setdefault(extent, f"torch's {name}")
+        if name == "__len__":
+            return self._shape(torch.Tensor.size, (args[0], 0), {})
+        if name == "__iter__":
+            return iter(self._call(key, torch.Tensor.unbind, args, kwargs))
+        return self._noted_call(key, func, args, kwargs)
+
+    def _noted_call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        noted = (self._noted(args), self._noted(kwargs))
+        self._dtype_read = None
         events = self.record.events
         with fx_traceback.annotate({"idap_call": len(events)}):
-            index = len(events)
-            event = Event(key, _expressions(args, kwargs), [])
+            event = Event(key, self._place(key), _expressions(args, kwargs))
             events.append(event)
             result = func(*plain(args), **plain(kwargs))
-        event.outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
-        for position, tensor in enumerate(event.outputs):
-            self._name(tensor, f"event:{index}:{position}")
+        event.same = self._origin_of(result)
+        for position, tensor in enumerate(leaf for leaf in leaves(result) if isinstance(leaf, Tensor)):
+            name = f"{event.place}:{position}"
+            event.outputs.append((name, tuple(tensor.shape)))
+            self._name(tensor, name)
+        if func == _DTYPE_GETTER and self._origin_of(args[0]):
+            self._dtype_read = self._origin_of(args[0]), result
+        if self._open and (event.outputs or key[1] == "__setitem__"):
+            step = Step(function_name(func), "", *noted, tuple(places_in(self._noted(result))), event.place)
+            self._open[-1].steps.append(step)
         return result
+
+    def _place(self, key: CallKey) -> str:
+        """The module, the function and the line of code of a call, and how many of that before."""
+        frame = sys._getframe(3)
+        while frame.f_code.co_filename.endswith(_BETWEEN) and frame.f_back is not None:
+            frame = frame.f_back
+        place = f"{key[0]}/{key[1]}/{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        count = self._places[place] = self._places.get(place, -1) + 1
+        return f"{place}/{count}"
 
     def _shape(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*plain(args), **plain(kwargs))
@@ -172,3 +267,35 @@ def _expressions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Express
     return tuple(
         expression_of(leaf) for leaf in leaves((args, kwargs)) if isinstance(leaf, int) and not isinstance(leaf, bool)
     )
+
+
+def places_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Every tensor of a noted result, with its place."""
+    if isinstance(tree, Ref):
+        yield path, tree.name
+    elif isinstance(tree, dict | Built):
+        for key, item in (tree.items if isinstance(tree, Built) else tree).items():
+            yield from places_in(item, (*path, key))
+    elif isinstance(tree, tuple | list):
+        for index, item in enumerate(tree):
+            yield from places_in(item, (*path, index))
+
+
+@cache
+def torch_functions() -> Mapping[str, Callable[..., Any]]:
+    """The functions of torch that compute tensors, by name: those that a rewritten module may call."""
+    functions = {function for named in get_overridable_functions().values() for function in named}
+    found = {str(name): function for function in functions if (name := resolve_name(function))}
+    methods = {f"torch.Tensor.{name}": getattr(torch.Tensor, name) for name in dir(torch.Tensor) if name[0] != "_"}
+    methods = {name: method for name, method in methods.items() if callable(method)}
+    return methods | found | {f"torch.{name}": getattr(torch, name) for name in _FACTORIES}
+
+
+@cache
+def _function_names() -> Mapping[Any, str]:
+    return {function: name for name, function in torch_functions().items()}
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """The name in torch of a function that models call, such as ``torch.Tensor.view``; "" if it has none."""
+    return _function_names().get(func, "")

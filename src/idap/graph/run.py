@@ -35,7 +35,7 @@ def run(
         The tensors that the model returns, flattened, in order.
     """
     special, skip_to = special or {}, skip_to or {}
-    live = live_nodes(graph, skip_to)
+    live = graph.live(skip_to)
     values: dict[str, Any] = {}
     feed = iter(inputs)
 
@@ -68,16 +68,6 @@ def _value(graph: Graph, node: Node, tensors: Mapping[str, Tensor], fetch: Calla
         return graph.constants[node.name].clone()
     if node.op == "getitem":
         return fetch(node.args[0])[node.args[1]]
+    if node.op == "aten.view.default":  # a masked tensor may lie otherwise in memory than the original
+        return fetch(node.args[0]).reshape(fetch(node.args[1]))
     return operator(node)(*fetch(node.args), **{key: fetch(value) for key, value in node.kwargs.items()})
-
-
-def live_nodes(graph: Graph, skip_to: Mapping[str, str]) -> set[str]:
-    """The nodes that the outputs depend on once some nodes take the value of others."""
-    live: set[str] = set()
-    todo = list(graph.ends)
-    while todo:
-        name = todo.pop()
-        if name not in live:
-            live.add(name)
-            todo += [skip_to[name]] if name in skip_to else graph.dependencies[name]
-    return live

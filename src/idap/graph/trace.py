@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,26 +10,42 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from idap.errors import TraceError
 from idap.graph.calls import watch_attributes
 from idap.graph.convert import Converter, module_names, tensor_names
-from idap.graph.ir import Graph, ModuleInfo
+from idap.graph.frames import Frame
+from idap.graph.ir import Graph, ModuleInfo, Node
 from idap.graph.provenance import sizes_held
 from idap.graph.recording import recorded
+
+Frames = Mapping[str, Sequence[Frame]]
+"""Module path -> what its own code did in each of its calls."""
 
 
 def skeleton(model: nn.Module) -> nn.Module:
     """Copy the module tree and share its parameters: what a forward pass leaves behind never reaches the model."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}); idap works on a copy, so that your model stays as it "
             "is. Remove what cannot be copied (locks, open files, lambdas bound to C objects) from its attributes."
         ) from error
+    for module in copied.modules():
+        forget_cached(module)
+    return copied
+
+
+def forget_cached(module: nn.Module) -> None:
+    """Empty the dictionaries in which a module keeps tensors that it computed in earlier calls."""
+    for name, held in vars(module).items():
+        if type(held) is not dict or not held or name.startswith("_"):
+            continue
+        if all(isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in held.values()):
+            held.clear()
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Graph:
@@ -57,13 +73,22 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
             "for one input x write (x,)."
         )
     kwargs = dict(kwargs or {})
-    readers = _try(model, args, kwargs)
+    paths = module_names(model)
+    shared = len(set(paths.values())) < len(paths)
+    seen = _try(model, args, kwargs) if _worth_running(model, (args, kwargs), shared=shared) else None
     traced = skeleton(model).eval()
     modules = list(_describe(traced))
     with recorded(traced) as record:
-        program = _export(traced, args, kwargs)
+        try:
+            with watch_attributes(traced) as watched:
+                program = _export(traced, args, kwargs)
+        except TraceError:
+            if seen is None:
+                _try(model, args, kwargs)  # tells what is wrong if the model refuses the inputs
+            raise
         tensors = _named_tensors(traced)
-        converter = Converter(program, record, tensor_names(tensors), module_names(traced))
+        converter = Converter(program, record, tensor_names(tensors), paths)
+    readers, alone = (watched, []) if seen is None else (seen[0], [seen[1], *_run_unmasked(model, args, kwargs)])
     return Graph(
         nodes=converter.nodes,
         outputs=converter.outputs,
@@ -76,7 +101,24 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         constants=converter.constants,
         escaped=converter.escaped(),
         comparisons=converter.comparisons(),
+        returned=converter.returned,
+        frames=_variants([record.frames, *alone]),
+        places=converter.places,
+        dropped=_dropouts_in_training(model, args, kwargs, converter.nodes),
+        module_aliases={path: first for path, first in paths.items() if path != first},
     )
+
+
+def _worth_running(model: nn.Module, inputs: Any, *, shared: bool) -> bool:
+    """Whether an ordinary run may tell more than the export.
+
+    Code that is given whole numbers may look at them, and shared modules can't be followed while they are exported.
+    On the meta device there are no numbers to look at.
+    """
+    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if any(tensor.is_meta for tensor in (*given, *model.parameters())):
+        return False
+    return shared or not all(tensor.is_floating_point() for tensor in given)
 
 
 def own_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -85,12 +127,28 @@ def own_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[
     return copied
 
 
-def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, set[str]]:
-    """Run a copy of the model once; returns by module the others whose code reads its attributes."""
+def _variants(runs: Sequence[Frames]) -> dict[str, tuple[tuple[Frame, ...], ...]]:
+    """What each module did in each run, without repetitions; the first run is the exported one."""
+    found: dict[str, tuple[tuple[Frame, ...], ...]] = {}
+    for path in runs[0]:
+        ways: list[tuple[Frame, ...]] = []
+        for frames in (tuple(run.get(path, ())) for run in runs):
+            if frames and frames not in ways:
+                ways.append(frames)
+        found[path] = tuple(ways)
+    return found
+
+
+def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, set[str]], Frames]:
+    """Run a copy of the model once.
+
+    Returns:
+        By module the others whose code reads its attributes; and what each module's code did.
+    """
     copied = skeleton(model).eval()
     try:
         mine, named = own_inputs(args, kwargs)
-        with torch.no_grad(), watch_attributes(copied) as readers:
+        with torch.no_grad(), recorded(copied) as record, watch_attributes(copied) as readers:
             copied(*mine, **named)
     except Exception as error:
         shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves((args, kwargs))]
@@ -98,18 +156,61 @@ def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
             f"{type(model).__name__} does not accept the example inputs (shapes {shapes}): "
             f"{type(error).__name__}: {error}. Pass inputs on which model(*args, **kwargs) runs."
         ) from error
-    return readers
+    return readers, record.frames
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+def _dropouts_in_training(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], nodes: Mapping[str, Node]
+) -> dict[str, float]:
+    """The dropout of each fused attention in training, where code says ``p if self.training else 0``."""
+    attention = any(node.op.startswith("aten.scaled_dot_product_attention") for node in nodes.values())
+    if not attention or not any(_drops(module) for module in model.modules()):
+        return {}
+    copied = skeleton(model).train()
+    with torch.no_grad(), recorded(copied) as record:
+        copied(*args, **kwargs)
+    found: dict[str, float] = {}
+    for step in (step for frames in record.frames.values() for frame in frames for step in frame.steps):
+        if step.function.endswith(".scaled_dot_product_attention"):
+            given = step.kwargs.get("dropout_p", step.args[4] if len(step.args) > 4 else 0.0)
+            if isinstance(given, float) and given > 0:
+                found[step.place] = given
+    return found
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module may drop something in training."""
+    held = vars(module).items()
+    return any(type(value) is float and 0 < value < 1 and ("drop" in name or name == "p") for name, value in held)
+
+
+def _unmasked(leaf: Any) -> Any:
+    """A mask that masks nothing, in the place of one: code may take another way then."""
+    if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_meta:
+        return torch.ones_like(leaf) if bool(((leaf == 0) | (leaf == 1)).all()) and bool((leaf == 0).any()) else leaf
+    return leaf
+
+
+def _run_unmasked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frames]:
+    """What the modules do if no mask masks anything, where that can be tried."""
+    wide, named = tree_map(_unmasked, (args, kwargs))
+    if all(one is other for one, other in zip(tree_leaves((args, kwargs)), tree_leaves((wide, named)), strict=True)):
+        return []
+    copied = skeleton(model).eval()
+    with torch.no_grad(), recorded(copied) as record:
+        copied(*wide, **named)
+    return [record.frames]
+
+
+def _export(traced: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     try:
         with fx_traceback.preserve_node_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, strict=False)
+            return torch.export.export(traced, args, kwargs, strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise TraceError(
-            f"torch.export cannot export {type(model).__name__}: {type(error).__name__}: "
+            f"torch.export cannot export {type(traced).__name__}: {type(error).__name__}: "
             f"{reason[0] if reason else 'no reason given'}. Code whose path depends on the values in a tensor cannot "
             "be exported: rewrite it, or compress the part of the model that has none."
         ) from error
@@ -121,7 +222,7 @@ def _describe(model: nn.Module) -> Iterator[tuple[str, ModuleInfo]]:
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         tensors = {name: canonical[f"{path}.{name}" if path else name] for name, _ in own}
         kind = type(module)
-        of_torch = (c for c in kind.__mro__ if c.__module__.startswith("torch.nn.modules.") and c is not nn.Module)
+        of_torch = (c for c in kind.__mro__ if getattr(nn, c.__name__, None) is c and c is not nn.Module)
         layer = next((c.__name__ for c in of_torch), "")
         yield path, ModuleInfo(f"{kind.__module__}.{kind.__qualname__}", layer, sizes_held(module), tensors)
 

@@ -9,13 +9,15 @@ import numpy as np
 from idap.errors import PlanError, StructureError
 from idap.graph.ir import Graph
 from idap.graph.rules import Flow, flow_of
-from idap.graph.run import live_nodes
-from idap.structure.attributes import Demand, Values, solve_attributes, tied_dims
+from idap.structure.attributes import Demand, tied_dims
 from idap.structure.blocks import Block, find_blocks
 from idap.structure.demands import demands_of, new_values
 from idap.structure.groups import Blocked, Group, blocked_dims, build_groups
 from idap.structure.layout import Layout, Presence, slots
-from idap.structure.plan import Plan, Size
+from idap.structure.ordinals import renumbered
+from idap.structure.plan import Called, Plan
+from idap.structure.rewrite import Rewriter
+from idap.structure.settle import Settled, settle
 
 Named = TypeVar("Named", Group, Block)
 
@@ -34,6 +36,8 @@ class Structure:
         blocked: dimensions of weights that can't shrink, with reasons.
         layout: where the units lie in every tensor.
         demands: what the code says about sizes.
+        rewriter: writes the code of modules anew that can't follow a cut.
+        rewritten: paths of the modules whose code is written anew if all groups are cut.
     """
 
     graph: Graph
@@ -41,7 +45,9 @@ class Structure:
     blocks: tuple[Block, ...]
     blocked: tuple[Blocked, ...]
     layout: Layout = field(compare=False)
-    demands: tuple[Demand, ...] = field(default=(), compare=False)
+    demands: tuple[Demand, ...] = field(compare=False)
+    rewriter: Rewriter = field(compare=False)
+    rewritten: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
@@ -86,44 +92,76 @@ class Structure:
 
     def dead_nodes(self, removed: Iterable[str]) -> set[str]:
         """Nodes that nothing depends on once these branches and blocks are removed."""
-        return set(self.graph.nodes) - live_nodes(self.graph, self.skips(removed))
+        return set(self.graph.nodes) - self.graph.live(self.skips(removed))
 
     def plan(self, keep: Mapping[str, Sequence[int]], removed: Sequence[str] = ()) -> Plan:
         """Work out everything that a decision takes.
 
         Args:
-            keep: group name -> units to keep; groups that are not named stay whole.
+            keep: group name -> units to keep; groups that are not named stay whole. Where none is kept, the branch or
+                block vanishes that holds the group whole.
             removed: names of branches and blocks to remove.
 
         Raises:
             StructureError: a name is unknown.
-            PlanError: a group would lose all units or keeps one it doesn't have, or the code can't express the sizes.
+            PlanError: a group would lose all units and nothing holds it whole, keeps one it doesn't have, or the code
+                can't express the sizes.
         """
-        kept = {name: _checked(self.group(name), units) for name, units in keep.items()}
+        empty = [self.group(name) for name, units in keep.items() if not len(units)]
+        removed = tuple(dict.fromkeys([*removed, *(self._holder(group) for group in empty)]))
+        kept = {name: _checked(self.group(name), units) for name, units in keep.items() if len(units)}
         kept = {name: units for name, units in kept.items() if len(units) < self.group(name).size}
         present = self.presence(kept)
         replaced = {path: kind for name in removed for path, kind in self.block(name).replaced.items()}
         outer = {path: kind for path, kind in replaced.items() if not any(path.startswith(f"{o}.") for o in replaced)}
         sketch = Plan(kept, tuple(removed), self._slices(present), self.graph.shapes, replaced=outer)
-        attributes = self._attributes(present, sketch)
+        settled = self._settled(present, sketch)
+        attributes = new_values(settled.values.solved, self.graph.modules)
+        for path, numbers in renumbered(self.graph.modules, sketch.gone).items() if outer else ():
+            attributes[path] = {**attributes.get(path, {}), **numbers}
         return replace(
             sketch,
             tensors={name: dims for name, dims in sketch.tensors.items() if not sketch.gone(name)},
             attributes={path: values for path, values in attributes.items() if not sketch.gone(path)},
+            called={path: called for path in outer if (called := self._called(path)) is not None},
+            programs=settled.programs,
         )
 
-    def _attributes(self, present: Presence, sketch: Plan) -> dict[str, dict[str, Size]]:
-        """New values of the ints that modules hold; what lies in a replaced module asks for nothing."""
+    def _holder(self, group: Group) -> str:
+        """The smallest branch or block in which all of a group's units are written and read."""
+        ports = {port.node for port in (*group.writers, *group.readers)}
+        holders = [block for block in self.blocks if ports and ports <= block.nodes]
+        if not holders:
+            raise PlanError(
+                f"group {group.name!r} would lose all its {group.size} units, and no residual branch holds it whole "
+                "that could vanish instead; keep at least one of them"
+            )
+        return min(holders, key=lambda block: len(block.nodes)).name
+
+    def _called(self, path: str) -> Called | None:
+        """How a module is called that is to be replaced; None for the ordinary way."""
+        (call,) = self.graph.modules[path].calls
+        called = Called(call.takes, call.gives)
+        return None if called == Called(0, ("stream",)) else called
+
+    def _settled(self, present: Presence, sketch: Plan) -> Settled:
+        """How the code follows; what lies in a replaced module asks for nothing."""
         gone = {name for name, node in self.graph.nodes.items() if node.owner and sketch.gone(node.owner)}
-        demands = [d for d in self.demands if d.node not in gone and not (d.defines and sketch.gone(d.defines.module))]
-        values = Values(self.layout, present)
-        for demand in solve_attributes(demands, values, self.layout.escaped):
+        demands = [
+            demand
+            for demand in self.demands
+            if demand.node not in gone
+            and not (demand.defines and sketch.gone(demand.defines.module))
+            and not (demand.module and sketch.gone(demand.module))
+        ]
+        settled = settle(demands, self.layout, present, self.rewriter, sketch.gone)
+        for demand in settled.unmet:
             cut = sorted({index for dim in demand.dims(self.layout) for index in self.layout.groups_in(dim)})
             raise PlanError(
-                f"the model's code can't run with this cut: {demand.why(values, self.layout.escaped)} "
+                f"the model's code can't run with this cut: {demand.why(settled.values, settled.closed)} "
                 f"(groups {', '.join(self.groups[index].name for index in cut)}); keep these groups whole."
             )
-        return new_values(values.solved, self.graph.modules)
+        return settled
 
     def _slices(self, present: Presence) -> dict[str, dict[int, tuple[int, ...]]]:
         found: dict[str, dict[int, tuple[int, ...]]] = {}
@@ -136,19 +174,26 @@ class Structure:
 
 
 def analyze(
-    graph: Graph, *, contracts: Sequence[str] | None = None, freeze_unknown: bool = False, required: bool = True
+    graph: Graph,
+    *,
+    contracts: Sequence[str] | None = None,
+    swap: bool = True,
+    freeze_unknown: bool = False,
+    required: bool = True,
 ) -> Structure:
     """Find what may be removed from a traced model.
 
     Args:
         graph: from `trace`.
-        contracts: nodes whose shape must not change; None means all that the model returns.
+        contracts: outputs whose shape must not change, such as ``logits``; None means all that the model returns.
+        swap: where a module's own code can't come to the sizes of a cut, write that code anew; False leaves the
+            groups whole that would need it.
         freeze_unknown: leave alone what an operator without a rule touches, instead of raising.
         required: raise where there is nothing to prune; False returns the empty structure with its reasons.
 
     Raises:
         UnknownOperatorError: an operator has no rule.
-        StructureError: nothing can be pruned; the message says why.
+        StructureError: nothing can be pruned, the message says why; or the model has no output of a given name.
 
     Example:
         >>> from torch import nn, zeros
@@ -159,9 +204,10 @@ def analyze(
         [('0', 'neurons', 8)]
     """
     flow = flow_of(graph, freeze_unknown=freeze_unknown, contracts=contracts)
-    groups, layout, demands = _expressible(flow)
+    rewriter = Rewriter(graph, enabled=swap)
+    groups, layout, demands, rewritten = _expressible(flow, rewriter)
     blocks = find_blocks(graph, layout)
-    structure = Structure(graph, groups, blocks, blocked_dims(flow, layout), layout, demands)
+    structure = Structure(graph, groups, blocks, blocked_dims(flow, layout), layout, demands, rewriter, rewritten)
     if required and not groups and not blocks:
         reasons = "\n".join(f"  {b.tensor}, dimension {b.dim}: {b.reason}" for b in structure.blocked[:8])
         raise StructureError(
@@ -171,32 +217,37 @@ def analyze(
     return structure
 
 
-def _expressible(flow: Flow) -> tuple[tuple[Group, ...], Layout, tuple[Demand, ...]]:
-    """Groups, of which every cut can be expressed by the code: what it can't express is tied or frozen."""
+def _expressible(
+    flow: Flow, rewriter: Rewriter
+) -> tuple[tuple[Group, ...], Layout, tuple[Demand, ...], tuple[str, ...]]:
+    """Groups, of which every cut can be expressed by the code: what it can't express is tied or frozen.
+
+    Returns:
+        The groups, where their units lie, what the code demands, and the modules that get new code.
+    """
     given_up: set[tuple[str, str]] = set()
-    tied = False
+    flow.labels.because("the code counts it with a number that also counts something else")
+    for one, other in list(tied_dims(demands_of(flow.graph, flow), flow)):
+        flow.labels.unify(one, other)
     while True:
         groups, layout = build_groups(flow)
-        demands = [d for d in demands_of(flow.graph, layout.sizes) if (d.node, d.place) not in given_up]
-        if not tied:
-            for one, other in tied_dims(demands, layout):
-                flow.labels.because("the code counts it with a number that also counts something else")
-                flow.labels.unify(one, other)
-            tied = True
-            continue
-        unmet = _unmet(demands, groups, layout)
+        demands = [d for d in demands_of(flow.graph, layout) if (d.node, d.place) not in given_up]
+        unmet, rewritten = _try_cuts(demands, groups, layout, rewriter)
         if not unmet:
-            return groups, layout, tuple(demands)
+            return groups, layout, tuple(demands), rewritten
         for demand, reason in unmet.items():
             flow.labels.because(reason)
-            shared = [other for other in demands if other.attributes() & demand.attributes()]
+            shared = [other for other in demands if other.attributes & demand.attributes]
             for dim in [dim for other in (demand, *shared) for dim in other.dims(layout)]:
                 flow.labels.freeze_dim(dim)
         given_up |= {(demand.node, demand.place) for demand in unmet}
 
 
-def _unmet(demands: Sequence[Demand], groups: Sequence[Group], layout: Layout) -> dict[Demand, str]:
-    """Cut on trial and see which demands the code can't meet, and why."""
+def _try_cuts(
+    demands: Sequence[Demand], groups: Sequence[Group], layout: Layout, rewriter: Rewriter
+) -> tuple[dict[Demand, str], tuple[str, ...]]:
+    """Cut on trial and see which demands the code can't meet, and why; and which modules get new code."""
+    rewritten: dict[str, None] = {}
     for seed in range(TRIALS):
         random = np.random.default_rng(seed)
         kept = {
@@ -204,20 +255,15 @@ def _unmet(demands: Sequence[Demand], groups: Sequence[Group], layout: Layout) -
             for group in groups
             if seed == 0 or random.random() < 0.5
         }
-        values = Values(layout, layout.presence(kept))
-        unmet = solve_attributes(demands, values, layout.escaped)
-        if unmet:
-            # One that few groups are to blame for may be the cause of the others.
-            blame = [len(set().union(*map(layout.groups_in, demand.dims(layout)))) for demand in unmet]
-            first = [demand for demand, count in zip(unmet, blame, strict=True) if count == min(blame)]
-            return {demand: demand.why(values, layout.escaped) for demand in first}
-    return {}
+        settled = settle(demands, layout, layout.presence(kept), rewriter)
+        if settled.unmet:
+            return {demand: demand.why(settled.values, settled.closed) for demand in settled.unmet}, ()
+        rewritten |= dict.fromkeys(settled.programs)
+    return {}, tuple(rewritten)
 
 
 def _checked(group: Group, units: Sequence[int]) -> tuple[int, ...]:
     kept = tuple(sorted({int(unit) for unit in units}))
-    if not kept:
-        raise PlanError(f"group {group.name!r} would lose all its {group.size} units; keep at least one of them")
     if kept[0] < 0 or kept[-1] >= group.size:
         wrong = kept[0] if kept[0] < 0 else kept[-1]
         raise PlanError(f"group {group.name!r} has units 0 to {group.size - 1}, asked to keep unit {wrong}")

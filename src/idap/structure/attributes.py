@@ -1,17 +1,18 @@
 """Which ints of which modules must change with a plan, found from where the forward pass got its sizes."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 from idap.graph.ir import Attribute, Expression, Extent, Literal
 from idap.graph.labels import Dim
-from idap.graph.provenance import evaluate, sources
-from idap.structure.layout import Layout, Presence, count
+from idap.graph.provenance import RELATIONS, evaluate, sources
+from idap.structure.layout import Dims, Layout, Presence, count
 
 
 @dataclass(frozen=True, eq=False)
 class Demand:
-    """Two sizes that must be equal after every cut.
+    """Two sizes that must be equal after every cut, or stand in another relation.
 
     Attributes:
         found: what the code computes.
@@ -21,6 +22,9 @@ class Demand:
         place: where the code says so, for messages.
         node: the operator that is given the size, "" if there is none.
         defines: the attribute that has no meaning but to hold this size, such as ``in_features``.
+        module: the module whose code says so; "" for a description of a tensor, or for the model itself.
+        reason: why it can't be met, where that is known from the start.
+        symbol: the relation.
     """
 
     found: Expression
@@ -30,31 +34,43 @@ class Demand:
     sign: int = 1
     node: str = ""
     defines: Attribute | None = None
+    module: str = ""
+    reason: str = ""
+    symbol: str = "=="
 
     def holds(self, values: "Values") -> bool:
-        """Whether both sides are equal."""
-        return values.of(self.found) == self.target(values)
+        """Whether both sides are equal, or as they should be."""
+        found, wanted = values.of(self.found), self.target(values)
+        if self.symbol == "==":
+            return found == wanted
+        return found is not None and wanted is not None and bool(getattr(found, RELATIONS[self.symbol])(wanted))
 
     def target(self, values: "Values") -> int | None:
         """What the size must be."""
         return self.sign * values.slots(self.dim) if self.dim is not None else values.of(self.wanted)
 
-    def leaves(self) -> set[Expression]:
+    @cached_property
+    def leaves(self) -> frozenset[Expression]:
         """What the code reads on both sides."""
-        return sources(self.found) | (sources(self.wanted) if self.wanted is not None else set())
+        return frozenset(sources(self.found) | (sources(self.wanted) if self.wanted is not None else set()))
 
-    def attributes(self) -> set[Attribute]:
+    @cached_property
+    def attributes(self) -> frozenset[Attribute]:
         """The attributes read on either side."""
-        return {leaf for leaf in self.leaves() if isinstance(leaf, Attribute)}
+        return frozenset(leaf for leaf in self.leaves if isinstance(leaf, Attribute))
 
     def dims(self, layout: Layout) -> list[Dim]:
         """The dimensions on which it depends."""
-        read = [layout.dims[leaf.node][0][leaf.dim] for leaf in self.leaves() if isinstance(leaf, Extent)]
+        read = [layout.dims[leaf.node][0][leaf.dim] for leaf in self.leaves if isinstance(leaf, Extent)]
         return read if self.dim is None else [self.dim, *read]
 
-    def why(self, values: "Values", fixed: Iterable[Expression]) -> str:
+    def why(self, values: "Values", closed: Set[Attribute]) -> str:
         """Why the code can't follow: one line."""
-        numbers = sorted(map(str, self.attributes() & set(fixed)))
+        if self.reason:
+            return self.reason
+        if self.symbol != "==":
+            return f"{self.place} would not be {self.symbol} any more"
+        numbers = sorted(map(str, self.attributes & closed))
         if numbers:
             return f"{self.place} comes from {', '.join(numbers)}, which the code also uses as a number"
         if isinstance(self.found, Literal):
@@ -78,6 +94,7 @@ class Values:
         self._layout = layout
         self._present = present
         self.solved: dict[Attribute, int] = {}
+        self._counts: dict[int, int] = {}  # by identity: the layout keeps the dims
 
     def of(self, expression: Expression | None) -> int | None:
         """The value of an expression; None if it divides by zero."""
@@ -88,7 +105,9 @@ class Values:
 
     def slots(self, dim: Dim) -> int:
         """How many slots of a dim stay."""
-        return count(dim, self._present)
+        if id(dim) not in self._counts:
+            self._counts[id(dim)] = count(dim, self._present)
+        return self._counts[id(dim)]
 
     def _leaf(self, leaf: Expression) -> int:
         if isinstance(leaf, Attribute):
@@ -99,34 +118,34 @@ class Values:
         return leaf.value
 
 
-def solve_attributes(demands: Sequence[Demand], values: Values, fixed: Iterable[Expression] = ()) -> list[Demand]:
+def solve_attributes(demands: Sequence[Demand], values: Values, closed: Set[Attribute] = frozenset()) -> list[Demand]:
     """Find new values for the attributes that feed sizes, so that every demand is met.
 
     Args:
         demands: what the code says about sizes.
         values: sizes after the cut; receives the attributes.
-        fixed: attributes that must stay as they are.
+        closed: attributes that must stay as they are.
 
     Returns:
         The demands that can't be met.
     """
-    closed = {leaf for leaf in fixed if isinstance(leaf, Attribute)}
     reading: dict[Attribute, list[Demand]] = {}
     for demand in demands:
-        for attribute in demand.attributes():
+        for attribute in demand.attributes:
             reading.setdefault(attribute, []).append(demand)
     # What merely describes a tensor is known at once, unless it takes another attribute, such as the groups.
-    plainly = [demand for demand in demands if demand.defines and len(demand.attributes()) == 1]
-    lastly = [demand for demand in demands if demand.defines and len(demand.attributes()) > 1]
-    used = [demand for demand in demands if not demand.defines]
+    plainly = [demand for demand in demands if demand.defines and len(demand.attributes) == 1]
+    lastly = [demand for demand in demands if demand.defines and len(demand.attributes) > 1]
+    used = [demand for demand in demands if not demand.defines and demand.symbol == "==" and demand.attributes]
     for stage in (plainly, used, used, used, lastly):  # twice more: one demand may tell what another lacks
         for demand in stage:
-            free = ({demand.defines} if demand.defines else demand.attributes()) - closed - set(values.solved)
+            asked = (demand.defines,) if demand.defines else demand.attributes
+            free = [leaf for leaf in asked if leaf not in closed and leaf not in values.solved]
             if len(free) != 1:
                 continue
             if not demand.holds(values):
-                _solve(free.pop(), demand, reading, values, closed)
-            elif demand.found in free:  # told to stay
+                _solve(free[0], demand, reading, values, closed)
+            elif demand.found == free[0]:  # told to stay
                 values.solved[demand.found] = demand.found.value
     return [demand for demand in demands if not demand.holds(values)]
 
@@ -136,11 +155,11 @@ def _solve(
     demand: Demand,
     reading: Mapping[Attribute, Sequence[Demand]],
     values: Values,
-    closed: set[Attribute],
+    closed: Set[Attribute],
 ) -> None:
     """Give the one attribute that is free the largest value that meets this demand, and if possible all others."""
     known = closed | set(values.solved) | {free}
-    others = [other for other in reading[free] if other.attributes() <= known]
+    others = [other for other in reading[free] if other.attributes <= known]
     meeting = []
     direct = demand.target(values) if demand.found == free else None
     for value in range(free.value, -1, -1) if direct is None else (direct,):
@@ -154,11 +173,13 @@ def _solve(
         values.solved[free] = meeting[0]
 
 
-def tied_dims(demands: Sequence[Demand], layout: Layout) -> Iterator[tuple[Dim, Dim]]:
+def tied_dims(demands: Sequence[Demand], layout: Dims) -> Iterator[tuple[Dim, Dim]]:
     """Dims that the code counts with one and the same expression, so that they can only shrink together."""
     first: dict[tuple[Expression, int], Dim] = {}
     for demand in demands:
-        if demand.dim is not None and demand.attributes():
+        if demand.symbol != "==":
+            continue
+        if demand.dim is not None and demand.attributes:
             dim = first.setdefault((demand.found, demand.sign), demand.dim)
             if dim is not demand.dim and dim.shape[1] == demand.dim.shape[1]:
                 yield dim, demand.dim

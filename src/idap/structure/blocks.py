@@ -1,12 +1,15 @@
 """Residual branches and whole blocks, found in the graph: what may vanish without leaving a hole."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules.flow import arguments, base_name
 from idap.structure.layout import Layout
 from idap.structure.remains import IDENTITY, Remains, alike
+
+_LISTS = ("Sequential", "ModuleList", "ModuleDict")
+_COPIES = ("to", "_to_copy", "clone", "contiguous", "alias", "detach", "float", "type_as")
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,20 @@ def find_blocks(graph: Graph, layout: Layout) -> tuple[Block, ...]:
     residuals = [_branch_at(graph, reach, remains, node) for node in graph.nodes.values()]
     branches = [residual for residual in residuals if residual is not None]
     modules = [_block_at(graph, reach, remains, path, branches) for path in graph.modules]
-    blocks = _outermost_of_equals([block for block in modules if block is not None])
+    blocks = _layers_of(graph, [block for block in modules if block is not None], [b.addition for b in branches])
     whole = {block.nodes & frozenset(b.addition for b in branches) for block in blocks}
     found = [b.block for b in branches if b.block is not None and frozenset([b.addition]) not in whole] + blocks
     order = {name: place for place, name in enumerate(graph.nodes)}
     found.sort(key=lambda block: (order[block.exit], len(block.nodes)))
-    offered = {block.name for block in found}
-    return tuple(replace(b, contains=tuple(n for n in b.contains if n in offered)) for b in _unique_names(found))
+    unique = list(_unique_names(found))
+    return tuple(replace(block, contains=tuple(_contained(block, unique))) for block in unique)
+
+
+def _contained(block: Block, others: Sequence[Block]) -> Iterator[str]:
+    """Names of the branches and blocks that vanish with a block."""
+    for other in others:
+        if other.exit in block.nodes and other.nodes < block.nodes:
+            yield other.name
 
 
 def _branch_at(graph: Graph, reach: Reach, remains: Remains, node: Node) -> _Branch | None:
@@ -124,10 +134,19 @@ def _branch_at(graph: Graph, reach: Reach, remains: Remains, node: Node) -> _Bra
     operands = [arg.name for arg in node.args[:2] if isinstance(arg, Ref)]
     if len(operands) != 2 or any(name not in reach.before for name in operands):
         return None
-    for entry, branch in (operands, operands[::-1]):
-        if graph.nodes[entry].shape == graph.nodes[branch].shape and reach.is_before(entry, branch):
-            return _branch(graph, reach, remains, node, entry, branch)
+    for skip, branch in (operands, operands[::-1]):
+        for entry in _sources(graph, skip):
+            if graph.nodes[entry].shape == graph.nodes[branch].shape and reach.is_before(entry, branch):
+                return _branch(graph, reach, remains, node, entry, branch)
     return None
+
+
+def _sources(graph: Graph, name: str) -> Iterator[str]:
+    """A node, and those that it is a cast or a copy of."""
+    yield name
+    while base_name(graph.nodes[name].op) in _COPIES:
+        name = graph.nodes[name].inputs()[0]
+        yield name
 
 
 def _branch(graph: Graph, reach: Reach, remains: Remains, node: Node, entry: str, branch: str) -> _Branch | None:
@@ -180,7 +199,6 @@ def _block_at(graph: Graph, reach: Reach, remains: Remains, path: str, branches:
         "",
         nodes,
         {path: IDENTITY},
-        tuple(b.block.name for b in inner if b.block is not None),
     )
 
 
@@ -194,17 +212,28 @@ def _stream_runs_through(graph: Graph, place: str, entry: str, nodes: frozenset[
     return True
 
 
-def _outermost_of_equals(blocks: Sequence[Block]) -> list[Block]:
-    """Of modules that hold the same nodes only the outermost; of a chain of blocks only the single ones."""
+def _layers_of(graph: Graph, blocks: Sequence[Block], additions: Sequence[str]) -> list[Block]:
+    """Of modules that hold the same nodes only the outermost; no stages, which repeat blocks of one class."""
     kept = []
     for block in blocks:
-        twin = [other for other in blocks if other is not block and other.nodes == block.nodes]
-        if any(len(other.name) < len(block.name) for other in twin):
+        twins = [other for other in blocks if other is not block and other.nodes == block.nodes]
+        if any(len(other.name) < len(block.name) for other in twins):
             continue
-        inside = [other for other in blocks if other.nodes < block.nodes]
-        if not inside:
+        parts = {_part_of(graph, block.name, addition) for addition in additions if addition in block.nodes} - {""}
+        listed = graph.modules[block.name].layer in _LISTS and len(parts) > 1
+        if not listed and len({graph.modules[part].kind for part in parts}) == len(parts):
             kept.append(block)
     return kept
+
+
+def _part_of(graph: Graph, path: str, node: str) -> str:
+    """The module right below `path` in which a node lies, lists of modules left out; "" if it is in `path` itself."""
+    found = path
+    for name in graph.nodes[node].owner.removeprefix(path).lstrip(".").split("."):
+        found = f"{found}.{name}" if name else found
+        if graph.modules[found].layer not in _LISTS:
+            break
+    return "" if found == path else found
 
 
 def _unique_names(blocks: Sequence[Block]) -> Iterable[Block]:

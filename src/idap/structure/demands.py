@@ -1,11 +1,13 @@
 """What a model's code says about sizes: those it gives to operators, those it compares, those that describe tensors."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from idap.graph.ir import Attribute, Expression, Extent, Graph, Literal, ModuleInfo, Node, Operation, ints
+from idap.graph.provenance import sources
 from idap.graph.rules import SizeUse
 from idap.graph.rules.flow import arguments, operator
 from idap.structure.attributes import Demand
+from idap.structure.layout import Dims
 from idap.structure.plan import Size
 
 Places = tuple[tuple[str, int], ...]
@@ -31,22 +33,43 @@ PER_GROUP = {"Conv": "in_channels", "ConvTranspose": "out_channels"}
 """Class of torch.nn -> the int of which the tensor holds only the share of one group."""
 
 
-def demands_of(graph: Graph, uses: Iterable[SizeUse]) -> list[Demand]:
+def demands_of(graph: Graph, layout: Dims) -> list[Demand]:
     """Everything that the code says about sizes."""
-    return [*_given(graph, uses), *_compared(graph), *_describing(graph)]
+    asked = [*_given(graph, layout.sizes), *_pinned(graph, layout), *_describing(graph)]
+    return [*asked, *_compared(graph, layout, set().union(*(demand.attributes for demand in asked)))]
 
 
 def _given(graph: Graph, uses: Iterable[SizeUse]) -> Iterator[Demand]:
     for use in uses:
         node = graph.nodes[use.node]
-        source = _source(node, use) or Literal(_old(node, use))
+        position = size_position(node, use)
+        source = Literal(_old(node, use)) if position is None else node.sizes[position]
         argument = use.argument if use.index is None else f"{use.argument}[{use.index}]"
-        yield Demand(source, None, use.dim, f"{argument} of {node.where()}", use.sign, node.name)
+        yield Demand(source, None, use.dim, f"{argument} of {node.where()}", use.sign, node.name, module=node.module)
 
 
-def _compared(graph: Graph) -> Iterator[Demand]:
+def _pinned(graph: Graph, layout: Dims) -> Iterator[Demand]:
+    """Sizes that must not change, because results depend on them."""
+    for pin in layout.pins:
+        node = graph.nodes[pin.node]
+        why = f"{pin.why}: {node.where()}"
+        yield Demand(Literal(pin.dim.shape[1]), None, pin.dim, why, 1, node.name, module=node.module, reason=why)
+    for leaf, places in layout.escaped.items():
+        for module, place in places.items() if isinstance(leaf, Extent) else ():
+            why = f"the code computes another number from this size, at {place}"
+            yield Demand(leaf, Literal(leaf.value), None, why, module=module, reason=why)
+
+
+def _compared(graph: Graph, layout: Dims, changing: Set[Attribute]) -> Iterator[Demand]:
+    """What the code found when it compared sizes, of which one may change."""
     for note in graph.comparisons:
-        yield Demand(note.left, note.right, None, f"the comparison of {note.left} with {note.right} at {note.source}")
+        if not any(
+            len(layout.dims[leaf.node][0][leaf.dim]) if isinstance(leaf, Extent) else leaf in changing
+            for leaf in sources(note.left) | sources(note.right)
+        ):
+            continue
+        place = f"the comparison of {note.left} with {note.right} at {note.source}"
+        yield Demand(note.left, note.right, None, place, module=note.module, symbol=note.symbol)
 
 
 def _describing(graph: Graph) -> Iterator[Demand]:
@@ -74,15 +97,15 @@ def _size_of(graph: Graph, nodes: Mapping[str, str], info: ModuleInfo, places: P
     return None
 
 
-def _source(node: Node, use: SizeUse) -> Expression | None:
-    """Where the eager code got the int that became this argument; None if that can't be told."""
+def size_position(node: Node, use: SizeUse) -> int | None:
+    """Which of the ints of the eager call became this argument; None if that can't be told."""
     given = ints((node.args, dict(node.kwargs)))
     place = _place(node, use)
     eager = [size.value for size in node.sizes]
     if place is not None and place < min(len(given), len(eager)) and given[: place + 1] == eager[: place + 1]:
-        return node.sizes[place]
-    candidates = {size for size in node.sizes if size.value == _old(node, use)}
-    return candidates.pop() if len(candidates) == 1 else None
+        return place
+    candidates = [position for position, size in enumerate(node.sizes) if size.value == _old(node, use)]
+    return candidates[0] if len({node.sizes[position] for position in candidates}) == 1 else None
 
 
 def _old(node: Node, use: SizeUse) -> int:

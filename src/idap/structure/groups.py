@@ -1,6 +1,6 @@
 """From labels to groups: units that look alike to every tensor form one group, and each may go on its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,6 +86,7 @@ def build_groups(flow: Flow) -> tuple[tuple[Group, ...], Layout]:
         tuple(flow.contractions),
         dict(flow.crossings),
         dict(flow.escaped),
+        tuple(flow.pins),
     )
     return _describe(flow, layout, count), layout
 
@@ -110,19 +111,25 @@ def _final_dims(flow: Flow) -> tuple[dict[str, tuple[tuple[Dim, ...], ...]], dic
     """Settle every dim until no more label turns out to fill a whole dimension."""
     flow.labels.because("removing it would leave nothing of a dimension")
     while True:
-        dims = {
-            name: tuple(tuple(flow.labels.settled(dim) for dim in tensor) for tensor in nested)
-            for name, nested in flow.dims.items()
-        }
-        filling = [label for nested in dims.values() for tensor in nested for dim in tensor for label in _filling(dim)]
+        final: dict[int, Dim] = {}  # many nodes hand on the dims of others
+        for nested in flow.dims.values():
+            for tensor in nested:
+                for dim in tensor:
+                    if id(dim) not in final:
+                        final[id(dim)] = flow.labels.settled(dim)
+        filling = [label for dim in final.values() for label in _filling(dim)]
         if not filling:
             break
         flow.labels.freeze(np.array(filling))
+    dims = {
+        name: tuple(tuple(final[id(dim)] for dim in tensor) for tensor in nested) for name, nested in flow.dims.items()
+    }
     flow.sizes = [replace(use, dim=flow.labels.settled(use.dim)) for use in flow.sizes]
+    flow.pins = [replace(pin, dim=flow.labels.settled(pin.dim)) for pin in flow.pins]
     tensors = {
         node.target: dims[node.name][0] for node in flow.graph.nodes.values() if node.op in ("parameter", "buffer")
     }
-    return dims, tensors
+    return dims, {name: tensors[name] for name in _in_order_of_use(flow, tensors)}
 
 
 def _filling(dim: Dim) -> list[int]:
@@ -163,8 +170,8 @@ def _ranks(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> NDArray[np.int64
     """For each label its place in the order in which tensors are read, -1 where it is in none; shape (labels,)."""
     rank = np.full(len(flow.labels), -1, dtype=np.int64)
     order = 0
-    for name in sorted_by_use(flow, tensors):
-        for dim in tensors[name]:
+    for dims in tensors.values():
+        for dim in dims:
             for row in dim:
                 fresh = row[(rank[row] < 0) & (row > 0)]
                 _, first = np.unique(fresh, return_index=True)
@@ -174,12 +181,14 @@ def _ranks(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> NDArray[np.int64
     return rank
 
 
-def sorted_by_use(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> list[str]:
+def _in_order_of_use(flow: Flow, tensors: Collection[str]) -> list[str]:
     """Tensor names in the order in which the operators read them."""
-    order = []
+    order: dict[str, None] = {}
     for node in flow.graph.nodes.values():
-        order += [flow.graph.nodes[name].target for name in node.inputs() if flow.graph.nodes[name].target in tensors]
-    return list(dict.fromkeys([*order, *tensors]))
+        for name in node.inputs():
+            if flow.graph.nodes[name].target in tensors:
+                order.setdefault(flow.graph.nodes[name].target)
+    return list(order | dict.fromkeys(tensors))
 
 
 def _contracted(flow: Flow, labels: int) -> NDArray[np.bool_]:
@@ -194,8 +203,8 @@ def _contracted(flow: Flow, labels: int) -> NDArray[np.bool_]:
 
 def _describe(flow: Flow, layout: Layout, count: int) -> tuple[Group, ...]:
     members: list[list[tuple[str, int]]] = [[] for _ in range(count)]
-    for name in sorted_by_use(flow, layout.tensors):
-        for place, dim in enumerate(layout.tensors[name]):
+    for name, dims in layout.tensors.items():
+        for place, dim in enumerate(dims):
             for group in layout.groups_in(dim):
                 members[group].append((name, place))
     writers: list[list[Port]] = [[] for _ in range(count)]

@@ -1,17 +1,38 @@
 """Where every unit of every group lies in every tensor of a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from idap.graph.ir import Expression
 from idap.graph.labels import Dim
-from idap.graph.rules import Contraction, SizeUse
+from idap.graph.rules import Contraction, Pin, SizeUse
 
 Presence = NDArray[np.bool_]
 """For each label whether it is present, shape (labels,)."""
+
+
+class Dims(Protocol):
+    """What demands are read from: a `Layout`, or a `Flow` of which none has been made yet."""
+
+    @property
+    def dims(self) -> Mapping[str, Sequence[Sequence[Dim]]]:
+        """Node -> for each tensor it produces, its dims."""
+
+    @property
+    def sizes(self) -> Sequence[SizeUse]:
+        """Ints that follow a dim."""
+
+    @property
+    def pins(self) -> Sequence[Pin]:
+        """Dims whose number of slots the results depend on."""
+
+    @property
+    def escaped(self) -> Mapping[Expression, Mapping[str, str]]:
+        """Attributes and shapes whose value the results depend on."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,7 +47,9 @@ class Layout:
         sizes: ints that follow a dim.
         contractions: where units are written and read.
         crossings: node -> what it computes over a dimension that may shrink.
-        escaped: attributes and shapes whose value the results depend on, with the place.
+        escaped: attributes and shapes whose value the results depend on: for each the modules whose code computes
+            with it, with the place.
+        pins: dims whose number of slots the results depend on.
     """
 
     dims: Mapping[str, tuple[tuple[Dim, ...], ...]]
@@ -36,7 +59,8 @@ class Layout:
     sizes: tuple[SizeUse, ...]
     contractions: tuple[Contraction, ...]
     crossings: Mapping[str, str]
-    escaped: Mapping[Expression, str] = field(default_factory=dict)
+    escaped: Mapping[Expression, Mapping[str, str]] = field(default_factory=dict)
+    pins: tuple[Pin, ...] = ()
 
     def presence(self, kept: Mapping[int, Iterable[int]]) -> Presence:
         """Which labels are present when group `index` keeps only the units `kept[index]`."""

@@ -5,8 +5,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from idap.errors import PlanError
+from idap.structure.program import Program, tuples
 
 Size = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Called:
+    """How a removed module is called, which its stand-in must follow.
+
+    Attributes:
+        takes: place or name of the argument that is the stream.
+        gives: what it returns, as in `ModuleCall.gives`.
+    """
+
+    takes: int | str
+    gives: Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,8 @@ class Plan:
         shapes: canonical tensor name -> the shape the plan expects, for every tensor of the model.
         attributes: module path -> attribute -> its new value.
         replaced: module path -> "identity" or "zero".
+        called: replaced module -> how it is called, where that is not with the stream first, and for the stream alone.
+        programs: module path -> its new code, where its own can't come to the sizes that are left.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -28,6 +44,8 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
+    called: Mapping[str, Called] = field(default_factory=dict)
+    programs: Mapping[str, Program] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.keep or self.removed)
@@ -62,6 +80,8 @@ class Plan:
             shapes={name: earlier.shape_after(name) for name in self.shapes if not earlier.gone(name)},
             attributes={path: values for path, values in self.attributes.items() if not earlier.gone(path)},
             replaced={path: kind for path, kind in self.replaced.items() if not earlier.gone(path)},
+            called=self.called,
+            programs=self.programs,
         )
 
     def _check_follows(self, earlier: "Plan") -> None:
@@ -93,6 +113,8 @@ class Plan:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "attributes": {path: dict(values) for path, values in self.attributes.items()},
             "replaced": dict(self.replaced),
+            "called": {path: [call.takes, call.gives] for path, call in self.called.items()},
+            "programs": {path: program.to_json() for path, program in self.programs.items()},
         }
 
     @classmethod
@@ -116,6 +138,8 @@ class Plan:
                     for path, values in data["attributes"].items()
                 },
                 replaced={str(path): str(kind) for path, kind in data["replaced"].items()},
+                called={str(path): Called(takes, tuples(gives)) for path, (takes, gives) in data["called"].items()},
+                programs={str(path): Program.from_json(program) for path, program in data["programs"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             found = f"{type(error).__name__}: {error}"

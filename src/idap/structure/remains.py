@@ -5,7 +5,7 @@ of their parents stays and runs on. So the branch's remaining operators are foll
 value the dims it then has, and whether it is surely zero.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,18 +54,36 @@ class Remains:
     def __init__(self, graph: Graph, layout: Layout) -> None:
         self.graph = graph
         self.layout = layout
-        data = graph.data_nodes()
+        data = graph.data_nodes() & graph.live({})
         self._users = graph.users()
         self._contracting = {contraction.node for contraction in layout.contractions}
+        self._order = {name: place for place, name in enumerate(graph.nodes)}
         self._inside: dict[str, list[str]] = {}
         for node in graph.nodes.values():
-            path = node.owner if node.name in data and node.shapes else ""
-            while path:
+            for path in _homes(node.owner) if node.name in data and node.shapes else ():
                 self._inside.setdefault(path, []).append(node.name)
-                path = path.rpartition(".")[0]
-        self._names: dict[str, list[str]] = {name: [name] for name in graph.shapes}
-        for alias, name in graph.aliases.items():
-            self._names[name].append(alias)
+        self._with_tensors = {path for other, info in graph.modules.items() if info.tensors for path in _homes(other)}
+        self._read_outside = {
+            path
+            for other, info in graph.modules.items()
+            for path in _homes(other)
+            if any(not _within(reader, path) for reader in info.read_by)
+        }
+        self._sharing = self._with_shared_tensors()
+        self._replaceable: dict[str, bool] = {}
+
+    def _with_shared_tensors(self) -> set[str]:
+        """Modules that hold a tensor which has another name elsewhere."""
+        names: dict[str, list[str]] = {}
+        for alias, name in self.graph.aliases.items():
+            names.setdefault(name, [name]).append(alias)
+        return {
+            path
+            for shared in names.values()
+            for name in shared
+            for path in _homes(name)
+            if not all(_within(other, path) for other in shared)
+        }
 
     def inside(self, path: str) -> list[str]:
         """Every node with data that runs in a module or below it, in order."""
@@ -73,18 +91,11 @@ class Remains:
 
     def replaceable(self, path: str) -> bool:
         """Whether something can stand in for a module: called once, for one tensor, and nothing else needs it."""
-        if not path or not self.inside(path):
-            return False
-        calls = self.graph.modules[path].calls
-        if len(calls) != 1 or not calls[0].input or not calls[0].output:
-            return False
-        below = [info for other, info in self.graph.modules.items() if _within(other, path)]
-        read = any(not _within(reader, path) for info in below for reader in info.read_by)
-        return not read and not self._shares_tensors(path)
-
-    def _shares_tensors(self, path: str) -> bool:
-        """Whether a tensor of the module has another name elsewhere."""
-        return any(len({_within(name, path) for name in names}) > 1 for names in self._names.values())
+        if path not in self._replaceable:
+            calls = self.graph.modules[path].calls if path and self.inside(path) else ()
+            once = len(calls) == 1 and bool(calls[0].input and calls[0].output)
+            self._replaceable[path] = once and path not in self._read_outside and path not in self._sharing
+        return self._replaceable[path]
 
     def stand_ins(self, nodes: frozenset[str], entry: str, branch: str) -> dict[str, str]:
         """Which modules of a branch become what so that it adds nothing; empty if that can't be done."""
@@ -102,17 +113,14 @@ class Remains:
 
     def _outermost(self, nodes: frozenset[str]) -> list[str]:
         """The largest replaceable modules with parameters that lie in a branch, in the order in which they run."""
-        found: list[str] = []
-        for path in self.graph.modules:
-            if any(_within(path, other) for other in found) or not set(self.inside(path)) <= nodes:
-                continue
-            if self._has_parameters(path) and self.replaceable(path):
-                found.append(path)
-        order = {name: place for place, name in enumerate(self.graph.nodes)}
-        return sorted(found, key=lambda path: order[self.inside(path)[0]])
-
-    def _has_parameters(self, path: str) -> bool:
-        return any(info.tensors for other, info in self.graph.modules.items() if _within(other, path))
+        held: dict[str, int] = {}
+        for name in nodes:
+            for path in _homes(self.graph.nodes[name].owner):
+                held[path] = held.get(path, 0) + 1
+        whole = {path for path, count in held.items() if count == len(self.inside(path)) and path in self._with_tensors}
+        able = {path for path in whole if self.replaceable(path)}
+        found = [path for path in able if not any(outer in able for outer in _homes(path) if outer != path)]
+        return sorted(found, key=lambda path: self._order[self.inside(path)[0]])
 
     def _last(self, nodes: frozenset[str], branch: str, outermost: Sequence[str]) -> set[str]:
         """The modules from which the end of the branch is reached without passing another."""
@@ -135,9 +143,7 @@ class Remains:
         def value_of(name: str) -> _Value:
             return values.get(name) or _Value(self.layout.dims[name])
 
-        for name in self.graph.nodes:
-            if name not in nodes:
-                continue
+        for name in sorted(nodes, key=self._order.__getitem__):
             path = home.get(name, "")
             if not path:
                 values[name] = self._operator(self.graph.nodes[name], value_of)
@@ -161,6 +167,13 @@ class Remains:
         if node.op == "getitem" or rule_of(node) is not RULES["add"]:
             raise _CannotRun
         return _Value([_broadcast([value.dims[0] for value in given])], _stays_zero(node, given))
+
+
+def _homes(path: str) -> Iterator[str]:
+    """A path and those it lies in, innermost first, without the model itself."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def _within(name: str, path: str) -> bool:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import PlanError
+from idap.graph.trace import forget_cached
 from idap.structure.plan import Plan
 from idap.surgery.bypass import stand_in
+from idap.surgery.rewritten import SETTINGS_ABOVE, original_class, rewrite_, rewritten_class
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -51,6 +53,9 @@ def apply_plan_(model: nn.Module, plan: Plan) -> nn.Module:
             for name, tensor in table.items():
                 if tensor is not None and id(tensor) in slices:
                     table[name] = slices[id(tensor)]  # type: ignore[assignment]
+        for held in vars(module).values():  # such as the flat list of weights that a recurrent layer keeps
+            if type(held) is list:
+                held[:] = [slices.get(id(item), item) for item in held]
     _restructure(model, plan)
     return model
 
@@ -62,10 +67,11 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
         PlanError: names the first that isn't.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
+    learned = {name for name, _ in model.named_parameters()}  # buffers may be tables that a forward pass makes anew
     for name, expected in plan.shapes.items():
         if name not in shapes:
             raise PlanError(f"the plan does not fit this model: it has no tensor {name!r} (expected shape {expected})")
-        if shapes[name] != expected:
+        if shapes[name] != expected and (name in learned or name in plan.tensors):
             raise PlanError(
                 f"the plan does not fit this model: tensor {name!r} has shape {shapes[name]}, the plan expects "
                 f"{expected}; build the model exactly as it was when it was compressed."
@@ -80,13 +86,15 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
 
 def _check_modules(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
-    for path in [*plan.attributes, *plan.replaced]:
+    for path in [*plan.attributes, *plan.replaced, *plan.programs]:
         if path not in modules:
             raise PlanError(f"the plan does not fit this model: it has no module {path!r}")
     for path, values in plan.attributes.items():
         missing = [name for name in values if not hasattr(modules[path], name)]
         if missing:
             raise PlanError(f"the plan does not fit this model: module {path!r} has no attribute {missing[0]!r}")
+    for path, program in plan.programs.items():
+        rewritten_class(original_class(type(modules[path])), program, modules[path])
     for path, kind in plan.replaced.items():
         if path == "":
             raise PlanError("a plan can't replace the whole model")
@@ -138,6 +146,13 @@ def _restructure(model: nn.Module, plan: Plan) -> None:
         for name, value in values.items():
             held = getattr(modules[path], name)
             setattr(modules[path], name, list(value) if isinstance(held, list) and isinstance(value, tuple) else value)
+    for path, program in plan.programs.items():
+        rewrite_(modules[path], program)
+        for above in (module for name, module in modules.items() if name == "" or path.startswith(f"{name}.")):
+            for name, value in SETTINGS_ABOVE.get(type(above).__name__, {}).items():
+                setattr(above, name, value)
+    for module in modules.values():
+        forget_cached(module)
     for path, kind in plan.replaced.items():
         parent, _, name = path.rpartition(".")
-        modules[parent]._modules[name] = stand_in(kind)
+        modules[parent]._modules[name] = stand_in(kind, plan.called.get(path))

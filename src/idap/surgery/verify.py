@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from idap.errors import VerificationError
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.labels import Dim
+from idap.graph.rules.attention import implied_scale
 from idap.graph.rules.flow import arguments, operator
 from idap.graph.run import run
 from idap.graph.trace import own_inputs
@@ -103,6 +104,8 @@ def masked_outputs(
 ) -> list[Tensor]:
     """Outputs of the original's graph with the removed slots masked and the removed branches skipped.
 
+    Of an output that is no contract only the slots that are kept are returned.
+
     Args:
         structure: of the traced original.
         original: gives the weights.
@@ -114,7 +117,11 @@ def masked_outputs(
     present = structure.presence(plan.keep)
     tensors = {name: _masked(t, plan.tensors.get(name, {})) for name, t in _full_size(graph, original, since).items()}
     special = dict.fromkeys(_crossed(structure, present, every=True), _over_kept(structure, present))
-    return run(graph, tensors, inputs, special=special, skip_to=structure.skips(plan.removed))
+    outputs = run(graph, tensors, inputs, special=special, skip_to=structure.skips(plan.removed))
+    return [
+        _gather(output, structure.layout.dims[name][0], present)
+        for name, output in zip(graph.outputs, outputs, strict=True)
+    ]
 
 
 def _full_size(graph: Graph, model: nn.Module, since: Plan | None) -> dict[str, Tensor]:
@@ -205,6 +212,8 @@ def _over_kept(structure: Structure, present: Presence) -> Callable[[Node, Calla
     def compute(node: Node, fetch: Callable[[Any], Any]) -> Any:
         function = operator(node)
         given = {name: resized(node, name, narrowed(value, fetch)) for name, value in arguments(node).items()}
+        scale = implied_scale(structure.graph, node)
+        given |= {"scale": scale} if scale is not None else {}
         names = [argument.name for argument in function._schema.arguments if not argument.kwarg_only]
         result = function(*[given.pop(name) for name in names], **given)
         if isinstance(result, tuple | list):

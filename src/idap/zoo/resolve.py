@@ -8,15 +8,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from idap.errors import ConfigError
 from idap.zoo.nets import DigitsResNet, DigitsViT, cifar_resnet20, cifar_resnet56
 from idap.zoo.script import call_object, is_script
+from idap.zoo.transformers import build_transformers, transformers_inputs
 from idap.zoo.weights import load_weights
 
 Shape = tuple[int, ...]
-SCHEMES = ("python", "idap", "torchvision", "timm")
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs."""
+SCHEMES = ("python", "idap", "torchvision", "timm", "transformers")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ def build_model(spec: str, weights: str | Path | None = None) -> nn.Module:
 
     Args:
         spec: `python:file.py:name`, `python:package.module:name` (a class or function that is called without
-            arguments, or a module), `idap:NAME`, `torchvision:NAME` or `timm:NAME`.
+            arguments, or a module), `idap:NAME`, `torchvision:NAME`, `timm:NAME` or `transformers:TYPE`, such as
+            `transformers:bert`: its default configuration, on the meta device, so for inspection only.
         weights: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`.
 
     Returns:
@@ -63,6 +68,8 @@ def build_model(spec: str, weights: str | Path | None = None) -> nn.Module:
         model = _torchvision(spec, name)
     elif scheme == "timm":
         model = _timm(spec, name)
+    elif scheme == "transformers":
+        model = build_transformers(spec, name, _optional("transformers", spec))
     else:
         raise ConfigError(f"model {spec!r} can't be looked up. {_scheme_advice(spec)}")
     if not isinstance(model, nn.Module):
@@ -72,27 +79,30 @@ def build_model(spec: str, weights: str | Path | None = None) -> nn.Module:
     return model.eval()
 
 
-def example_shape(spec: str, model: nn.Module) -> Shape | None:
-    """Look up the shape of one example batch for a model built from a spec.
+def example_inputs(spec: str, model: nn.Module) -> Inputs | None:
+    """Make one example batch for a model built from a spec.
 
     Args:
         spec: that the model was built from.
-        model: asked for the image size where it states one, as timm's models do.
+        model: asked for the image size where it states one, as timm's models do, and for the device of its tensors.
 
     Returns:
-        A shape with batch size 1; None where the spec does not tell.
+        Positional and keyword inputs with batch size 1; None where the spec does not tell.
 
     Example:
-        >>> example_shape("idap:cifar_resnet20", nn.Identity())
-        (1, 3, 32, 32)
+        >>> args, kwargs = example_inputs("idap:cifar_resnet20", nn.Identity())
+        >>> args[0].shape, kwargs
+        (torch.Size([1, 3, 32, 32]), {})
     """
     scheme, _, name = spec.partition(":")
     if scheme == "idap" and name in _OWN:
-        return _OWN[name].shape
+        return (torch.zeros(_OWN[name].shape),), {}
     if scheme == "timm":
         stated: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        return (1, *stated.get("input_size", (3, 224, 224)))
-    return (1, 3, 224, 224) if scheme == "torchvision" else None
+        return (torch.zeros(1, *stated.get("input_size", (3, 224, 224))),), {}
+    if scheme == "torchvision":
+        return (torch.zeros(1, 3, 224, 224),), {}
+    return ((), transformers_inputs(model)) if scheme == "transformers" else None
 
 
 def _module_of(found: Any) -> Any:
@@ -119,11 +129,12 @@ def _timm(spec: str, name: str) -> nn.Module:
 
 def _optional(module: str, spec: str) -> ModuleType:
     package = module.partition(".")[0]
+    extra = "text" if package == "transformers" else "vision"
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == package:
-            raise ConfigError(f"{spec} needs {package}, which is missing. Run: pip install 'idap[vision]'") from error
+            raise ConfigError(f"{spec} needs {package}, which is missing. Run: pip install 'idap[{extra}]'") from error
         raise _does_not_import(spec, package, error) from error
     except Exception as error:
         raise _does_not_import(spec, package, error) from error

@@ -85,6 +85,8 @@ class OutputSection(Section):
 def _written(value: object, *, name: str, hint: Any) -> object:
     """Turn how a setting may be written into its value."""
     kinds = get_args(hint) or (hint,)
+    if isinstance(value, list):
+        return tuple(value)
     if value == "none" and NoneType in kinds:
         return None
     if float in kinds and isinstance(value, str) and (percent := _PERCENT.fullmatch(value)):

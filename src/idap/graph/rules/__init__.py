@@ -13,13 +13,15 @@ from idap.graph.rules import (
     normalisation,
     pointwise,
     pooling,
+    recurrent,
     shape,
 )
-from idap.graph.rules.flow import Contraction, Flow, SizeUse, flow_of
+from idap.graph.rules.flow import Contraction, Flow, Pin, SizeUse, flow_of
 
 __all__ = [
     "Contraction",
     "Flow",
+    "Pin",
     "SizeUse",
     "attention",
     "convolution",
@@ -30,5 +32,6 @@ __all__ = [
     "normalisation",
     "pointwise",
     "pooling",
+    "recurrent",
     "shape",
 ]

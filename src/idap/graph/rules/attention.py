@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from idap.graph.ir import Node
+from idap.graph.ir import Graph, Node
 from idap.graph.labels import Dim
-from idap.graph.rules.flow import Flow, arguments, broadcast, rule
+from idap.graph.rules.flow import Flow, Pin, arguments, base_name, broadcast, rule
 
 
 @rule("scaled_dot_product_attention")
@@ -15,8 +15,7 @@ def scaled_dot_product_attention(flow: Flow, node: Node) -> list[Dim]:
     flow.freeze([query[-2], key[-2], value[-2]])
     flow.labels.unify(query[-1], key[-1])
     if given["scale"] is None:
-        flow.labels.because(f"the scale of the attention follows its head width: {node.where()}")
-        flow.freeze(flow.of(given["query"])[-1:])
+        flow.pins.append(Pin(node.name, query[-1], "the scale of the attention follows its head width"))
     batch = _heads(flow, given)
     flow.crosses(node, "contraction", flow.of(given["query"])[-1:])
     flow.roles += [("heads", dim) for dim in batch] + [("head width", flow.of(given["value"])[-1])]
@@ -24,6 +23,14 @@ def scaled_dot_product_attention(flow: Flow, node: Node) -> list[Dim]:
         scores = [*batch, flow.of(given["query"])[-2], flow.of(given["key"])[-2]]
         broadcast(flow, [scores, flow.of(given["attn_mask"])], [dim.shape[1] for dim in scores])
     return [*(flow.labels.settled(dim) for dim in batch), *flow.of(given["query"])[-2:-1], flow.of(given["value"])[-1]]
+
+
+def implied_scale(graph: Graph, node: Node) -> float | None:
+    """The scale that an attention takes from its head width; None if it is told one, or for another operator."""
+    if base_name(node.op) != "scaled_dot_product_attention":
+        return None
+    given = arguments(node)
+    return graph.nodes[given["query"].name].shape[-1] ** -0.5 if given["scale"] is None else None
 
 
 def _heads(flow: Flow, given: dict[str, Any]) -> list[Dim]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from idap.errors import UnknownOperatorError
-from idap.graph.ir import Expression, Extent, Graph, Node, Ref
+from idap.errors import StructureError, UnknownOperatorError
+from idap.graph.ir import Expression, Graph, Node, Ref
 from idap.graph.labels import Dim, Labels, fixed
 from idap.graph.provenance import sources
 
@@ -44,6 +44,21 @@ class SizeUse:
     index: int | None
     dim: Dim
     sign: int = 1
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A dim whose number of slots must stay, because the operator's result depends on it.
+
+    Attributes:
+        node: the operator.
+        dim: the dimension.
+        why: for messages.
+    """
+
+    node: str
+    dim: Dim
+    why: str
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,9 @@ class Flow:
             "contraction" of two activations); only there does a masked slot differ from an absent one.
         roles: dims known to be "heads" or "head width".
         data: nodes whose values depend on the model's inputs.
-        escaped: attributes and shapes whose value the results depend on, with the place.
+        escaped: attributes and shapes whose value the results depend on: for each the modules whose code computes
+            with it, with the place.
+        pins: dims whose number of slots the results depend on, although no int says so.
     """
 
     graph: Graph
@@ -95,8 +112,10 @@ class Flow:
     crossings: dict[str, str] = field(default_factory=dict)
     roles: list[tuple[str, Dim]] = field(default_factory=list)
     data: set[str] = field(default_factory=set)
-    escaped: dict[Expression, str] = field(default_factory=dict)
+    escaped: dict[Expression, dict[str, str]] = field(default_factory=dict)
+    pins: list[Pin] = field(default_factory=list)
     _at: Node = field(default_factory=lambda: Node("", ""))
+    _live: set[str] = field(default_factory=set)
 
     def of(self, value: Any) -> list[Dim]:
         """The dims of a tensor argument, in terms of atomic labels."""
@@ -123,7 +142,7 @@ class Flow:
     def computes_with(self, node: Node) -> None:
         """The node uses the ints it is given as numbers, so that where they come from nothing may change."""
         for leaf in (leaf for size in node.sizes for leaf in sources(size)):
-            self.escaped.setdefault(leaf, node.where())
+            self.escaped.setdefault(leaf, {}).setdefault(node.module, node.where())
 
     def follows(self, node: Node, argument: str, index: int | None, dim: Dim, sign: int = 1) -> None:
         """An int argument of the node counts the slots of `dim`."""
@@ -134,6 +153,12 @@ class Flow:
         """The node computes one number from all slots of these dims."""
         if any(len(self.labels.settled(dim)) for dim in dims):
             self.crossings[node.name] = kind
+
+    def used(self, node: Node) -> bool:
+        """Whether the model's outputs depend on the values of a node, not only on its shape."""
+        if not self._live:
+            self._live |= self.graph.live({})
+        return node.name in self._live
 
     def is_weight(self, value: Any) -> bool:
         """Whether a tensor comes from parameters alone."""
@@ -175,26 +200,38 @@ def flow_of(graph: Graph, *, freeze_unknown: bool = False, contracts: Sequence[s
     Args:
         graph: from `trace`.
         freeze_unknown: freeze what an operator without a rule touches, instead of raising.
-        contracts: nodes whose shape must not change; None means all that the model returns.
+        contracts: outputs whose shape must not change, such as ``logits``; None means all that the model returns.
 
     Raises:
         UnknownOperatorError: an operator has no rule.
+        StructureError: the model returns nothing of such a name.
     """
-    flow = Flow(graph, data=graph.data_nodes(), escaped=dict(graph.escaped))
+    escaped = {leaf: dict(places) for leaf, places in graph.escaped.items()}
+    flow = Flow(graph, data=graph.data_nodes(), escaped=escaped)
     shared: dict[str, list[Dim]] = {}
     for node in graph.nodes.values():
         flow.enter(node)
         flow.dims[node.name] = _dims_of(flow, node, shared, freeze_unknown)
-    for leaf, place in flow.escaped.items():
-        if isinstance(leaf, Extent):
-            flow.labels.because(f"the code computes another number from this size, at {place}")
-            flow.labels.freeze_dim(flow.dims[leaf.node][0][leaf.dim])
-    outputs = graph.outputs if contracts is None else tuple(contracts)
-    for name in outputs:
+    for name in _promised(graph, contracts):
         flow.enter(graph.nodes[name])
         for dims in flow.dims[name]:
             flow.freeze(dims, "the model returns it")
     return flow
+
+
+def _promised(graph: Graph, contracts: Sequence[str] | None) -> list[str]:
+    """The nodes of the outputs that are named; ``hidden_states`` stands for ``hidden_states.0`` and so on, too."""
+    if contracts is None:
+        return list(graph.outputs)
+    found = []
+    for wanted in contracts:
+        named = zip(graph.returned, graph.outputs, strict=True)
+        mine = [node for name, node in named if name == wanted or name.startswith(f"{wanted}.")]
+        if not mine:
+            known = ", ".join(graph.returned)
+            raise StructureError(f"the model returns nothing named {wanted!r}; it returns {known or 'no tensor'}")
+        found += mine
+    return found
 
 
 def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknown: bool) -> list[list[Dim]]:

@@ -5,7 +5,7 @@ from idap.graph.labels import Dim, fixed
 from idap.graph.rules.flow import Flow, arguments, freeze_all, rule
 
 rule("gather", "scatter", "scatter_add", "index_put", "index_add", "masked_select", "nonzero", "bincount",
-     "take_along_dim", "im2col", "unfold", "as_strided", "tril", "triu", "diagonal")(freeze_all)  # fmt: skip
+     "take_along_dim", "unfold", "as_strided", "tril", "triu", "diagonal")(freeze_all)  # fmt: skip
 
 
 @rule("embedding")

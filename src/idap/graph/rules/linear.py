@@ -23,7 +23,7 @@ def linear(flow: Flow, node: Node) -> list[Dim]:
     return [*x[:-1], flow.labels.settled(weight[0])]
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot")
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot")
 def matmul(flow: Flow, node: Node) -> list[Dim]:
     """The matrix product with the broadcasting of `torch.matmul`."""
     given = list(arguments(node).values())
@@ -57,6 +57,16 @@ def _product(flow: Flow, node: Node, one: Any, other: Any) -> list[Dim]:
         flow.roles.append(("head width", a[-1]))
         flow.roles += [("heads", dim) for dim in batch]
     return [flow.labels.settled(dim) for dim in [*batch, *rows, *columns]]
+
+
+@rule("cdist", "_cdist_forward", "_euclidean_dist")
+def cdist(flow: Flow, node: Node) -> list[Dim]:
+    """X1 (..., P, M), x2 (..., R, M) -> their distances (..., P, R)."""
+    one, other = (flow.of(node.args[place]) for place in (0, 1))
+    flow.labels.unify(one[-1], other[-1])
+    flow.crosses(node, "contraction", [flow.of(node.args[0])[-1]])
+    batch = broadcast(flow, [one[:-2], other[:-2]], node.shape[:-2])
+    return [*batch, flow.of(node.args[0])[-2], flow.of(node.args[1])[-2]]
 
 
 @rule("einsum")

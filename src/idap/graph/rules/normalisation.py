@@ -95,6 +95,27 @@ def cosine_similarity(flow: Flow, node: Node) -> list[Dim]:
     return [flow.labels.settled(dim) for place, dim in enumerate(met) if place != axis]
 
 
+@rule("_weight_norm")
+def weight_norm(flow: Flow, node: Node) -> list[Dim]:
+    """V (any shape) over its norm along all dims but one, times g of that dim."""
+    given = arguments(node)
+    v, axis = flow.of(given["v"]), int(given["dim"])
+    met = broadcast(flow, [v, flow.of(given["g"])], node.shape)
+    flow.crosses(node, "norm", [dim for place, dim in enumerate(met) if place != axis % len(v)])
+    return met
+
+
+@rule("diff")
+def diff(flow: Flow, node: Node) -> list[Dim]:
+    """Neighbours along one dim, which can't shrink."""
+    given = arguments(node)
+    x, axis = flow.of(given["self"]), int(given["dim"])
+    flow.freeze([x[axis]], "the order of its slots matters")
+    x = flow.of(given["self"])
+    x[axis] = fixed(node.shape[axis])
+    return x
+
+
 @rule("cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "msort")
 def along_dims(flow: Flow, node: Node) -> list[list[Dim]]:
     """The dims acted on can't shrink; the others pass."""

@@ -33,6 +33,8 @@ from idap.graph.rules.flow import Flow, arguments, broadcast, rule
     "float",
     "square",
     "where",
+    "zero",
+    "fill",
     "masked_fill",
     "rsub",
     "float_power",

@@ -20,7 +20,8 @@ def pool1d(flow: Flow, node: Node) -> list[list[Dim]]:
 
 @rule("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d",
       "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "grid_sampler",
-      "reflection_pad2d", "replication_pad2d", "_upsample_nearest_exact2d")  # fmt: skip
+      "reflection_pad2d", "replication_pad2d", "_upsample_nearest_exact2d", "_upsample_bicubic2d_aa",
+      "_upsample_bilinear2d_aa")  # fmt: skip
 def pool2d(flow: Flow, node: Node) -> list[list[Dim]]:
     """The last two dimensions."""
     return _spatial(flow, node, 2)
@@ -31,3 +32,21 @@ def pool2d(flow: Flow, node: Node) -> list[list[Dim]]:
 def pool3d(flow: Flow, node: Node) -> list[list[Dim]]:
     """The last three dimensions."""
     return _spatial(flow, node, 3)
+
+
+@rule("im2col")
+def im2col(flow: Flow, node: Node) -> list[Dim]:
+    """(N, C, H, W) -> (N, C·kernel, places): the slots of a channel stay together."""
+    x = flow.of(node.args[0])
+    flow.freeze(x[-2:], "patches are taken from it")
+    inner = node.shape[-2] // x[-3].shape[1]
+    return [*x[:-3], flow.labels.merge([x[-3], fixed(inner)]), fixed(node.shape[-1])]
+
+
+@rule("col2im")
+def col2im(flow: Flow, node: Node) -> list[Dim]:
+    """(N, C·kernel, places) -> (N, C, H, W): the slots of a channel stay together."""
+    x = flow.of(node.args[0])
+    channels, inner = flow.labels.split(x[-2], [node.shape[-3], x[-2].shape[1] // node.shape[-3]])
+    flow.freeze([inner, x[-1]], "it is put together from patches")
+    return [*x[:-2], flow.labels.settled(channels), *(fixed(size) for size in node.shape[-2:])]

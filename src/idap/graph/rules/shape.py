@@ -102,18 +102,20 @@ def expand(flow: Flow, node: Node) -> list[Dim]:
     return dims
 
 
-@rule("repeat")
+@rule("repeat", "tile")
 def repeat(flow: Flow, node: Node) -> list[Dim]:
     """Copies side by side."""
     given = arguments(node)
     x = flow.of(given["self"])
-    repeats = [int(count) for count in given["repeats"]]
+    name = "repeats" if "repeats" in given else "dims"
+    repeats = [int(count) for count in given[name]]
+    repeats = [1] * (len(x) - len(repeats)) + repeats  # tile may be given fewer
     x = [fixed(1)] * (len(repeats) - len(x)) + x
     dims = []
     for index, (dim, count) in enumerate(zip(x, repeats, strict=True)):
         if dim.shape[1] == 1 and count > 1:
             dims.append(flow.labels.fresh_dim(count))
-            flow.follows(node, "repeats", index, dims[-1])
+            flow.follows(node, name, index - (len(repeats) - len(given[name])), dims[-1])
         else:
             dims.append(concat([dim] * count))
     return dims
@@ -192,6 +194,17 @@ def _tie_parts(flow: Flow, dim: Dim, edges: Sequence[int]) -> None:
         flow.labels.unify(now[:, : edges[1]], now[:, low:high])
 
 
+@rule("meshgrid")
+def meshgrid(flow: Flow, node: Node) -> list[list[Dim]]:
+    """One dim from each vector; each result varies along its own."""
+    given = arguments(node)
+    vectors = [flow.of(ref) for ref in given["tensors"]]
+    dims = [vector[0] if vector else fixed(1) for vector in vectors]
+    if given.get("indexing") == "xy" and len(dims) > 1:
+        dims[0], dims[1] = dims[1], dims[0]
+    return [list(dims) for _ in node.shapes]
+
+
 @rule("unbind")
 def unbind(flow: Flow, node: Node) -> list[list[Dim]]:
     """One result per slot, so none may go."""
@@ -208,7 +221,9 @@ def select(flow: Flow, node: Node) -> list[Dim]:
     """One slot is picked, so the dim can't shrink."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
-    flow.freeze([x[axis]], "a slot of it is picked by its place")
+    # The first and the last slot are always there; if nothing is done with it, it does not matter which it is.
+    if flow.used(node) or given["index"] not in (0, -1):
+        flow.freeze([x[axis]], "a slot of it is picked by its place")
     axis %= len(x)
     return [flow.labels.settled(dim) for place, dim in enumerate(x) if place != axis]
 

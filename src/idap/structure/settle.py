@@ -1,0 +1,83 @@
+"""What a cut takes beside slicing: new values for the ints of modules, new code for modules that can't follow."""
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+
+from idap.graph.ir import Attribute
+from idap.structure.attributes import Demand, Values, solve_attributes
+from idap.structure.layout import Layout, Presence
+from idap.structure.program import Program
+from idap.structure.rewrite import CannotRewriteError, Rewriter
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How the code follows a cut.
+
+    Attributes:
+        values: sizes after the cut, and the attributes that were solved.
+        programs: module path -> its new code.
+        unmet: demands that can't be met, those first that few groups are to blame for.
+        closed: attributes that must stay as they are.
+    """
+
+    values: Values
+    programs: dict[str, Program]
+    unmet: tuple[Demand, ...]
+    closed: Set[Attribute]
+
+
+def settle(
+    demands: Sequence[Demand],
+    layout: Layout,
+    present: Presence,
+    rewriter: Rewriter,
+    gone: Callable[[str], bool] = lambda _: False,
+) -> Settled:
+    """Find new values for attributes so that every demand is met; where none exist rewrite the code that demands it.
+
+    Args:
+        demands: what the code says about sizes.
+        layout: where units lie.
+        present: labels that stay.
+        rewriter: of the same model.
+        gone: whether a module is removed.
+    """
+    rewritten: set[str] = set()
+    while True:
+        closed = {
+            leaf
+            for leaf, modules in layout.escaped.items()
+            if isinstance(leaf, Attribute) and any(m not in rewritten and not gone(m) for m in modules)
+        }
+        values = Values(layout, present)
+        asked = [demand for demand in demands if demand.defines or demand.module not in rewritten]
+        unmet = least_to_blame(solve_attributes(asked, values, closed), layout)
+        able = {d.module for d in unmet if not d.defines and rewriter.possible(d.module)}
+        if able:
+            rewritten |= able
+            continue
+        if unmet:
+            return Settled(values, {}, tuple(unmet), closed)
+        try:
+            programs = {path: rewriter.program(path, layout, values) for path in sorted(rewritten)}
+        except CannotRewriteError as error:
+            path = next(path for path in sorted(rewritten) if _fails(rewriter, path, layout, values))
+            rewriter.refused[path] = str(error)
+            rewritten.clear()
+            continue
+        return Settled(values, programs, (), closed)
+
+
+def _fails(rewriter: Rewriter, path: str, layout: Layout, values: Values) -> bool:
+    try:
+        rewriter.program(path, layout, values)
+    except CannotRewriteError:
+        return True
+    return False
+
+
+def least_to_blame(unmet: Sequence[Demand], layout: Layout) -> list[Demand]:
+    """Those that few groups are to blame for: they may be the cause of the others."""
+    blame = [len(set[int]().union(*map(layout.groups_in, demand.dims(layout)))) for demand in unmet]
+    return [demand for demand, count in zip(unmet, blame, strict=True) if count == min(blame)]

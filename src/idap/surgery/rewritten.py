@@ -1,0 +1,228 @@
+"""Give a module the code of a program: its class becomes a subclass whose forward runs that code.
+
+Parameters, their names, submodules and hooks stay as they are; the module can be trained, copied, pickled and
+exported like any other. Programs come from files, so nothing in them is executed as it stands: functions are looked
+up among those with which torch computes tensors, and Python source is generated from checked parts only.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idap.errors import PlanError, RewrittenModuleError
+from idap.graph.recording import torch_functions
+from idap.structure.program import Program, Routine, Tree, tagged
+from idap.surgery.source import function_of, inputs_of
+
+_MEDDLING = frozenset(
+    {"apply_", "map_", "map2_", "set_", "backward", "register_hook", "register_post_accumulate_grad_hook", "numpy"}
+    | {"share_memory_", "module_load", "storage", "untyped_storage", "data_ptr", "resize_", "resize_as_", "tolist"}
+)
+"""Methods of tensors that call back, reach memory or touch what is not theirs."""
+
+_OPERATORS = frozenset(
+    f"__{side}{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+    for side in ("", "r", "i")
+) | {"__getitem__", "__setitem__", "__neg__", "__invert__", "__abs__", "__pos__", "__eq__", "__ne__", "__lt__"} | {
+    "__le__", "__gt__", "__ge__",
+}  # fmt: skip
+"""Methods behind Python's operators."""
+
+_SETTINGS_OF: Mapping[str, Mapping[str, Any]] = {
+    # The fused kernel of TransformerEncoderLayer would read the attention's weights without calling it.
+    "MultiheadAttention": {"_qkv_same_embed_dim": False},
+}
+
+SETTINGS_ABOVE: Mapping[str, Mapping[str, Any]] = {
+    # It would hand nested tensors to its layers in evaluation, for the sake of the same kernel.
+    "TransformerEncoder": {"use_nested_tensor": False},
+}
+"""Class of a module that holds a rewritten one -> attributes that it gets."""
+
+
+def rewrite_(module: nn.Module, program: Program) -> None:
+    """Replace a module's forward by a program, in place.
+
+    Args:
+        module: any module; if it was rewritten before, the new program takes the place of the old one.
+        program: from a plan.
+
+    Raises:
+        PlanError: the program calls what is not a function of torch or not part of the module.
+    """
+    kind = original_class(type(module))
+    module.__class__ = rewritten_class(kind, program, module)
+    for base in kind.__mro__:
+        for name, value in _SETTINGS_OF.get(base.__name__, {}).items():
+            setattr(module, name, value)
+
+
+def original_class(kind: type) -> type:
+    """The class that a rewritten module had."""
+    found: type = getattr(kind, "_idap_original", kind)
+    return found
+
+
+def rewritten_class(kind: type, program: Program, module: nn.Module) -> type:
+    """A subclass of a module's class with the program as its forward."""
+    try:
+        check_program(module, program)
+        forward = _compiled(program, inspect.signature(kind.forward))  # type: ignore[attr-defined]
+    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise PlanError(
+            f"the code of a rewritten {kind.__name__} is broken: {type(error).__name__}: {error}"
+        ) from error
+    return _class_of(kind, program, forward)
+
+
+def _class_of(kind: type, program: Program, forward: Callable[..., Any]) -> type:
+    members = {
+        "forward": forward,
+        "__reduce_ex__": _reduce,
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+        "_idap_original": kind,
+        "_idap_program": program,
+    }
+    return type(kind.__name__, (kind,), members)
+
+
+def _reduce(self: Any, _protocol: int) -> tuple[Any, ...]:
+    return _rebuild, (type(self)._idap_original, type(self)._idap_program), vars(self)
+
+
+def _rebuild(kind: Any, program: Program) -> Any:
+    made = kind.__new__(kind)
+    made.__class__ = _class_of(kind, program, _compiled(program, inspect.signature(kind.forward)))
+    return made
+
+
+def check_program(module: nn.Module, program: Program) -> None:
+    """Check that all that a program names is there.
+
+    Raises:
+        PlanError: names the first that isn't.
+    """
+    for step in (step for routine in program.routines for step in routine.steps):
+        if step.module:
+            _part(module, step.module, "module")
+        elif not allowed(step.function):
+            raise PlanError(f"the code of a rewritten module calls {step.function!r}, which is no function of torch")
+    for routine in program.routines:
+        for tree in (routine.output, *(tree for step in routine.steps for tree in step.trees())):
+            for tag, name in tagged(tree):
+                if tag == "own":
+                    _part(module, name, "tensor")
+    if not program.routines:
+        raise PlanError("the code of a rewritten module is empty")
+
+
+def allowed(function: str) -> bool:
+    """Whether a program may call a function: one of torch's that computes tensors, and does nothing else."""
+    name = function.removesuffix(".__get__").rpartition(".")[2]
+    inward = name.startswith("__") and name not in _OPERATORS
+    return function in torch_functions() and name not in _MEDDLING and not inward
+
+
+def _part(module: nn.Module, name: str, what: str) -> None:
+    try:
+        found: Any = module
+        for part in name.split("."):
+            tables = (found._modules, found._parameters, found._buffers)
+            found = next(table[part] for table in tables if part in table)
+    except (StopIteration, AttributeError, TypeError) as error:
+        raise PlanError(
+            f"the code of a rewritten {type(module).__name__} uses {what} {name!r}, which it lacks"
+        ) from error
+
+
+def _compiled(program: Program, signature: inspect.Signature) -> Callable[..., Any]:
+    """The program as a Python function of the module and its arguments."""
+    ways = [_Way(routine, signature) for routine in program.routines]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        for way in ways:
+            values = way.values(self, given)
+            if values is not None:
+                return way.body(self, *values)
+        raise RewrittenModuleError(
+            f"the forward of this {type(self).__name__} was rewritten for {' or '.join(w.described for w in ways)}, "
+            f"found {_described(given, self)}. Trace the model with inputs of the kind that it gets in use, or analyze "
+            "with swap=False."
+        )
+
+    return forward
+
+
+class _Way:
+    """One way to call a rewritten module, and what it does then."""
+
+    def __init__(self, routine: Routine, signature: inspect.Signature) -> None:
+        self._parameters = signature.parameters
+        # What the traced call passed, by the parameter of forward that it was passed for.
+        bound = signature.bind(None, *routine.args, **dict(routine.kwargs)).arguments
+        bound.pop(next(iter(signature.parameters)))
+        self._expected = {name: _packed(signature.parameters[name], tree) for name, tree in bound.items()}
+        self._inputs = inputs_of(routine)
+        self.described = ", ".join(f"{name}={_told(tree)}" for name, tree in self._expected.items())
+        self.body = function_of(routine, self._inputs)
+
+    def values(self, module: nn.Module, given: Mapping[str, Any]) -> list[Any] | None:
+        """The inputs of the routine; None if it was not written for such arguments."""
+        found: dict[int, Any] = {}
+        for name, tree in self._expected.items():
+            if not _take(tree, given.get(name, self._parameters[name].default), found):
+                return None
+        for name, value in given.items():
+            if name not in self._expected and value is not module and not _is_default(value, self._parameters[name]):
+                return None
+        return [found[number] for number in self._inputs]
+
+
+def _told(tree: Tree) -> str:
+    """An argument as a reader knows it."""
+    return "a tensor" if isinstance(tree, tuple) and tree[:1] == ("value",) else repr(tree)
+
+
+def _described(given: Mapping[str, Any], module: nn.Module) -> str:
+    shown = {name: value for name, value in given.items() if value is not module}
+    return ", ".join(
+        f"{name}=a tensor" if isinstance(value, Tensor) else f"{name}={repr(value)[:40]}"
+        for name, value in shown.items()
+    )
+
+
+def _packed(parameter: inspect.Parameter, tree: Tree) -> Tree:
+    """What is bound to ``*args`` and ``**kwargs`` as a tree."""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return ("tuple", *tree)
+    return ("dict", *tree.items()) if parameter.kind is parameter.VAR_KEYWORD else tree
+
+
+def _is_default(value: Any, parameter: inspect.Parameter) -> bool:
+    if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+        return not value
+    return value is parameter.default or (not isinstance(value, Tensor) and bool(value == parameter.default))
+
+
+def _take(tree: Tree, value: Any, values: dict[int, Any]) -> bool:
+    """Pick the inputs out of an argument; whether it is of the expected kind."""
+    if not isinstance(tree, tuple):
+        return value is tree or (type(value) in (int, float, bool, str) and bool(value == tree))
+    match tree:
+        case ("value", int(number)):
+            values[number] = value
+            return isinstance(value, Tensor | int | torch.SymInt) and not isinstance(value, bool)
+        case ("tuple" | "list", *items):
+            fits = isinstance(value, tuple | list) and len(value) == len(items)
+            return fits and all(_take(item, part, values) for item, part in zip(items, value, strict=True))
+        case ("dict", *pairs):
+            fits = isinstance(value, dict) and set(value) == {key for key, _ in pairs}
+            return fits and all(_take(item, value[key], values) for key, item in pairs)
+        case _:
+            return True  # a data type, a device: it does not matter which

@@ -1,0 +1,163 @@
+"""Turn the routine of a rewritten module into a Python function; its source is made of checked parts only."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from keyword import iskeyword
+from typing import Any
+
+import torch
+from torch import nn
+
+from idap.errors import PlanError
+from idap.graph.ir import ARITHMETIC
+from idap.graph.recording import torch_functions
+from idap.structure.program import Instruction, Routine, Tree, tagged
+
+
+def inputs_of(routine: Routine) -> list[int]:
+    """The numbers of the values that a routine is given, in order."""
+    trees = (*routine.args, *(tree for _, tree in routine.kwargs))
+    return [number for tree in trees for tag, number in tagged(tree) if tag == "value"]
+
+
+def function_of(routine: Routine, inputs: Sequence[int]) -> Callable[..., Any]:
+    """A routine as a Python function of the module and the values of its inputs.
+
+    Raises:
+        PlanError: a part of the routine means nothing.
+    """
+    globals_: dict[str, Any] = {"torch": torch, "calc": _calculate, "device_of": _device_of}
+    lines = [f"def body(self, {', '.join(f'v{number}' for number in inputs)}):"]
+    last = _last_uses(routine)
+    for place, step in enumerate(routine.steps):
+        lines += [f"    {line}" for line in _lines(step, place, globals_)]
+        over = [f"v{n}" for n, used in last.items() if used == place]
+        if over:
+            lines.append(f"    {' = '.join(over)} = None")
+    lines.append(f"    return {_source(routine.output, globals_)}")
+    _check_values(routine)
+    exec(compile("\n".join(lines), f"<rewritten, {len(routine.steps)} steps>", "exec"), globals_)
+    body: Callable[..., Any] = globals_["body"]
+    return body
+
+
+def _check_values(routine: Routine) -> None:
+    """Every value must be made before it is used."""
+    made = set(inputs_of(routine))
+    for step in routine.steps:
+        _check_made(_used(step.trees()), made)
+        made |= {number for _, number in step.results}
+    _check_made(_used([routine.output]), made)
+
+
+def _check_made(used: Iterable[int], made: set[int]) -> None:
+    for number in used:
+        if number not in made or number < 0:
+            raise PlanError(f"the code of a rewritten module uses value {number}, which nothing makes")
+
+
+def _used(trees: Iterable[Tree]) -> Iterator[int]:
+    """The numbers of the values that trees use."""
+    return (number for tree in trees for tag, number in tagged(tree) if tag == "value")
+
+
+def _last_uses(routine: Routine) -> dict[int, int]:
+    """Value -> the last step that uses it, without those that are returned."""
+    last: dict[int, int] = {}
+    for place, step in enumerate(routine.steps):
+        for number in _used(step.trees()):
+            last[number] = place
+    for number in _used([routine.output]):
+        last.pop(number, None)
+    return last
+
+
+def _lines(step: Instruction, place: int, globals_: dict[str, Any]) -> Iterator[str]:
+    args = [_source(tree, globals_) for tree in step.args]
+    args += [f"{_name(key)}={_source(tree, globals_)}" for key, tree in step.kwargs]
+    if step.module:
+        called = _path(step.module)
+    else:
+        called = f"f{place}"
+        globals_[called] = torch_functions()[step.function]
+    call = f"{called}({', '.join(args)})"
+    if len(step.results) == 1 and not step.results[0][0]:
+        yield f"v{int(step.results[0][1])} = {call}"
+        return
+    yield f"result = {call}"
+    for path, number in step.results:
+        yield f"v{int(number)} = result{''.join(f'[{key!r}]' for key in path)}"
+
+
+def _name(key: str) -> str:
+    if not isinstance(key, str) or not key.isidentifier() or iskeyword(key):
+        raise PlanError(f"the code of a rewritten module has an argument named {key!r}")
+    return key
+
+
+def _source(tree: Tree, globals_: Mapping[str, Any]) -> str:  # noqa: PLR0912 - one case per tag
+    if not isinstance(tree, tuple):
+        return repr(tree)
+    parts = partial(_join, globals_)
+    match tree:
+        case ("value", int(number)):
+            return f"v{number}"
+        case ("own", str(name)):
+            return _path(name)
+        case ("size", of, int(dim)):
+            return f"{_source(of, globals_)}.size({dim})"
+        case ("calc", str(symbol), *operands) if symbol in ARITHMETIC:
+            return f"calc({symbol!r}, {parts(operands)})"
+        case ("list", *items):
+            return f"[{parts(items)}]"
+        case ("tuple", *items):
+            return f"({parts(items)}{',' if len(items) == 1 else ''})"
+        case ("dict", *pairs):
+            return "{" + ", ".join(f"{key!r}: {_source(item, globals_)}" for key, item in pairs) + "}"
+        case ("slice", start, stop, step):
+            return f"slice({parts((start, stop, step))})"
+        case ("ellipsis",):
+            return "..."
+        case ("dtype" | "format", str(name)) if isinstance(
+            getattr(torch, name, None), torch.dtype | torch.memory_format
+        ):
+            return f"torch.{name}"
+        case ("dtype of", of):
+            return f"{_source(of, globals_)}.dtype"
+        case ("device",):
+            return "device_of(self)"
+        case ("float", ("inf" | "-inf" | "nan") as text):
+            return f"float({text!r})"
+        case ("in training", float(share)):
+            return f"({share!r} if self.training else 0.0)"
+        case ("training",):
+            return "self.training"
+        case _:
+            raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
+
+
+def _join(globals_: Mapping[str, Any], trees: Sequence[Tree]) -> str:
+    return ", ".join(_source(tree, globals_) for tree in trees)
+
+
+def _calculate(symbol: str, first: int, *others: int) -> int:
+    """Arithmetic of one or more sizes, from the left."""
+    if not others:
+        return ARITHMETIC[symbol](first)
+    for other in others:
+        first = ARITHMETIC[symbol](first, other)
+    return first
+
+
+def _path(name: str) -> str:
+    """How a part of a module is reached: ``self.mlp.fc1``, or by `getattr` where a name is a number."""
+    found = "self"
+    for part in name.split("."):
+        found = f"{found}.{part}" if part.isidentifier() else f"getattr({found}, {part!r})"
+    return found
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where the module's tensors are."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.get_default_device()
