@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test conformance check format clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/conformance/vision_operators.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "idap needs Python 3.11 or newer, found $$($(PYTHON) --version); run make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,check]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,vision,text,diffusion,test,check]'
+	$(BIN)/python tests/conformance/vision_operators.py  # torchvision beside a CPU build of torch
 	touch $(STAMP)
 
 demo: $(STAMP)  ## train two small networks on handwritten digits and compress them
@@ -18,6 +19,12 @@ demo: $(STAMP)  ## train two small networks on handwritten digits and compress t
 
 test: $(STAMP)  ## everything that must hold, in under 10 minutes
 	$(BIN)/python -m pytest -n 2
+
+conformance: $(STAMP)  ## every architecture, and what Torch-Pruning does with it; takes hours, writes docs/coverage.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m tests.conformance.run
+	$(BIN)/python -m tests.conformance.run --peer
+	$(BIN)/python -m tests.conformance.report
 
 check: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
