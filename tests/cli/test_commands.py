@@ -126,6 +126,33 @@ class TestInspect:
         assert {block["kind"] for block in found["blocks"]} == {"block"}
         assert found["blocked"][0]["reason"].startswith("the model returns it")
 
+    def test_what_needs_new_code_and_what_does_not_without(self, tmp_path):
+        (tmp_path / "heads.py").write_text(
+            "from torch import nn\n"
+            "class Heads(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)\n"
+            "    def forward(self, x):\n"
+            "        found = self.attention(x, x, x, need_weights=False)[0]\n"
+            "        return {'logits': self.head(found), 'features': found}\n"
+        )
+        words = ["inspect", "python:heads.py:Heads", "--input-shape", "1,4,8"]
+        found = idap(*words, "--contract", "logits").stdout
+        assert "1 module whose forward is written anew when its groups are cut" in found
+        assert re.search(r"attention:heads +2 heads", found) and re.search(r"attention\.out_proj +8 neurons", found)
+        found = idap(*words, "--no-swap").stdout
+        assert "written anew" not in found and "2 heads" not in found and "0 groups" in found
+        result = idap(*words, "--contract", "logit")
+        assert result.exit_code != 0 and "returns nothing named 'logit'; it returns logits, features" in text(
+            result.stderr
+        )
+
+    def test_a_type_of_transformers(self):
+        pytest.importorskip("transformers", reason="transformers is not installed; make installs it")
+        result = idap("inspect", "transformers:bret")
+        assert result.exit_code == 2 and "Did you mean bert" in text(result.stderr)
+
     def test_members(self):
         result = idap("inspect", "idap:digits_resnet", "--members")
         assert "stages.0.0.bn1.weight[0]" in result.stdout

@@ -26,7 +26,7 @@ _IN_PYTHON = ("multi_head_attention_forward",)
 _OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 
 
-class _Stack:
+class Stack:
     """The modules that are running, innermost last; one from elsewhere counts as its caller, None outside the model."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,9 +38,11 @@ class _Stack:
 
     @property
     def running(self) -> str | None:
+        """Path of the innermost module, None outside of the model."""
         return self.paths[-1] if self.paths else None
 
     def enter(self, module: nn.Module, _inputs: Any) -> None:
+        """A module is called."""
         path = self.path_of.get(id(vars(module)))
         if path == "":
             self.paths.clear()
@@ -48,11 +50,13 @@ class _Stack:
         self.paths.append(self.running if path is None else path)
 
     def leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        """A module returns."""
         if self.paths:
             self.paths.pop()
 
     @contextmanager
     def followed(self) -> Iterator[None]:
+        """Follow the calls of all modules."""
         before = register_module_forward_pre_hook(self.enter)
         after = register_module_forward_hook(self.leave, always_call=True)
         try:
@@ -63,7 +67,7 @@ class _Stack:
 
 
 class _Intercept(TorchFunctionMode):
-    def __init__(self, stack: _Stack, handler: Handler) -> None:
+    def __init__(self, stack: Stack, handler: Handler) -> None:
         super().__init__()
         self._stack = stack
         self._handler = handler
@@ -92,16 +96,19 @@ def _without_override(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
+def intercept(model: nn.Module, handler: Handler) -> Iterator[Stack]:
     """Route every tensor function that `model` calls through `handler`; leaves nothing behind.
 
     Args:
         model: the model whose forward is run inside the context.
         handler: gets the call's key, the function and its arguments; returns the result.
+
+    Yields:
+        The modules that are running.
     """
-    stack = _Stack(model)
+    stack = Stack(model)
     with stack.followed(), _Intercept(stack, handler):
-        yield
+        yield stack
 
 
 def _reads_itself(frame: types.FrameType, module: nn.Module) -> bool:
@@ -122,7 +129,7 @@ def watch_attributes(model: nn.Module) -> Iterator[dict[str, set[str]]]:
     Returns:
         What receives, by the path of the module that is read, the paths of those that read it.
     """
-    stack, found = _Stack(model), dict[str, set[str]]()
+    stack, found = Stack(model), dict[str, set[str]]()
 
     def read(module: nn.Module, name: str) -> Any:
         if stack.running is not None and not name.startswith("_") and name not in _OF_EVERY_MODULE:

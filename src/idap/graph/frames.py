@@ -11,14 +11,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class DtypeOf:
-    """The data type of a tensor, read by the code and passed on.
-
-    Attributes:
-        name: of the tensor.
-    """
-
-    name: str
+class SameType:
+    """A data type that the code read from a tensor and passes on."""
 
 
 @dataclass(frozen=True)

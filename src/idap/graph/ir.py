@@ -222,6 +222,7 @@ class Graph:
             and once more if it does something else in an ordinary run.
         places: name of a tensor in `frames` -> the node that holds it.
         dropped: call of a fused attention, as `Step.place` -> its dropout in training.
+        unwritable: modules whose code can't be written anew, with the reason.
         module_aliases: every other path of a shared module -> its first path.
     """
 
@@ -237,6 +238,7 @@ class Graph:
     frames: Mapping[str, tuple[tuple[Frame, ...], ...]] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, float] = field(default_factory=dict)
+    unwritable: Mapping[str, str] = field(default_factory=dict)
     module_aliases: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property

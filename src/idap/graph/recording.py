@@ -1,6 +1,7 @@
 """Note what a forward pass does while the exporter runs it: calls, sizes with their origin, module boundaries."""
 
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import get_overridable_functions, resolve_name
 from torch.utils._pytree import tree_leaves
 
-from idap.graph.calls import intercept
-from idap.graph.frames import Built, DtypeOf, Frame, Step, Unseen
+from idap.graph.calls import Stack, intercept
+from idap.graph.frames import Built, Frame, Step, Unseen
 from idap.graph.ir import CallKey, Comparison, Expression, Extent, Operation, Ref, leaves
 from idap.graph.provenance import Notes, TracedInt, expression_of, plain, remember_sizes
+from idap.graph.types import type_passed
 
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -78,6 +80,8 @@ class _Open:
     path: str
     args: Any
     kwargs: Any
+    modes: tuple[bool, ...]
+    reads_type: bool = False
     steps: list[Step] = field(default_factory=list)
 
 
@@ -107,7 +111,6 @@ class _Recorder:
         self._origin: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._open: list[_Open] = []
         self._places: dict[str, int] = {}
-        self._dtype_read: tuple[str, torch.dtype] | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with everything noted; what an earlier run noted is forgotten."""
@@ -121,24 +124,23 @@ class _Recorder:
             self._name(leaf, f"input:{place}")
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
             self._name(tensor, f"tensor:{name}")
-        with ExitStack() as wrapped, intercept(self._model, self._call):
+        with ExitStack() as wrapped, intercept(self._model, self._call) as stack:
             for module in self._model.modules():
-                wrapped.enter_context(self._followed(module))
-            result = self._enter_root(args, kwargs)
+                wrapped.enter_context(self._followed(module, stack))
+            stack.enter(self._model, ())  # it was entered before anyone followed
+            result = self._model.forward(*args, **kwargs)
         self.record.escaped |= self._notes.escaped
         self.record.compared += self._notes.compared
         return result
 
-    def _enter_root(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model once more as a module: it was entered before what follows modules was there."""
-        return nn.Module.__call__(self._model, *args, **kwargs)
-
     @contextmanager
-    def _followed(self, module: nn.Module) -> Iterator[None]:
+    def _followed(self, module: nn.Module, stack: Stack) -> Iterator[None]:
         """Note what goes in and out of a module. By its forward, for there is code that asks whether it has hooks."""
         own, before = vars(module).get("forward"), self._forward if module is self._model else module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if stack.running != self._paths[id(vars(module))]:  # called directly: its steps are those of its caller
+                return before(*args, **kwargs)
             self._entered(module, args, kwargs)
             result = before(*args, **kwargs)
             self._returned(result)
@@ -163,7 +165,7 @@ class _Recorder:
 
     def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._notes.module = self._paths[id(vars(module))]
-        self._open.append(_Open(self._notes.module, self._noted(args), self._noted(kwargs)))
+        self._open.append(_Open(self._notes.module, self._noted(args), self._noted(kwargs), _modes()))
 
     def _returned(self, output: Any) -> None:
         done = self._open.pop()
@@ -191,8 +193,8 @@ class _Recorder:
             if type(tree) not in (tuple, list, torch.Size):
                 return Built(type(tree).__name__, dict(enumerate(members)))
             return members if isinstance(tree, list) else tuple(members)
-        if isinstance(tree, torch.dtype) and self._dtype_read is not None and self._dtype_read[1] == tree:
-            return DtypeOf(self._dtype_read[0])
+        if isinstance(tree, torch.dtype) and self._open and self._open[-1].reads_type:
+            return type_passed(self._calling(), tree)
         return tree if isinstance(tree, _PLAIN) else Unseen(type(tree).__name__)
 
     def _call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,7 +211,6 @@ class _Recorder:
 
     def _noted_call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         noted = (self._noted(args), self._noted(kwargs))
-        self._dtype_read = None
         events = self.record.events
         with fx_traceback.annotate({"idap_call": len(events)}):
             event = Event(key, self._place(key), _expressions(args, kwargs))
@@ -220,18 +221,25 @@ class _Recorder:
             name = f"{event.place}:{position}"
             event.outputs.append((name, tuple(tensor.shape)))
             self._name(tensor, name)
-        if func == _DTYPE_GETTER and self._origin_of(args[0]):
-            self._dtype_read = self._origin_of(args[0]), result
+        if func == _DTYPE_GETTER and self._open:
+            self._open[-1].reads_type = True
         if self._open and (event.outputs or key[1] == "__setitem__"):
-            step = Step(function_name(func), "", *noted, tuple(places_in(self._noted(result))), event.place)
+            # What runs in other modes than the module was called in has no name: it can't be written anew.
+            name = function_name(func) if _modes() == self._open[-1].modes else ""
+            step = Step(name, "", *noted, tuple(places_in(self._noted(result))), event.place)
             self._open[-1].steps.append(step)
         return result
 
-    def _place(self, key: CallKey) -> str:
-        """The module, the function and the line of code of a call, and how many of that before."""
-        frame = sys._getframe(3)
+    def _calling(self) -> types.FrameType:
+        """The frame of the model's code that makes the call."""
+        frame = sys._getframe(1)
         while frame.f_code.co_filename.endswith(_BETWEEN) and frame.f_back is not None:
             frame = frame.f_back
+        return frame
+
+    def _place(self, key: CallKey) -> str:
+        """The module, the function and the line of code of a call, and how many of that before."""
+        frame = self._calling()
         place = f"{key[0]}/{key[1]}/{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         count = self._places[place] = self._places.get(place, -1) + 1
         return f"{place}/{count}"
@@ -261,6 +269,12 @@ class _Recorder:
         if not origin or any(type(size) is not int for size in value.shape):
             return []
         return [Extent(origin, dim, size) for dim, size in enumerate(value.shape)]
+
+
+def _modes() -> tuple[bool, ...]:
+    """Whether gradients are computed, and whether precision is mixed."""
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"))  # fmt: skip
 
 
 def _expressions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Expression, ...]:

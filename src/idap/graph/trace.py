@@ -1,6 +1,5 @@
 """Export a module with `torch.export` and turn the result into a `Graph`. The only file that calls the exporter."""
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,42 +9,17 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from idap.errors import TraceError
 from idap.graph.calls import watch_attributes
 from idap.graph.convert import Converter, module_names, tensor_names
+from idap.graph.copies import own_inputs, skeleton
 from idap.graph.frames import Frame
-from idap.graph.ir import Graph, ModuleInfo, Node
+from idap.graph.ir import Graph, ModuleInfo
 from idap.graph.provenance import sizes_held
 from idap.graph.recording import recorded
-
-Frames = Mapping[str, Sequence[Frame]]
-"""Module path -> what its own code did in each of its calls."""
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """Copy the module tree and share its parameters: what a forward pass leaves behind never reaches the model."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({error}); idap works on a copy, so that your model stays as it "
-            "is. Remove what cannot be copied (locks, open files, lambdas bound to C objects) from its attributes."
-        ) from error
-    for module in copied.modules():
-        forget_cached(module)
-    return copied
-
-
-def forget_cached(module: nn.Module) -> None:
-    """Empty the dictionaries in which a module keeps tensors that it computed in earlier calls."""
-    for name, held in vars(module).items():
-        if type(held) is not dict or not held or name.startswith("_"):
-            continue
-        if all(isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in held.values()):
-            held.clear()
+from idap.graph.ways import Frames, other_ways
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Graph:
@@ -67,11 +41,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         >>> graph.ops()["aten.linear.default"], graph.shapes["weight"]
         (1, (2, 3))
     """
-    if not isinstance(args, tuple):
-        raise TraceError(
-            f"example inputs must be a tuple of positional arguments, found {type(args).__name__}; "
-            "for one input x write (x,)."
-        )
+    _check_arguments(args)
     kwargs = dict(kwargs or {})
     paths = module_names(model)
     shared = len(set(paths.values())) < len(paths)
@@ -88,7 +58,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
             raise
         tensors = _named_tensors(traced)
         converter = Converter(program, record, tensor_names(tensors), paths)
-    readers, alone = (watched, []) if seen is None else (seen[0], [seen[1], *_run_unmasked(model, args, kwargs)])
+    other = other_ways(model, args, kwargs, record.frames)
+    readers, alone = (watched, []) if seen is None else (seen[0], [seen[1], *other.unmasked])
     return Graph(
         nodes=converter.nodes,
         outputs=converter.outputs,
@@ -104,9 +75,18 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         returned=converter.returned,
         frames=_variants([record.frames, *alone]),
         places=converter.places,
-        dropped=_dropouts_in_training(model, args, kwargs, converter.nodes),
+        dropped=other.dropped,
+        unwritable=other.unwritable,
         module_aliases={path: first for path, first in paths.items() if path != first},
     )
+
+
+def _check_arguments(args: object) -> None:
+    if not isinstance(args, tuple):
+        raise TraceError(
+            f"example inputs must be a tuple of positional arguments, found {type(args).__name__}; "
+            "for one input x write (x,)."
+        )
 
 
 def _worth_running(model: nn.Module, inputs: Any, *, shared: bool) -> bool:
@@ -119,12 +99,6 @@ def _worth_running(model: nn.Module, inputs: Any, *, shared: bool) -> bool:
     if any(tensor.is_meta for tensor in (*given, *model.parameters())):
         return False
     return shared or not all(tensor.is_floating_point() for tensor in given)
-
-
-def own_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of example inputs, so that a model which changes its inputs in place does not change the caller's."""
-    copied: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
-    return copied
 
 
 def _variants(runs: Sequence[Frames]) -> dict[str, tuple[tuple[Frame, ...], ...]]:
@@ -157,49 +131,6 @@ def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             f"{type(error).__name__}: {error}. Pass inputs on which model(*args, **kwargs) runs."
         ) from error
     return readers, record.frames
-
-
-def _dropouts_in_training(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], nodes: Mapping[str, Node]
-) -> dict[str, float]:
-    """The dropout of each fused attention in training, where code says ``p if self.training else 0``."""
-    attention = any(node.op.startswith("aten.scaled_dot_product_attention") for node in nodes.values())
-    if not attention or not any(_drops(module) for module in model.modules()):
-        return {}
-    copied = skeleton(model).train()
-    with torch.no_grad(), recorded(copied) as record:
-        copied(*args, **kwargs)
-    found: dict[str, float] = {}
-    for step in (step for frames in record.frames.values() for frame in frames for step in frame.steps):
-        if step.function.endswith(".scaled_dot_product_attention"):
-            given = step.kwargs.get("dropout_p", step.args[4] if len(step.args) > 4 else 0.0)
-            if isinstance(given, float) and given > 0:
-                found[step.place] = given
-    return found
-
-
-def _drops(module: nn.Module) -> bool:
-    """Whether a module may drop something in training."""
-    held = vars(module).items()
-    return any(type(value) is float and 0 < value < 1 and ("drop" in name or name == "p") for name, value in held)
-
-
-def _unmasked(leaf: Any) -> Any:
-    """A mask that masks nothing, in the place of one: code may take another way then."""
-    if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_meta:
-        return torch.ones_like(leaf) if bool(((leaf == 0) | (leaf == 1)).all()) and bool((leaf == 0).any()) else leaf
-    return leaf
-
-
-def _run_unmasked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frames]:
-    """What the modules do if no mask masks anything, where that can be tried."""
-    wide, named = tree_map(_unmasked, (args, kwargs))
-    if all(one is other for one, other in zip(tree_leaves((args, kwargs)), tree_leaves((wide, named)), strict=True)):
-        return []
-    copied = skeleton(model).eval()
-    with torch.no_grad(), recorded(copied) as record:
-        copied(*wide, **named)
-    return [record.frames]
 
 
 def _export(traced: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

@@ -255,7 +255,7 @@ def _try_cuts(
             for group in groups
             if seed == 0 or random.random() < 0.5
         }
-        settled = settle(demands, layout, layout.presence(kept), rewriter)
+        settled = settle(demands, layout, layout.presence(kept), rewriter, known=rewritten)
         if settled.unmet:
             return {demand: demand.why(settled.values, settled.closed) for demand in settled.unmet}, ()
         rewritten |= dict.fromkeys(settled.programs)

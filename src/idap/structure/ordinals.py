@@ -33,18 +33,20 @@ def renumbered(modules: Mapping[str, ModuleInfo], gone: Callable[[str], bool]) -
         stacks: dict[str, dict[str, int]] = {}
         for path, info in modules.items():
             number = info.sizes.get(name)
-            if isinstance(number, int) and not gone(path):
+            if isinstance(number, int):
                 stacks.setdefault(_stack(path, number), {})[path] = number
         for stack in stacks.values():
-            rank = {number: place for place, number in enumerate(sorted(set(stack.values())))}
+            kept = {number for path, number in stack.items() if not gone(path)}
+            lost = set(stack.values()) - kept
             for path, number in stack.items():
-                if rank[number] != number:
-                    found.setdefault(path, {})[name] = rank[number]
+                below = sum(other < number for other in lost)
+                if below and not gone(path):
+                    found.setdefault(path, {})[name] = number - below
     return found
 
 
 def _stack(path: str, number: int) -> str:
     """Path of the list of layers in which a module has this number; encoder and decoder count on their own."""
     parts = path.split(".")
-    place = next((place for place, part in enumerate(parts) if part == str(number)), 0)
-    return ".".join(parts[:place])
+    places = [place for place, part in enumerate(parts) if part == str(number)]
+    return ".".join(parts[: places[-1]]) if places else ""

@@ -7,12 +7,13 @@ Trees of arguments are plain values, and tuples that begin with a tag:
     ("size", tree, dim)     a size of a tensor
     ("calc", symbol, ...)   arithmetic with sizes
     ("list" | "tuple", ...) ("dict", (key, tree), ...) ("slice", start, stop, step) ("ellipsis",)
-    ("dtype", name) ("dtype of", tree) ("device",) ("format", name) ("float", text) ("training",)
+    ("dtype", name) ("device",) ("same type",) ("format", name) ("float", text) ("training",)
     ("in training", share)  that number in training, else 0
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 from idap.errors import PlanError
@@ -53,12 +54,15 @@ class Routine:
         kwargs: keyword arguments, likewise.
         steps: in order.
         output: what is returned.
+        guards: sizes that must be as they were, because the code took its way by them or computed with them: the
+            size, its value then, and the number of steps that make it known.
     """
 
     args: tuple[Tree, ...]
     kwargs: tuple[tuple[str, Tree], ...]
     steps: tuple[Instruction, ...]
     output: Tree
+    guards: tuple[tuple[Tree, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Program:
                 "kwargs": routine.kwargs,
                 "steps": [[s.function, s.module, s.args, s.kwargs, s.results] for s in routine.steps],
                 "output": routine.output,
+                "guards": routine.guards,
             }
             for routine in self.routines
         ]
@@ -91,8 +96,8 @@ class Program:
             PlanError: a part is missing or of the wrong type.
         """
         try:
-            return cls(tuple(_routine(part) for part in data))
-        except (KeyError, TypeError) as error:
+            return cls(tuple(_checked(_routine(part)) for part in data))
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this is not the code of a module: {type(error).__name__}: {error}") from error
 
 
@@ -115,9 +120,68 @@ def tagged(tree: Tree) -> Iterator[tuple[str, Any]]:
             pass
 
 
+_SHAPES: Mapping[str, tuple[type, ...] | None] = {
+    "value": (int,), "own": (str,), "dtype": (str,), "format": (str,), "float": (str,), "in training": (float,),
+    "ellipsis": (), "device": (), "same type": (), "training": (), "size": None, "calc": None, "list": None,
+    "tuple": None, "dict": None, "slice": None,
+}  # fmt: skip
+"""Tag -> the types of what follows it; None where trees follow."""
+
+
+def check_tree(tree: Tree) -> None:
+    """Check that a tree is made of known tags with parts of the right types, before anything is made of it.
+
+    Raises:
+        PlanError: names the part that means nothing.
+    """
+    if not isinstance(tree, tuple):
+        if tree is not None and type(tree) not in (bool, int, float, str):
+            raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
+        return
+    tag, parts = (tree[0], tree[1:]) if tree else ("", ())
+    if not isinstance(tag, str) or tag not in _SHAPES:
+        raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
+    types = _SHAPES[tag]
+    if types is not None and (tuple(map(type, parts)) != types or (tag == "value" and parts[0] < 0)):
+        raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
+    for part in parts if types is None else ():
+        if tag == "dict":
+            if not isinstance(part, tuple) or len(part) != 2 or type(part[0]) not in (str, int):
+                raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
+            check_tree(part[1])
+        else:
+            check_tree(part)
+
+
+def check_routine(routine: Routine) -> None:
+    """Check every part of a routine; see `check_tree`.
+
+    Raises:
+        PlanError: names the part that means nothing.
+    """
+    named = [pair for pairs in (routine.kwargs, *(step.kwargs for step in routine.steps)) for pair in pairs]
+    for key, _ in named:
+        if not isinstance(key, str) or not key.isidentifier() or iskeyword(key):
+            raise PlanError(f"the code of a rewritten module has an argument named {key!r}")
+    trees = [*routine.args, *(tree for _, tree in named), *(tree for step in routine.steps for tree in step.args)]
+    for tree in (*trees, routine.output, *(guard for guard, _, _ in routine.guards)):
+        check_tree(tree)
+    for step in routine.steps:
+        if type(step.function) is not str or type(step.module) is not str:
+            raise PlanError(f"the code of a rewritten module calls {step.function!r}, which is no function of torch")
+        for path, number in step.results:
+            if type(number) is not int or number < 0 or any(type(key) not in (int, str) for key in path):
+                raise PlanError(f"the code of a rewritten module makes value {number!r}, which means nothing")
+
+
+def _checked(routine: Routine) -> Routine:
+    check_routine(routine)
+    return routine
+
+
 def _routine(data: Mapping[str, Any]) -> Routine:
     steps = tuple(Instruction(*(tuples(part) for part in step)) for step in data["steps"])
-    return Routine(tuples(data["args"]), tuples(data["kwargs"]), steps, tuples(data["output"]))
+    return Routine(tuples(data["args"]), tuples(data["kwargs"]), steps, tuples(data["output"]), tuples(data["guards"]))
 
 
 def tuples(tree: Any) -> Any:

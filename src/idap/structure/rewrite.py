@@ -6,12 +6,12 @@ sizes, such as the scale of an attention, keep their original value.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from idap.graph.frames import DtypeOf, Frame, Step, Unseen
+from idap.graph.frames import Frame, SameType, Step, Unseen
 from idap.graph.ir import Attribute, Expression, Extent, Graph, Literal, Node, Operation, Ref
 from idap.graph.provenance import sources
 from idap.graph.rules.attention import implied_scale
@@ -42,7 +42,7 @@ class Rewriter:
     def __init__(self, graph: Graph, *, enabled: bool = True) -> None:
         self.graph = graph
         self.enabled = enabled
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, str] = dict(graph.unwritable)
         self._checked: set[str] = set()
         self.nodes: dict[str, list[Node]] = {}
         for node in graph.nodes.values():
@@ -94,6 +94,16 @@ class Rewriter:
             found.append(first)
         return Program(tuple(dict.fromkeys(found)))
 
+    def settled_sizes(self, path: str, now: Callable[[Expression], int | None]) -> Iterator[tuple[Expression, int]]:
+        """Sizes of tensors that a module's code compared, or computed with, and that no cut changes."""
+        asked = [leaf for leaf, modules in self.graph.escaped.items() if path in modules]
+        for note in self.graph.comparisons:
+            if note.module == path:
+                asked += [*sources(note.left), *sources(note.right)]
+        for leaf in dict.fromkeys(asked):
+            if isinstance(leaf, Extent) and now(leaf) == leaf.value:
+                yield leaf, leaf.value
+
     def below(self, path: str, name: str, *, tensor: bool) -> str:
         """The name of a tensor or module as seen from the module at `path`."""
         prefix = f"{path}." if path else ""
@@ -121,15 +131,40 @@ class _Writer:
         self._count = 0
         self._targets: dict[int, int] = {}
         self._position = 0
-        self._known = True
+        self._known, self._handing_on = True, False
 
     def routine(self) -> Routine:
         """What the module does in this call."""
         args = tuple(self._input(item) for item in self._frame.args)
         kwargs = tuple((name, self._input(item)) for name, item in self._frame.kwargs.items())
-        steps = tuple(self._step(step) for step in self._frame.steps)
-        self._targets, self._known = {}, True
-        return Routine(args, kwargs, steps, self._tree(self._frame.output))
+        waiting = dict(self._rewriter.settled_sizes(self._path, self._now))
+        guards = list(self._guards(waiting, 0))
+        steps = []
+        for step in self._frame.steps:
+            steps.append(self._step(step))
+            guards += self._guards(waiting, len(steps))
+        self._targets, self._known, self._handing_on = {}, True, False
+        return Routine(args, kwargs, tuple(steps), self._tree(self._frame.output), tuple(guards))
+
+    def _guards(self, waiting: dict[Expression, int], place: int) -> Iterator[tuple[Tree, int, int]]:
+        """The sizes that must be as they were, as soon as they are known."""
+        for expression, value in list(waiting.items()):
+            try:
+                tree = self._calc(self._raw(expression))
+            except CannotRewriteError:
+                continue
+            del waiting[expression]
+            if isinstance(tree, tuple):
+                yield tree, value, place
+
+    def _raw(self, expression: Expression) -> Expression:
+        """A size in the names of the record, of a tensor that is at hand."""
+        if not isinstance(expression, Extent):
+            return expression
+        for name in self._number:
+            if self._rewriter.graph.places.get(name) == expression.node:
+                return Extent(name, expression.dim, expression.value)
+        raise CannotRewriteError("not known yet")
 
     def _input(self, item: Any) -> Tree:
         """An argument as it comes: tensors and sizes get a number, all else must be the same each time."""
@@ -154,7 +189,7 @@ class _Writer:
             raise CannotRewriteError(f"its code calls {step.place.split('/')[1]}, unknown to torch")
         nodes = self._rewriter.nodes.get(step.place, [])
         self._targets, self._position = {}, 0
-        self._known = bool(nodes) or bool(step.module)
+        self._known, self._handing_on = bool(nodes) or bool(step.module), bool(step.module)
         for node in nodes:
             for position in range(len(node.sizes)):
                 if (node.name, position) in self._wanted:
@@ -203,10 +238,10 @@ class _Writer:
             return item
         if item is ...:
             return ("ellipsis",)
+        if isinstance(item, SameType):
+            return ("same type",)
         if isinstance(item, torch.dtype):
             return ("dtype", str(item).removeprefix("torch."))
-        if isinstance(item, DtypeOf):
-            return ("dtype of", self._tensor(item.name))
         if isinstance(item, torch.device):
             return ("device",)
         if isinstance(item, torch.memory_format):
@@ -223,6 +258,8 @@ class _Writer:
 
     def _int(self, expression: Expression) -> Tree:
         """An int in the place that is read next: the number that a cut asks for, else what it was."""
+        if self._handing_on:
+            return self._calc(expression)
         target = self._targets.get(self._position, expression.value)
         self._position += 1
         return self._fitted(expression, target)
@@ -263,6 +300,8 @@ class _Writer:
 
     def _local(self, expression: Expression) -> Expression:
         """The expression in the names of the graph."""
+        if isinstance(expression, Extent) and expression.node in self._rewriter.graph.nodes:
+            return expression
         if isinstance(expression, Extent):
             node = self._rewriter.graph.places.get(expression.node)
             return Extent(node, expression.dim, expression.value) if node else Literal(expression.value)

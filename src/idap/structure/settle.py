@@ -1,6 +1,6 @@
 """What a cut takes beside slicing: new values for the ints of modules, new code for modules that can't follow."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass
 
 from idap.graph.ir import Attribute
@@ -33,6 +33,8 @@ def settle(
     present: Presence,
     rewriter: Rewriter,
     gone: Callable[[str], bool] = lambda _: False,
+    *,
+    known: Collection[str] = (),
 ) -> Settled:
     """Find new values for attributes so that every demand is met; where none exist rewrite the code that demands it.
 
@@ -42,8 +44,9 @@ def settle(
         present: labels that stay.
         rewriter: of the same model.
         gone: whether a module is removed.
+        known: modules that are taken to be rewritten from the start, without their programs being written.
     """
-    rewritten: set[str] = set()
+    rewritten = set(known)
     while True:
         closed = {
             leaf
@@ -60,11 +63,11 @@ def settle(
         if unmet:
             return Settled(values, {}, tuple(unmet), closed)
         try:
-            programs = {path: rewriter.program(path, layout, values) for path in sorted(rewritten)}
+            programs = {path: rewriter.program(path, layout, values) for path in sorted(rewritten - set(known))}
         except CannotRewriteError as error:
-            path = next(path for path in sorted(rewritten) if _fails(rewriter, path, layout, values))
+            path = next(path for path in sorted(rewritten - set(known)) if _fails(rewriter, path, layout, values))
             rewriter.refused[path] = str(error)
-            rewritten.clear()
+            rewritten = set(known)
             continue
         return Settled(values, programs, (), closed)
 

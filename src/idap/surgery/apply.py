@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import PlanError
-from idap.graph.trace import forget_cached
+from idap.graph.copies import forget_cached
+from idap.graph.provenance import sizes_held
 from idap.structure.plan import Plan
 from idap.surgery.bypass import stand_in
 from idap.surgery.rewritten import SETTINGS_ABOVE, original_class, rewrite_, rewritten_class
@@ -90,9 +91,12 @@ def _check_modules(model: nn.Module, plan: Plan) -> None:
         if path not in modules:
             raise PlanError(f"the plan does not fit this model: it has no module {path!r}")
     for path, values in plan.attributes.items():
-        missing = [name for name in values if not hasattr(modules[path], name)]
-        if missing:
-            raise PlanError(f"the plan does not fit this model: module {path!r} has no attribute {missing[0]!r}")
+        held = sizes_held(modules[path])
+        for name, value in values.items():
+            if name not in held:
+                raise PlanError(f"the plan does not fit this model: module {path!r} has no attribute {name!r}")
+            if isinstance(held[name], int) != isinstance(value, int):
+                raise PlanError(f"the plan does not fit this model: {name!r} of module {path!r} can't become {value!r}")
     for path, program in plan.programs.items():
         rewritten_class(original_class(type(modules[path])), program, modules[path])
     for path, kind in plan.replaced.items():
@@ -122,9 +126,10 @@ def _sliced(model: nn.Module, plan: Plan) -> dict[int, Tensor]:
     for name, tensor in _tensors(model):
         if name in plan.tensors:
             small = cut_tensor(tensor.detach(), plan.tensors[name])
-            found[id(tensor)] = (
-                nn.Parameter(small, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
-            )
+            if isinstance(tensor, nn.Parameter):
+                small = nn.Parameter(small, requires_grad=tensor.requires_grad)
+                vars(small).update(vars(tensor))  # marks that users leave for their optimizers
+            found[id(tensor)] = small
     return found
 
 

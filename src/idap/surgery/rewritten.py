@@ -92,7 +92,7 @@ def _class_of(kind: type, program: Program, forward: Callable[..., Any]) -> type
 
 
 def _reduce(self: Any, _protocol: int) -> tuple[Any, ...]:
-    return _rebuild, (type(self)._idap_original, type(self)._idap_program), vars(self)
+    return _rebuild, (type(self)._idap_original, type(self)._idap_program), self.__getstate__()
 
 
 def _rebuild(kind: Any, program: Program) -> Any:
@@ -224,5 +224,9 @@ def _take(tree: Tree, value: Any, values: dict[int, Any]) -> bool:
         case ("dict", *pairs):
             fits = isinstance(value, dict) and set(value) == {key for key, _ in pairs}
             return fits and all(_take(item, value[key], values) for key, item in pairs)
+        case ("dtype", name):
+            return value is getattr(torch, str(name), None)
+        case ("same type",):
+            return isinstance(value, torch.dtype)
         case _:
-            return True  # a data type, a device: it does not matter which
+            return True  # a device: it does not matter which

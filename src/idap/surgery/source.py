@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from idap.errors import PlanError
+from idap.errors import PlanError, RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
 from idap.graph.recording import torch_functions
-from idap.structure.program import Instruction, Routine, Tree, tagged
+from idap.structure.program import Instruction, Routine, Tree, check_routine, tagged
 
 
 def inputs_of(routine: Routine) -> list[int]:
@@ -26,12 +26,19 @@ def function_of(routine: Routine, inputs: Sequence[int]) -> Callable[..., Any]:
     Raises:
         PlanError: a part of the routine means nothing.
     """
-    globals_: dict[str, Any] = {"torch": torch, "calc": _calculate, "device_of": _device_of}
-    lines = [f"def body(self, {', '.join(f'v{number}' for number in inputs)}):"]
+    check_routine(routine)
+    globals_: dict[str, Any] = {"torch": torch, "calc": _calculate, "device_of": _device_of, "check": _check_size}
+    globals_["type_of"] = _type_of
+    lines = [f"def body(self, {', '.join(f'v{int(number)}' for number in inputs)}):"]
+    given = f"v{inputs[0]}" if inputs else "None"
+    lines.append(f"    device, kind = device_of(self, {given}), type_of(self, {', '.join(f'v{n}' for n in inputs)})")
     last = _last_uses(routine)
+    guards = [(_source(tree, globals_), int(value), int(place)) for tree, value, place in routine.guards]
+    lines += [f"    check(self, {source}, {value})" for source, value, place in guards if place == 0]
     for place, step in enumerate(routine.steps):
         lines += [f"    {line}" for line in _lines(step, place, globals_)]
-        over = [f"v{n}" for n, used in last.items() if used == place]
+        lines += [f"    check(self, {source}, {value})" for source, value, known in guards if known == place + 1]
+        over = [f"v{int(n)}" for n, used in last.items() if used == place]
         if over:
             lines.append(f"    {' = '.join(over)} = None")
     lines.append(f"    return {_source(routine.output, globals_)}")
@@ -67,7 +74,7 @@ def _last_uses(routine: Routine) -> dict[int, int]:
     for place, step in enumerate(routine.steps):
         for number in _used(step.trees()):
             last[number] = place
-    for number in _used([routine.output]):
+    for number in _used([routine.output, *(tree for tree, _, _ in routine.guards)]):
         last.pop(number, None)
     return last
 
@@ -122,10 +129,10 @@ def _source(tree: Tree, globals_: Mapping[str, Any]) -> str:  # noqa: PLR0912 - 
             getattr(torch, name, None), torch.dtype | torch.memory_format
         ):
             return f"torch.{name}"
-        case ("dtype of", of):
-            return f"{_source(of, globals_)}.dtype"
         case ("device",):
-            return "device_of(self)"
+            return "device"
+        case ("same type",):
+            return "kind"
         case ("float", ("inf" | "-inf" | "nan") as text):
             return f"float({text!r})"
         case ("in training", float(share)):
@@ -153,11 +160,29 @@ def _path(name: str) -> str:
     """How a part of a module is reached: ``self.mlp.fc1``, or by `getattr` where a name is a number."""
     found = "self"
     for part in name.split("."):
-        found = f"{found}.{part}" if part.isidentifier() else f"getattr({found}, {part!r})"
+        plain = part.isidentifier() and not iskeyword(part)
+        found = f"{found}.{part}" if plain else f"getattr({found}, {part!r})"
     return found
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    """Where the module's tensors are."""
+def _check_size(module: nn.Module, size: int, expected: int) -> None:
+    if size != expected:
+        raise RewrittenModuleError(
+            f"the code of this {type(module).__name__} was rewritten for a size of {expected}, found {size}: it takes "
+            "another way for other sizes, or computes with them. Trace the model with inputs of the size that it gets "
+            "in use, or analyze with swap=False."
+        )
+
+
+def _type_of(module: nn.Module, *given: Any) -> torch.dtype:
+    """The floating point type of the first input that has one, else of the first parameter."""
+    tensors = [*(item for item in given if isinstance(item, torch.Tensor)), *module.parameters()]
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+
+
+def _device_of(module: nn.Module, first: Any) -> torch.device:
+    """Where the module works: where its first input is, else where its tensors are."""
+    if isinstance(first, torch.Tensor):
+        return first.device
     tensors = [*module.parameters(), *module.buffers()]
     return tensors[0].device if tensors else torch.get_default_device()

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from idap.errors import VerificationError
+from idap.graph.copies import own_inputs
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.labels import Dim
 from idap.graph.rules.attention import implied_scale
 from idap.graph.rules.flow import arguments, operator
 from idap.graph.run import run
-from idap.graph.trace import own_inputs
 from idap.structure.analysis import Structure
 from idap.structure.layout import Presence, count, slots
 from idap.structure.plan import Plan

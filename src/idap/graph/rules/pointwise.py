@@ -7,6 +7,8 @@ from idap.graph.rules.flow import Flow, arguments, broadcast, rule
 
 @rule(
     "add",
+    "leaky_relu",  # torch 2.11 does not mark these two as pointwise
+    "rrelu",
     "relu6",
     "selu",
     "celu",

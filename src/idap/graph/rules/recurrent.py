@@ -41,7 +41,15 @@ def recurrent(flow: Flow, node: Node) -> list[list[Dim]]:
         Contraction(node.name, "recurrent", given["input"].name, last, weights[0], 1, 0, len(node.shape) - 1)
     )
     made = [*flow.of(given["input"])[:-1], concat([state] * directions)]
-    return [made, *([*flow.of(ref)[:-1], state] for ref in states)]
+    return [made, *(_state(flow, ref, state, shape) for ref, shape in zip(states, node.shapes[1:], strict=True))]
+
+
+def _state(flow: Flow, ref: Ref, state: Dim, shape: tuple[int, ...]) -> list[Dim]:
+    """The dims of a state that is returned; torch 2.11 announces it with other dims than it has."""
+    dims = flow.of(ref)[:-1]
+    if tuple(dim.shape[1] for dim in dims) != shape[:-1]:
+        dims = [fixed(size) for size in shape[:-1]]
+    return [*dims, state]
 
 
 def _read(flow: Flow, weight: str) -> Dim:
