@@ -20,16 +20,24 @@ def type_passed(frame: types.FrameType, dtype: torch.dtype) -> torch.dtype | Sam
         dtype: that is passed.
 
     Returns:
-        The type itself if the call names it, `SameType` if the code names no type anywhere, else nothing known.
+        The type itself if the call names it among its last arguments, `SameType` if the code names no type anywhere,
+        else nothing known.
     """
     if not dtype.is_floating_point:
         return dtype
-    positions = list(frame.f_code.co_positions())
-    start, end = positions[frame.f_lasti // 2][:2] if frame.f_lasti // 2 < len(positions) else (None, None)
-    if start is None or end is None:
-        return Unseen("a data type of unknown origin")
-    text = "".join(linecache.getline(frame.f_code.co_filename, line) for line in range(start, end + 1))
-    if _IN_TEXT.search(text):
+    if _IN_TEXT.search(_last_arguments(frame)):
         return dtype
     names = any(name in _NAMED for name in frame.f_code.co_names)
     return Unseen("a data type of unknown origin") if names else SameType()
+
+
+def _last_arguments(frame: types.FrameType) -> str:
+    """The source of a call from its last opening bracket on, "" where it is not at hand."""
+    positions = list(frame.f_code.co_positions())
+    place = frame.f_lasti // 2
+    start, end, _, column = positions[place] if place < len(positions) else (None, None, None, None)
+    if start is None or end is None or column is None:
+        return ""
+    lines = [linecache.getline(frame.f_code.co_filename, line) for line in range(start, end + 1)]
+    text = "".join([*lines[:-1], lines[-1].encode()[:column].decode(errors="ignore")])
+    return text[text.rfind("(") :]

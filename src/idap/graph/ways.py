@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from idap.graph.copies import own_inputs, skeleton
 from idap.graph.frames import Frame, Step
+from idap.graph.ir import Attribute, Extent, Operation, leaves
 from idap.graph.recording import recorded
 
 Frames = Mapping[str, Sequence[Frame]]
 """Module path -> what its own code did in each of its calls."""
 
 _ATTENTION = ".scaled_dot_product_attention"
+_SIZES = (int, Attribute, Extent, Operation)
 _FOLLOWS = ("training", "dropout_p")
 """Arguments that may differ in training: new code sets them by the mode."""
 
@@ -52,7 +54,8 @@ def other_ways(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         frames: what they do in evaluation.
     """
     found = Ways(_run_unmasked(model, args, kwargs), {}, dict(_closed(model, frames)))
-    asking = [path for path, module in model.named_modules() if _asks_for_training(module)]
+    modules = model.named_modules()
+    asking = [path for path, module in modules if _is_given_sizes(frames.get(path, ())) and _asks_for_training(module)]
     if not asking:
         return found
     training = _run_in_training(model, args, kwargs)
@@ -76,6 +79,17 @@ def _closed(model: nn.Module, frames: Frames) -> Iterator[tuple[str, str]]:
             yield path, "its forward was replaced on the object"
         elif any(step.module in hooked for frame in frames.get(path, ()) for step in frame.steps if step.module):
             yield path, "a module that it calls has hooks"
+
+
+def _is_given_sizes(frames: Sequence[Frame]) -> bool:
+    """Whether a module's own code may ever need to be written anew: it hands sizes to functions, or has attention."""
+    for step in (step for frame in frames for step in frame.steps if not step.module):
+        given = leaves((step.args, dict(step.kwargs)))
+        if step.function.endswith(_ATTENTION) or any(
+            isinstance(leaf, _SIZES) and not isinstance(leaf, bool) for leaf in given
+        ):
+            return True
+    return False
 
 
 def _asks_for_training(module: nn.Module) -> bool:
