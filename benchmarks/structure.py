@@ -13,6 +13,7 @@ Questions:
 import argparse
 import copy
 import json
+import math
 import platform
 import resource
 import statistics
@@ -162,14 +163,19 @@ def pairs() -> dict[str, Any]:
         rows.append(
             {
                 "model": name,
-                "idap_s": round(statistics.median(ours), 3),
-                "torch_pruning_s": round(statistics.median(theirs), 3),
-                "median_ratio": round(statistics.median(o / t for o, t in zip(ours, theirs, strict=True)), 3),
-                "all": {way: [round(second, 3) for second in values[1:]] for way, values in seconds.items()},
+                "idap_s": _middle(ours),
+                "torch_pruning_s": _middle(theirs),
+                "median_ratio": _middle([o / t for o, t in zip(ours, theirs, strict=True)]),
+                "all": {way: [_middle([second]) for second in found[1:]] for way, found in seconds.items()},
             }
         )
         print(rows[-1], flush=True)
     return {"models": rows}
+
+
+def _middle(values: list[float]) -> float | None:
+    """The median; None if a run failed."""
+    return None if any(map(math.isnan, values)) else round(statistics.median(values), 3)
 
 
 def _timed(way: Callable[[nn.Module, torch.Tensor], None], model: nn.Module, images: torch.Tensor) -> float:

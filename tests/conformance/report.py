@@ -19,9 +19,10 @@ EXACT = 1e-4
 
 INTRODUCTION = """# Coverage
 
-What was tried, and what came of it. Every line is one run of `make conformance`, which writes
-`benchmarks/results/coverage.json` and then this page. Random weights, batch of two, float32, one thread per model, two
-models at a time on a 2-core machine.
+What was tried, and what came of it. `make conformance` writes `benchmarks/results/coverage.json`, one row per model,
+and then this page; a model of its catalogue that is not listed here has not been run on the product yet. Random
+weights, batch of two, float32, one thread per model, up to three models at a time on a 2-core machine, which the
+seconds show.
 
 For each model, without any hint about it:
 
@@ -34,7 +35,8 @@ For each model, without any hint about it:
 - **blocks**: residual branches and blocks that can go, and how many were exact when each was removed on its own;
   random sets of them were tried too.
 - **new code**: modules whose own code can't come to the sizes of that cut, so that it was written anew.
-- **Torch-Pruning** 1.6.1, its high-level pruner, 50 % of everything but the layers that write the outputs.
+- **Torch-Pruning** 1.6.1, its high-level pruner, 50 % of everything but the layers that write the outputs; empty where
+  it has not been run.
 """
 
 

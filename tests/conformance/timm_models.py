@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import torch
 from torch import nn
 
 from tests.conformance import vision_operators
@@ -38,9 +37,8 @@ def _inputs(name: str) -> Inputs:
     vision_operators.make_importable()
     import timm
 
-    if name == "gemma4_vit_167m":  # works on patches and their places
-        places = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), dim=-1).reshape(1, 36, 2)
-        return (), {"patches": torch.randn(2, 36, 768), "patch_coord": places.repeat(2, 1, 1)}
+    if name == "gemma4_vit_167m":  # takes any size, and 768 pixels by default
+        return (image(192),), {}
     size: tuple[int, int, int] = timm.get_pretrained_cfg(name).input_size
     return (image(size[-1], size[0]),), {}
 
