@@ -25,13 +25,10 @@ from idap.graph.types import type_passed
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _COUNTS = ("numel", "nelement")
-
-
 _PLAIN = (int, float, str, bool, complex, type(None), type(...), torch.dtype, torch.device, torch.memory_format)
 
 _FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "tril_indices", "triu_indices")
 """Functions that make tensors of numbers."""
-
 
 _BETWEEN = ("idap/graph/recording.py", "idap/graph/calls.py", "torch/overrides.py")
 """Files whose lines lie between the code of a model and the note of its call."""
@@ -105,9 +102,6 @@ class _Recorder:
     def __init__(self, model: nn.Module, notes: Notes) -> None:
         self.record = Record()
         self._model, self._notes, self._forward = model, notes, model.forward
-        self._paths: dict[int, str] = {}
-        for path, module in model.named_modules():
-            self._paths.setdefault(id(vars(module)), path)
         self._origin: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._open: list[_Open] = []
         self._places: dict[str, int] = {}
@@ -138,10 +132,12 @@ class _Recorder:
         """Note what goes in and out of a module. By its forward, for there is code that asks whether it has hooks."""
         own, before = vars(module).get("forward"), self._forward if module is self._model else module.forward
 
+        path = stack.path_of[id(vars(module))]
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if stack.running != self._paths[id(vars(module))]:  # called directly: its steps are those of its caller
+            if stack.running != path:  # called directly: its steps are those of its caller
                 return before(*args, **kwargs)
-            self._entered(module, args, kwargs)
+            self._entered(path, args, kwargs)
             result = before(*args, **kwargs)
             self._returned(result)
             return result
@@ -163,9 +159,9 @@ class _Recorder:
         found = self._origin.get(id(value)) if isinstance(value, Tensor) else None
         return found[1] if found is not None and found[0]() is value else ""
 
-    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._notes.module = self._paths[id(vars(module))]
-        self._open.append(_Open(self._notes.module, self._noted(args), self._noted(kwargs), _modes()))
+    def _entered(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._notes.module = path
+        self._open.append(_Open(path, self._noted(args), self._noted(kwargs), _modes()))
 
     def _returned(self, output: Any) -> None:
         done = self._open.pop()

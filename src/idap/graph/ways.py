@@ -142,10 +142,10 @@ def _unmasked(leaf: Any) -> Any:
 
 def _run_unmasked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frames]:
     """What the modules do if no mask masks anything, where that can be tried."""
-    masked = own_inputs(args, kwargs)
-    given, named = tree_map(_unmasked, masked)
-    if all(one is other for one, other in zip(tree_leaves(masked), tree_leaves((given, named)), strict=True)):
+    unmasked = tree_map(_unmasked, (args, kwargs))
+    if all(one is other for one, other in zip(tree_leaves((args, kwargs)), tree_leaves(unmasked), strict=True)):
         return []
+    given, named = own_inputs(*unmasked)
     copied = copy.deepcopy(model).eval()
     try:
         with torch.random.fork_rng(), torch.no_grad(), recorded(copied) as record:

@@ -48,6 +48,16 @@ class Rewriter:
         for node in graph.nodes.values():
             if node.place:
                 self.nodes.setdefault(node.place, []).append(node)
+        # Sizes of tensors that each module's code compared, or computed with.
+        self.asked: dict[str, dict[Extent, None]] = {}
+        for leaf, modules in graph.escaped.items():
+            if isinstance(leaf, Extent):
+                for path in modules:
+                    self.asked.setdefault(path, {})[leaf] = None
+        for note in graph.comparisons:
+            for leaf in sources(note.left) | sources(note.right):
+                if isinstance(leaf, Extent):
+                    self.asked.setdefault(note.module, {})[leaf] = None
         self._names: dict[str, list[str]] = {name: [name] for name in graph.shapes}
         for alias, name in graph.aliases.items():
             self._names[name].append(alias)
@@ -94,16 +104,6 @@ class Rewriter:
             found.append(first)
         return Program(tuple(dict.fromkeys(found)))
 
-    def settled_sizes(self, path: str, now: Callable[[Expression], int | None]) -> Iterator[tuple[Expression, int]]:
-        """Sizes of tensors that a module's code compared, or computed with, and that no cut changes."""
-        asked = [leaf for leaf, modules in self.graph.escaped.items() if path in modules]
-        for note in self.graph.comparisons:
-            if note.module == path:
-                asked += [*sources(note.left), *sources(note.right)]
-        for leaf in dict.fromkeys(asked):
-            if isinstance(leaf, Extent) and now(leaf) == leaf.value:
-                yield leaf, leaf.value
-
     def below(self, path: str, name: str, *, tensor: bool) -> str:
         """The name of a tensor or module as seen from the module at `path`."""
         prefix = f"{path}." if path else ""
@@ -137,7 +137,8 @@ class _Writer:
         """What the module does in this call."""
         args = tuple(self._input(item) for item in self._frame.args)
         kwargs = tuple((name, self._input(item)) for name, item in self._frame.kwargs.items())
-        waiting = dict(self._rewriter.settled_sizes(self._path, self._now))
+        # Those that no cut changes must be as they were: the code took its way by them.
+        waiting = [extent for extent in self._rewriter.asked.get(self._path, ()) if self._now(extent) == extent.value]
         guards = list(self._guards(waiting, 0))
         steps = []
         for step in self._frame.steps:
@@ -146,25 +147,12 @@ class _Writer:
         self._targets, self._known, self._handing_on = {}, True, False
         return Routine(args, kwargs, tuple(steps), self._tree(self._frame.output), tuple(guards))
 
-    def _guards(self, waiting: dict[Expression, int], place: int) -> Iterator[tuple[Tree, int, int]]:
-        """The sizes that must be as they were, as soon as they are known."""
-        for expression, value in list(waiting.items()):
-            try:
-                tree = self._calc(self._raw(expression))
-            except CannotRewriteError:
-                continue
-            del waiting[expression]
-            if isinstance(tree, tuple):
-                yield tree, value, place
-
-    def _raw(self, expression: Expression) -> Expression:
-        """A size in the names of the record, of a tensor that is at hand."""
-        if not isinstance(expression, Extent):
-            return expression
-        for name in self._number:
-            if self._rewriter.graph.places.get(name) == expression.node:
-                return Extent(name, expression.dim, expression.value)
-        raise CannotRewriteError("not known yet")
+    def _guards(self, waiting: list[Extent], place: int) -> Iterator[tuple[Tree, int, int]]:
+        """The sizes of those tensors that are at hand by now; they wait no longer."""
+        held = {self._rewriter.graph.places.get(name): number for name, number in self._number.items()}
+        for extent in [extent for extent in waiting if extent.node in held]:
+            waiting.remove(extent)
+            yield ("size", ("value", held[extent.node]), extent.dim), extent.value, place
 
     def _input(self, item: Any) -> Tree:
         """An argument as it comes: tensors and sizes get a number, all else must be the same each time."""

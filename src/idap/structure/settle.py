@@ -62,22 +62,16 @@ def settle(
             continue
         if unmet:
             return Settled(values, {}, tuple(unmet), closed)
-        try:
-            programs = {path: rewriter.program(path, layout, values) for path in sorted(rewritten - set(known))}
-        except CannotRewriteError as error:
-            path = next(path for path in sorted(rewritten - set(known)) if _fails(rewriter, path, layout, values))
-            rewriter.refused[path] = str(error)
-            rewritten = set(known)
-            continue
-        return Settled(values, programs, (), closed)
-
-
-def _fails(rewriter: Rewriter, path: str, layout: Layout, values: Values) -> bool:
-    try:
-        rewriter.program(path, layout, values)
-    except CannotRewriteError:
-        return True
-    return False
+        programs: dict[str, Program] = {}
+        for path in sorted(rewritten - set(known)):
+            try:
+                programs[path] = rewriter.program(path, layout, values)
+            except CannotRewriteError as error:
+                rewriter.refused[path] = str(error)
+                rewritten = set(known)
+                break
+        else:
+            return Settled(values, programs, (), closed)
 
 
 def least_to_blame(unmet: Sequence[Demand], layout: Layout) -> list[Demand]:

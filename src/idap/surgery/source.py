@@ -1,7 +1,6 @@
 """Turn the routine of a rewritten module into a Python function; its source is made of checked parts only."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from keyword import iskeyword
 from typing import Any
 
@@ -33,7 +32,7 @@ def function_of(routine: Routine, inputs: Sequence[int]) -> Callable[..., Any]:
     given = f"v{inputs[0]}" if inputs else "None"
     lines.append(f"    device, kind = device_of(self, {given}), type_of(self, {', '.join(f'v{n}' for n in inputs)})")
     last = _last_uses(routine)
-    guards = [(_source(tree, globals_), int(value), int(place)) for tree, value, place in routine.guards]
+    guards = [(_source(tree), int(value), int(place)) for tree, value, place in routine.guards]
     lines += [f"    check(self, {source}, {value})" for source, value, place in guards if place == 0]
     for place, step in enumerate(routine.steps):
         lines += [f"    {line}" for line in _lines(step, place, globals_)]
@@ -41,7 +40,7 @@ def function_of(routine: Routine, inputs: Sequence[int]) -> Callable[..., Any]:
         over = [f"v{int(n)}" for n, used in last.items() if used == place]
         if over:
             lines.append(f"    {' = '.join(over)} = None")
-    lines.append(f"    return {_source(routine.output, globals_)}")
+    lines.append(f"    return {_source(routine.output)}")
     _check_values(routine)
     exec(compile("\n".join(lines), f"<rewritten, {len(routine.steps)} steps>", "exec"), globals_)
     body: Callable[..., Any] = globals_["body"]
@@ -59,7 +58,7 @@ def _check_values(routine: Routine) -> None:
 
 def _check_made(used: Iterable[int], made: set[int]) -> None:
     for number in used:
-        if number not in made or number < 0:
+        if number not in made:
             raise PlanError(f"the code of a rewritten module uses value {number}, which nothing makes")
 
 
@@ -80,8 +79,8 @@ def _last_uses(routine: Routine) -> dict[int, int]:
 
 
 def _lines(step: Instruction, place: int, globals_: dict[str, Any]) -> Iterator[str]:
-    args = [_source(tree, globals_) for tree in step.args]
-    args += [f"{_name(key)}={_source(tree, globals_)}" for key, tree in step.kwargs]
+    args = [_source(tree) for tree in step.args]
+    args += [f"{key}={_source(tree)}" for key, tree in step.kwargs]
     if step.module:
         called = _path(step.module)
     else:
@@ -96,33 +95,26 @@ def _lines(step: Instruction, place: int, globals_: dict[str, Any]) -> Iterator[
         yield f"v{int(number)} = result{''.join(f'[{key!r}]' for key in path)}"
 
 
-def _name(key: str) -> str:
-    if not isinstance(key, str) or not key.isidentifier() or iskeyword(key):
-        raise PlanError(f"the code of a rewritten module has an argument named {key!r}")
-    return key
-
-
-def _source(tree: Tree, globals_: Mapping[str, Any]) -> str:  # noqa: PLR0912 - one case per tag
+def _source(tree: Tree) -> str:  # noqa: PLR0912 - one case per tag
     if not isinstance(tree, tuple):
         return repr(tree)
-    parts = partial(_join, globals_)
     match tree:
         case ("value", int(number)):
             return f"v{number}"
         case ("own", str(name)):
             return _path(name)
         case ("size", of, int(dim)):
-            return f"{_source(of, globals_)}.size({dim})"
+            return f"{_source(of)}.size({dim})"
         case ("calc", str(symbol), *operands) if symbol in ARITHMETIC:
-            return f"calc({symbol!r}, {parts(operands)})"
+            return f"calc({symbol!r}, {_join(operands)})"
         case ("list", *items):
-            return f"[{parts(items)}]"
+            return f"[{_join(items)}]"
         case ("tuple", *items):
-            return f"({parts(items)}{',' if len(items) == 1 else ''})"
+            return f"({_join(items)}{',' if len(items) == 1 else ''})"
         case ("dict", *pairs):
-            return "{" + ", ".join(f"{key!r}: {_source(item, globals_)}" for key, item in pairs) + "}"
+            return "{" + ", ".join(f"{key!r}: {_source(item)}" for key, item in pairs) + "}"
         case ("slice", start, stop, step):
-            return f"slice({parts((start, stop, step))})"
+            return f"slice({_join((start, stop, step))})"
         case ("ellipsis",):
             return "..."
         case ("dtype" | "format", str(name)) if isinstance(
@@ -143,8 +135,8 @@ def _source(tree: Tree, globals_: Mapping[str, Any]) -> str:  # noqa: PLR0912 - 
             raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
 
 
-def _join(globals_: Mapping[str, Any], trees: Sequence[Tree]) -> str:
-    return ", ".join(_source(tree, globals_) for tree in trees)
+def _join(trees: Sequence[Tree]) -> str:
+    return ", ".join(_source(tree) for tree in trees)
 
 
 def _calculate(symbol: str, first: int, *others: int) -> int:
