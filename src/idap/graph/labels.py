@@ -70,7 +70,7 @@ class Labels:
         found = self._parent[ids]
         while True:
             further = self._parent[found]
-            if np.array_equal(further, found):
+            if (further == found).all():
                 break
             self._parent[ids] = further
             found = further

@@ -1,6 +1,8 @@
 """The structure of a model: what may be removed, what that takes, and what can't go and why."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -203,11 +205,13 @@ def analyze(
         >>> [(group.name, group.kind, group.size) for group in structure.groups]
         [('0', 'neurons', 8)]
     """
-    flow = flow_of(graph, freeze_unknown=freeze_unknown, contracts=contracts)
-    rewriter = Rewriter(graph, enabled=swap)
-    groups, layout, demands, rewritten = _expressible(flow, rewriter)
-    blocks = find_blocks(graph, layout)
-    structure = Structure(graph, groups, blocks, blocked_dims(flow, layout), layout, demands, rewriter, rewritten)
+    with _collector_paused():
+        flow = flow_of(graph, freeze_unknown=freeze_unknown, contracts=contracts)
+        rewriter = Rewriter(graph, enabled=swap)
+        groups, layout, demands, rewritten = _expressible(flow, rewriter)
+        blocks = find_blocks(graph, layout)
+        blocked = blocked_dims(flow, layout)
+    structure = Structure(graph, groups, blocks, blocked, layout, demands, rewriter, rewritten)
     if required and not groups and not blocks:
         reasons = "\n".join(f"  {b.tensor}, dimension {b.dim}: {b.reason}" for b in structure.blocked[:8])
         raise StructureError(
@@ -215,6 +219,18 @@ def analyze(
             + (f" What stands in the way:\n{reasons}" if reasons else " It has no layer between two others.")
         )
     return structure
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Spare the garbage collector from walking over all that is alive while many objects are made that stay."""
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()
 
 
 def _expressible(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -65,10 +66,17 @@ class Layout:
     def presence(self, kept: Mapping[int, Iterable[int]]) -> Presence:
         """Which labels are present when group `index` keeps only the units `kept[index]`."""
         present = np.ones(len(self.group_of), dtype=bool)
+        groups = self.group_of[self._by_group]
         for group, units in kept.items():
-            mine = self.group_of == group
+            start, end = np.searchsorted(groups, [group, group + 1])
+            mine = self._by_group[start:end]
             present[mine] = np.isin(self.unit_of[mine], np.fromiter(units, dtype=np.int64))
         return present
+
+    @cached_property
+    def _by_group(self) -> NDArray[np.int64]:
+        """The labels, sorted by group."""
+        return np.argsort(self.group_of, kind="stable")
 
     def units(self, dim: Dim, group: int) -> NDArray[np.int64]:
         """For each slot of a dim the unit of the group that it belongs to, -1 if to none; shape (size,)."""
