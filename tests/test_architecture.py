@@ -14,7 +14,7 @@ LEVELS = {
     **dict.fromkeys(("graph", "training"), 2),
     "structure": 3,
     **dict.fromkeys(("cost", "divergence", "surgery"), 4),
-    **dict.fromkeys(("selection", "saving"), 5),
+    **dict.fromkeys(("selection", "rebalance", "saving"), 5),
     "compress": 6,
     "zoo": 7,  # recipes fill the settings of `compress`
     "cli": 8,

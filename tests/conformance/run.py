@@ -27,7 +27,7 @@ BATCH = 8
 LIMIT_S = 1800
 """How long a batch may take."""
 
-PEER_LIMIT_S = 120
+PEER_LIMIT_S = 60
 """How long Torch-Pruning may take for one model; it does not come to an end for some."""
 
 
@@ -54,7 +54,8 @@ def examine_apart(names: list[str], done: Callable[[dict[str, Any]], None], *, p
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
                                  env=environment)  # fmt: skip
-        timer = threading.Timer(PEER_LIMIT_S * len(names) if peer else LIMIT_S, child.kill)
+        limit = PEER_LIMIT_S * len(names) if peer else LIMIT_S
+        timer = threading.Timer(limit, child.kill)
         timer.start()
         assert child.stdout is not None
         for line in child.stdout:
@@ -65,7 +66,7 @@ def examine_apart(names: list[str], done: Callable[[dict[str, Any]], None], *, p
         if child.wait() and names:
             from tests.conformance.proofs import Row
 
-            why = f"its process ended with code {child.returncode}"
+            why = f"no end within {limit} s" if child.returncode == -9 else f"ends with code {child.returncode}"
             done(asdict(Row(names[0], peer=why) if peer else Row(names[0], failure=why)) | {"seconds": 0.0})
             names = names[1:]
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from idap.divergence.measure import Divergence, measure
+from idap.divergence.observe import Pass
 from idap.graph.trace import trace
 from idap.structure.analysis import Structure, analyze
 from tests.nets import randomised
@@ -66,8 +67,12 @@ def build(make: Callable[[], nn.Module], *example: Tensor, seed: int = 0) -> tup
     return model, analyze(trace(model, example))
 
 
+def passes(*batches: Tensor) -> list[Pass]:
+    return [Pass(lambda m, batch=batch: m(batch)) for batch in batches]
+
+
 def measured(model: nn.Module, structure: Structure, *batches: Tensor, **settings: object) -> Divergence:
-    return measure(model, structure, [lambda m, batch=batch: m(batch) for batch in batches], **settings)
+    return measure(model, structure, passes(*batches), **settings)
 
 
 class Tap:

@@ -1,7 +1,7 @@
 """One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,6 +14,7 @@ from idap.compress.budget import Budget
 from idap.compress.config import Config
 from idap.cost.count import Cost, CostModel
 from idap.divergence.measure import Divergence, measure
+from idap.divergence.observe import Pass
 from idap.progress import Progress
 from idap.record import Removal, RunFolder, Step
 from idap.saving.checkpoint import save
@@ -68,11 +69,17 @@ class Setting:
     calibration: tuple[Any, ...]
     """The calibration batches: the same ones at every step, so that scores can be compared."""
 
-    def passes(self) -> list[Callable[[nn.Module], Any]]:
-        """One function per calibration batch, which runs a model on it."""
+    def passes(self) -> list[Pass]:
+        """The calibration batches, ready to be run."""
+        device = device_of(self.original)
 
-        def on(batch: Any) -> Callable[[nn.Module], Any]:
-            return lambda model: self.task.run(model, move(batch, device_of(model)))
+        def on(batch: Any) -> Pass:
+            padding = self.task.padding(batch)
+            return Pass(
+                run=lambda model: self.task.run(model, move(batch, device)),
+                loss=lambda outputs: self.task.loss(outputs, move(batch, device)),
+                padding=None if padding is None else padding.bool(),
+            )
 
         return [on(batch) for batch in self.calibration]
 
@@ -85,6 +92,7 @@ class Setting:
             criterion=self.config.criterion,
             keep=state.keep,
             removed=state.removed,
+            seed=self.config.seed,
         )
 
     def next_state(

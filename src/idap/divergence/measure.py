@@ -1,25 +1,23 @@
 """Measure the divergence of every unit, branch and block of a model in one pass over calibration data."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from idap.divergence.observe import Probe, observe
-from idap.divergence.paper import HeadProbe, WriterProbe
+from idap.divergence.criteria import Criterion, opener_of
+from idap.divergence.gates import trainable
+from idap.divergence.jobs import MEMORY, Job, packed
+from idap.divergence.observe import Pass, observe, sum_over_processes
 from idap.divergence.ports import Wiring
-from idap.divergence.relative import BlockProbe, BranchProbe, ReaderProbe, model_tensors
-from idap.errors import ConfigError, TaskError
+from idap.divergence.scene import Scene, Scorer
+from idap.divergence.watch import Watch
+from idap.errors import ConfigError, StructureError, TaskError
 from idap.structure.analysis import Structure
-from idap.structure.blocks import Block
-from idap.structure.groups import Group, Port
-from idap.structure.layout import Presence
-
-Criterion = Literal["relative", "paper"]
-Run = Callable[[nn.Module], Any]
 
 
 @dataclass(frozen=True)
@@ -27,147 +25,173 @@ class Divergence:
     """Scores of one model; a low score says that removing the part would change the flow little.
 
     Attributes:
-        criterion: which form was measured.
+        criterion: which one was measured.
         units: group name -> score of each unit in the original's indices, float64 of shape (group.size,). Units that
             the model no longer has are NaN.
-        blocks: name of a branch or block -> score.
+        blocks: name of a branch or block -> score; empty where the criterion knows none.
         unmeasured: groups and blocks that are there and that nothing could be seen of: they run inside one opaque call,
             or no weight reads their units.
     """
 
-    criterion: Criterion
+    criterion: str
     units: Mapping[str, Tensor]
     blocks: Mapping[str, float]
     unmeasured: tuple[str, ...] = field(default=())
+
+    def inside(self, structure: Structure, block: str) -> float:
+        """Sum of the divergences of all units that a branch or block holds whole.
+
+        With the paper's forms this is D5: that of a transformer block is the sum over its heads and its neurons.
+        """
+        nodes = structure.block(block).nodes
+        total = 0.0
+        for group in structure.groups:
+            ports = {port.node for port in (*group.writers, *group.readers)}
+            if ports and ports <= nodes and group.name in self.units:
+                total += float(self.units[group.name].nansum())
+        return total
 
 
 def measure(
     model: nn.Module,
     structure: Structure,
-    passes: Iterable[Run],
+    passes: Iterable[Pass],
     *,
     criterion: Criterion = "relative",
     keep: Mapping[str, Sequence[int]] | None = None,
     removed: Sequence[str] = (),
+    seed: int = 0,
 ) -> Divergence:
-    """Measure the divergence of everything that may still be removed.
+    """Measure everything that may still be removed by one criterion; `measure_all` says the rest."""
+    (found,) = measure_all(
+        model, structure, passes, criteria=[criterion], keep=keep, removed=removed, seed=seed
+    ).values()
+    return found
+
+
+def measure_all(
+    model: nn.Module,
+    structure: Structure,
+    passes: Iterable[Pass],
+    *,
+    criteria: Sequence[Criterion],
+    keep: Mapping[str, Sequence[int]] | None = None,
+    removed: Sequence[str] = (),
+    seed: int = 0,
+    memory: int = MEMORY,
+) -> dict[str, Divergence]:
+    """Measure everything that may still be removed by several criteria at once.
+
+    Statistics are sums, whose memory does not depend on the number of batches nor on the size of images. In a
+    distributed run (`torch.distributed` initialised) each process measures its own batches and all get the same scores.
 
     Args:
         model: the original, or the model that the plan of `keep` and `removed` made of it. Left as it was.
         structure: of the original.
-        passes: each runs the model on one calibration batch when called with it.
-        criterion: "relative" (method.md 2.2) or "paper" (D2 to D7; D6 for branches, D1b for blocks).
+        passes: the calibration batches.
+        criteria: names (`idap.divergence.criteria.CRITERIA`) or functions of a `Scene`.
         keep: group name -> units that the model still has; groups that are not named are whole.
         removed: branches and blocks that the model no longer has.
+        seed: of criteria that draw.
+        memory: bytes that second moments may take at once ("innovation"); what does not fit is measured in further
+            passes over the data, for which `passes` is kept.
 
     Returns:
-        The scores.
+        The scores by name of the criterion.
 
     Raises:
-        ConfigError: the criterion is unknown.
-        TaskError: there is no calibration batch.
-        StructureError: the model does not run on this data as it was traced.
+        ConfigError: a criterion is unknown, or a user's own gave scores that fit no group.
+        TaskError: there is no calibration batch, or one has no loss and a criterion needs it.
+        StructureError: the model does not run on this data as it was traced, or its activations are not finite.
     """
-    if criterion not in ("relative", "paper"):
-        raise ConfigError(f"criterion must be 'relative' or 'paper', found {criterion!r}.")
+    openers = dict(map(opener_of, criteria))
     keep = keep or {}
-    probes = _Probes(model, structure, structure.presence(keep), criterion, removed)
+    wiring = Wiring(structure, removed)
+    watch = Watch(wiring)
+    scene = Scene(model, structure, keep, tuple(removed), structure.presence(keep), wiring, watch, seed=seed)
+    scorers = {name: _opened(opener(scene)) for name, opener in openers.items()}
+    jobs = [job for scorer in scorers.values() for job in getattr(scorer, "jobs", ())]
+    rounds = packed(jobs, memory)
+    if len(rounds) > 1:
+        passes = list(passes)
+    _look(scene, passes, rounds[0])
+    for further in rounds[1:]:
+        observe(model, [probe for job in further for probe in job.probes], passes, begin=watch.begin)
+        _finish(further)
+    return {name: _divergence(scene, name, scorer) for name, scorer in scorers.items()}
+
+
+def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job]) -> None:
+    """The one pass that serves all criteria."""
+    watch, gradients = scene.watch, bool(scene.gates.wanted)
     passes = iter(passes)
     first = next(passes, None)
     if first is None:
         raise TaskError("there is no calibration batch; divergence is measured on at least one.")
-    observe(model, probes.all(), itertools.chain([first], passes))
-    return Divergence(criterion, probes.units(keep), probes.block_scores(), probes.unmeasured())
+
+    def end(each: Pass, outputs: Any) -> None:
+        if gradients:
+            scene.gates.end(each, outputs)
+
+    with ExitStack() as stack:
+        if gradients:
+            stack.enter_context(trainable(scene.model))
+        probes = [*watch.probes(), *(probe for job in jobs for probe in job.probes)]
+        everything = itertools.chain([first], passes)
+        observe(scene.model, probes, everything, begin=watch.begin, end=end, gradients=gradients)
+    sum_over_processes([*watch.held, scene.gates.sums])
+    _finish(jobs)
 
 
-class _UnitProbe(Probe, Protocol):
-    """What scores the units of one group at one place."""
-
-    @property
-    def observable(self) -> bool:
-        """Whether the place can be seen in the running model."""
-
-    @property
-    def seen(self) -> bool:
-        """Whether anything went by."""
-
-    def scores(self) -> Tensor:
-        """One score per unit, shape (group.size,)."""
+def _finish(jobs: Sequence[Job]) -> None:
+    sum_over_processes([sums for job in jobs for sums in job.sums])
+    for job in jobs:
+        job.finish()
 
 
-class _Probes:
-    """The probes of one measurement, by group and by block; only of what the model still has."""
+class _Given:
+    """Scores that needed no look at the running model."""
 
-    def __init__(
-        self, model: nn.Module, structure: Structure, present: Presence, criterion: Criterion, removed: Sequence[str]
-    ) -> None:
-        self._structure, self._present, self._criterion = structure, present, criterion
-        self._wiring = Wiring(structure, removed)
-        self._tensors = model_tensors(model)
-        make = self._readers if criterion == "relative" else self._writers
-        self._groups: dict[str, list[_UnitProbe]] = {
-            group.name: [probe for probe in make(group) if probe.observable]
-            for group in structure.groups
-            if self._alive([*group.readers, *group.writers])
-        }
-        self._blocks = {block.name: self._block(block) for block in structure.blocks if self._stays(block, removed)}
+    def __init__(self, units: Mapping[str, Tensor]) -> None:
+        self._units = units
 
-    def all(self) -> list[Probe]:
-        """Every probe that can see something."""
-        probes: list[Probe] = [probe for group in self._groups.values() for probe in group]
-        return probes + [probe for probe in self._blocks.values() if probe.observable]
+    def units(self) -> Mapping[str, Tensor]:
+        return self._units
 
-    def units(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Scores of the units of each group that was seen: mean over the readers, or sum over the writers."""
-        found = {}
-        for name, probes in self._groups.items():
-            parts = [probe.scores() for probe in probes if probe.seen]
-            if not parts:
-                continue
-            scores = torch.stack(parts).mean(0) if self._criterion == "relative" else torch.stack(parts).sum(0)
-            gone = torch.ones(len(scores), dtype=torch.bool)
-            gone[list(keep.get(name, range(len(scores))))] = False
-            found[name] = scores.masked_fill(gone, float("nan"))
-        return found
+    def blocks(self) -> None:
+        return None
 
-    def block_scores(self) -> dict[str, float]:
-        """Scores of the branches and blocks that were seen."""
-        return {
-            name: probe.relative if self._criterion == "relative" else probe.paper
-            for name, probe in self._blocks.items()
-            if probe.seen
-        }
 
-    def unmeasured(self) -> tuple[str, ...]:
-        """Groups and blocks that are there and were not seen."""
-        groups = [name for name, probes in self._groups.items() if not any(probe.seen for probe in probes)]
-        return (*groups, *(name for name, probe in self._blocks.items() if not probe.seen))
+def _opened(found: "Scorer | Mapping[str, Tensor]") -> Scorer:
+    return _Given(found) if isinstance(found, Mapping) else found
 
-    def _alive(self, ports: Iterable[Port]) -> list[Port]:
-        return [port for port in ports if port.node not in self._wiring.gone]
 
-    def _stays(self, block: Block, removed: Sequence[str]) -> bool:
-        gone = {name for other in removed for name in (other, *self._structure.block(other).contains)}
-        return block.name not in gone and block.exit not in self._wiring.gone
-
-    def _readers(self, group: Group) -> Sequence[_UnitProbe]:
-        return [
-            ReaderProbe(self._structure, self._present, group, port, self._wiring, self._tensors)
-            for port in self._alive(group.readers)
-        ]
-
-    def _writers(self, group: Group) -> Sequence[_UnitProbe]:
-        if group.kind == "heads":
-            return [
-                HeadProbe(self._structure, self._present, group, port, self._wiring, self._tensors)
-                for port in self._alive(group.readers)
-            ]
-        return [
-            WriterProbe(self._structure, self._present, group, port, self._wiring)
-            for port in self._alive(group.writers)
-        ]
-
-    def _block(self, block: Block) -> BranchProbe:
-        if block.kind == "branch":
-            return BranchProbe(self._structure.graph, block.addition, block.branch)
-        return BlockProbe(self._wiring, block)
+def _divergence(scene: Scene, name: str, scorer: Scorer) -> Divergence:
+    given, blocks = scorer.units(), scorer.blocks()
+    groups = {group.name: group for group in scene.groups}
+    strangers = sorted(set(given) - set(groups))
+    if strangers:
+        raise ConfigError(f"criterion {name!r} gave scores for {strangers[0]!r}, which is no group of this model.")
+    units = {}
+    for group in scene.groups:
+        if group.name not in given:
+            continue
+        scores = torch.as_tensor(given[group.name]).detach().double().cpu()
+        if scores.shape != (group.size,):
+            raise ConfigError(
+                f"criterion {name!r} gave scores of shape {tuple(scores.shape)} for group {group.name!r}, which has "
+                f"{group.size} units."
+            )
+        gone = torch.ones(group.size, dtype=torch.bool)
+        gone[list(scene.keep.get(group.name, range(group.size)))] = False
+        if not bool(scores[~gone].isfinite().all()):
+            unit = int(torch.nonzero(~gone & ~scores.isfinite())[0])
+            raise StructureError(
+                f"the divergence ({name}) of unit {unit} of group {group.name!r} is {float(scores[unit])}; look for "
+                "NaN or infinite values in the calibration data and in the model's activations."
+            )
+        units[group.name] = scores.masked_fill(gone, float("nan"))
+    unmeasured = [group for group in groups if group not in units]
+    if blocks is not None:
+        unmeasured += [block.name for block in scene.blocks if block.name not in blocks]
+    return Divergence(name, units, dict(blocks or {}), tuple(unmeasured))

@@ -4,19 +4,36 @@ A probe names the calls it wants to see (`idap.graph.calls`) and adds up what it
 calibration data serves all probes at once.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from idap.errors import StructureError
+from idap.errors import StructureError, TaskError
 from idap.graph.calls import intercept
 from idap.graph.ir import CallKey, Graph, leaves
+from idap.training.evaluate import modes_kept
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One calibration batch.
+
+    Attributes:
+        run: runs a model on it and gives the outputs.
+        loss: gives the mean loss over the samples of those outputs; None: there are no labels.
+        padding: which positions of a sequence count, bool of shape (samples, positions); None: all do.
+    """
+
+    run: Callable[[nn.Module], Any]
+    loss: Callable[[Any], Tensor] | None = None
+    padding: Tensor | None = None
 
 
 class Probe(Protocol):
@@ -29,14 +46,27 @@ class Probe(Protocol):
         """What to do with the result of a call."""
 
 
-@torch.no_grad()
-def observe(model: nn.Module, probes: Iterable[Probe], passes: Iterable[Callable[[nn.Module], Any]]) -> None:
+def observe(
+    model: nn.Module,
+    probes: Iterable[Probe],
+    passes: Iterable[Pass],
+    *,
+    begin: Callable[[Pass], None] = lambda _: None,
+    end: Callable[[Pass, Any], None] = lambda _pass, _outputs: None,
+    gradients: bool = False,
+) -> int:
     """Run the model and let the probes see the calls they asked for.
 
     Args:
         model: run in eval mode; its modes are put back, and nothing stays attached to it, also after an exception.
         probes: each adds up its own statistics.
-        passes: each runs the model on one batch when called with it.
+        passes: one by one.
+        begin: called before each pass.
+        end: called after each pass, with the outputs.
+        gradients: keep what a backward pass needs; the probes still see tensors without gradient mode.
+
+    Returns:
+        The number of passes.
 
     Raises:
         StructureError: a call that a probe asked for was never made, so the model does not run as it was traced.
@@ -51,27 +81,60 @@ def observe(model: nn.Module, probes: Iterable[Probe], passes: Iterable[Callable
     missing = set(before) | set(after)
 
     def handle(key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for look in before.get(key, ()):
-            look(args, kwargs)
+        if key in before:
+            with torch.no_grad():
+                for look in before[key]:
+                    look(args, kwargs)
         result = func(*args, **kwargs)
-        for note in after.get(key, ()):
-            note(result)
+        if key in after:
+            with torch.no_grad():
+                for note in after[key]:
+                    note(result)
         missing.discard(key)
         return result
 
+    count = 0
     with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()
-        with intercept(model, handle):
-            for run in passes:
-                run(model)
-    if missing:
+        stack.enter_context(modes_kept(model))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for each in passes:
+            begin(each)
+            with intercept(model, handle):
+                outputs = each.run(model)
+            end(each, outputs)
+            count += 1
+    if count and missing:
         path, name, number = sorted(missing)[0]
         raise StructureError(
             f"call {number} of {name!r} in module {path or '(the model itself)'!r} was seen when the model was traced "
             "but not now: its forward takes another way on this data. Trace it on inputs like the calibration data."
         )
+    return count
+
+
+def sum_over_processes(sums: Sequence[dict[str, Tensor]]) -> None:
+    """Add up statistics over all processes of a distributed run, in place; nothing where there is only one.
+
+    Raises:
+        TaskError: another process has seen other tensors.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    values = [held[name] for held in sums for name in sorted(held)]
+    flat = torch.cat([value.detach().double().cpu().ravel() for value in values]) if values else torch.zeros(0)
+    sizes: list[int | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sizes, len(flat))
+    if len(set(sizes)) > 1:
+        raise TaskError(
+            f"the processes measured different tensors ({sizes} numbers); each needs at least one calibration batch."
+        )
+    device = values[0].device if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    flat = flat.to(device)
+    torch.distributed.all_reduce(flat)
+    start = 0
+    for value in values:
+        value.copy_(flat[start : start + value.numel()].reshape(value.shape))
+        start += value.numel()
 
 
 def is_result(graph: Graph, name: str) -> bool:
@@ -79,7 +142,7 @@ def is_result(graph: Graph, name: str) -> bool:
     node = graph.nodes[name]
     if node.call is None:
         return False
-    made = [other for other in graph.nodes.values() if other.call == node.call]
+    made = graph.made_by[node.call]
     if node.op == "getitem":
         return [other.name for other in made if other.op != "getitem"] == [node.args[0].name]
     read = {used for other in made for used in other.inputs()}
@@ -99,9 +162,7 @@ def result_of(graph: Graph, name: str, result: Any) -> Tensor | None:
 def tensors_given(graph: Graph, name: str) -> list[str] | None:
     """The nodes whose values the eager call of a node was given, in order; None if that can't be told."""
     made = graph.nodes[name]
-    if made.call is None or any(
-        other.call == made.call and other.name != name and other.op != "getitem" for other in graph.nodes.values()
-    ):
+    if made.call is None or any(other.name != name and other.op != "getitem" for other in graph.made_by[made.call]):
         return None  # one call that makes several operators, such as F.multi_head_attention_forward
     return list(made.inputs())
 
@@ -115,26 +176,3 @@ def tensor_argument(graph: Graph, node: str, wanted: str) -> int | None:
 def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among the arguments of a call, in order."""
     return [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-
-
-class Energy:
-    """Mean squared norm of a tensor at one position (one token, one pixel), over all its channels."""
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._positions = 0
-
-    def add(self, x: Tensor, channels: int) -> None:
-        """Add a batch whose positions have so many channels."""
-        self._sum += float(x.float().square().sum(dtype=torch.float64))
-        self._positions += x.numel() // max(1, channels)
-
-    @property
-    def seen(self) -> bool:
-        """Whether there was anything to add."""
-        return self._positions > 0
-
-    @property
-    def mean(self) -> float:
-        """The mean so far."""
-        return self._sum / max(1, self._positions)

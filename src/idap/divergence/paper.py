@@ -1,172 +1,194 @@
-"""The paper's forms (method.md 2.1, D2 to D7): activation times weight."""
+"""The paper's forms (method.md 2.1, D2 to D8): activation times weight, and the activation alone."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from idap.divergence.observe import After, Before, is_result, result_of, tensor_argument, tensors_in
-from idap.divergence.ports import Wiring, activation_of
-from idap.graph.ir import CallKey
-from idap.structure.analysis import Structure
+from idap.divergence.ports import activation_of
+from idap.divergence.relative import block_ratios
+from idap.divergence.scene import Scene, Scorer
+from idap.divergence.watch import Argument, ChannelStats, UnitNorms
 from idap.structure.groups import Group, Port
-from idap.structure.layout import Presence, slots
+from idap.structure.layout import slots
 
 
-class WriterProbe:
-    """D7 for the units that one layer writes: E‖A_u‖ ‖W_u‖ over channels times positions.
+def paper(scene: Scene) -> Scorer:
+    """D7 for channels and neurons, D4 for heads, summed over the layers that write them; D6 and D1b for blocks.
 
-    Args:
-        structure: of the original model.
-        present: labels that the model still has.
-        group: whose units are measured.
-        port: where they are written.
-        wiring: of what the model still has.
+    The divergences of the heads and neurons of a transformer block add up to that of the block (D5, see
+    `Divergence.inside`).
     """
+    return PaperScores(scene)
 
-    def __init__(self, structure: Structure, present: Presence, group: Group, port: Port, wiring: Wiring) -> None:
-        graph, layout = structure.graph, structure.layout
-        self._graph = graph
-        contraction = layout.contractions[port.contraction]
-        self._contraction = contraction
-        write = layout.dims[contraction.weight][0][contraction.write_dim]
-        self._units = torch.from_numpy(layout.units(write, group.index)[slots(write, present)])
-        self._size = group.size
-        self._node = graph.nodes[port.node]
-        self._end = activation_of(wiring, port.node)
-        self._weight_at = tensor_argument(graph, port.node, contraction.weight)
-        self._weight: Tensor | None = None
-        self._norms = torch.zeros(group.size, dtype=torch.float64)
-        self._samples = 0
 
-    @property
-    def observable(self) -> bool:
-        """Whether the layer is a call of its own."""
-        return self._weight_at is not None and is_result(self._graph, self._end)
+def share(scene: Scene) -> Scorer:
+    """D8: the paper's divergence of a unit as a share of its group's, of a branch or block as a share of all."""
+    return ShareScores(scene)
+
+
+def activation(scene: Scene) -> Scorer:
+    """Root mean square of a unit's activation, mean over the layers that write it."""
+    return ActivationScores(scene)
+
+
+class PaperScores:
+    """Scores of the paper's forms."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._writers: dict[str, list[_Writer | _Heads]] = {
+            group.name: _writers(scene, group) for group in scene.groups
+        }
+        self._ratios = block_ratios(scene)
+
+    def units(self) -> Mapping[str, Tensor]:
+        """Sums over the layers that were seen writing."""
+        found = {}
+        for name, writers in self._writers.items():
+            parts = [writer.scores() for writer in writers if writer.seen]
+            if parts:
+                found[name] = torch.stack(parts).sum(0)
+        return found
+
+    def blocks(self) -> Mapping[str, float]:
+        """Branches and blocks that were seen."""
+        return {name: ratio.paper for name, ratio in self._ratios.items() if ratio.seen}
+
+
+class ShareScores:
+    """The same as shares."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._paper = PaperScores(scene)
+
+    def units(self) -> Mapping[str, Tensor]:
+        """Share of each unit in its group."""
+        return {name: scores / scores.sum().clamp_min(1e-30) for name, scores in self._paper.units().items()}
+
+    def blocks(self) -> Mapping[str, float]:
+        """Share of each branch or block in the sum over all of them."""
+        found = self._paper.blocks()
+        total = max(sum(found.values()), 1e-30)
+        return {name: score / total for name, score in found.items()}
+
+
+class ActivationScores:
+    """Root mean squares of what is written."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._parts: dict[str, list[tuple[Tensor, ChannelStats]]] = {group.name: [] for group in scene.groups}
+        self._sizes = {group.name: group.size for group in scene.groups}
+        for group in scene.groups:
+            heads = group.kind == "heads"  # what a head gives is what its projection reads
+            for port in scene.alive(group.readers if heads else group.writers):
+                place = scene.place(port)
+                dim = place.contraction.input_dim if heads else place.contraction.output_dim
+                node = place.contraction.input if heads else activation_of(scene.wiring, port.node)
+                stats = scene.watch.channels(node, dim)
+                if stats is not None:
+                    units = scene.units_in(place.read if heads else place.weight_dim, group)
+                    self._parts[group.name].append((units, stats))
+
+    def units(self) -> Mapping[str, Tensor]:
+        """Mean over the layers that were seen writing."""
+        found = {}
+        for name, parts in self._parts.items():
+            size = self._sizes[name]
+            rows = [
+                by_unit(stats.square, units, size) / by_unit(torch.ones_like(stats.square), units, size).clamp_min(1)
+                for units, stats in parts
+                if stats.seen
+            ]
+            if rows:
+                found[name] = torch.stack(rows).mean(0).sqrt()
+        return found
+
+    def blocks(self) -> None:
+        """Nothing: it knows no blocks."""
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """D7 for the units that one layer writes: E‖A_u‖ ‖W_u‖ over channels times positions."""
+
+    units: Tensor
+    size: int
+    write_dim: int
+    weight: Argument
+    norms: UnitNorms
+    stats: ChannelStats
 
     @property
     def seen(self) -> bool:
-        """Whether anything went by."""
-        return self._samples > 0
-
-    def before(self) -> Mapping[CallKey, Before]:
-        """See the weight."""
-        assert self._node.call is not None
-        return {self._node.call: self._see_weight}
-
-    def after(self) -> Mapping[CallKey, After]:
-        """See the activation."""
-        call = self._graph.nodes[self._end].call
-        assert call is not None
-        return {call: self._see_activation}
+        return self.stats.seen and self.weight.value is not None
 
     def scores(self) -> Tensor:
-        """D7 of each unit, shape (group.size,); units that the model no longer has get 0."""
-        assert self._weight is not None
-        weight = self._weight.detach().double().cpu().movedim(self._contraction.write_dim, 0).flatten(1)
-        squared = _by_unit(weight.square().sum(1), self._units, self._size)
-        return self._norms / max(1, self._samples) * squared.sqrt()
-
-    def _see_weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._weight_at is not None
-        self._weight = tensors_in(args, kwargs)[self._weight_at]
-
-    def _see_activation(self, result: Any) -> None:
-        value = result_of(self._graph, self._end, result)
-        if value is None:
-            return
-        a = value.detach().float().movedim(self._contraction.output_dim, 1)
-        a = a.reshape(len(a), a.shape[1], -1)  # (B, C, positions)
-        squared = a.square().sum(2, dtype=torch.float64).cpu()  # (B, C)
-        mine = self._units >= 0
-        summed = squared.new_zeros(len(a), self._size).index_add_(1, self._units[mine], squared[:, mine])
-        self._norms += summed.sqrt().sum(0) / (a.shape[1] * a.shape[2])
-        self._samples += len(a)
+        assert self.weight.value is not None
+        weight = self.weight.value.double().cpu().movedim(self.write_dim, 0).flatten(1)
+        squared = by_unit(weight.square().sum(1), self.units, self.size)
+        return self.norms.sums["norms"] / self.stats.samples * squared.sqrt()
 
 
-class HeadProbe:
-    """D4: ‖A^h‖_F (‖W_Q^h‖ + ‖W_K^h‖ + ‖W_V^h‖) / n for the heads that one output projection reads.
+@dataclass(frozen=True)
+class _Heads:
+    """D4: ‖A^h‖_F (‖W_Q^h‖ + ‖W_K^h‖ + ‖W_V^h‖) / n for the heads that one output projection reads."""
 
-    Args:
-        structure: of the original model.
-        present: labels that the model still has.
-        group: the heads.
-        port: where they are read.
-        wiring: of what the model still has.
-        tensors: parameters and buffers of the model that is run, by canonical name.
-    """
-
-    def __init__(
-        self,
-        structure: Structure,
-        present: Presence,
-        group: Group,
-        port: Port,
-        wiring: Wiring,
-        tensors: Mapping[str, Tensor],
-    ) -> None:
-        layout = structure.layout
-        self._contraction = layout.contractions[port.contraction]
-        read = layout.dims[self._contraction.input][0][self._contraction.input_dim]
-        original = torch.from_numpy(layout.units(read, group.index))
-        self._units = original[torch.from_numpy(slots(read, present))]
-        self._size = group.size
-        self._node = structure.graph.nodes[port.node]
-        self._input = tensor_argument(structure.graph, port.node, self._contraction.input)
-        writers = [port for port in group.writers if port.weight and port.node not in wiring.gone]
-        width = int((original == 0).sum())
-        self._weights = [_norms(structure, present, group, writer, tensors, width) for writer in writers]
-        self._norms = torch.zeros(group.size, dtype=torch.float64)
-        self._samples = 0
-
-    @property
-    def observable(self) -> bool:
-        """Whether the projection is a call of its own, and weights that are not computed write the heads."""
-        return self._input is not None and bool(self._weights)
+    weights: Tensor
+    norms: UnitNorms
+    stats: ChannelStats
 
     @property
     def seen(self) -> bool:
-        """Whether anything went by."""
-        return self._samples > 0
-
-    def before(self) -> Mapping[CallKey, Before]:
-        """See what the projection reads."""
-        assert self._node.call is not None
-        return {self._node.call: self._read}
-
-    def after(self) -> Mapping[CallKey, After]:
-        """Nothing."""
-        return {}
+        return self.stats.seen
 
     def scores(self) -> Tensor:
-        """D4 of each head, shape (group.size,); heads that the model no longer has get 0."""
-        return self._norms / max(1, self._samples) * torch.stack(self._weights).sum(0)
-
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._input is not None
-        x = tensors_in(args, kwargs)[self._input].detach().float()
-        x = x.movedim(self._contraction.input_dim, 1)
-        x = x.reshape(len(x), x.shape[1], -1)  # (B, heads x width, tokens)
-        squared = x.square().sum(2, dtype=torch.float64).cpu()
-        mine = self._units >= 0
-        summed = squared.new_zeros(len(x), self._size).index_add_(1, self._units[mine], squared[:, mine])
-        self._norms += summed.sqrt().sum(0) / x.shape[2]
-        self._samples += len(x)
+        return self.norms.sums["norms"] / self.stats.samples * self.weights
 
 
-def _norms(
-    structure: Structure, present: Presence, group: Group, port: Port, tensors: Mapping[str, Tensor], width: int
-) -> Tensor:
+def _writers(scene: Scene, group: Group) -> "list[_Writer | _Heads]":
+    heads = group.kind == "heads"
+    found = [
+        _heads(scene, group, port) if heads else _writer(scene, group, port)
+        for port in scene.alive(group.readers if heads else group.writers)
+    ]
+    return [writer for writer in found if writer is not None]
+
+
+def _writer(scene: Scene, group: Group, port: Port) -> "_Writer | None":
+    place = scene.place(port)
+    weight = place.weight()
+    stats = scene.watch.channels(activation_of(scene.wiring, port.node), place.contraction.output_dim)
+    if weight is None or stats is None:
+        return None
+    units = scene.units_in(place.weight_dim, group)
+    norms = scene.watch.norms(stats, units, group.size, per_channel=True)
+    return _Writer(units, group.size, place.contraction.write_dim, weight, norms, stats)
+
+
+def _heads(scene: Scene, group: Group, port: Port) -> "_Heads | None":
+    place = scene.place(port)
+    writers = [writer for writer in scene.alive(group.writers) if writer.weight]
+    stats = scene.watch.channels(place.contraction.input, place.contraction.input_dim)
+    if stats is None or not writers:
+        return None
+    original = torch.from_numpy(scene.structure.layout.units(place.read, group.index))
+    width = int((original == 0).sum())
+    weights = torch.stack([_norms(scene, group, writer, width) for writer in writers]).sum(0)
+    norms = scene.watch.norms(stats, scene.units_in(place.read, group), group.size, per_channel=False)
+    return _Heads(weights, norms, stats)
+
+
+def _norms(scene: Scene, group: Group, port: Port, width: int) -> Tensor:
     """Norms of the rows of each head's query, key and value, as far as one projection writes them, summed; (heads,)."""
-    contraction = structure.layout.contractions[port.contraction]
-    write = structure.layout.dims[contraction.weight][0][contraction.write_dim]
-    units = torch.from_numpy(structure.layout.units(write, group.index))
+    place = scene.place(port)
+    units = torch.from_numpy(scene.structure.layout.units(place.weight_dim, group.index))
     starts = _run_starts(units, width)
-    runs = (starts.cumsum(0) - 1)[torch.from_numpy(slots(write, present))]
-    rows = tensors[port.weight].detach().double().cpu().movedim(contraction.write_dim, 0).flatten(1)
+    runs = (starts.cumsum(0) - 1)[torch.from_numpy(slots(place.weight_dim, scene.present))]
+    weight = scene.tensors[port.weight].detach().double().cpu()
+    rows = weight.movedim(place.contraction.write_dim, 0).flatten(1)
     squared = torch.zeros(int(starts.sum()), dtype=torch.float64).index_add_(0, runs, rows.square().sum(1))
-    return _by_unit(squared.sqrt(), units[starts], group.size)
+    return by_unit(squared.sqrt(), units[starts], group.size)
 
 
 def _run_starts(units: Tensor, width: int) -> Tensor:
@@ -185,6 +207,7 @@ def _run_starts(units: Tensor, width: int) -> Tensor:
     return starts
 
 
-def _by_unit(values: Tensor, units: Tensor, size: int) -> Tensor:
+def by_unit(values: Tensor, units: Tensor, size: int) -> Tensor:
+    """Sum of the values of each unit's slots, shape (size,)."""
     mine = units >= 0
     return values.new_zeros(size).index_add_(0, units[mine], values[mine])

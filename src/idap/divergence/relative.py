@@ -1,230 +1,238 @@
 """The relative form (method.md 2.2): the relative change of the flow that removing a part would cause."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from idap.divergence.observe import After, Before, Energy, is_result, result_of, tensor_argument, tensors_in
-from idap.divergence.ports import Wiring, factor_in, stream_of
-from idap.graph.ir import CallKey, Graph, Node, Ref
+from idap.divergence.observe import is_result, result_of, tensors_in
+from idap.divergence.ports import Stream, factor_in, stream_of
+from idap.divergence.scene import Place, Scene, Scorer
+from idap.divergence.watch import Argument, ChannelStats, SampleRatio
+from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules import Contraction
 from idap.graph.rules.flow import arguments, base_name
-from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
 from idap.structure.groups import Group, Port
-from idap.structure.layout import Presence, count, slots
+from idap.structure.layout import count
 
 WIDEST_UNIT = 512
 """Units with more slots than this (a channel flattened into many features) are measured slot by slot."""
 
 
-class ReaderProbe:
-    """Second moments of the units that one contraction reads, and the energy of the stream that it feeds.
+def relative(scene: Scene) -> Scorer:
+    """D_u = E‖V_u a_u‖² / E‖x‖², mean over the readers of the unit; for branches and blocks E‖F(x)‖² / E‖x‖²."""
+    return RelativeScores(scene, centred=False)
+
+
+def fluctuation(scene: Scene) -> Scorer:
+    """The same of a_u - E a_u, since a constant can be moved into a bias."""
+    return RelativeScores(scene, centred=True)
+
+
+class RelativeScores:
+    """Scores of the relative form, or of its fluctuation."""
+
+    def __init__(self, scene: Scene, *, centred: bool) -> None:
+        self._centred = centred
+        self._readers = {group.name: _readers(scene, group) for group in scene.groups}
+        self._ratios = block_ratios(scene)
+
+    def units(self) -> Mapping[str, Tensor]:
+        """Mean over the readers that were seen."""
+        found = {}
+        for name, readers in self._readers.items():
+            parts = [reader.scores(centred=self._centred) for reader in readers if reader.seen]
+            if parts:
+                found[name] = torch.stack(parts).mean(0)
+        return found
+
+    def blocks(self) -> Mapping[str, float]:
+        """Branches and blocks that were seen."""
+        return {name: ratio.relative for name, ratio in self._ratios.items() if ratio.seen}
+
+
+def _readers(scene: Scene, group: Group) -> list["Reader"]:
+    found = [reader_of(scene, group, port) for port in scene.alive(group.readers)]
+    return [reader for reader in found if reader is not None]
+
+
+def reader_of(scene: Scene, group: Group, port: Port) -> "Reader | None":
+    """Watch what a contraction reads of a group and the stream it feeds; None if one opaque call hides them."""
+    place = scene.place(port)
+    weight, argument = place.weight(), place.input_at
+    stats = scene.watch.channels(place.contraction.input, place.contraction.input_dim)
+    flow = flow_behind(place)
+    if weight is None or argument is None or stats is None or flow.energy is None:
+        return None
+    units = scene.units_in(place.read, group)
+    order = _by_unit(units) if place.contraction.groups == 1 else None
+    reader = Reader(place, units, group.size, stats, weight, flow, order)
+    if order is not None and place.node.call is not None:
+        scene.watch.at(place.node.call, reader.look)
+        scene.watch.sums(reader.sums)
+    return reader
+
+
+@dataclass(frozen=True)
+class FlowBehind:
+    """Where the output of a contraction enters the flow.
+
+    Attributes:
+        stream: norms and factors on the way, and the addition.
+        energy: of the stream it is added to; where there is none, of the output itself.
+        channels: of the contraction's output that are present.
+    """
+
+    stream: Stream
+    energy: ChannelStats | None
+    channels: int
+
+    @property
+    def mean_square(self) -> float:
+        """E‖x‖² of the flow at one position."""
+        assert self.energy is not None
+        return max(self.energy.energy(self.channels), 1e-30)
+
+    def scale(self, scene: Scene) -> Tensor | None:
+        """The factor that the norms behind the contraction give each output channel, shape (O,); None: 1."""
+        total = None
+        for name in self.stream.affine:
+            scale = affine_scale(scene.structure.graph.nodes[name], scene.structure.graph, scene.tensors)
+            total = scale if total is None else total * scale
+        return None if total is None else total.expand(self.channels)
+
+
+def flow_behind(place: Place) -> FlowBehind:
+    """Find and watch the flow that a contraction feeds."""
+    scene = place.scene
+    stream = stream_of(scene.wiring, place.port.node, channels=place.written.shape[1])
+    if stream.addition:
+        node = list(scene.structure.graph.nodes[stream.addition].inputs())[stream.skip]
+        energy = scene.watch.energy(node)
+    else:
+        energy = scene.watch.energy(stream.end) if is_result(scene.structure.graph, stream.end) else None
+    return FlowBehind(stream, energy, count(place.written, scene.present))
+
+
+class Reader:
+    """Second moments of the units that one contraction reads, and the energy of the flow that it feeds.
 
     Sums O(channels) numbers, for units of several slots O(channels x slots of a unit).
-
-    Args:
-        structure: of the original model.
-        present: labels that the model still has.
-        group: whose units are measured.
-        port: where they are read.
-        wiring: of what the model still has.
-        tensors: parameters and buffers of the model that is run, by canonical name.
     """
 
     def __init__(
         self,
-        structure: Structure,
-        present: Presence,
-        group: Group,
-        port: Port,
-        wiring: Wiring,
-        tensors: Mapping[str, Tensor],
+        place: Place,
+        units: Tensor,
+        size: int,
+        stats: ChannelStats,
+        weight: Argument,
+        flow: FlowBehind,
+        order: Tensor | None,
     ) -> None:
-        graph, layout = structure.graph, structure.layout
-        self._graph = graph
-        self._tensors = tensors
-        self._contraction = layout.contractions[port.contraction]
-        read = layout.dims[self._contraction.input][0][self._contraction.input_dim]
-        written = layout.dims[port.node][0][self._contraction.output_dim]
-        self._units = torch.from_numpy(layout.units(read, group.index)[slots(read, present)])
-        self._channels = count(written, present)
-        self._size = group.size
-        self._node = graph.nodes[port.node]
-        self._stream = stream_of(wiring, port.node, channels=written.shape[1])
-        self._input = tensor_argument(graph, port.node, self._contraction.input)
-        self._weight_at = tensor_argument(graph, port.node, self._contraction.weight)
-        self._order = _by_unit(self._units) if self._contraction.groups == 1 else None
-        self._moments: Tensor | None = None
-        self._count = 0
-        self._weight: Tensor | None = None
-        self._energy = Energy()
-
-    @property
-    def observable(self) -> bool:
-        """Whether the contraction is a call of its own, and what it feeds can be seen."""
-        ends = bool(self._stream.addition) or is_result(self._graph, self._stream.end)
-        return self._input is not None and self._weight_at is not None and ends
+        self._place, self._units, self._size = place, units, size
+        self._stats, self._weight, self._flow, self._order = stats, weight, flow, order
+        self.sums: dict[str, Tensor] = {}
 
     @property
     def seen(self) -> bool:
         """Whether anything went by."""
-        return self._count > 0 and self._energy.seen
+        return self._stats.seen and self._flow.energy is not None and self._flow.energy.seen
 
-    def before(self) -> Mapping[CallKey, Before]:
-        """See what is read, and the stream at the addition."""
-        assert self._node.call is not None
-        looks: dict[CallKey, Before] = {self._node.call: self._read}
-        if self._stream.addition:
-            call = self._graph.nodes[self._stream.addition].call
-            assert call is not None
-            looks[call] = self._see_stream
-        return looks
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add up the second moments of units of several slots."""
+        assert self._order is not None and self._place.input_at is not None
+        x = tensors_in(args, kwargs)[self._place.input_at].detach().movedim(self._place.contraction.input_dim, -1)
+        x = x if x.dtype == torch.float64 else x.float()
+        x = self._place.scene.watch.counted(x).reshape(-1, x.shape[-1])
+        parts = x[:, self._order.ravel().to(x.device)].reshape(len(x), *self._order.shape).permute(1, 2, 0)
+        added = (parts @ parts.transpose(1, 2)).double()
+        self.sums["moments"] = self.sums["moments"] + added if "moments" in self.sums else added
 
-    def after(self) -> Mapping[CallKey, After]:
-        """See the contraction's own output where it is added to nothing."""
-        call = self._graph.nodes[self._stream.end].call
-        if self._stream.addition or call is None:
-            return {}
-        return {call: self._see_output}
-
-    def scores(self) -> Tensor:
-        """E‖V_u a_u‖² / E‖x‖² of each unit, shape (group.size,); units that the model no longer has get 0."""
-        assert self._moments is not None and self._weight is not None
-        weight = _scaled(self._weight.detach().double().cpu(), self._contraction, self._scale())
-        moments = (self._moments / max(1, self._count)).cpu()
+    def scores(self, *, centred: bool) -> Tensor:
+        """E‖V_u a_u‖² / E‖x‖² of each unit, shape (size,); units that the model no longer has get 0."""
+        assert self._weight.value is not None
+        contraction, scene = self._place.contraction, self._place.scene
+        weight = scaled(self._weight.value.double().cpu(), contraction, self._flow.scale(scene))
         found = torch.zeros(self._size, dtype=torch.float64)
         mine = self._units >= 0
+        mean = self._stats.mean
         if self._order is not None:
-            rows = weight.movedim(self._contraction.read_dim, -1).flatten(0, -2)  # (O x taps, I)
+            rows = weight.movedim(contraction.read_dim, -1).flatten(0, -2)  # (O x taps, I)
             parts = rows[:, self._order.ravel()].reshape(len(rows), *self._order.shape)  # (O x taps, U, w)
-            energy = torch.einsum("ouw,uwv,ouv->u", parts, moments, parts)
-            found[self._units[self._order[:, 0]]] = energy
+            moments = self.sums["moments"].cpu() / self._stats.sums["positions"]
+            if centred:
+                moments = moments - mean[self._order].unsqueeze(2) * mean[self._order].unsqueeze(1)
+            found[self._units[self._order[:, 0]]] = torch.einsum("ouw,uwv,ouv->u", parts, moments, parts)
         else:
-            energy = moments * _squared_norms(weight, self._contraction, len(moments))
+            moments = self._stats.square - (mean.square() if centred else 0)
+            energy = moments * squared_norms(weight, contraction, len(moments))
             found.index_add_(0, self._units[mine], energy[mine])
-        return found / max(self._energy.mean, 1e-30)
-
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._input is not None and self._weight_at is not None
-        given = tensors_in(args, kwargs)
-        self._weight = given[self._weight_at]
-        x = given[self._input].detach()
-        x = x.movedim(self._contraction.input_dim, -1).reshape(-1, x.shape[self._contraction.input_dim]).float()
-        if self._order is None:
-            added = x.square().sum(0, dtype=torch.float64)
-        else:
-            parts = x[:, self._order.ravel().to(x.device)].reshape(len(x), *self._order.shape).permute(1, 2, 0)
-            added = (parts @ parts.transpose(1, 2)).double()
-        self._moments = added if self._moments is None else self._moments + added
-        self._count += len(x)
-
-    def _see_stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._energy.add(tensors_in(args, kwargs)[self._stream.skip].detach(), self._channels)
-
-    def _see_output(self, result: Any) -> None:
-        value = result_of(self._graph, self._stream.end, result)
-        if value is not None:
-            self._energy.add(value.detach(), self._channels)
-
-    def _scale(self) -> Tensor | None:
-        """The factor that the norms behind the contraction give each output channel, shape (O,); None: 1."""
-        total = None
-        for name in self._stream.affine:
-            scale = affine_scale(self._graph.nodes[name], self._graph, self._tensors)
-            total = scale if total is None else total * scale
-        return None if total is None else total.expand(self._channels)
+        return found.clamp_min(0) / self._flow.mean_square
 
 
-class BranchProbe:
-    """D6 squared: energy of what a branch adds over that of the stream it is added to; and D6 itself."""
-
-    def __init__(self, graph: Graph, addition: str, branch: str) -> None:
-        self._call = graph.nodes[addition].call
-        operand = tensor_argument(graph, addition, branch)
-        self.observable = self._call is not None and operand is not None
-        self._branch = operand or 0
-        self._added = 0.0
-        self._stream = 0.0
-        self._ratios = 0.0
-        self._samples = 0
-
-    def before(self) -> Mapping[CallKey, Before]:
-        """See both operands of the addition."""
-        assert self._call is not None
-        return {self._call: self._see}
-
-    def after(self) -> Mapping[CallKey, After]:
-        """Nothing."""
-        return {}
-
-    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = tensors_in(args, kwargs)
-        self.note(given[self._branch], given[1 - self._branch])
-
-    def note(self, change: Tensor, stream: Tensor) -> None:
-        """Add a batch: what removing the part would change, and the stream before it."""
-        changed = change.detach().float().flatten(1).square().sum(1).double()
-        whole = stream.detach().float().flatten(1).square().sum(1).double()
-        self._added += float(changed.sum())
-        self._stream += float(whole.sum())
-        self._ratios += float((changed.sqrt() / (whole.sqrt() + 1e-6)).sum())
-        self._samples += len(changed)
-
-    @property
-    def seen(self) -> bool:
-        """Whether anything went by."""
-        return self._samples > 0
-
-    @property
-    def relative(self) -> float:
-        """E‖F(x)‖² / E‖x‖²."""
-        return self._added / max(self._stream, 1e-30)
-
-    @property
-    def paper(self) -> float:
-        """E[‖F(x)‖ / (‖x‖ + ε)] (D6; for blocks D1b)."""
-        return self._ratios / max(1, self._samples)
+def block_ratios(scene: Scene) -> dict[str, SampleRatio]:
+    """Watch what each branch adds to the stream, and how much each block changes it; those that can be seen."""
+    found = {}
+    for block in scene.blocks:
+        ratio = _branch(scene, block) if block.kind == "branch" else _block(scene, block)
+        if ratio is not None:
+            found[block.name] = ratio
+            scene.watch.sums(ratio.sums)
+    return found
 
 
-class BlockProbe(BranchProbe):
-    """The same for a whole block: its change is its output less its input."""
+def _branch(scene: Scene, block: Block) -> SampleRatio | None:
+    node = scene.structure.graph.nodes[block.addition]
+    operands = [name for name in node.inputs() if scene.wiring.source(name) != scene.wiring.source(block.branch)]
+    branch = scene.watch.energy(block.branch)
+    stream = scene.watch.energy(operands[0]) if len(operands) == 1 else None
+    if node.call is None or branch is None or stream is None:
+        return None
+    ratio = SampleRatio()
 
-    def __init__(self, wiring: Wiring, block: Block) -> None:
-        super().__init__(wiring.graph, block.exit, block.exit)
-        self._graph, self._exit = wiring.graph, wiring.graph.nodes[block.exit]
-        self._entry = wiring.sight(block.entry)
-        self.observable = self._entry is not None and is_result(self._graph, block.exit)
-        self._before: Tensor | None = None
+    def compare(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        assert branch is not None and stream is not None
+        if branch.latest is not None and stream.latest is not None:
+            ratio.add(branch.latest, stream.latest)
 
-    def before(self) -> Mapping[CallKey, Before]:
-        """See the stream before the block where it is given to a call."""
-        assert self._entry is not None
-        place = self._entry.argument
-        if place is None:
-            return {}
-        return {self._entry.call: lambda args, kwargs: self._remember(tensors_in(args, kwargs)[place])}
+    scene.watch.at(node.call, compare)
+    return ratio
 
-    def after(self) -> Mapping[CallKey, After]:
-        """See the stream before the block where a call returns it, and behind the block."""
-        entry = self._entry
-        assert entry is not None and self._exit.call is not None
-        found: dict[CallKey, After] = {self._exit.call: self._compare}
-        if entry.argument is None:
-            found[entry.call] = lambda result: self._remember(result_of(self._graph, entry.node, result))
-        return found
 
-    def _remember(self, stream: Tensor | None) -> None:
-        # No copy: a block that overwrote the stream it is given could not be removed, and is not offered.
-        self._before = stream.detach() if stream is not None else None
+def _block(scene: Scene, block: Block) -> SampleRatio | None:
+    """The change of a block is its output less its input."""
+    graph = scene.structure.graph
+    entry, leave = scene.wiring.sight(block.entry), graph.nodes[block.exit]
+    if entry is None or leave.call is None or not is_result(graph, block.exit):
+        return None
+    ratio, held = SampleRatio(), list[Tensor | None]()
 
-    def _compare(self, result: Any) -> None:
-        value = result_of(self._graph, self._exit.name, result)
-        if value is not None and self._before is not None:
-            self.note(value - self._before, self._before)
-        self._before = None
+    def compare(result: Any) -> None:
+        value = result_of(graph, block.exit, result)
+        before = held.pop() if held else None
+        if value is not None and before is not None:
+            counted = scene.watch.counted
+            ratio.add(_squared(counted(value.detach() - before)), _squared(counted(before)))
+
+    # No copy: a block that overwrote the stream it is given could not be removed, and is not offered.
+    place = entry.argument
+    if place is None:
+        scene.watch.result(entry.call, lambda result: held.append(result_of(graph, entry.node, result)))
+    else:
+        scene.watch.at(entry.call, lambda args, kwargs: held.append(tensors_in(args, kwargs)[place].detach()))
+    scene.watch.result(leave.call, compare)
+    return ratio
+
+
+def _squared(x: Tensor) -> Tensor:
+    """Squared norm of each sample."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=exact)
+    return norms.square()
 
 
 def affine_scale(node: Node, graph: Graph, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -255,20 +263,15 @@ def _by_unit(units: Tensor) -> Tensor | None:
     return mine[units[mine].argsort(stable=True)].reshape(-1, width)
 
 
-def _scaled(weight: Tensor, contraction: Contraction, scale: Tensor | None) -> Tensor:
+def scaled(weight: Tensor, contraction: Contraction, scale: Tensor | None) -> Tensor:
     """The weight with each output channel multiplied by a factor."""
     if scale is None:
         return weight
     return weight * scale.reshape([-1 if dim == contraction.write_dim else 1 for dim in range(weight.dim())])
 
 
-def _squared_norms(weight: Tensor, contraction: Contraction, channels: int) -> Tensor:
+def squared_norms(weight: Tensor, contraction: Contraction, channels: int) -> Tensor:
     """‖V_i‖² of each input channel i, over output channels and kernel taps; shape (I,)."""
     squared = weight.square().movedim((contraction.read_dim, contraction.write_dim), (0, 1))  # (I, O, ...)
     parts = channels // len(squared)  # of a grouped convolution; fewer than were traced, if some were cut
     return squared.reshape(len(squared), parts, -1).sum(2).T.ravel()
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return dict([*model.named_parameters(), *model.named_buffers()])

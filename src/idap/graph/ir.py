@@ -242,6 +242,15 @@ class Graph:
     module_aliases: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
+    def made_by(self) -> Mapping[CallKey, tuple[Node, ...]]:
+        """For each call of the running model the nodes it makes, in order."""
+        made: dict[CallKey, list[Node]] = {}
+        for node in self.nodes.values():
+            if node.call is not None:
+                made.setdefault(node.call, []).append(node)
+        return {call: tuple(nodes) for call, nodes in made.items()}
+
+    @cached_property
     def memory(self) -> Memory:
         """Which nodes share memory, and which change it."""
         return Memory({name: (node.shares, node.writes) for name, node in self.nodes.items()})

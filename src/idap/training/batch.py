@@ -96,6 +96,17 @@ def default_labels(batch: Batch) -> Tensor:
     )
 
 
+def default_padding(batch: Batch) -> Tensor | None:
+    """Which positions of a batch of padded sequences count: its ``attention_mask`` of shape (samples, positions).
+
+    Args:
+        batch: anything; only a mapping, alone or first in a tuple, can hold a mask.
+    """
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    mask = first.get("attention_mask") if isinstance(first, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
 def default_size(batch: Batch) -> int:
     """Count the samples of a batch: the first dimension of its first tensor.
 

@@ -20,6 +20,7 @@ from idap.training.batch import (
     default_inputs,
     default_labels,
     default_logits,
+    default_padding,
     default_size,
     describe,
     move,
@@ -47,6 +48,8 @@ class Task:
         inputs: gives the model's positional and keyword arguments of a batch.
         logits: gives the tensor of logits of the outputs, classes in the last dimension.
         size: counts the samples of a batch, the weight of its mean.
+        padding: gives which positions of a batch of sequences count, shape (samples, positions), None where all do; by
+            default the batch's ``attention_mask``.
 
     Raises:
         TaskError: the metric and `update` do not fit together.
@@ -64,6 +67,7 @@ class Task:
     inputs: Callable[[Batch], Inputs] = default_inputs
     logits: Callable[[Outputs], Tensor] = default_logits
     size: Callable[[Batch], int] = default_size
+    padding: Callable[[Batch], Tensor | None] = default_padding
 
     def __post_init__(self) -> None:
         if isinstance(self.metric, Metric) and self.update is None:

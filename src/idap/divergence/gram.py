@@ -1,0 +1,159 @@
+"""Second moments of what a contraction reads: the matrix whose rows are positions and whose columns are its inputs.
+
+For a convolution a row is an unfolded patch: the inputs under all taps of the kernel. The matrix itself is never held;
+batch by batch some of its rows are drawn and their products added up.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from idap.graph.ir import Node
+from idap.graph.rules import Contraction
+from idap.graph.rules.flow import arguments, base_name
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Draws rows of the matrix that a contraction multiplies by its weights.
+
+    Attributes:
+        contraction: what it does.
+        node: the operator.
+        limit: most rows drawn from one batch.
+    """
+
+    contraction: Contraction
+    node: Node
+    limit: int
+
+    @property
+    def known(self) -> bool:
+        """Whether this kind of contraction can be unfolded; transposed convolutions can't."""
+        return self.contraction.kind == "linear" or base_name(self.node.op) in ("conv1d", "conv2d", "conv3d")
+
+    def choose(self, x: Tensor, weight: Tensor, valid: Callable[[Tensor], Tensor | None], seed: int) -> Tensor:
+        """Which positions of a batch are drawn: all, or a random choice without repetition, in order.
+
+        Args:
+            x: the input.
+            weight: as the call is given it.
+            valid: gives the flat positions of a tensor with its channels last that are no padding; None for all.
+            seed: of the draw.
+        """
+        if self.contraction.kind == "linear":
+            last = x.movedim(self.contraction.input_dim, -1)
+            counted, count = valid(last), last.numel() // max(1, last.shape[-1])
+        else:
+            counted, count = None, len(x) * self._extent(x, weight)
+        if counted is not None:
+            count = len(counted)
+        chosen = torch.arange(count)
+        if count > self.limit:
+            draw = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(count, generator=draw)[: self.limit].sort().values
+        return chosen if counted is None else counted[chosen]
+
+    def of(self, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+        """The rows at chosen positions, shape (parts, rows, columns); columns in the order of the flat weight."""
+        if self.contraction.kind == "linear":
+            flat = x.movedim(self.contraction.input_dim, -1)
+            return _exact(flat.reshape(-1, flat.shape[-1])[chosen.to(x.device)]).unsqueeze(0)
+        windows = self._windows(x, weight.shape[2:])  # (B, C, *out, *kernel)
+        spatial = len(weight.shape) - 2
+        out = windows.shape[2 : 2 + spatial]
+        places = torch.unravel_index(chosen.to(x.device), (len(x), *out))
+        index: tuple[Any, ...] = (places[0], slice(None), *places[1:])
+        taken = windows[index]  # (rows, C, *kernel)
+        parts = x.shape[1] // weight.shape[1]
+        return _exact(taken.reshape(len(chosen), parts, -1).transpose(0, 1))
+
+    def _extent(self, x: Tensor, weight: Tensor) -> int:
+        """Number of positions in the output for one sample of a convolution."""
+        spatial = weight.dim() - 2
+        return prod(self._windows(x[:1, :1], weight.shape[2:]).shape[2 : 2 + spatial])
+
+    def outputs(self, y: Tensor, chosen: Tensor) -> Tensor:
+        """The outputs at the same positions, shape (rows, outputs)."""
+        flat = y.movedim(self.contraction.output_dim, -1)
+        return _exact(flat.reshape(-1, flat.shape[-1])[chosen.to(y.device)])
+
+    def matrix(self, weight: Tensor, parts: int) -> Tensor:
+        """The weight as matrices, shape (parts, outputs of a part, columns)."""
+        flat = weight.movedim(self.contraction.write_dim, 0)
+        flat = flat if self.contraction.kind == "conv" else flat.reshape(len(flat), -1)
+        return flat.reshape(parts, len(flat) // parts, -1)
+
+    def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """Matrices back in the shape of the weight."""
+        first = like.movedim(self.contraction.write_dim, 0)
+        return matrix.reshape(first.shape).movedim(0, self.contraction.write_dim)
+
+    def _windows(self, x: Tensor, kernel: Sequence[int]) -> Tensor:
+        given = arguments(self.node)
+        spatial = len(kernel)
+        stride, dilation = (_each(given[name], spatial) for name in ("stride", "dilation"))
+        x = F.pad(x, _padding(given["padding"], kernel, dilation))
+        for place in range(spatial):
+            reach = (kernel[place] - 1) * dilation[place] + 1
+            x = x.unfold(2 + place, reach, stride[place])[..., :: dilation[place]]
+        return x
+
+
+@dataclass
+class Gram:
+    """Sums over rows: the rows, their products, and their number; float64.
+
+    Attributes:
+        sums: "total" of shape (parts, columns), "products" of shape (parts, columns, columns), "count".
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows of shape (parts, rows, columns)."""
+        added = {
+            "total": rows.sum(1, dtype=torch.float64),
+            "products": (rows.transpose(1, 2) @ rows).double(),
+            "count": torch.tensor(float(rows.shape[1]), dtype=torch.float64),
+        }
+        for name, value in added.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    @property
+    def count(self) -> float:
+        """Number of rows."""
+        return float(self.sums["count"]) if self.sums else 0.0
+
+    def centred(self) -> Tensor:
+        """Second moments about the mean, shape (parts, columns, columns)."""
+        mean = self.sums["total"] / self.sums["count"].to(self.sums["total"].device)
+        moments = self.sums["products"] / self.sums["count"].to(self.sums["products"].device)
+        return moments - mean.unsqueeze(2) * mean.unsqueeze(1)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _each(value: Any, count: int) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+    return values * count if len(values) == 1 else values
+
+
+def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Padding before and after each dimension, last dimension first, as torch.nn.functional.pad wants it."""
+    sides = []
+    for place, size in enumerate(kernel):
+        if given == "same":
+            total = dilation[place] * (size - 1)
+            sides.append((total // 2, total - total // 2))
+        else:
+            side = 0 if given == "valid" else _each(given, len(kernel))[place]
+            sides.append((side, side))
+    return [side for pair in reversed(sides) for side in pair]

@@ -1,0 +1,226 @@
+"""The innovation form (method.md 2.3): the flow of a unit that the other units cannot replace.
+
+With H the centred second moments of what a consumer reads, removing unit u and refitting the consumer costs
+tr(V_u (H⁻¹_uu)⁻¹ V_uᵀ), the optimal-brain-surgeon error. Units are eliminated one after another, the cheapest first,
+and a unit's score is the cost accumulated when it goes, as a share of the energy of the flow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idap.divergence.gram import Gram, Rows
+from idap.divergence.jobs import Job
+from idap.divergence.observe import Probe, tensors_in
+from idap.divergence.relative import FlowBehind, flow_behind, scaled
+from idap.divergence.scene import Place, Scene, Scorer
+from idap.divergence.watch import Look
+from idap.structure.groups import Group
+
+ROWS = 8192
+"""Most rows drawn from one batch."""
+
+DAMPING = 1e-3
+"""Least ridge, as a share of the mean variance of a column; more where there are few rows for the columns."""
+
+STEPS = 96
+"""A group is eliminated in at most about so many steps; a wide one several units at a time."""
+
+
+def innovation(scene: Scene) -> Scorer:
+    """Accumulated cost of eliminating units when the layers that read them are refitted, over E‖x‖² of the stream."""
+    return InnovationScores(scene)
+
+
+class InnovationScores:
+    """Scores by elimination; one job per group, since second moments take memory."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scores: dict[str, Tensor] = {}
+        self.jobs = [job for group in scene.groups if (job := self._job(scene, group)) is not None]
+
+    def units(self) -> Mapping[str, Tensor]:
+        """Groups whose readers were seen."""
+        return self._scores
+
+    def blocks(self) -> None:
+        """Nothing: a block's flow is all innovation."""
+
+    def _job(self, scene: Scene, group: Group) -> Job | None:
+        readers = [reader for port in scene.alive(group.readers) if (reader := _reader(scene.place(port), group))]
+        if not readers:
+            return None
+
+        def finish() -> None:
+            systems = [system for reader in readers for system in reader.systems()]
+            if systems:
+                self._scores[group.name] = eliminate(systems, group.size)
+            for reader in readers:
+                reader.gram.sums.clear()
+
+        probes: list[Probe] = [reader.probe() for reader in readers]
+        return Job(sum(reader.size for reader in readers), probes, [reader.gram.sums for reader in readers], finish)
+
+
+@dataclass
+class System:
+    """One consumer, or one part of a grouped convolution, on the way of elimination.
+
+    Attributes:
+        inverse: H⁻¹ on the columns of the group, shape (columns, columns); downdated in place.
+        weights: V, refitted as units go, shape (outputs, columns); in units of flow (divided by its root mean square).
+        units: unit of each row of `columns`, shape (units here,).
+        columns: the columns of each unit, shape (units here, columns of a unit).
+    """
+
+    inverse: Tensor
+    weights: Tensor
+    units: Tensor
+    columns: Tensor
+
+    def costs(self) -> Tensor:
+        """Cost of each unit that is left, shape (units here,)."""
+        cols = self.columns
+        blocks = self.inverse[cols.unsqueeze(2), cols.unsqueeze(1)]  # (U, w, w)
+        weights = self.weights[:, cols].permute(1, 2, 0)  # (U, w, O)
+        costs: Tensor = (torch.linalg.solve(_sound(blocks), weights) * weights).sum((1, 2)).clamp_min(0)
+        return costs
+
+    def remove(self, gone: Tensor) -> None:
+        """Eliminate units, those of the mask of shape (units here,), and refit the others."""
+        cols = self.columns[gone].ravel()
+        part = self.inverse[cols]  # (k, columns)
+        gain = torch.linalg.solve(_sound(part[:, cols]), part)
+        self.weights -= self.weights[:, cols] @ gain
+        self.inverse -= part.T @ gain
+        self.units, self.columns = self.units[~gone], self.columns[~gone]
+
+
+def eliminate(systems: Sequence[System], size: int) -> Tensor:
+    """Eliminate all units of a group from all its consumers, the cheapest first.
+
+    Args:
+        systems: the consumers; used up.
+        size: number of units of the group.
+
+    Returns:
+        Mean over the consumers of the cost accumulated when each unit went, shape (size,); the last one to go gets what
+        is left.
+    """
+    left = torch.nonzero(torch.bincount(torch.cat([system.units for system in systems]))).ravel()
+    step = max(1, len(left) // STEPS)
+    scores = torch.zeros(size, dtype=torch.float64)
+    total = 0.0
+    while len(left):
+        costs = torch.zeros(size, dtype=torch.float64)
+        for system in systems:
+            costs.index_add_(0, system.units, system.costs().cpu())
+        costs = costs[left] / len(systems)
+        order = costs.argsort(stable=True)[:step]
+        chosen = left[order]
+        scores[chosen] = total + costs[order].cumsum(0)
+        total = float(scores[chosen[-1]])
+        for system in systems:
+            gone = torch.isin(system.units, chosen)
+            if gone.any():
+                system.remove(gone)
+        left = left[~torch.isin(left, chosen)]
+    return scores
+
+
+def _sound(blocks: Tensor) -> Tensor:
+    """Keep the diagonal of blocks of H⁻¹ away from zero, where rounding has eaten it up."""
+    diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+    return blocks + torch.diag_embed((1e-9 * diagonal.abs().amax(-1, keepdim=True)).expand_as(diagonal) + 1e-30)
+
+
+@dataclass
+class _Reader:
+    place: Place
+    units: Tensor
+    rows: Rows
+    flow: FlowBehind
+    gram: Gram
+    weight: Tensor | None = None
+    parts: int = 1
+    batches: int = 0
+
+    @property
+    def slots(self) -> Tensor:
+        """Slots of the input that belong to the group."""
+        return torch.nonzero(self.units >= 0).ravel()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the second moments."""
+        shape = self.place.scene.structure.graph.nodes[self.place.contraction.weight].shape
+        taps = 1
+        if self.place.contraction.kind == "conv":
+            for extent in shape[2:]:
+                taps *= extent
+        parts = self.place.contraction.groups
+        return 8 * parts * (len(self.slots) // parts * taps) ** 2
+
+    def probe(self) -> Probe:
+        call = self.place.node.call
+        assert call is not None
+        return Look(call, self._look)
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = tensors_in(args, kwargs)
+        assert self.place.input_at is not None and self.place.weight_at is not None
+        x, self.weight = given[self.place.input_at].detach(), given[self.place.weight_at].detach()
+        self.parts = x.shape[1] // self.weight.shape[1] if self.rows.contraction.kind == "conv" else 1
+        rows = self.rows
+        chosen = rows.choose(x, self.weight, self.place.scene.watch.valid, self.batches)
+        self.batches += 1
+        found = rows.of(x, self.weight, chosen)
+        self.gram.add(found[..., self._columns(found.shape[-1])] if self.parts == 1 else found)
+
+    def _columns(self, count: int) -> Tensor:
+        """Columns of the group's slots (one part)."""
+        taps = count // len(self.units)
+        return (self.slots[:, None] * taps + torch.arange(taps)).ravel()
+
+    def systems(self) -> list[System]:
+        """The consumer's parts, ready for elimination."""
+        if self.weight is None or not self.gram.sums or self.flow.energy is None or not self.flow.energy.seen:
+            return []
+        contraction = self.place.contraction
+        weight = scaled(self.weight.double().cpu(), contraction, self.flow.scale(self.place.scene))
+        matrix = self.rows.matrix(weight, self.parts) / self.flow.mean_square**0.5
+        moments = self.gram.centred().cpu()
+        units, taps = self.units.reshape(self.parts, -1), matrix.shape[-1] * self.parts // len(self.units)
+        if self.parts == 1:
+            matrix, units = matrix[..., self._columns(matrix.shape[-1])], units[:, self.slots]
+        return [self._system(matrix[part], moments[part], units[part], taps) for part in range(self.parts)]
+
+    def _system(self, matrix: Tensor, moments: Tensor, units: Tensor, taps: int) -> System:
+        share = max(DAMPING, len(moments) / max(1.0, self.gram.count))
+        ridge = share * moments.diagonal().mean().clamp_min(1e-30)
+        factor = torch.linalg.cholesky(moments + ridge * torch.eye(len(moments), dtype=moments.dtype))
+        mine = torch.nonzero(units >= 0).ravel()
+        mine = mine[units[mine].argsort(stable=True)]
+        counts = torch.bincount(units[mine])
+        present = torch.nonzero(counts).ravel()
+        width = int(counts[present[0]])
+        columns = (mine[:, None] * taps + torch.arange(taps)).reshape(len(present), width * taps)
+        return System(torch.cholesky_inverse(factor), matrix.clone(), present, columns)
+
+
+def _reader(place: Place, group: Group) -> _Reader | None:
+    if place.weight_at is None or place.input_at is None or place.node.call is None:
+        return None
+    rows = Rows(place.contraction, place.node, ROWS)
+    units = place.scene.units_in(place.read, group)
+    counts = torch.bincount(units[units >= 0])
+    counts = counts[counts > 0]
+    if not rows.known or not len(counts) or bool((counts != counts[0]).any()):
+        return None
+    parts = place.contraction.groups
+    if parts > 1 and any(int((part >= 0).sum()) == 0 for part in units.reshape(parts, -1)):
+        return None
+    return _Reader(place, units, rows, flow_behind(place), Gram())

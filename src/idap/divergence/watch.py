@@ -1,0 +1,307 @@
+"""Statistics of tensors that several criteria share: each tensor is looked at once, whoever asks for it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idap.divergence.observe import After, Before, Pass, Probe, result_of, tensors_in
+from idap.divergence.ports import Sight, Wiring
+from idap.graph.ir import CallKey
+
+
+@dataclass
+class UnitNorms:
+    """Sum over samples of ‖A_u‖, the norm of all slots and positions of a unit in one sample.
+
+    Attributes:
+        units: unit of each slot, -1 for none; shape (slots,).
+        size: number of units.
+        per_channel: divide by the number of channels too (D3, D7), not only by the positions (D4).
+        sums: of shape (size,).
+    """
+
+    units: Tensor
+    size: int
+    per_channel: bool
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, squared: Tensor, positions: float) -> None:
+        """Add a batch: squared norms of shape (samples, slots), each over so many positions."""
+        mine = self.units >= 0
+        of_slots = squared[:, mine].double().cpu()
+        of_units = of_slots.new_zeros(len(squared), self.size).index_add_(1, self.units[mine], of_slots)
+        parts = squared.shape[1] if self.per_channel else 1
+        _accumulate(self.sums, "norms", of_units.sqrt().sum(0) / max(1.0, parts * positions))
+
+
+class ChannelStats:
+    """Sums over the batches of one tensor, channel by channel: O(channels) numbers.
+
+    Args:
+        dim: the dimension of the channels; the first one is that of the samples.
+
+    Attributes:
+        sums: "square" and "sum" of each channel, shape (channels,); "positions" and "samples".
+        norms: norms of units, for whoever asked.
+        latest: squared norm of each sample of the batch that is running, shape (samples,).
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+        self.sums: dict[str, Tensor] = {}
+        self.norms: list[UnitNorms] = []
+        self.latest: Tensor | None = None
+
+    def add(self, x: Tensor, padding: Tensor | None) -> None:
+        """Add a batch."""
+        if self._dim == 0:
+            x = x.unsqueeze(0)
+        dim = max(1, self._dim)
+        x = x.detach() if x.is_floating_point() else x.detach().float()
+        counted = float(x.numel()) / max(1, x.shape[dim])
+        if padding is not None and (mask := _aligned(padding, x, dim)) is not None:
+            counted *= float(mask.float().mean())
+            x = x * mask
+        inner = [place for place in range(1, x.dim()) if place != dim]
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if inner:
+            squared = torch.linalg.vector_norm(x, dim=inner, dtype=exact).square()  # (samples, channels)
+            total = x.sum(inner, dtype=exact)
+        else:
+            total = x.to(exact)
+            squared = total.square()
+        self.latest = squared.sum(1)
+        _accumulate(self.sums, "square", squared.sum(0, dtype=torch.float64))
+        _accumulate(self.sums, "sum", total.sum(0, dtype=torch.float64))
+        _accumulate(self.sums, "positions", torch.tensor(counted, dtype=torch.float64))
+        _accumulate(self.sums, "samples", torch.tensor(float(len(x)), dtype=torch.float64))
+        for norms in self.norms:
+            norms.add(squared, counted / max(1, len(x)))
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything went by."""
+        return bool(self.sums)
+
+    @property
+    def square(self) -> Tensor:
+        """E a² of each channel at one position, shape (channels,)."""
+        return self.sums["square"].cpu() / self.sums["positions"].clamp_min(1e-30)
+
+    @property
+    def mean(self) -> Tensor:
+        """E a of each channel, shape (channels,)."""
+        return self.sums["sum"].cpu() / self.sums["positions"].clamp_min(1e-30)
+
+    def energy(self, channels: int) -> float:
+        """E‖x‖² at one position that has so many channels, whichever dimension the sums were kept for."""
+        elements = self.sums["positions"] * len(self.sums["square"])
+        return float(self.sums["square"].sum().cpu() * channels / elements.clamp_min(1))
+
+    @property
+    def samples(self) -> float:
+        """Number of samples seen."""
+        return float(self.sums["samples"])
+
+
+class SampleRatio:
+    """Sums over samples of a change of the flow and of the flow it changes.
+
+    Attributes:
+        sums: "change" and "stream": squared norms; "ratio": ‖change‖ / (‖stream‖ + ε); "samples".
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, change: Tensor, stream: Tensor) -> None:
+        """Add a batch of squared norms, shape (samples,)."""
+        change, stream = change.double().cpu(), stream.double().cpu()
+        _accumulate(self.sums, "change", change.sum())
+        _accumulate(self.sums, "stream", stream.sum())
+        _accumulate(self.sums, "ratio", (change.sqrt() / (stream.sqrt() + 1e-6)).sum())
+        _accumulate(self.sums, "samples", torch.tensor(float(len(change)), dtype=torch.float64))
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything went by."""
+        return bool(self.sums)
+
+    @property
+    def relative(self) -> float:
+        """E‖F(x)‖² / E‖x‖²."""
+        return float(self.sums["change"] / self.sums["stream"].clamp_min(1e-30))
+
+    @property
+    def paper(self) -> float:
+        """E[‖F(x)‖ / (‖x‖ + ε)] (D6; for blocks D1b)."""
+        return float(self.sums["ratio"] / self.sums["samples"].clamp_min(1))
+
+
+class Watch:
+    """What is looked at during one measurement.
+
+    Args:
+        wiring: of what the model still has.
+
+    Attributes:
+        padding: of the pass that is running.
+    """
+
+    def __init__(self, wiring: Wiring) -> None:
+        self._wiring = wiring
+        self._channels: dict[str, dict[int, ChannelStats]] = {}
+        self._probes: list[Probe] = []
+        self._arguments: dict[tuple[CallKey, int], Argument] = {}
+        self.held: list[dict[str, Tensor]] = []
+        self.padding: Tensor | None = None
+
+    def channels(self, node: str, dim: int) -> ChannelStats | None:
+        """Statistics of the channels of a node's value; None if one opaque call hides it."""
+        node = self._wiring.source(node)
+        if self._wiring.sight(node) is None:
+            return None
+        dim %= max(1, len(self._wiring.graph.nodes[node].shape))
+        found = self._channels.setdefault(node, {})
+        if dim not in found:
+            found[dim] = ChannelStats(dim)
+            self.held.append(found[dim].sums)
+        return found[dim]
+
+    def energy(self, node: str) -> ChannelStats | None:
+        """Statistics of a node's value for which the dimension of the channels does not matter."""
+        node = self._wiring.source(node)
+        known = self._channels.get(node)
+        return next(iter(known.values())) if known else self.channels(node, 1)
+
+    def norms(self, stats: ChannelStats, units: Tensor, size: int, *, per_channel: bool) -> UnitNorms:
+        """Norms of the units in a tensor that is watched."""
+        found = UnitNorms(units, size, per_channel)
+        stats.norms.append(found)
+        self.held.append(found.sums)
+        return found
+
+    def argument(self, call: CallKey, place: int) -> "Argument":
+        """The latest tensor given to a call at a place among its tensors, such as its weight."""
+        return self._arguments.setdefault((call, place), Argument(call, place))
+
+    def at(self, call: CallKey, look: Before) -> None:
+        """Look at the arguments of a call."""
+        self._probes.append(Look(call, look))
+
+    def result(self, call: CallKey, note: After) -> None:
+        """Look at the result of a call."""
+        self._probes.append(_Note(call, note))
+
+    def sums(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Have statistics added up over processes."""
+        self.held.append(found)
+        return found
+
+    def probes(self) -> list[Probe]:
+        """Everything to look at; shared statistics first, so that others find them up to date."""
+        shared: list[Probe] = []
+        for node, by_dim in self._channels.items():
+            sight = self._wiring.sight(node)
+            assert sight is not None
+            shared += [self._see(sight, stats.add) for stats in by_dim.values()]
+        return [*shared, *self._arguments.values(), *self._probes]
+
+    def counted(self, x: Tensor) -> Tensor:
+        """A tensor with its channels last, zero at positions of padding."""
+        mask = None if self.padding is None else _aligned(self.padding, x, x.dim() - 1)
+        return x if mask is None else x * mask
+
+    def valid(self, x: Tensor) -> Tensor | None:
+        """The flat positions of a tensor with its channels last that are no padding; None if all count."""
+        return valid_positions(self.padding, x)
+
+    def begin(self, each: Pass) -> None:
+        """A pass begins."""
+        self.padding = each.padding
+
+    def _see(self, sight: Sight, add: Callable[[Tensor, Tensor | None], None]) -> Probe:
+        place = sight.argument
+        if place is not None:
+            return Look(sight.call, lambda args, kwargs: add(tensors_in(args, kwargs)[place], self.padding))
+
+        def note(result: Any) -> None:
+            value = result_of(self._wiring.graph, sight.node, result)
+            if value is not None:
+                add(value, self.padding)
+
+        return _Note(sight.call, note)
+
+
+@dataclass
+class Argument:
+    """The latest tensor given to a call at one place."""
+
+    call: CallKey
+    place: int
+    value: Tensor | None = None
+
+    def before(self) -> Mapping[CallKey, Before]:
+        """Remember it."""
+        return {self.call: self._remember}
+
+    def after(self) -> Mapping[CallKey, After]:
+        """Nothing."""
+        return {}
+
+    def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.value = tensors_in(args, kwargs)[self.place].detach()
+
+
+@dataclass(frozen=True)
+class Look:
+    """Looks at the arguments of one call."""
+
+    call: CallKey
+    look: Before
+
+    def before(self) -> Mapping[CallKey, Before]:
+        """Look."""
+        return {self.call: self.look}
+
+    def after(self) -> Mapping[CallKey, After]:
+        """Nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
+class _Note:
+    call: CallKey
+    note: After
+
+    def before(self) -> Mapping[CallKey, Before]:
+        return {}
+
+    def after(self) -> Mapping[CallKey, After]:
+        return {self.call: self.note}
+
+
+def valid_positions(padding: Tensor | None, x: Tensor) -> Tensor | None:
+    """The flat positions of a tensor with its channels last that are no padding; None if all count."""
+    mask = None if padding is None else _aligned(padding, x, x.dim() - 1)
+    return None if mask is None else torch.nonzero(mask.expand(*x.shape[:-1], 1).ravel()).ravel().cpu()
+
+
+def _aligned(padding: Tensor, x: Tensor, dim: int) -> Tensor | None:
+    """The mask in the shape of a tensor, channels in `dim`; None where its positions are not those of a sequence."""
+    samples, length = padding.shape
+    if x.shape[0] == samples * length:
+        return padding.reshape([-1, *[1] * (x.dim() - 1)]).to(x.device)
+    places = [place for place in range(1, x.dim()) if place != dim and x.shape[place] == length]
+    if x.shape[0] != samples or len(places) != 1:
+        return None
+    return padding.reshape([samples, *(length if place == places[0] else 1 for place in range(1, x.dim()))]).to(
+        x.device
+    )
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = value if name not in sums else sums[name] + value

@@ -1,0 +1,136 @@
+"""Least squares from sums: what a layer reads, what it should give, and the ridge that held-out samples prefer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Ridges that are tried, as shares of the mean variance of a column."""
+
+
+@dataclass
+class Moments:
+    """Sums over rows x of what is read and y of what should come out; float64.
+
+    Attributes:
+        count: number of rows.
+        x: sum of rows, shape (parts, columns).
+        y: sum of targets, shape (parts, outputs).
+        xx: shape (parts, columns, columns).
+        xy: shape (parts, columns, outputs).
+        yy: sum of squares of the targets, shape (parts, outputs).
+    """
+
+    count: float
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> "Moments":
+        """Sums over a batch.
+
+        Args:
+            x: shape (parts, rows, columns).
+            y: shape (parts, rows, outputs).
+        """
+        across = x.transpose(1, 2)
+        sums = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
+        squares = y.square().sum(1, dtype=torch.float64)
+        return cls(float(x.shape[1]), *sums, (across @ x).double(), (across @ y).double(), squares)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Mean squared error of a layer over the rows, summed over the outputs.
+
+        Args:
+            weight: shape (parts, outputs, columns).
+            bias: shape (parts, outputs).
+        """
+        through = self.xx @ weight.transpose(1, 2)  # (parts, columns, outputs)
+        total = self.yy.sum() - 2 * (self.xy * weight.transpose(1, 2)).sum() + (through * weight.transpose(1, 2)).sum()
+        total += 2 * ((weight @ self.x.unsqueeze(2)).squeeze(2) * bias).sum() - 2 * (self.y * bias).sum()
+        total += self.count * bias.square().sum()
+        return float(total) / max(1.0, self.count)
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Second moments about the means, those across, and the means of x and y."""
+        mean_x, mean_y = self.x / self.count, self.y / self.count
+        xx = self.xx / self.count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
+        xy = self.xy / self.count - mean_x.unsqueeze(2) * mean_y.unsqueeze(1)
+        return xx, xy, mean_x, mean_y
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A corrected layer.
+
+    Attributes:
+        weight: shape (parts, outputs, columns).
+        bias: what is added to the outputs, shape (parts, outputs).
+        before: error of the old layer on held-out samples.
+        after: error of the new one there.
+        ridge: that was chosen; infinite where only the bias was fitted.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    before: float
+    after: float
+    ridge: float
+
+
+def fit(
+    learned: Moments, held_out: Moments, weight: Tensor, bias: Tensor, *, ridges: Sequence[float], shift: bool
+) -> Fit | None:
+    """Refit a layer; the ridge is the one that held-out samples prefer, and pulls towards the old weights.
+
+    Args:
+        learned: rows to learn from.
+        held_out: rows of other samples.
+        weight: of the layer, shape (parts, outputs, columns).
+        bias: of the layer, shape (parts, outputs).
+        ridges: tried; none: only the bias is fitted.
+        shift: whether the layer can add a bias.
+
+    Returns:
+        The new layer, fitted on all rows; None if nothing is better on the held-out samples than what there is.
+    """
+    old = held_out.error(weight, bias)
+    best: tuple[float, float] = (old, float("nan"))
+    for ridge in (*ridges, float("inf")):
+        tried = _solved(learned, weight, bias, ridge, shift)
+        error = old if tried is None else held_out.error(*tried)
+        if error < best[0]:
+            best = (error, ridge)
+    if best[1] != best[1]:
+        return None
+    found = _solved(learned + held_out, weight, bias, best[1], shift)
+    return None if found is None else Fit(*found, before=old, after=best[0], ridge=best[1])
+
+
+def _solved(moments: Moments, weight: Tensor, bias: Tensor, ridge: float, shift: bool) -> tuple[Tensor, Tensor] | None:
+    """Weights near the old ones and a bias that minimise the error on the rows; None if they can't be found."""
+    if shift:
+        xx, xy, mean_x, mean_y = moments.centred()
+    else:
+        xx, xy = moments.xx / moments.count, moments.xy / moments.count
+        xy = xy - (moments.x / moments.count).unsqueeze(2) * bias.unsqueeze(1)
+    if ridge < float("inf"):
+        size = xx.shape[-1]
+        amount = ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+        damped = xx + amount[:, None, None] * torch.eye(size, dtype=xx.dtype, device=xx.device)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed.any()):
+            return None
+        change = torch.cholesky_solve(xy - xx @ weight.transpose(1, 2), factor)
+        weight = weight + change.transpose(1, 2)
+    if shift:
+        bias = mean_y - (weight @ mean_x.unsqueeze(2)).squeeze(2)
+    return weight, bias

@@ -1,0 +1,95 @@
+"""Batch norms: what they do to a channel, and their statistics on new data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from idap.divergence.observe import Pass
+from idap.graph.ir import Graph
+from idap.graph.rules.flow import arguments
+from idap.training.evaluate import modes_kept
+
+SMALLEST_SCALE = 1e-6
+"""A norm that scales a channel by less gives nothing that could be corrected in front of it."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y -> scale (y - mean) + shift, channel by channel, as an evaluated batch norm does; the identity without one.
+
+    Attributes:
+        scale: shape (channels,).
+        mean: the running mean, shape (channels,).
+        shift: shape (channels,).
+    """
+
+    scale: Tensor
+    mean: Tensor
+    shift: Tensor
+
+    def applied(self, y: Tensor, dim: int) -> Tensor:
+        """To a tensor with its channels in `dim`."""
+        if not self.scale.numel():
+            return y
+        shape = [-1 if place == dim % y.dim() else 1 for place in range(y.dim())]
+        offset = self.shift - self.scale * self.mean
+        return y * self.scale.reshape(shape) + offset.reshape(shape)
+
+    def undone(self, rows: Tensor) -> Tensor:
+        """What rows must have been before, shape (rows, channels)."""
+        if not self.scale.numel():
+            return rows
+        small = self.scale.abs() < SMALLEST_SCALE
+        scale = torch.where(small, torch.ones_like(self.scale), self.scale)
+        return torch.where(small, self.mean, (rows - self.shift) / scale + self.mean)
+
+
+def affine_of(graph: Graph, norm: str, tensors: Mapping[str, Tensor]) -> Affine:
+    """What the batch norm of a node does at this moment.
+
+    Args:
+        graph: of the original.
+        norm: name of the node; "" for none.
+        tensors: of the model that runs, by canonical name.
+    """
+    if not norm:
+        empty = torch.empty(0)
+        return Affine(empty, empty, empty)
+    given = arguments(graph.nodes[norm])
+
+    def held(name: str) -> Tensor | None:
+        value = given[name]
+        return None if value is None else tensors[graph.nodes[value.name].target].detach()
+
+    mean, variance, weight, bias = (held(name) for name in ("running_mean", "running_var", "weight", "bias"))
+    assert mean is not None and variance is not None
+    scale = (variance + float(given["eps"])).rsqrt()
+    scale = scale if weight is None else scale * weight
+    return Affine(scale, mean.clone(), torch.zeros_like(scale) if bias is None else bias)
+
+
+def running_mean(graph: Graph, norm: str) -> str:
+    """Canonical name of the running mean of a batch norm's node."""
+    return graph.nodes[arguments(graph.nodes[norm])["running_mean"].name].target
+
+
+@torch.no_grad()
+def reestimate_norms_(model: nn.Module, passes: Sequence[Pass]) -> None:
+    """Estimate the running statistics of all batch norms anew, as the mean over these batches, in place."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    with modes_kept(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            if norms:
+                for each in passes:
+                    each.run(model)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
