@@ -30,3 +30,11 @@ def real_data() -> Path:
 # The same examples in every run: a change that is green here is green elsewhere.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused_attention_as_it_was():
+    """Benchmark scripts own their process and may switch what belongs to all of it; tests put that back."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    yield
+    torch.backends.mha.set_fastpath_enabled(fused)

@@ -13,12 +13,14 @@ from idap import record
 from idap.errors import RunFolderError
 from idap.record import Removal, RunFolder, Step, read_steps, write_bytes, write_json
 
+EACH = {"scores": (0.25, 0.5), "ranks": (0, 3), "cost": 9.0}
+
 
 def step(index, **changes):
     settings = {
         "index": index,
         "stage": "filters",
-        "removed": (Removal(name="conv", kind="channels", units=(1, 4), left=6, divergence=(0.25, 0.5)),),
+        "removed": (Removal(name="conv", kind="channels", units=(1, 4), left=6, divergence=(0.25, 0.5), **EACH),),
         "macs": 10,
         "parameters": 5,
         "metric": 0.75,
@@ -46,6 +48,7 @@ def test_settings_and_decisions_come_back(tmp_path):
     assert [found["index"] for found in steps] == [0, 1, 2]
     assert steps[0]["removed"] == [
         {"name": "conv", "kind": "channels", "units": [1, 4], "left": 6, "divergence": [0.25, 0.5]}
+        | {"scores": [0.25, 0.5], "ranks": [0, 3], "cost": 9.0}
     ]
     assert (steps[0]["metric"], steps[0]["note"], steps[0]["accepted"]) == (0.5, {"trial": [1, 2]}, True)
 

@@ -30,6 +30,10 @@ class Removal:
         units: the units removed, in the original's indices; empty for branches and blocks.
         left: units that the group has left; 0 for branches and blocks.
         divergence: lowest and highest divergence among what was removed.
+        scores: of each unit, beside `units`.
+        ranks: place of each unit in the ranking of its step, from 0 for the first to go.
+        cost: of one more unit of the group when it was ranked: multiply-adds, parameters or seconds, as the run's
+            settings say; for a branch or block all that it cost.
     """
 
     name: str
@@ -37,6 +41,9 @@ class Removal:
     units: tuple[int, ...]
     left: int
     divergence: tuple[float, float]
+    scores: tuple[float, ...] = ()
+    ranks: tuple[int, ...] = ()
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,15 @@ def test_impossible_goals(settings, match):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Config(criterion="magnitude"), r"^criterion must be 'relative' or 'paper', found 'magnitude'\.$"),
+        (lambda: Config(criterion="largest"), r"^there is no criterion 'largest'; there are relative, fluctuation, "),
+        (lambda: Config(ranking="local"), r"^ranking must be 'global' or 'uniform', found 'local'\.$"),
+        (
+            lambda: Config(cost="money"),
+            r"^cost must be 'auto' or 'macs' or 'parameters' or 'latency', found 'money'\.$",
+        ),
+        (lambda: Config(cost_power="best"), r"^cost_power must be 'auto', found 'best'\.$"),
+        (lambda: FilterStage(multiple=0), r"^filters\.multiple must be at least 1, found 0\.$"),
+        (lambda: FilterStage(keep={"a*": 2}), r"^filters\.keep\['a\*'\] must lie in \[0, 1\], found 2\.$"),
         (lambda: Config(cost_power=1.5), r"^cost_power must lie in \[0, 1\], found 1\.5\.$"),
         (lambda: Config(filters_share=-0.1), r"^filters_share must lie in \[0, 1\], found -0\.1\.$"),
         (lambda: Config(calibration_batches=0), r"^calibration_batches must be at least 1, found 0\.$"),
@@ -64,8 +72,9 @@ def test_edges_are_allowed():
 
 
 def test_the_power_follows_the_criterion_unless_it_is_set():
-    assert (Config().power, Config(criterion="paper").power) == (0.0, 1.0)
-    assert (Config(cost_power=0.5).power, Config(criterion="paper", cost_power=0).power) == (0.5, 0)
+    assert (Config(criterion="relative").powers, Config(criterion="paper").powers) == ((0.0,), (1.0,))
+    assert (Config(cost_power=0.5).powers, Config(criterion="paper", cost_power=0).powers) == ((0.5,), (0,))
+    assert Config(cost_power="auto").powers == (0.0, 0.5, 1.0)
 
 
 def test_settings_are_frozen():

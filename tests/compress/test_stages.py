@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from idap.compress import run as running
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.filters import filter_stage, rank
-from idap.compress.layers import calibration_loss, layer_stage
+from idap.compress.layers import calibration_loss, layer_stage, loss_without
 from idap.compress.state import Journal, Setting, State, describe, few_samples
 from idap.cost.count import Cost
 from idap.progress import Silent
@@ -103,7 +103,7 @@ def test_a_step_stops_at_the_target_and_goes_no_further():
     end = filter_stage(setting, start, setting.budget, journal)
     assert len(journal.steps) == 1
     assert end.cost.macs <= 0.8 * start.cost.macs
-    ranking = rank(setting, start, setting.divergence(start).units, 0.1)
+    ranking = rank(setting, start, setting.divergence(start).units, 0.1, 0.0)
     last = sum(len(removal.units) for removal in journal.steps[0].removed)
     assert setting.costs.cost(ranking.keep(last)).macs == end.cost.macs
     assert setting.costs.cost(ranking.keep(last - 1)).macs > 0.8 * start.cost.macs
@@ -128,7 +128,7 @@ def test_floors_hold_to_the_end():
 def test_a_goal_of_parameters_ranks_by_parameters():
     setting, start, _ = prepare(macs=None, parameters=0.5, cost_power=1.0)
     scores = setting.divergence(start).units
-    ranking = rank(setting, start, scores, 0.1)
+    ranking = rank(setting, start, scores, 0.1, 1.0)
     costs = setting.costs.unit_parameters()
     values = [float(scores[name][u]) / costs[name] for name, u in zip(ranking.groups, ranking.units, strict=True)]
     assert values == sorted(values)
@@ -153,10 +153,10 @@ def test_a_trial_has_the_loss_of_the_model_that_is_really_cut(already):
             each = [F.cross_entropy(judged(x), y) * len(y) for x, y in setting.calibration]
         return float(sum(each)) / sum(len(y) for _, y in setting.calibration)
 
-    assert calibration_loss(setting, state) == pytest.approx(loss(model))
+    assert calibration_loss(setting, state.model) == pytest.approx(loss(model))
     for name in set(removable) - set(already):
         real = apply_plan(start.model, setting.structure.plan({}, (*already, name)))
-        assert calibration_loss(setting, state, setting.structure.block(name)) == pytest.approx(loss(real))
+        assert loss_without(setting, state, setting.structure.block(name)) == pytest.approx(loss(real))
     assert_close(model.state_dict(), apply_plan(start.model, setting.structure.plan({}, already)).state_dict())
 
 
@@ -191,8 +191,8 @@ def test_a_trial_is_right_for_code_that_works_in_place():
     assert removable
     for name in removable:
         real = apply_plan(net, setting.structure.plan({}, (name,)))
-        expected = calibration_loss(setting, dataclasses.replace(start, model=real))
-        assert calibration_loss(setting, start, setting.structure.block(name)) == pytest.approx(expected), name
+        expected = calibration_loss(setting, real)
+        assert loss_without(setting, start, setting.structure.block(name)) == pytest.approx(expected), name
 
 
 def test_removals_stop_at_their_number_and_are_measured_anew():

@@ -10,6 +10,7 @@ from torch import nn
 
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.errors import BudgetError, ConfigError
+from idap.rebalance.run import Rebalance
 from idap.training.fit import Recovery
 from idap.zoo.recipe import make_recipe, read_recipe
 from idap.zoo.sections import SECTIONS
@@ -99,7 +100,13 @@ class TestReading:
         )
 
     def test_every_setting_is_a_key(self):
-        kinds = {"filters": FilterStage, "layers": LayerStage, "recovery": Recovery, "final": Recovery}
+        kinds = {
+            "filters": FilterStage,
+            "layers": LayerStage,
+            "recovery": Recovery,
+            "final": Recovery,
+            "rebalance": Rebalance,
+        }
         for section, kind in kinds.items():
             assert set(SECTIONS[section].model_fields) == {field.name for field in fields(kind)}
         scalars = {field.name for field in fields(Config)} - set(kinds)
@@ -172,7 +179,7 @@ class TestMistakes:
         [
             ("filters.stpes=3", "r.toml: there is no key filters.stpes; the nearest is filters.steps."),
             ("compress.macs=0.5", "there is no key compress.macs; the nearest is goals.macs."),
-            ("compress.finals=1", "there is no key compress.finals; [compress] knows criterion, cost_power,"),
+            ("compress.finals=1", "there is no key compress.finals; [compress] knows criterion, ranking,"),
             ("filter.steps=3", "there is no section [filter]; the nearest is [filters]."),
             ("zzz.steps=3", "there is no section [zzz]; sections are model, data, task,"),
             ("filters.steps=ten", "filters.steps is the text 'ten', expected a whole number."),
@@ -182,7 +189,7 @@ class TestMistakes:
             ("data.augment=1", "data.augment is the number 1, expected true or false."),
             ("data.mean=0.5", "data.mean is the number 0.5, expected a list of numbers."),
             ("model.build=3", "model.build is the number 3, expected text in quotes."),
-            ("compress.criterion=best", "compress.criterion is the text 'best', expected 'relative' or 'paper'."),
+            ("compress.criterion=best", "there is no criterion 'best'; there are relative,"),
             ("model.build=2020-01-01", "model.build is the date or time 2020-01-01, expected text in quotes."),
             ("data.name=imagenet", "data.name is 'imagenet', expected digits, cifar10 or python:file.py:function."),
             ("data.name=cifar10", "data.path is missing: give the folder of the two files, or pass --data PATH."),

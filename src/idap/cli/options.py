@@ -67,6 +67,21 @@ NoSwap = Annotated[
     bool,
     typer.Option("--no-swap", metavar="", help="Leave whole what would need a module's code to be written anew."),
 ]
+WithDivergence = Annotated[
+    bool,
+    typer.Option(
+        "--divergence", metavar="", help="Measure how much each part changes the flow; needs a recipe, or --task."
+    ),
+]
+CriterionName = Annotated[
+    str | None,
+    typer.Option(
+        "--criterion", metavar="NAME", help="What is measured: relative, innovation, paper, taylor, magnitude, ..."
+    ),
+]
+ProfileFile = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Keep the divergence profile as JSON in this file.")
+]
 Members = Annotated[bool, typer.Option("--members", metavar="", help="List the tensors of each group.")]
 Fast = Annotated[bool, typer.Option("--fast", metavar="", help="Train and compress for a shorter time.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything that is random.")]

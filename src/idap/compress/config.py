@@ -1,12 +1,13 @@
 """What a compression may cost and how it goes about it."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from idap.divergence.criteria import opener_of
 from idap.errors import BudgetError, ConfigError
+from idap.rebalance.run import Rebalance
 from idap.training.fit import Recovery
-
-Criterion = Literal["relative", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,11 @@ class FilterStage:
         growth: alpha; step t removes rho_0 (1 + t/T)^alpha.
         min_share: a step that was rejected is halved until it would remove less than this share of the units.
         min_keep: share of each group that always stays, in (0, 1].
+        keep: the same for some groups only, by name or pattern, such as ``{"layer1.*": 0.5}``; the last one that
+            matches counts.
+        multiple: in the end, the number of units left of each group is a multiple of this where that is possible
+            (8, 16 or 32 suit the hardware); groups no larger stay whole.
+        multiples: the same for some groups only, by name or pattern.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -29,8 +35,16 @@ class FilterStage:
     growth: float = 1.5
     min_share: float = 0.01
     min_keep: float = 0.1
+    keep: Mapping[str, float] = field(default_factory=dict)
+    multiple: int = 1
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _at_least("filters.multiple", self.multiple, 1)
+        for pattern, share in self.keep.items():
+            _between(f"filters.keep[{pattern!r}]", share, 0, 1, closed=True, open_low=False)
+        for pattern, multiple in self.multiples.items():
+            _at_least(f"filters.multiples[{pattern!r}]", multiple, 1)
         _between("filters.first_share", self.first_share, 0, 1)
         _between("filters.min_share", self.min_share, 0, 1)
         _between("filters.min_keep", self.min_keep, 0, 1, closed=True)
@@ -70,8 +84,14 @@ class Config:
             least 0; None: the metric is reported but does not bind.
         macs: target, as a share of the original's multiply-adds, in (0, 1); None: as small as the budget allows.
         parameters: target, as a share of the original's parameters, likewise.
-        criterion: "relative" (method.md 2.2) or "paper" (2.1).
-        cost_power: p in score / cost^p, in [0, 1]; None takes what suits the criterion (0 for relative, 1 for paper).
+        criterion: what ranks units: a name (`idap.divergence.criteria.CRITERIA`), or a function of a `Scene`. Where it
+            knows no branches and blocks, stage 2 takes "relative".
+        ranking: "global" compares the units of all groups; "uniform" takes the same share of each.
+        cost: what a unit is divided by: "macs", "parameters", "latency" (measured here, on this machine), or "auto":
+            parameters where only parameters are a goal, else multiply-adds.
+        cost_power: p in score / cost^p, in [0, 1]; None takes what suits the criterion; "auto" tries 0, 0.5 and 1 at
+            each step and takes the one with the lowest calibration loss.
+        rebalance: what is corrected in closed form after a cut; None corrects nothing.
         filters: stage 1.
         layers: stage 2.
         filters_share: share of the way to the target that stage 1 goes before stage 2 begins, in [0, 1]; what
@@ -93,8 +113,11 @@ class Config:
     max_drop: float | None = 0.01
     macs: float | None = None
     parameters: float | None = None
-    criterion: Criterion = "relative"
-    cost_power: float | None = None
+    criterion: str | Callable[..., Any] = "innovation"
+    ranking: Literal["global", "uniform"] = "global"
+    cost: Literal["auto", "macs", "parameters", "latency"] = "auto"
+    cost_power: float | Literal["auto"] | None = None
+    rebalance: Rebalance | None = field(default_factory=Rebalance)
     filters: FilterStage = field(default_factory=FilterStage)
     layers: LayerStage = field(default_factory=LayerStage)
     filters_share: float = 0.7
@@ -114,9 +137,12 @@ class Config:
             raise BudgetError(
                 "there is no goal: set max_drop (how much worse it may get), macs or parameters (targets)."
             )
-        if self.criterion not in ("relative", "paper"):
-            raise ConfigError(f"criterion must be 'relative' or 'paper', found {self.criterion!r}.")
-        if self.cost_power is not None:
+        opener_of(self.criterion)
+        _one_of("ranking", self.ranking, ("global", "uniform"))
+        _one_of("cost", self.cost, ("auto", "macs", "parameters", "latency"))
+        if isinstance(self.cost_power, str):
+            _one_of("cost_power", self.cost_power, ("auto",))
+        elif self.cost_power is not None:
             _between("cost_power", self.cost_power, 0, 1, closed=True, open_low=False)
         _between("filters_share", self.filters_share, 0, 1, closed=True, open_low=False)
         _at_least("calibration_batches", self.calibration_batches, 1)
@@ -135,11 +161,22 @@ class Config:
             )
 
     @property
-    def power(self) -> float:
-        """P in score / cost^p."""
+    def powers(self) -> tuple[float, ...]:
+        """The p in score / cost^p that are tried."""
+        if isinstance(self.cost_power, str):
+            return (0.0, 0.5, 1.0)
         if self.cost_power is not None:
-            return self.cost_power
-        return 1.0 if self.criterion == "paper" else 0.0
+            return (self.cost_power,)
+        return (1.0 if self.criterion in PER_COST else 0.0,)
+
+
+PER_COST = ("paper", "share", "taylor", "fisher")
+"""Criteria that rank better per cost (docs/results.md)."""
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be {' or '.join(map(repr, allowed))}, found {value!r}.")
 
 
 def _between(name: str, value: float, low: float, high: float, *, closed: bool = False, open_low: bool = True) -> None:

@@ -1,10 +1,11 @@
 """Stage 2, layers: remove the branches and blocks that change the flow least (method.md 3.2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from idap.compress.budget import Budget
 from idap.compress.state import Journal, Setting, State
@@ -51,6 +52,9 @@ def layer_stage(setting: Setting, state: State, goal: Budget, journal: Journal, 
             units=(),
             left=0,
             divergence=(scores[chosen], scores[chosen]),
+            scores=(scores[chosen],),
+            ranks=(sorted(scores, key=lambda name: scores[name]).index(chosen),),
+            cost=float(setting.costs.block_macs(chosen, state.keep, state.removed)),
         )
         if goal.holds(candidate.metric):
             journal.note("layers", candidate, [removal], accepted=True, reason="within the budget")
@@ -73,11 +77,11 @@ def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool
 def _cheapest(setting: Setting, state: State, names: Sequence[str]) -> str:
     """The candidate whose removal costs least calibration loss per multiply-add saved."""
     with setting.progress.phase("layers: trial", len(names) + 1) as phase:
-        before = calibration_loss(setting, state)
+        before = calibration_loss(setting, state.model)
         phase.advance()
         price: dict[str, float] = {}
         for name in names:
-            loss = calibration_loss(setting, state, setting.structure.block(name))
+            loss = loss_without(setting, state, setting.structure.block(name))
             saved = setting.costs.block_macs(name, state.keep, state.removed)
             price[name] = (loss - before) / max(1, saved) if loss > before else (loss - before) * max(1, saved)
             phase.advance(name)
@@ -85,23 +89,26 @@ def _cheapest(setting: Setting, state: State, names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def calibration_loss(setting: Setting, state: State, bypassed: Block | None = None) -> float:
-    """Mean loss on the calibration batches, perhaps with one more branch or block bypassed.
-
-    The block still runs; its result is replaced by the stream that entered it. Nothing is copied or traced.
-    """
-    task, model, total, count = setting.task, state.model, 0.0, 0
+def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], Any] | None = None) -> float:
+    """Mean loss of a model on the calibration batches, perhaps run in another way."""
+    task, total, count = setting.task, 0.0, 0
     with modes_kept(model):
         for batch in setting.calibration:
             moved = move(batch, device_of(model))
-            outputs = task.run(model, moved) if bypassed is None else _run_without(setting, state, moved, bypassed)
+            outputs = task.run(model, moved) if run is None else run(moved)
             size = task.size(moved)
             total += float(task.loss(outputs, moved)) * size
             count += size
     return total / max(1, count)
 
 
-def _run_without(setting: Setting, state: State, batch: Any, block: Block) -> Any:
+def loss_without(setting: Setting, state: State, block: Block) -> float:
+    """Mean calibration loss with one more branch or block bypassed; nothing is copied or traced."""
+    return calibration_loss(setting, state.model, partial(_run_without, setting, state, block))
+
+
+def _run_without(setting: Setting, state: State, block: Block, batch: Any) -> Any:
+    """Run a model with a branch or block bypassed: its result is replaced by the stream that entered it."""
     graph = setting.structure.graph
     entry = Wiring(setting.structure, state.removed).sight(block.entry)
     assert entry is not None  # otherwise it would have no divergence

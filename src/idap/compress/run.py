@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from idap.compress.budget import budget_of
 from idap.compress.config import Config
-from idap.compress.filters import filter_stage
+from idap.compress.filters import filter_stage, least_units
 from idap.compress.layers import layer_stage
 from idap.compress.result import Result
 from idap.compress.state import Journal, Setting, State, calibration_batches, few_samples
 from idap.cost.count import Cost, CostModel
+from idap.divergence.criteria import opener_of
 from idap.errors import PlanError, VerificationError
 from idap.graph.trace import trace
 from idap.progress import Progress, Silent
@@ -145,9 +146,7 @@ def _least(structure: Structure, costs: CostModel, config: Config, removable: li
     """The lowest cost that the settings allow."""
     keep = {group.name: tuple(range(group.size)) for group in structure.groups}
     if config.filters.steps:
-        keep = {
-            group.name: tuple(range(max(1, round(group.size * config.filters.min_keep)))) for group in structure.groups
-        }
+        keep = {name: tuple(range(count)) for name, count in least_units(structure, config.filters).items()}
     removed: list[str] = []
     if config.layers.removals:
         blocks = [structure.block(name) for name in removable]
@@ -222,7 +221,7 @@ def _settings(model: nn.Module, config: Config, structure: Structure, baseline: 
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "fingerprint": fingerprint(structure.graph.shapes),
-        "config": asdict(config),
+        "config": asdict(replace(config, criterion=opener_of(config.criterion)[0])),
         "baseline": {"metric": baseline, "macs": cost.macs, "parameters": cost.parameters},
         "environment": {
             "python": platform.python_version(),

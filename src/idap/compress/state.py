@@ -12,17 +12,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from idap.compress.budget import Budget
 from idap.compress.config import Config
+from idap.compress.latencies import unit_latencies
 from idap.cost.count import Cost, CostModel
-from idap.divergence.measure import Divergence, measure
+from idap.divergence.criteria import CRITERIA, WITH_BLOCKS, Criterion, opener_of
+from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
 from idap.progress import Progress
+from idap.rebalance.run import rebalance_
 from idap.record import Removal, RunFolder, Step
 from idap.saving.checkpoint import save
 from idap.structure.analysis import Structure
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.surgery.verify import verify
-from idap.training.batch import Inputs, device_of, move
+from idap.training.batch import Inputs, device_of, merged, move
 from idap.training.evaluate import evaluate
 from idap.training.fit import Recovery, fit
 from idap.training.task import Task
@@ -69,8 +72,8 @@ class Setting:
     calibration: tuple[Any, ...]
     """The calibration batches: the same ones at every step, so that scores can be compared."""
 
-    def passes(self) -> list[Pass]:
-        """The calibration batches, ready to be run."""
+    def passes(self, batches: Sequence[Any] | None = None) -> list[Pass]:
+        """The calibration batches, ready to be run; or other batches."""
         device = device_of(self.original)
 
         def on(batch: Any) -> Pass:
@@ -81,24 +84,41 @@ class Setting:
                 padding=None if padding is None else padding.bool(),
             )
 
-        return [on(batch) for batch in self.calibration]
+        return [on(batch) for batch in (self.calibration if batches is None else batches)]
 
     def divergence(self, state: State) -> Divergence:
-        """The divergence of everything that may still go."""
-        return measure(
+        """The divergence of everything that may still go; of blocks in the relative form if the criterion has none."""
+        name, opener = opener_of(self.config.criterion)
+        criteria: list[Criterion] = [self.config.criterion if name in CRITERIA else opener]
+        found = measure_all(
             state.model,
             self.structure,
             self.passes(),
-            criterion=self.config.criterion,
+            criteria=criteria if name in WITH_BLOCKS else [*criteria, "relative"],
             keep=state.keep,
             removed=state.removed,
             seed=self.config.seed,
         )
+        own = found[name]
+        if own.blocks or "relative" not in found:
+            return own
+        unmeasured = dict.fromkeys([*own.unmeasured, *(n for n in found["relative"].unmeasured if n not in own.units)])
+        return Divergence(name, own.units, found["relative"].blocks, tuple(unmeasured))
 
-    def next_state(
-        self, state: State, keep: Keep, removed: Sequence[str], title: str, recovery: Recovery | None = None
-    ) -> State:
-        """Cut a copy of a state's model further, prove the cut, let it recover, and judge it.
+    def unit_costs(self, state: State) -> dict[str, float]:
+        """What the next unit of each group costs, in what the settings count."""
+        kind, only_parameters = self.config.cost, self.config.parameters is not None and self.config.macs is None
+        if kind == "latency":
+            return unit_latencies(self.original, self.structure, self.example, state.keep, state.removed)
+        if kind == "parameters" or (kind == "auto" and only_parameters):
+            return self.costs.unit_parameters(state.keep, state.removed)
+        return self.costs.unit_macs(state.keep, state.removed)
+
+    def cut(self, state: State, keep: Keep, removed: Sequence[str]) -> tuple[nn.Module, Plan, float]:
+        """Cut a copy of a state's model further, prove the cut, and rebalance what is left.
+
+        Returns:
+            The model, the plan from the original, and the largest relative difference from the masked original.
 
         Raises:
             VerificationError: the cut model is not the masked original; the state is as it was.
@@ -106,10 +126,25 @@ class Setting:
         plan = self.structure.plan(keep, tuple(removed))
         model = apply_plan(state.model, plan.since(state.plan))
         proof = verify(self.structure, state.model, model, plan, self.example, since=state.plan)
+        if self.config.rebalance:
+            at_once = merged(self.calibration)
+            passes = self.passes([at_once]) if at_once is not None else self.passes()
+            rebalance_(
+                model, self.original, self.structure, plan, passes, self.config.rebalance, progress=self.progress
+            )
+        return model, plan, proof.error
+
+    def next_state(
+        self, state: State, keep: Keep, removed: Sequence[str], title: str, recovery: Recovery | None = None
+    ) -> State:
+        """Cut a copy of a state's model further, prove the cut, rebalance it, let it recover, and judge it.
+
+        Raises:
+            VerificationError: the cut model is not the masked original; the state is as it was.
+        """
+        model, plan, error = self.cut(state, keep, removed)
         metric = self.recover(model, title, recovery or self.config.recovery)
-        return State(
-            model, keep, tuple(removed), plan, self.costs.cost(keep, removed), metric, max(state.error, proof.error)
-        )
+        return State(model, keep, tuple(removed), plan, self.costs.cost(keep, removed), metric, max(state.error, error))
 
     def recover(self, model: nn.Module, title: str, recovery: Recovery) -> float:
         """Train a model beside the original, keep its best state, and return its metric on the validation data."""

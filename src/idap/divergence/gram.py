@@ -34,8 +34,20 @@ class Rows:
 
     @property
     def known(self) -> bool:
-        """Whether this kind of contraction can be unfolded; transposed convolutions can't."""
-        return self.contraction.kind == "linear" or base_name(self.node.op) in ("conv1d", "conv2d", "conv3d")
+        """Whether this kind of contraction can be unfolded; transposed convolutions and single samples can't."""
+        kind, place = self.contraction.kind, self.contraction.input_dim
+        return kind == "linear" or (place == 1 and base_name(self.node.op) in ("conv1d", "conv2d", "conv3d"))
+
+    @property
+    def paired(self) -> bool:
+        """Whether what comes out has its rows in the order of what is read; an einsum may exchange them."""
+        equation = arguments(self.node).get("equation")
+        if equation is None or not self.known:
+            return self.known
+        left, right = equation.replace(" ", "").split("->")
+        read, written = self.contraction.input_dim, self.contraction.output_dim
+        rest = right[:written] + right[written + 1 :]
+        return any(part[:read] + part[read + 1 :] == rest for part in left.split(","))
 
     def choose(self, x: Tensor, weight: Tensor, valid: Callable[[Tensor], Tensor | None], seed: int) -> Tensor:
         """Which positions of a batch are drawn: all, or a random choice without repetition, in order.
@@ -117,10 +129,15 @@ class Gram:
 
     def add(self, rows: Tensor) -> None:
         """Add rows of shape (parts, rows, columns)."""
+        count = rows.shape[1]
+        shift = rows.sum(1) / max(1, count)  # (parts, columns); a large mean would eat up the digits of the products
+        rows, shift = rows - shift.unsqueeze(1), shift.double()
+        rest = rows.sum(1, dtype=torch.float64)
+        crossed = (rest + count / 2 * shift).unsqueeze(2) * shift.unsqueeze(1)
         added = {
-            "total": rows.sum(1, dtype=torch.float64),
-            "products": (rows.transpose(1, 2) @ rows).double(),
-            "count": torch.tensor(float(rows.shape[1]), dtype=torch.float64),
+            "total": rest + count * shift,
+            "products": (rows.transpose(1, 2) @ rows).double() + crossed + crossed.transpose(1, 2),
+            "count": torch.tensor(float(count), dtype=torch.float64),
         }
         for name, value in added.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value

@@ -6,7 +6,7 @@ and a unit's score is the cost accumulated when it goes, as a share of the energ
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from idap.divergence.observe import Probe, tensors_in
 from idap.divergence.relative import FlowBehind, flow_behind, scaled
 from idap.divergence.scene import Place, Scene, Scorer
 from idap.divergence.watch import Look
+from idap.errors import StructureError
 from idap.structure.groups import Group
+from idap.structure.layout import count
 
-ROWS = 8192
-"""Most rows drawn from one batch."""
+ROWS, PER_SAMPLE = 8192, 32
+"""Most rows drawn from one batch, and from one sample."""
 
 DAMPING = 1e-3
 """Least ridge, as a share of the mean variance of a column; more where there are few rows for the columns."""
@@ -161,7 +163,7 @@ class _Reader:
         if self.place.contraction.kind == "conv":
             for extent in shape[2:]:
                 taps *= extent
-        parts = self.place.contraction.groups
+        parts = _parts(self.place, len(self.units))
         return 8 * parts * (len(self.slots) // parts * taps) ** 2
 
     def probe(self) -> Probe:
@@ -174,7 +176,7 @@ class _Reader:
         assert self.place.input_at is not None and self.place.weight_at is not None
         x, self.weight = given[self.place.input_at].detach(), given[self.place.weight_at].detach()
         self.parts = x.shape[1] // self.weight.shape[1] if self.rows.contraction.kind == "conv" else 1
-        rows = self.rows
+        rows = replace(self.rows, limit=min(self.rows.limit, PER_SAMPLE * len(x)))
         chosen = rows.choose(x, self.weight, self.place.scene.watch.valid, self.batches)
         self.batches += 1
         found = rows.of(x, self.weight, chosen)
@@ -199,6 +201,11 @@ class _Reader:
         return [self._system(matrix[part], moments[part], units[part], taps) for part in range(self.parts)]
 
     def _system(self, matrix: Tensor, moments: Tensor, units: Tensor, taps: int) -> System:
+        if not bool(moments.isfinite().all()):
+            raise StructureError(
+                f"what {self.place.port.node!r} reads is not finite; look for NaN or infinite values in the "
+                "calibration data and in the model's activations."
+            )
         share = max(DAMPING, len(moments) / max(1.0, self.gram.count))
         ridge = share * moments.diagonal().mean().clamp_min(1e-30)
         factor = torch.linalg.cholesky(moments + ridge * torch.eye(len(moments), dtype=moments.dtype))
@@ -211,16 +218,22 @@ class _Reader:
         return System(torch.cholesky_inverse(factor), matrix.clone(), present, columns)
 
 
+def _parts(place: Place, slots: int) -> int:
+    """Independent parts of a convolution that are left; the input has so many slots."""
+    scene, contraction = place.scene, place.contraction
+    read = scene.structure.layout.dims[contraction.weight][0][contraction.read_dim]
+    return slots // max(1, count(read, scene.present)) if contraction.groups > 1 else 1
+
+
 def _reader(place: Place, group: Group) -> _Reader | None:
     if place.weight_at is None or place.input_at is None or place.node.call is None:
         return None
     rows = Rows(place.contraction, place.node, ROWS)
     units = place.scene.units_in(place.read, group)
-    counts = torch.bincount(units[units >= 0])
-    counts = counts[counts > 0]
-    if not rows.known or not len(counts) or bool((counts != counts[0]).any()):
+    if not rows.known or not len(units):
         return None
-    parts = place.contraction.groups
-    if parts > 1 and any(int((part >= 0).sum()) == 0 for part in units.reshape(parts, -1)):
-        return None
+    for part in units.reshape(_parts(place, len(units)), -1):  # of each part all units are blocks of one size
+        counts = torch.bincount(part[part >= 0])
+        if len(set(counts.tolist()) - {0}) != 1:
+            return None
     return _Reader(place, units, rows, flow_behind(place), Gram())

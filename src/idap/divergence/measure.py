@@ -14,7 +14,7 @@ from idap.divergence.gates import trainable
 from idap.divergence.jobs import MEMORY, Job, packed
 from idap.divergence.observe import Pass, observe, sum_over_processes
 from idap.divergence.ports import Wiring
-from idap.divergence.scene import Scene, Scorer
+from idap.divergence.scene import Opener, Scene, Scorer
 from idap.divergence.watch import Watch
 from idap.errors import ConfigError, StructureError, TaskError
 from idap.structure.analysis import Structure
@@ -41,13 +41,14 @@ class Divergence:
     def inside(self, structure: Structure, block: str) -> float:
         """Sum of the divergences of all units that a branch or block holds whole.
 
-        With the paper's forms this is D5: that of a transformer block is the sum over its heads and its neurons.
+        With the paper's forms this is D5: that of a transformer block is the sum over its heads and its neurons. Units
+        of the width of heads are not added: they are slices of the same heads, which would count twice.
         """
         nodes = structure.block(block).nodes
         total = 0.0
         for group in structure.groups:
             ports = {port.node for port in (*group.writers, *group.readers)}
-            if ports and ports <= nodes and group.name in self.units:
+            if group.kind != "head width" and ports and ports <= nodes and group.name in self.units:
                 total += float(self.units[group.name].nansum())
         return total
 
@@ -104,7 +105,10 @@ def measure_all(
         TaskError: there is no calibration batch, or one has no loss and a criterion needs it.
         StructureError: the model does not run on this data as it was traced, or its activations are not finite.
     """
-    openers = dict(map(opener_of, criteria))
+    openers: dict[str, Opener] = {}
+    for name, opener in map(opener_of, criteria):
+        if openers.setdefault(name, opener) is not opener:
+            raise ConfigError(f"two criteria are called {name!r}; give your own functions names of their own.")
     keep = keep or {}
     wiring = Wiring(structure, removed)
     watch = Watch(wiring)

@@ -17,7 +17,8 @@ from idap.graph.calls import intercept
 from idap.graph.ir import CallKey, Graph, leaves
 from idap.training.evaluate import modes_kept
 
-Before = Callable[[tuple[Any, ...], dict[str, Any]], None]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments | None]
 After = Callable[[Any], None]
 
 
@@ -40,7 +41,7 @@ class Probe(Protocol):
     """Something that adds up statistics of one or several calls."""
 
     def before(self) -> Mapping[CallKey, Before]:
-        """What to do with the arguments of a call, before it is made (it may work in place)."""
+        """What to do with a call's arguments before it is made (it may work in place); may return others instead."""
 
     def after(self) -> Mapping[CallKey, After]:
         """What to do with the result of a call."""
@@ -71,25 +72,17 @@ def observe(
     Raises:
         StructureError: a call that a probe asked for was never made, so the model does not run as it was traced.
     """
-    before: dict[CallKey, list[Before]] = {}
-    after: dict[CallKey, list[After]] = {}
-    for probe in probes:
-        for key, look in probe.before().items():
-            before.setdefault(key, []).append(look)
-        for key, note in probe.after().items():
-            after.setdefault(key, []).append(note)
+    before, after = _by_call(probes)
     missing = set(before) | set(after)
 
     def handle(key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if key in before:
-            with torch.no_grad():
-                for look in before[key]:
-                    look(args, kwargs)
+        with torch.no_grad():
+            for look in before.get(key, ()):
+                args, kwargs = look(args, kwargs) or (args, kwargs)
         result = func(*args, **kwargs)
-        if key in after:
-            with torch.no_grad():
-                for note in after[key]:
-                    note(result)
+        with torch.no_grad():
+            for note in after.get(key, ()):
+                note(result)
         missing.discard(key)
         return result
 
@@ -110,6 +103,18 @@ def observe(
             "but not now: its forward takes another way on this data. Trace it on inputs like the calibration data."
         )
     return count
+
+
+def _by_call(probes: Iterable[Probe]) -> tuple[dict[CallKey, list[Before]], dict[CallKey, list[After]]]:
+    """What all probes together do before and after each call."""
+    before: dict[CallKey, list[Before]] = {}
+    after: dict[CallKey, list[After]] = {}
+    for probe in probes:
+        for key, look in probe.before().items():
+            before.setdefault(key, []).append(look)
+        for key, note in probe.after().items():
+            after.setdefault(key, []).append(note)
+    return before, after
 
 
 def sum_over_processes(sums: Sequence[dict[str, Tensor]]) -> None:

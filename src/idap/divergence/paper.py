@@ -87,7 +87,7 @@ class ActivationScores:
                 node = place.contraction.input if heads else activation_of(scene.wiring, port.node)
                 stats = scene.watch.channels(node, dim)
                 if stats is not None:
-                    units = scene.units_in(place.read if heads else place.weight_dim, group)
+                    units = scene.units_in(place.read if heads else place.written, group)
                     self._parts[group.name].append((units, stats))
 
     def units(self) -> Mapping[str, Tensor]:
@@ -125,8 +125,10 @@ class _Writer:
 
     def scores(self) -> Tensor:
         assert self.weight.value is not None
-        weight = self.weight.value.double().cpu().movedim(self.write_dim, 0).flatten(1)
-        squared = by_unit(weight.square().sum(1), self.units, self.size)
+        weight = self.weight.value.double().cpu().movedim(self.write_dim, 0)
+        parts = len(self.units) // len(weight)  # more than one: a grouped transposed convolution, (O / parts, I, ...)
+        by_slot = weight.square().reshape(len(weight), parts, -1).sum(2).T.ravel()
+        squared = by_unit(by_slot, self.units, self.size)
         return self.norms.sums["norms"] / self.stats.samples * squared.sqrt()
 
 
@@ -161,7 +163,7 @@ def _writer(scene: Scene, group: Group, port: Port) -> "_Writer | None":
     stats = scene.watch.channels(activation_of(scene.wiring, port.node), place.contraction.output_dim)
     if weight is None or stats is None:
         return None
-    units = scene.units_in(place.weight_dim, group)
+    units = scene.units_in(place.written, group)
     norms = scene.watch.norms(stats, units, group.size, per_channel=True)
     return _Writer(units, group.size, place.contraction.write_dim, weight, norms, stats)
 

@@ -267,7 +267,12 @@ def scaled(weight: Tensor, contraction: Contraction, scale: Tensor | None) -> Te
     """The weight with each output channel multiplied by a factor."""
     if scale is None:
         return weight
-    return weight * scale.reshape([-1 if dim == contraction.write_dim else 1 for dim in range(weight.dim())])
+    write = contraction.write_dim
+    parts = len(scale) // weight.shape[write]
+    if parts > 1:  # a grouped transposed convolution, (I, O / parts, ...): each part of its inputs has its own outputs
+        by_input = scale.reshape(parts, -1).repeat_interleave(len(weight) // parts, 0)
+        return weight * by_input.reshape([*by_input.shape, *[1] * (weight.dim() - 2)])
+    return weight * scale.reshape([-1 if dim == write else 1 for dim in range(weight.dim())])
 
 
 def squared_norms(weight: Tensor, contraction: Contraction, channels: int) -> Tensor:

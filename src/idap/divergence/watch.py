@@ -28,20 +28,20 @@ class UnitNorms:
     per_channel: bool
     sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, squared: Tensor, positions: float) -> None:
-        """Add a batch: squared norms of shape (samples, slots), each over so many positions."""
+    def add(self, squared: Tensor, positions: Tensor) -> None:
+        """Add a batch: squared norms of shape (samples, slots), each over so many positions, shape (samples,)."""
         mine = self.units >= 0
         of_slots = squared[:, mine].double().cpu()
         of_units = of_slots.new_zeros(len(squared), self.size).index_add_(1, self.units[mine], of_slots)
         parts = squared.shape[1] if self.per_channel else 1
-        _accumulate(self.sums, "norms", of_units.sqrt().sum(0) / max(1.0, parts * positions))
+        _accumulate(self.sums, "norms", (of_units.sqrt() / (parts * positions).clamp_min(1).unsqueeze(1)).sum(0))
 
 
 class ChannelStats:
     """Sums over the batches of one tensor, channel by channel: O(channels) numbers.
 
     Args:
-        dim: the dimension of the channels; the first one is that of the samples.
+        dim: the dimension of the channels; the first one is that of the samples. None: all count as one channel.
 
     Attributes:
         sums: "square" and "sum" of each channel, shape (channels,); "positions" and "samples".
@@ -49,7 +49,7 @@ class ChannelStats:
         latest: squared norm of each sample of the batch that is running, shape (samples,).
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int | None) -> None:
         self._dim = dim
         self.sums: dict[str, Tensor] = {}
         self.norms: list[UnitNorms] = []
@@ -57,13 +57,15 @@ class ChannelStats:
 
     def add(self, x: Tensor, padding: Tensor | None) -> None:
         """Add a batch."""
+        if self._dim is None:
+            x = x.unsqueeze(-1)
         if self._dim == 0:
             x = x.unsqueeze(0)
-        dim = max(1, self._dim)
+        dim = x.dim() - 1 if self._dim is None else max(1, self._dim)
         x = x.detach() if x.is_floating_point() else x.detach().float()
-        counted = float(x.numel()) / max(1, x.shape[dim])
+        counted = torch.full([len(x)], x[:1].numel() / max(1, x.shape[dim]), dtype=torch.float64)  # positions
         if padding is not None and (mask := _aligned(padding, x, dim)) is not None:
-            counted *= float(mask.float().mean())
+            counted *= mask.reshape(len(x), -1).double().mean(1).cpu()
             x = x * mask
         inner = [place for place in range(1, x.dim()) if place != dim]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -76,10 +78,10 @@ class ChannelStats:
         self.latest = squared.sum(1)
         _accumulate(self.sums, "square", squared.sum(0, dtype=torch.float64))
         _accumulate(self.sums, "sum", total.sum(0, dtype=torch.float64))
-        _accumulate(self.sums, "positions", torch.tensor(counted, dtype=torch.float64))
-        _accumulate(self.sums, "samples", torch.tensor(float(len(x)), dtype=torch.float64))
+        _accumulate(self.sums, "positions", counted.sum())
+        _accumulate(self.sums, "samples", (counted > 0).sum().double())
         for norms in self.norms:
-            norms.add(squared, counted / max(1, len(x)))
+            norms.add(squared, counted)
 
     @property
     def seen(self) -> bool:
@@ -118,12 +120,12 @@ class SampleRatio:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, change: Tensor, stream: Tensor) -> None:
-        """Add a batch of squared norms, shape (samples,)."""
+        """Add a batch of squared norms, shape (samples,); samples in which nothing flows are padding."""
         change, stream = change.double().cpu(), stream.double().cpu()
         _accumulate(self.sums, "change", change.sum())
         _accumulate(self.sums, "stream", stream.sum())
         _accumulate(self.sums, "ratio", (change.sqrt() / (stream.sqrt() + 1e-6)).sum())
-        _accumulate(self.sums, "samples", torch.tensor(float(len(change)), dtype=torch.float64))
+        _accumulate(self.sums, "samples", (change + stream > 0).sum().double())
 
     @property
     def seen(self) -> bool:
@@ -153,7 +155,7 @@ class Watch:
 
     def __init__(self, wiring: Wiring) -> None:
         self._wiring = wiring
-        self._channels: dict[str, dict[int, ChannelStats]] = {}
+        self._channels: dict[str, dict[int | None, ChannelStats]] = {}
         self._probes: list[Probe] = []
         self._arguments: dict[tuple[CallKey, int], Argument] = {}
         self.held: list[dict[str, Tensor]] = []
@@ -162,9 +164,11 @@ class Watch:
     def channels(self, node: str, dim: int) -> ChannelStats | None:
         """Statistics of the channels of a node's value; None if one opaque call hides it."""
         node = self._wiring.source(node)
+        return self._stats(node, dim % max(1, len(self._wiring.graph.nodes[node].shape)))
+
+    def _stats(self, node: str, dim: int | None) -> ChannelStats | None:
         if self._wiring.sight(node) is None:
             return None
-        dim %= max(1, len(self._wiring.graph.nodes[node].shape))
         found = self._channels.setdefault(node, {})
         if dim not in found:
             found[dim] = ChannelStats(dim)
@@ -175,7 +179,7 @@ class Watch:
         """Statistics of a node's value for which the dimension of the channels does not matter."""
         node = self._wiring.source(node)
         known = self._channels.get(node)
-        return next(iter(known.values())) if known else self.channels(node, 1)
+        return next(iter(known.values())) if known else self._stats(node, None)
 
     def norms(self, stats: ChannelStats, units: Tensor, size: int, *, per_channel: bool) -> UnitNorms:
         """Norms of the units in a tensor that is watched."""
@@ -296,7 +300,7 @@ def _aligned(padding: Tensor, x: Tensor, dim: int) -> Tensor | None:
     if x.shape[0] == samples * length:
         return padding.reshape([-1, *[1] * (x.dim() - 1)]).to(x.device)
     places = [place for place in range(1, x.dim()) if place != dim and x.shape[place] == length]
-    if x.shape[0] != samples or len(places) != 1:
+    if x.shape[0] != samples or not places:
         return None
     return padding.reshape([samples, *(length if place == places[0] else 1 for place in range(1, x.dim()))]).to(
         x.device

@@ -1,7 +1,8 @@
 """The layers that may be corrected: where they are, what holds their weight and their bias."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from idap.divergence.gram import Rows
 from idap.divergence.observe import tensor_argument
@@ -24,7 +25,7 @@ class Consumer:
         norm: the batch norm right behind it, whose running mean can take a bias instead; "" if there is none.
         input_at: which tensor of the call is read.
         stream: where its output joins the flow.
-        addition: call of that addition, if its skip is added as it is to a branch of the same shape; else None.
+        addition: call of that addition, if this layer can make up there for what else is missing; else None.
         branch_at: which operand of the addition is the branch.
     """
 
@@ -46,7 +47,7 @@ class Consumer:
 
 
 def consumers_of(structure: Structure, wiring: Wiring, changed: set[str], *, limit: int) -> list[Consumer]:
-    """The layers to correct, in the order of the network.
+    """The layers to correct, in the order in which they can be: one that is added where it is added.
 
     Args:
         structure: of the original.
@@ -66,22 +67,34 @@ def consumers_of(structure: Structure, wiring: Wiring, changed: set[str], *, lim
         place = tensor_argument(graph, node.name, contraction.input)
         alone = weight.op == "parameter" and readers[weight.name] == 1 and weight.target not in graph.aliases.values()
         if (
-            node.name in wiring.gone or node.call is None or place is None or not alone or not rows.known
-            or wiring.source(contraction.input) not in changed
+            node.name in wiring.gone or node.call is None or place is None or not alone or not rows.paired
+            or (wiring.source(contraction.input) == contraction.input and contraction.input not in changed)
         ):  # fmt: skip
             continue
         channels = structure.layout.dims[node.name][0][contraction.output_dim].shape[1]
         stream = stream_of(wiring, node.name, channels=channels)
-        addition, branch_at = _addition(wiring, node, stream)
-        norm = next(iter(stream.affine), "")
-        norm = norm if norm and base_name(graph.nodes[norm].op) == "batch_norm" else ""
-        if norm and list(wiring.users[node.name]) != [norm]:
-            norm = ""
-        bias = _bias(graph, node, readers)
+        norm, bias = _norm(wiring, node, stream, readers), _bias(graph, node, readers)
+        plain = not stream.affine or stream.affine == (norm,)
+        addition, branch_at = _addition(wiring, node, stream) if plain and (bias or norm) else (None, 0)
         found.append(
             Consumer(node.name, node.call, rows, weight.target, bias, norm, place, stream, addition, branch_at)
         )
-    return found
+    return _ordered(graph, found)
+
+
+def _ordered(graph: Graph, found: list[Consumer]) -> list[Consumer]:
+    """In the order of the calls where they are corrected; of layers added to each other the largest makes up."""
+    shapes, order = graph.shapes, {name: number for number, name in enumerate(graph.nodes)}
+    largest: dict[CallKey, Consumer] = {}
+    for one in found:
+        if one.addition is not None:
+            other = largest.setdefault(one.addition, one)
+            if prod(shapes[one.weight]) > prod(shapes[other.weight]):
+                largest[one.addition] = one
+    found = [
+        one if one.addition is None or largest[one.addition] is one else replace(one, addition=None) for one in found
+    ]
+    return sorted(found, key=lambda one: order[one.node if one.addition is None else one.stream.addition])
 
 
 def changed_nodes(structure: Structure, wiring: Wiring, shrunk: Mapping[str, object]) -> set[str]:
@@ -96,6 +109,14 @@ def changed_nodes(structure: Structure, wiring: Wiring, shrunk: Mapping[str, obj
     return changed
 
 
+def _norm(wiring: Wiring, node: Node, stream: Stream, readers: Mapping[str, int]) -> str:
+    """The batch norm right behind a layer, if its statistics are of this layer alone; else ""."""
+    norm = next(iter(stream.affine), "")
+    if not norm or base_name(wiring.graph.nodes[norm].op) != "batch_norm" or wiring.users[node.name] != [norm]:
+        return ""
+    return norm if readers[arguments(wiring.graph.nodes[norm])["running_mean"].name] == 1 else ""
+
+
 def _bias(graph: Graph, node: Node, readers: Mapping[str, int]) -> str:
     given = arguments(node)
     value = given.get("bias", given.get("self") if base_name(node.op) == "addmm" else None)
@@ -106,10 +127,14 @@ def _bias(graph: Graph, node: Node, readers: Mapping[str, int]) -> str:
 
 
 def _addition(wiring: Wiring, node: Node, stream: Stream) -> tuple[CallKey | None, int]:
-    """The addition behind a layer, where the branch arrives there in the layer's own shape."""
+    """The addition behind a layer, where the branch arrives there as the layer gave it, place by place."""
     if not stream.addition:
         return None, 0
     place = wiring.graph.nodes[stream.addition]
-    if wiring.graph.nodes[stream.end].shapes != node.shapes:
-        return None, 0
-    return place.call, 1 - stream.skip
+    end = stream.end
+    while end != node.name:
+        before = wiring.graph.nodes[end]
+        if before.shapes != node.shapes or base_name(before.op) in ("permute", "transpose"):
+            return None, 0
+        end = next(used for used in map(wiring.source, before.inputs()) if wiring.users[used] == [end])
+    return (place.call, 1 - stream.skip) if arguments(place).get("alpha", 1) == 1 else (None, 0)

@@ -38,10 +38,19 @@ class Moments:
             x: shape (parts, rows, columns).
             y: shape (parts, rows, outputs).
         """
+        count = x.shape[1]
+        (x, at_x, sum_x), (y, at_y, sum_y) = _shifted(x), _shifted(y)
         across = x.transpose(1, 2)
-        sums = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
-        squares = y.square().sum(1, dtype=torch.float64)
-        return cls(float(x.shape[1]), *sums, (across @ x).double(), (across @ y).double(), squares)
+        half = (sum_x + count / 2 * at_x).unsqueeze(2) * at_x.unsqueeze(1)
+        crossed = sum_x.unsqueeze(2) * at_y.unsqueeze(1) + at_x.unsqueeze(2) * (sum_y + count * at_y).unsqueeze(1)
+        return cls(
+            float(count),
+            sum_x + count * at_x,
+            sum_y + count * at_y,
+            (across @ x).double() + half + half.transpose(1, 2),
+            (across @ y).double() + crossed,
+            y.square().sum(1, dtype=torch.float64) + (2 * sum_y + count * at_y) * at_y,
+        )
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -57,7 +66,7 @@ class Moments:
         total = self.yy.sum() - 2 * (self.xy * weight.transpose(1, 2)).sum() + (through * weight.transpose(1, 2)).sum()
         total += 2 * ((weight @ self.x.unsqueeze(2)).squeeze(2) * bias).sum() - 2 * (self.y * bias).sum()
         total += self.count * bias.square().sum()
-        return float(total) / max(1.0, self.count)
+        return float(total.clamp_min(0)) / max(1.0, self.count)  # rounding may bring it below 0
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Second moments about the means, those across, and the means of x and y."""
@@ -102,6 +111,8 @@ def fit(
     Returns:
         The new layer, fitted on all rows; None if nothing is better on the held-out samples than what there is.
     """
+    if not learned.count or not held_out.count:
+        return None
     old = held_out.error(weight, bias)
     best: tuple[float, float] = (old, float("nan"))
     for ridge in (*ridges, float("inf")):
@@ -113,6 +124,13 @@ def fit(
         return None
     found = _solved(learned + held_out, weight, bias, best[1], shift)
     return None if found is None else Fit(*found, before=old, after=best[0], ridge=best[1])
+
+
+def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows about a point near their mean, which would eat up the digits of their products; the point; what is left."""
+    at = x.sum(1) / max(1, x.shape[1])
+    x = x - at.unsqueeze(1)
+    return x, at.double(), x.sum(1, dtype=torch.float64)
 
 
 def _solved(moments: Moments, weight: Tensor, bias: Tensor, ridge: float, shift: bool) -> tuple[Tensor, Tensor] | None:

@@ -81,15 +81,21 @@ def reestimate_norms_(model: nn.Module, passes: Sequence[Pass]) -> None:
     """Estimate the running statistics of all batch norms anew, as the mean over these batches, in place."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
+    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    held = [buffer.clone() for buffer in buffers]
     with modes_kept(model):
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None
-                norm.train()
+                norm.training = True  # but not what a subclass holds, such as dropout
             if norms:
                 for each in passes:
                     each.run(model)
+        except BaseException:
+            for buffer, value in zip(buffers, held, strict=True):
+                buffer.copy_(value)
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

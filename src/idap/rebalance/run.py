@@ -1,22 +1,21 @@
 """Walk through the network and correct one layer after another, from input to output."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from idap.divergence.observe import Pass, tensors_in
 from idap.divergence.ports import Wiring
-from idap.divergence.watch import valid_positions
 from idap.errors import ConfigError, StructureError, TaskError
 from idap.graph.calls import intercept
 from idap.graph.ir import CallKey
 from idap.progress import Progress, Silent
+from idap.rebalance.cases import Case, by_addition, by_call
 from idap.rebalance.consumers import Consumer, changed_nodes, consumers_of
-from idap.rebalance.moments import RIDGES, Fit, Moments, fit
+from idap.rebalance.moments import RIDGES, Fit, fit
 from idap.rebalance.norms import Affine, affine_of, reestimate_norms_, running_mean
 from idap.structure.analysis import Structure
 from idap.structure.layout import slots
@@ -51,6 +50,8 @@ class Rebalance:
     memory: int = 2**30
 
     def __post_init__(self) -> None:
+        if self.memory < 1:
+            raise ConfigError(f"rebalance.memory must be at least 1, found {self.memory}.")
         if self.rows < 256:
             raise ConfigError(f"rebalance.rows must be at least 256, found {self.rows}.")
         if not 0 < self.held_out < 1:
@@ -111,7 +112,8 @@ def rebalance_(
         TaskError: there is no calibration batch.
         StructureError: the model does not run on this data as it was traced.
     """
-    setting, progress = setting or Rebalance(), progress or Silent()
+    setting = Rebalance() if setting is None else setting  # one that corrects nothing is false
+    progress = progress or Silent()
     if not passes:
         raise TaskError("there is no calibration batch to rebalance on.")
     found: list[Correction] = []
@@ -119,6 +121,8 @@ def rebalance_(
         wiring = Wiring(structure, plan.removed)
         changed = changed_nodes(structure, wiring, plan.tensors)
         consumers = consumers_of(structure, wiring, changed, limit=max(256, setting.rows // len(passes)))
+        fixed = frozen(model)
+        consumers = [consumer for consumer in consumers if not fixed & {consumer.weight, consumer.bias}]
         with progress.phase("rebalance", len(consumers)) as phase:
             walk = _Walk(model, original, structure, plan, setting, found)
             for consumer in walk.over(consumers, passes):
@@ -128,20 +132,10 @@ def rebalance_(
     return found
 
 
-@dataclass
-class _Case:
-    """One layer on the way: what it has read in the running batch, and the sums so far."""
-
-    consumer: Consumer
-    kept: Tensor
-    through: bool
-    chosen: list[Tensor] = field(default_factory=list)
-    targets: list[Tensor] = field(default_factory=list)
-    learned: Moments | None = None
-    held_out: Moments | None = None
-    again: Callable[[], Tensor] = torch.empty
-    output: Tensor = field(default_factory=lambda: torch.empty(0))
-    read: Tensor = field(default_factory=lambda: torch.empty(0))
+def frozen(model: nn.Module) -> set[str]:
+    """Parameters that the user has frozen while others learn; they are not corrected either."""
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return {name for name, learning in learns.items() if not learning} if any(learns.values()) else set()
 
 
 class _StopEarlyError(Exception):
@@ -186,27 +180,25 @@ class _Walk:
         if chunk:
             yield chunk
 
-    def _case(self, consumer: Consumer) -> _Case:
+    def _case(self, consumer: Consumer) -> Case:
         written = self._structure.layout.dims[consumer.node][0][consumer.rows.contraction.output_dim]
         kept = slots(written, self._present) if len(written) else [True] * written.shape[1]
-        plain = not consumer.stream.affine or list(consumer.stream.affine) == [consumer.norm]
-        through = self._setting.through_additions and consumer.addition is not None and plain and consumer.shifts
-        return _Case(consumer, torch.nonzero(torch.as_tensor(kept)).ravel(), through)
+        through = self._setting.through_additions and consumer.addition is not None
+        return Case(consumer, torch.nonzero(torch.as_tensor(kept)).ravel(), through)
 
     @torch.no_grad()
-    def _targets(self, cases: Sequence[_Case], passes: Sequence[Pass]) -> None:
+    def _targets(self, cases: Sequence[Case], passes: Sequence[Pass]) -> None:
         """Run the original and keep what it gives at the drawn positions."""
-        at, sums = _by_call(cases), _by_addition(cases)
+        at, sums = by_call(cases), by_addition(cases)
         for number, each in enumerate(passes):
 
             def handle(key: CallKey, func: Any, args: Any, kwargs: Any, number: int = number, each: Pass = each) -> Any:
                 case, added = at.get(key), sums.get(key)
                 if case is not None:
-                    given = tensors_in(args, kwargs)
-                    case.chosen.append(_chosen(case.consumer, given, each, number))
+                    case.choose(tensors_in(args, kwargs), each, number)
                 result = func(*args, **kwargs)
                 target = added or (case if case is not None and not case.through else None)
-                if target is not None:
+                if target is not None and len(target.chosen) > number:
                     rows = target.consumer.rows.outputs(result, target.chosen[number])
                     target.targets.append(rows[:, target.kept.to(rows.device)].clone())
                 return result
@@ -214,37 +206,41 @@ class _Walk:
             _run(self._original, each, handle)
         for case in cases:
             if len(case.targets) != len(passes):
-                raise StructureError(
-                    f"the layer with weight {case.consumer.weight!r} did not run as it was traced; trace the model on "
-                    "inputs like the calibration data."
-                )
+                raise _unlike(case)
 
     @torch.no_grad()
-    def _student(self, cases: Sequence[_Case], passes: Sequence[Pass], *, at_once: bool) -> None:
-        at, sums = _by_call(cases), _by_addition(cases)
-        last = max(cases, key=lambda case: list(self._structure.graph.nodes).index(case.consumer.node))
+    def _student(self, cases: Sequence[Case], passes: Sequence[Pass], *, at_once: bool) -> None:
+        at, sums = by_call(cases), by_addition(cases)
         for number, each in enumerate(passes):
+            waiting = {case.consumer.node: case for case in cases}
 
-            def handle(key: CallKey, func: Any, args: Any, kwargs: Any, number: int = number) -> Any:
+            def handle(
+                key: CallKey, func: Any, args: Any, kwargs: Any, number: int = number, waiting: Any = waiting
+            ) -> Any:
                 case, added = at.get(key), sums.get(key)
                 if added is not None:
-                    args, kwargs = self._at_addition(added, number, args, kwargs, at_once)
+                    self._at_addition(added, number, tensors_in(args, kwargs), at_once)
                 result = func(*args, **kwargs)
                 if case is not None:
                     x = tensors_in(args, kwargs)[case.consumer.input_at]
                     result = self._at_layer(case, number, result, lambda: func(*args, **kwargs), x, at_once)
-                if (added or case) is last and (added is not None or not last.through):
-                    raise _StopEarlyError
+                done = added or (None if case is None or case.through else case)
+                if done is not None:
+                    waiting.pop(done.consumer.node, None)
+                    if not waiting:
+                        raise _StopEarlyError
                 return result
 
             _run(self._model, each, handle)
+            for case in waiting.values():
+                raise _unlike(case)
         if not at_once:
             for case in cases:
                 self._correct(case)
 
     def _at_layer(
         self,
-        case: _Case,
+        case: Case,
         number: int,
         result: Tensor,
         again: Callable[[], Tensor],
@@ -253,61 +249,51 @@ class _Walk:
     ) -> Tensor:
         weight = self._tensors[case.consumer.weight]
         case.read = case.consumer.rows.of(x, weight, case.chosen[number])
-        case.output, case.again = result, again
         if case.through:
+            case.output, case.again = result, again
             return result
-        self._add(case, case.targets[number])
+        case.add(case.targets[number], self._setting.held_out)
         return again() if at_once and self._correct(case) else result
 
-    def _at_addition(self, case: _Case, number: int, args: Any, kwargs: Any, at_once: bool) -> tuple[Any, Any]:
+    def _at_addition(self, case: Case, number: int, given: Sequence[Tensor], at_once: bool) -> None:
         """The branch should give what the original's sum lacks beside the skip that is here."""
-        given = tensors_in(args, kwargs)
+        if case.read.dim() != 3:
+            raise _unlike(case)
         branch, skip = given[case.consumer.branch_at], given[1 - case.consumer.branch_at]
         if branch.shape != case.output.shape or skip.shape != branch.shape:
             raise StructureError(
                 f"the branch that ends in the layer with weight {case.consumer.weight!r} has shape "
                 f"{tuple(branch.shape)} where {tuple(case.output.shape)} was expected."
             )
+        again, output = case.again, case.output
+        case.again, case.output = torch.empty, torch.empty(0)
         before = self._affine(case.consumer)
         wanted = case.targets[number] - case.consumer.rows.outputs(skip, case.chosen[number])
-        self._add(case, before.undone(wanted))
+        case.add(before.undone(wanted), self._setting.held_out)
         if not at_once or not self._correct(case):
-            return args, kwargs
+            return
         dim = case.consumer.rows.contraction.output_dim
         after = self._affine(case.consumer)
-        fresh = branch + after.applied(case.again(), dim) - before.applied(case.output, dim)
-        case.again, case.output = torch.empty, torch.empty(0)
-        replaced: tuple[Any, Any] = tree_map(lambda leaf: fresh if leaf is branch else leaf, (args, kwargs))
-        return replaced
-
-    def _add(self, case: _Case, targets: Tensor) -> None:
-        """Add the rows that were read and their targets to the sums."""
-        parts, rows = case.read.shape[0], case.read.shape[1]
-        y = targets.reshape(rows, parts, -1).transpose(0, 1)
-        learned = torch.arange(rows) < round(rows * (1 - self._setting.held_out))  # rows are in the order of samples
-        for name, mask in (("learned", learned), ("held_out", ~learned)):
-            sums = Moments.of(case.read[:, mask], y[:, mask])
-            held = getattr(case, name)
-            setattr(case, name, sums if held is None else held + sums)
-        case.read = torch.empty(0)
+        fresh = branch + after.applied(again(), dim) - before.applied(output, dim)
+        branch.copy_(fresh)  # in place, since the call may add to the branch itself and return nothing that is used
 
     def _affine(self, consumer: Consumer) -> Affine:
         return affine_of(self._structure.graph, consumer.norm, self._tensors)
 
-    def _correct(self, case: _Case) -> bool:
+    def _correct(self, case: Case) -> bool:
         """Refit a layer from the sums; says whether anything changed."""
         consumer, setting = case.consumer, self._setting
-        assert case.learned is not None and case.held_out is not None
+        learned, held_out = case.sums()
         parameter = self._tensors[consumer.weight]
-        weight = consumer.rows.matrix(parameter.double(), len(case.learned.x))
+        weight = consumer.rows.matrix(parameter.double(), len(learned.x))
         bias = self._tensors[consumer.bias].double() if consumer.bias else parameter.new_zeros(len(case.kept)).double()
         bias = bias.reshape(weight.shape[:2])
         shift = consumer.shifts and setting.means
         ridges = RIDGES if setting.least_squares else ()
-        found = fit(case.learned, case.held_out, weight, bias, ridges=ridges, shift=shift)
-        case.learned = case.held_out = None
-        if found is None:
-            before = float("nan")
+        found = fit(learned, held_out, weight, bias, ridges=ridges, shift=shift)
+        largest = torch.finfo(parameter.dtype).max
+        if found is None or max(float(found.weight.abs().max()), float(found.bias.abs().max())) > largest:
+            before = held_out.error(weight, bias)
             self._found.append(Correction(consumer.weight, before, before, float("nan")))
             return False
         self._write(consumer, parameter, found, bias)
@@ -321,20 +307,13 @@ class _Walk:
             self._tensors[consumer.bias].data.add_(change)
         elif consumer.norm:
             self._tensors[running_mean(self._structure.graph, consumer.norm)].data.sub_(change)
+        torch.clear_autocast_cache()  # it may hold a copy of the old weights
 
 
-def _by_call(cases: Sequence[_Case]) -> dict[CallKey, _Case]:
-    return {case.consumer.call: case for case in cases}
-
-
-def _by_addition(cases: Sequence[_Case]) -> dict[CallKey, _Case]:
-    return {case.consumer.addition: case for case in cases if case.through and case.consumer.addition is not None}
-
-
-def _chosen(consumer: Consumer, given: Sequence[Tensor], each: Pass, number: int) -> Tensor:
-    place = next(i for i, tensor in enumerate(given) if i != consumer.input_at and tensor.dim() > 1)
-    return consumer.rows.choose(
-        given[consumer.input_at], given[place], lambda x: valid_positions(each.padding, x), number
+def _unlike(case: Case) -> StructureError:
+    return StructureError(
+        f"the layer with weight {case.consumer.weight!r} did not run as it was traced; trace the model on inputs like "
+        "the calibration data."
     )
 
 

@@ -1,10 +1,11 @@
 """Batches of the usual layouts: where the inputs, the labels and the logits are, how to move and describe them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from idap.errors import TaskError
 
@@ -105,6 +106,39 @@ def default_padding(batch: Batch) -> Tensor | None:
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     mask = first.get("attention_mask") if isinstance(first, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+MERGED_BYTES = 256 * 2**20
+"""Batches that are larger together are not made one: their activations would fill the memory."""
+
+
+def merged(batches: Sequence[Batch]) -> Batch | None:
+    """Make one batch of several, sample after sample.
+
+    Args:
+        batches: tensors, nested in tuples, lists and dicts.
+
+    Returns:
+        The batch; None if the batches do not fit together, such as sentences padded to different lengths, or are
+        too large for one.
+
+    Example:
+        >>> merged([(torch.zeros(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.ones(1))])[0].shape
+        torch.Size([3, 3])
+    """
+    if len(batches) == 1:
+        return batches[0]
+    leaves, specs = zip(*(tree_flatten(batch) for batch in batches), strict=True)
+    if any(spec != specs[0] for spec in specs):
+        return None
+    columns = list(zip(*leaves, strict=True))
+    for column in columns:
+        shapes = {(leaf.shape[1:], leaf.dtype) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in column}
+        if len(shapes) > 1 or None in shapes:
+            return None
+    if sum(leaf.nbytes for column in columns for leaf in column) > MERGED_BYTES:
+        return None
+    return tree_unflatten([torch.cat(column) for column in columns], specs[0])
 
 
 def default_size(batch: Batch) -> int:

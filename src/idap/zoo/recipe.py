@@ -11,6 +11,7 @@ from torch import nn
 
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.errors import ConfigError
+from idap.rebalance.run import Rebalance
 from idap.training.fit import Recovery
 from idap.training.task import Task, classification
 from idap.zoo.data import cifar10, digits
@@ -93,7 +94,12 @@ class Recipe:
         """
         nested = {
             name: self._filled(name, kind)
-            for name, kind in (("filters", FilterStage), ("layers", LayerStage), ("recovery", Recovery))
+            for name, kind in (
+                ("filters", FilterStage),
+                ("layers", LayerStage),
+                ("recovery", Recovery),
+                ("rebalance", Rebalance),
+            )
         }
         if "final" in self.settings:
             # What [final] leaves out is as in [recovery].

@@ -17,10 +17,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, cr
 
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.errors import ConfigError
+from idap.rebalance.run import Rebalance
 from idap.training.fit import Recovery
 
 GOALS = ("max_drop", "macs", "parameters")
-NESTED = ("filters", "layers", "recovery", "final")
+NESTED = ("filters", "layers", "recovery", "final", "rebalance")
 SHARES = (
     "macs",
     "parameters",
@@ -110,6 +111,8 @@ def mirror(settings: type, *, only: Collection[str]) -> type[Section]:
         {'removals': 3}
     """
     hints = get_type_hints(settings)
+    # What only Python can say, such as a function of one's own, is no value of a recipe.
+    hints = {name: str if name == "criterion" else hint for name, hint in hints.items()}
     keys: dict[str, Any] = {
         name: (Annotated[hints[name], BeforeValidator(partial(_written, name=name, hint=hints[name]))], None)
         for name in only
@@ -130,6 +133,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "compress": mirror(Config, only=[name for name in _names(Config) if name not in (*GOALS, *NESTED)]),
     "filters": mirror(FilterStage, only=_names(FilterStage)),
     "layers": mirror(LayerStage, only=_names(LayerStage)),
+    "rebalance": mirror(Rebalance, only=_names(Rebalance)),
     "recovery": mirror(Recovery, only=_names(Recovery)),
     "final": mirror(Recovery, only=_names(Recovery)),
     "output": OutputSection,

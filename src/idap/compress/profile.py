@@ -1,0 +1,51 @@
+"""The divergence of a model as it is, without changing anything."""
+
+from torch import nn
+
+from idap.compress.budget import Budget
+from idap.compress.config import Config
+from idap.compress.run import TRACED_SAMPLES
+from idap.compress.state import Setting, State, calibration_batches, few_samples
+from idap.cost.count import CostModel
+from idap.divergence.measure import Divergence
+from idap.graph.trace import trace
+from idap.progress import Progress, Silent
+from idap.structure.analysis import Structure, analyze
+from idap.training.batch import device_of
+from idap.training.check import check_task
+from idap.training.task import Task
+
+
+def profile(
+    model: nn.Module, task: Task, config: Config | None = None, *, progress: Progress | None = None
+) -> tuple[Structure, Divergence]:
+    """Measure the divergence of every unit, branch and block of a model.
+
+    Args:
+        model: the trained model; it is left exactly as it is.
+        task: its data; the calibration split is measured on.
+        config: of its settings the criterion, the calibration batches, contracts, swap and seed count.
+        progress: hears of the phases.
+
+    Returns:
+        What may be removed, and the divergence of each part (in the relative form for branches and blocks if the
+        criterion knows none).
+
+    Raises:
+        TaskError, TraceError, StructureError: the model and its data don't fit together.
+    """
+    config, progress = config or Config(), progress or Silent()
+    with progress.phase("divergence", 3) as phase:
+        check_task(model, task)
+        phase.advance("task")
+        example = few_samples(task.example(device_of(model)), TRACED_SAMPLES)
+        structure = analyze(trace(model, *example), contracts=config.contracts, swap=config.swap)
+        phase.advance("structure")
+        costs = CostModel(structure, 1)
+        nothing = Budget(None, task.higher_is_better, None, None)
+        batches = calibration_batches(task, config)
+        setting = Setting(model, task, config, structure, costs, example, nothing, progress, None, batches)
+        keep = {group.name: tuple(range(group.size)) for group in structure.groups}
+        found = setting.divergence(State(model, keep, (), structure.plan({}), costs.cost(), 0.0))
+        phase.advance("divergence")
+    return structure, found

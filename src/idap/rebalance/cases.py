@@ -1,0 +1,86 @@
+"""One layer on the way through a correction: what it reads, what it should give, and the sums so far."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from idap.divergence.observe import Pass
+from idap.divergence.watch import valid_positions
+from idap.graph.ir import CallKey
+from idap.rebalance.consumers import Consumer
+from idap.rebalance.moments import Moments
+
+
+@dataclass
+class Case:
+    """A layer while it is corrected.
+
+    Attributes:
+        consumer: the layer.
+        kept: the outputs that it still has, in the original's indices.
+        through: whether it makes up for the whole sum that it is added to.
+        chosen: batch by batch, the positions drawn.
+        targets: batch by batch, what the original gives there.
+        learned: sums over the rows to learn from.
+        held_out: and over those that judge.
+        seen: number of rows in both.
+        again: makes the call that is running once more.
+        output: what that call gave.
+        read: the rows it has read, shape (parts, rows, columns).
+    """
+
+    consumer: Consumer
+    kept: Tensor
+    through: bool
+    chosen: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    learned: Moments | None = None
+    held_out: Moments | None = None
+    seen: int = 0
+    again: Callable[[], Tensor] = torch.empty
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+    read: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def choose(self, given: Sequence[Tensor], each: Pass, number: int) -> None:
+        """Draw positions from a batch, where the layer's call in the original is given these tensors."""
+        rows, at = self.consumer.rows, self.consumer.input_at
+        weight = next(tensor for i, tensor in enumerate(given) if i != at and tensor.dim() > 1)
+        self.chosen.append(rows.choose(given[at], weight, lambda x: valid_positions(each.padding, x), number))
+
+    def add(self, targets: Tensor, share: float) -> None:
+        """Add the rows that were read and their targets, shape (rows, outputs), to the sums; hold this share out."""
+        parts, rows = self.read.shape[:2]
+        y = targets.reshape(rows, parts, -1).transpose(0, 1)
+        before, self.seen = self.seen, self.seen + rows
+        judge = _up(self.seen * share) - _up(before * share)  # of batches of one row, some judge and others don't
+        places = slice(0, rows - judge), slice(rows - judge, rows)  # rows are in the order of samples
+        for name, part in zip(("learned", "held_out"), places, strict=True):
+            sums = Moments.of(self.read[:, part], y[:, part])
+            held = getattr(self, name)
+            setattr(self, name, sums if held is None else held + sums)
+        self.read = torch.empty(0)
+
+    def sums(self) -> tuple[Moments, Moments]:
+        """Take the sums over the rows to learn from and over those that judge; nothing is held any longer."""
+        learned, held_out = self.learned, self.held_out
+        assert learned is not None and held_out is not None
+        self.learned = self.held_out = None
+        self.targets, self.chosen = [], []
+        return learned, held_out
+
+
+def by_call(cases: Sequence[Case]) -> dict[CallKey, Case]:
+    """The cases by the calls of their layers."""
+    return {case.consumer.call: case for case in cases}
+
+
+def by_addition(cases: Sequence[Case]) -> dict[CallKey, Case]:
+    """Those that make up for a whole sum, by the calls that add."""
+    return {case.consumer.addition: case for case in cases if case.through and case.consumer.addition is not None}
+
+
+def _up(share: float) -> int:
+    return ceil(share - 1e-9)

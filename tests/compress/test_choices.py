@@ -1,0 +1,201 @@
+"""What a user may choose: criteria, rankings, costs, floors, multiples and rebalancing, each seen in what comes out."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from idap.compress import filters
+from idap.compress.config import Config, FilterStage, LayerStage
+from idap.compress.filters import filter_stage, least_units, matching
+from idap.compress.latencies import unit_latencies
+from idap.compress.profile import profile
+from idap.compress.run import compress
+from idap.compress.state import Journal
+from idap.divergence.criteria import CRITERIA
+from idap.divergence.scene import Scene
+from idap.errors import ConfigError
+from idap.rebalance.run import Rebalance
+from idap.selection.power import best_power
+from idap.training.batch import default_padding, merged
+from idap.training.evaluate import evaluate
+from idap.training.fit import Recovery
+from tests.compress.test_stages import prepare
+from tests.compress.tiny import assert_untouched, config, snapshot, task, trained
+
+NET = trained()
+ONCE = {"layers": LayerStage(removals=0), "filters_share": 1.0, "filters": FilterStage(steps=9, first_share=0.5)}
+
+
+def cut_once(**changes):
+    """One run of stage 1 to half of the multiply-adds, without any budget of accuracy and without training."""
+    setting, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.5} | changes))
+    journal = Journal(setting, start.cost)
+    return setting, filter_stage(setting, start, setting.budget, journal), journal
+
+
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "bn_scale"])
+def test_every_criterion_comes_to_the_target(criterion):
+    result = compress(NET, task(), config(criterion=criterion, max_drop=None, recovery=Recovery(epochs=0.1), **ONCE))
+    assert result.reached
+    one_unit = 30  # at most, in this net
+    assert 0.5 * result.macs[0] - one_unit <= result.macs[1] <= 0.5 * result.macs[0]
+
+
+def nothing(_scene: Scene):
+    return {}
+
+
+def test_a_criterion_that_finds_nothing_to_score_says_so():
+    with pytest.raises(ConfigError, match=r"^criterion 'nothing' could score no group of this model; take another\.$"):
+        compress(NET, task(), config(criterion=nothing))
+
+
+def largest_first(scene: Scene):
+    """A criterion of a user's own: units with high numbers go first."""
+    return {group.name: torch.arange(group.size, 0, -1) for group in scene.groups}
+
+
+def test_a_function_of_the_users_own():
+    setting, end, journal = cut_once(criterion=largest_first, cost_power=0.0)
+    assert all(units == tuple(range(len(units))) for units in end.keep.values())
+    assert journal.steps[0].removed[0].scores == tuple(
+        float(setting.structure.group(journal.steps[0].removed[0].name).size - unit)
+        for unit in journal.steps[0].removed[0].units
+    )
+
+
+def test_uniform_takes_the_same_share_of_every_group():
+    setting, end, _ = cut_once(ranking="uniform", criterion="magnitude")
+    shares = [len(end.keep[group.name]) / group.size for group in setting.structure.groups]
+    assert max(shares) - min(shares) < 0.2  # the last step may not get round to every group
+
+
+def test_what_is_left_is_a_multiple():
+    setting, end, _ = cut_once(
+        filters=FilterStage(steps=9, first_share=0.5, multiple=4, multiples={"blocks.0.*": 5}), criterion="relative"
+    )
+    for group in setting.structure.groups:
+        left = len(end.keep[group.name])
+        assert left == group.size or left % (5 if group.name.startswith("blocks.0") else 4) == 0, group.name
+    assert end.cost.macs <= 0.5 * setting.costs.cost().macs
+
+
+def test_floors_by_pattern():
+    setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, keep={"blocks.*": 0.3, "blocks.1.*": 1}))
+    for group in setting.structure.groups:
+        if group.name.startswith("blocks.1."):
+            assert len(end.keep[group.name]) == group.size
+        elif group.name.startswith("blocks."):
+            assert len(end.keep[group.name]) >= round(0.3 * group.size)
+    assert matching({"a*": 0.5, "ab": 0.1}, "ab", 0.9) == 0.1
+    with pytest.raises(ConfigError, match=r"^filters\.keep names 'layer9\.\*', which fits no group"):
+        least_units(setting.structure, FilterStage(keep={"layer9.*": 0.5}))
+
+
+def test_a_floor_that_makes_the_target_impossible_is_an_error_before_any_work():
+    with pytest.raises(Exception, match=r"macs=0\.2 can't be reached: even with everything removable gone, "):
+        compress(NET, task(), config(macs=0.2, filters=FilterStage(keep={"*": 0.9}), layers=LayerStage(removals=0)))
+
+
+def test_auto_takes_the_power_with_the_lowest_calibration_loss(monkeypatch):
+    seen = []
+    real = best_power
+
+    def noted(powers, loss):
+        losses = {power: loss(keep) for power, keep in powers.items()}
+        chosen = real(powers, loss)
+        seen.append((losses, chosen))
+        return chosen
+
+    monkeypatch.setattr(filters, "best_power", noted)
+    cut_once(cost_power="auto", criterion="relative")
+    assert seen
+    for losses, chosen in seen:
+        assert set(losses) == {0.0, 0.5, 1.0}
+        assert losses[chosen] == min(losses.values())
+
+
+def test_latency_as_the_cost():
+    setting, start, _ = prepare(cost="latency")
+    costs = setting.unit_costs(start)
+    assert set(costs) == {group.name for group in setting.structure.groups}
+    assert all(seconds > 0 for seconds in costs.values())
+    small = unit_latencies(setting.original, setting.structure, setting.example, {}, ("blocks.0",), repeats=2)
+    assert all(seconds > 0 for seconds in small.values())
+
+
+def test_each_removed_unit_is_recorded_with_score_rank_and_cost():
+    _, _, journal = cut_once(criterion="relative")
+    for step in journal.steps:
+        ranks = [rank for removal in step.removed for rank in removal.ranks]
+        assert sorted(ranks) == sorted(set(ranks))
+        for removal in step.removed:
+            assert len(removal.units) == len(removal.scores) == len(removal.ranks)
+            assert removal.cost > 0
+            assert removal.divergence == (min(removal.scores), max(removal.scores))
+
+
+def test_rebalancing_without_training_keeps_more():
+    def left(rebalance):
+        setting, start, _ = prepare(**(ONCE | {"max_drop": None, "rebalance": rebalance}))
+        keep = {group.name: tuple(range(group.size // 2)) for group in setting.structure.groups}
+        model, _, error = setting.cut(start, keep, ())
+        assert error < 1e-4  # proved before it is corrected
+        with torch.no_grad():
+            return sum(float((model(x) - setting.original(x)).square().sum()) for x, _ in task().batches("val")), model
+
+    (plain, _), (corrected, _) = left(None), left(Rebalance())
+    assert corrected < 0.5 * plain
+
+
+def test_a_run_without_rebalancing_and_the_model_stay_as_they_were():
+    net = trained()
+    before = snapshot(net)
+    result = compress(net, task(), config(rebalance=None))
+    assert result.reached
+    assert_untouched(net, before)
+
+
+def test_blocks_are_scored_where_the_criterion_knows_none():
+    setting, start, _ = prepare(criterion="magnitude")
+    found = setting.divergence(start)
+    assert set(found.blocks) == {block.name for block in setting.structure.blocks}
+    again, same, _ = prepare(criterion="relative")
+    assert found.blocks == pytest.approx(again.divergence(same).blocks)
+
+
+def test_profile_measures_and_changes_nothing():
+    net = trained()
+    before = snapshot(net)
+    structure, found = profile(net, task(), Config(criterion="paper"))
+    assert set(found.units) == {group.name for group in structure.groups}
+    assert set(found.blocks) == {block.name for block in structure.blocks}
+    assert_untouched(net, before)
+
+
+def test_one_batch_of_several():
+    one, two = torch.zeros(2, 3), torch.ones(3, 3)
+    assert_close(merged([one, two]), torch.cat([one, two]))
+    both = merged([{"x": one, "y": [one]}, {"x": two, "y": [two]}])
+    assert_close(both["y"][0], torch.cat([one, two]))
+    assert merged([one, torch.zeros(2, 4)]) is None  # other lengths
+    assert merged([(one, "a"), (two, "b")]) is None
+    assert merged([{"x": one}, {"z": one}]) is None
+    assert merged([one]) is one
+
+
+def test_padding_by_default():
+    mask = torch.ones(2, 5)
+    assert default_padding({"input_ids": mask, "attention_mask": mask}) is mask
+    assert default_padding(({"attention_mask": mask}, mask)) is mask
+    assert default_padding((mask, mask)) is None
+    assert dataclasses.replace(task(), padding=lambda _: mask).padding(None) is mask
+
+
+def test_metric_is_measured_after_rebalancing():
+    setting, start, _ = prepare(**(ONCE | {"max_drop": None}))
+    keep = {group.name: tuple(range(group.size // 2)) for group in setting.structure.groups}
+    state = setting.next_state(start, keep, (), "x", Recovery(epochs=0.01, lr=1e-9))
+    assert state.metric == pytest.approx(evaluate(state.model, task()))
