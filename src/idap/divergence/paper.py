@@ -85,7 +85,7 @@ class ActivationScores:
                 place = scene.place(port)
                 dim = place.contraction.input_dim if heads else place.contraction.output_dim
                 node = place.contraction.input if heads else activation_of(scene.wiring, port.node)
-                stats = scene.watch.channels(node, dim)
+                stats = scene.watch.channels(node, dim, reader=place.reads if heads else (None, None))
                 if stats is not None:
                     units = scene.units_in(place.read if heads else place.written, group)
                     self._parts[group.name].append((units, stats))
@@ -171,7 +171,7 @@ def _writer(scene: Scene, group: Group, port: Port) -> "_Writer | None":
 def _heads(scene: Scene, group: Group, port: Port) -> "_Heads | None":
     place = scene.place(port)
     writers = [writer for writer in scene.alive(group.writers) if writer.weight]
-    stats = scene.watch.channels(place.contraction.input, place.contraction.input_dim)
+    stats = scene.watch.channels(place.contraction.input, place.contraction.input_dim, reader=place.reads)
     if stats is None or not writers:
         return None
     original = torch.from_numpy(scene.structure.layout.units(place.read, group.index))

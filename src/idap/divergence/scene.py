@@ -12,7 +12,7 @@ from idap.divergence.gates import Gates
 from idap.divergence.observe import tensor_argument
 from idap.divergence.ports import Wiring
 from idap.divergence.watch import Argument, Watch
-from idap.graph.ir import Node
+from idap.graph.ir import CallKey, Node
 from idap.graph.labels import Dim
 from idap.graph.rules import Contraction
 from idap.structure.analysis import Structure
@@ -123,6 +123,11 @@ class Place:
     def input_at(self) -> int | None:
         """Which of the tensors given to the call is the input."""
         return tensor_argument(self.scene.structure.graph, self.port.node, self.contraction.input)
+
+    @property
+    def reads(self) -> tuple[CallKey | None, int | None]:
+        """The call that reads the input, and as which of its tensors."""
+        return self.node.call, self.input_at
 
     @property
     def weight_at(self) -> int | None:

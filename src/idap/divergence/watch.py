@@ -155,19 +155,35 @@ class Watch:
 
     def __init__(self, wiring: Wiring) -> None:
         self._wiring = wiring
+        self._sights: dict[str, Sight] = {}
         self._channels: dict[str, dict[int | None, ChannelStats]] = {}
         self._probes: list[Probe] = []
         self._arguments: dict[tuple[CallKey, int], Argument] = {}
         self.held: list[dict[str, Tensor]] = []
         self.padding: Tensor | None = None
 
-    def channels(self, node: str, dim: int) -> ChannelStats | None:
-        """Statistics of the channels of a node's value; None if one opaque call hides it."""
+    def channels(
+        self, node: str, dim: int, *, reader: tuple[CallKey | None, int | None] = (None, None)
+    ) -> ChannelStats | None:
+        """Statistics of the channels of a node's value; None if one opaque call hides it.
+
+        Args:
+            node: whose value is watched.
+            dim: the dimension of its channels.
+            reader: a call that is given the value, and as which of its tensors. It is looked at there if possible:
+                code that reshapes a tensor in other ways in an export than in an ordinary run hands on the same value.
+        """
         node = self._wiring.source(node)
+        call, place = reader
+        if call is not None and place is not None:
+            self._sights.setdefault(node, Sight(node, call, place))
         return self._stats(node, dim % max(1, len(self._wiring.graph.nodes[node].shape)))
 
+    def _sight(self, node: str) -> Sight | None:
+        return self._sights.get(node) or self._wiring.sight(node)
+
     def _stats(self, node: str, dim: int | None) -> ChannelStats | None:
-        if self._wiring.sight(node) is None:
+        if self._sight(node) is None:
             return None
         found = self._channels.setdefault(node, {})
         if dim not in found:
@@ -209,7 +225,7 @@ class Watch:
         """Everything to look at; shared statistics first, so that others find them up to date."""
         shared: list[Probe] = []
         for node, by_dim in self._channels.items():
-            sight = self._wiring.sight(node)
+            sight = self._sight(node)
             assert sight is not None
             shared += [self._see(sight, stats.add) for stats in by_dim.values()]
         return [*shared, *self._arguments.values(), *self._probes]
