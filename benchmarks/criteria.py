@@ -129,7 +129,8 @@ class Bench:
         if kind == "inner":
             return {g.name for g in self.structure.groups if g.name.endswith("conv1") and g.name != "conv1"}
         if kind in ("neurons", "heads"):
-            inside = [g for g in self.structure.groups if g.kind == kind]
+            # Of grouped-query attention the key/value heads with all their queries, not single queries of each.
+            inside = [g for g in self.structure.groups if g.kind == kind and "#" not in g.name]
             stream = {g.name for g in inside if len(g.writers) > 2 and kind == "neurons"}
             return {g.name for g in inside} - stream
         return set(self.whole)

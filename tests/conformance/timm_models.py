@@ -24,6 +24,8 @@ inception_resnet_v2 mobilenetv5_base vgg11 pnasnet5large nasnetalarge naflexvit_
 qwen3_vit_88m deepseek_vit_412m gemma4_vit_167m
 """
 
+ANY_SIZE = ("gemma4_vit_167m", "qwen3_vit_88m")
+
 
 def _build(name: str) -> nn.Module:
     vision_operators.make_importable()
@@ -37,7 +39,7 @@ def _inputs(name: str) -> Inputs:
     vision_operators.make_importable()
     import timm
 
-    if name == "gemma4_vit_167m":  # takes any size, and 768 pixels by default
+    if name in ANY_SIZE:  # 768 pixels by default: 2,304 tokens
         return (image(192),), {}
     size: tuple[int, int, int] = timm.get_pretrained_cfg(name).input_size
     return (image(size[-1], size[0]),), {}

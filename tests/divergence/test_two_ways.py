@@ -18,7 +18,7 @@ needs_transformers = pytest.mark.skipif(
 
 @needs_transformers
 def test_heads_of_a_language_model_that_repeats_its_keys_only_in_an_export():
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - slow to import
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(

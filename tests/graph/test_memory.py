@@ -1,5 +1,6 @@
 """Views and in-place operators: what a value depends on beyond what it is computed from."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from idap.graph.ir import Graph
 from idap.graph.memory import Memory
+from idap.graph.rules.flow import operator
 from idap.graph.run import run
 from idap.graph.trace import trace
 from tests.nets import Net, every_net
@@ -117,3 +119,23 @@ def test_nodes_that_are_skipped_take_another_value() -> None:
     found = run(graph, dict(model.named_parameters()), [torch.ones(1, 4)], skip_to={"relu": "linear"})
     torch.testing.assert_close(found[0], model.fc(torch.ones(1, 4)).detach() + 1)
     assert "mul" not in graph.live({"relu": "linear"})
+
+
+def test_a_graph_that_runs_lets_go_of_what_nobody_reads_any_more() -> None:
+    """Otherwise a proof of a large model would hold all of its activations at once."""
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    graph = trace(net, (torch.ones(1, 4),))
+    layers = [name for name, node in graph.nodes.items() if node.op == "aten.linear.default"]
+    alive = []
+
+    def watched(node, fetch):
+        result = operator(node)(*fetch(node.args))
+        alive.append((sum(reference() is not None for reference in seen), weakref.ref(result)))
+        seen.append(alive[-1][1])
+        return result
+
+    seen = []
+    tensors = dict(net.named_parameters())
+    (found,) = run(graph, tensors, [torch.ones(1, 4)], special=dict.fromkeys(layers, watched))
+    assert torch.equal(found, net(torch.ones(1, 4)))
+    assert max(count for count, _ in alive) <= 2

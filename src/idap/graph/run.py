@@ -1,6 +1,6 @@
 """Run a graph node by node, without the module it came from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules.flow import operator
 
 Special = Callable[[Node, Callable[[Any], Any]], Any]
-"""Computes a node in its own way; the second argument replaces references by values."""
+"""Computes a node in its own way; the second argument replaces references among its arguments by values."""
 
 
 @torch.no_grad()
@@ -36,6 +36,7 @@ def run(
     """
     special, skip_to = special or {}, skip_to or {}
     live = graph.live(skip_to)
+    done_with = _last_uses(graph, live, skip_to)
     values: dict[str, Any] = {}
     feed = iter(inputs)
 
@@ -58,7 +59,23 @@ def run(
             values[node.name] = special[node.name](node, fetch)
         else:
             values[node.name] = _value(graph, node, tensors, fetch)
+        for name in done_with.get(node.name, ()):
+            values.pop(name, None)
     return [values[name] for name in graph.outputs]
+
+
+def _last_uses(graph: Graph, live: Set[str], skip_to: Mapping[str, str]) -> dict[str, list[str]]:
+    """For each node the values that nobody reads after it, so that they need not be kept."""
+    last: dict[str, str] = {}
+    for node in graph.nodes.values():
+        if node.name in live:
+            for used in (skip_to[node.name],) if node.name in skip_to else node.inputs():
+                last[used] = node.name
+    found: dict[str, list[str]] = {}
+    for used, reader in last.items():
+        if used not in graph.outputs:
+            found.setdefault(reader, []).append(used)
+    return found
 
 
 def _value(graph: Graph, node: Node, tensors: Mapping[str, Tensor], fetch: Callable[[Any], Any]) -> Any:
