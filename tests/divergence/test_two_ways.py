@@ -40,6 +40,9 @@ def test_heads_of_a_language_model_that_repeats_its_keys_only_in_an_export():
         return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
     found = measure_all(model, structure, [Pass(lambda m: m(input_ids=tokens), loss)], criteria=list(CRITERIA))
+    for block in structure.blocks:  # the exporter asserts types and devices of what an addition returns
+        assert block.name in found["relative"].blocks
+        assert block.name in found["paper"].blocks
     for name in ("relative", "innovation", "paper", "activation", "taylor", "magnitude"):
         assert heads <= set(found[name].units), name
         assert all(bool(found[name].units[group].isfinite().all()) for group in heads)

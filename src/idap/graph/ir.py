@@ -243,10 +243,10 @@ class Graph:
 
     @cached_property
     def made_by(self) -> Mapping[CallKey, tuple[Node, ...]]:
-        """For each call of the running model the nodes it makes, in order."""
+        """For each call of the running model the nodes it makes, in order; without what the exporter only asserts."""
         made: dict[CallKey, list[Node]] = {}
         for node in self.nodes.values():
-            if node.call is not None:
+            if node.call is not None and node.shapes:
                 made.setdefault(node.call, []).append(node)
         return {call: tuple(nodes) for call, nodes in made.items()}
 
