@@ -9,6 +9,7 @@ run/
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -93,6 +94,56 @@ class RunFolder:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunFolderError(f"{self.path} exists and is not an empty folder; choose another one for the run.")
 
+    def reopen(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Go on with a run that was stopped at any moment, or begin it where it had not come to its settings yet.
+
+        What a killed process left half-written is cleared away: unfinished files, and a last line cut short.
+
+        Args:
+            settings: of the run as it is now; all but its environment must be what it was begun with.
+
+        Returns:
+            The decisions that were taken, in order.
+
+        Raises:
+            RunFolderError: the folder holds something else, another run, or a broken decision; or can't be written.
+        """
+        try:
+            self._clear()
+            if not (self.path / RUN).exists():
+                self.open(settings)
+                return []
+            begun = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
+        now = json.loads(json.dumps(settings, default=_plain))
+        for name in sorted({*begun, *now} - {"environment"}):
+            if begun.get(name) != now.get(name):
+                what = _difference(begun.get(name), now.get(name))
+                raise RunFolderError(
+                    f"{self.path} holds a run with another {name}: {what}. Go on with the settings, model and data "
+                    "that it was begun with, or choose another folder."
+                )
+        return read_steps(self.path)
+
+    def _clear(self) -> None:
+        """Remove what a killed process left half-written."""
+        if not self.path.is_dir():
+            return
+        for file in [*self.path.glob(".*"), *self.path.glob("*/.*"), *self.path.glob("*/*/.*")]:
+            if _UNFINISHED.fullmatch(file.name):
+                file.unlink()
+        if not (self.path / RUN).exists():
+            if (self.path / CHECKPOINTS).is_dir() and not any((self.path / CHECKPOINTS).iterdir()):
+                (self.path / CHECKPOINTS).rmdir()
+            return
+        steps = self.path / STEPS
+        if steps.exists():
+            data = steps.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:
+                write_bytes(steps, whole)
+
     def open(self, settings: Mapping[str, Any]) -> None:
         """Create the folder and note the settings.
 
@@ -151,6 +202,22 @@ def read_steps(folder: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise RunFolderError(f"line {number} of {file} is broken: {error}") from error
     return found
+
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def _difference(begun: Any, now: Any) -> str:
+    if isinstance(begun, dict) and isinstance(now, dict):
+        for name in sorted({*begun, *now}):
+            if begun.get(name) != now.get(name):
+                return f"{name}, {_difference(begun.get(name), now.get(name))}"
+    return f"{_short(begun)} then, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

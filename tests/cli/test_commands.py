@@ -314,16 +314,22 @@ class TestCompress:
             add(folder, step)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(RunFolder, "add", add_and_stop)
-        result = compress(script)
+        with monkeypatch.context() as patched:
+            patched.setattr(RunFolder, "add", add_and_stop)
+            result = compress(script)
         assert result.exit_code == 130
         assert "Stopped. runs/build_model holds 1 finished step, 1 accepted" in text(result.stderr)
+        assert "Go on with the same command and --run-dir runs/build_model --resume." in text(result.stderr)
+        resumed = compress(script, "--resume")
+        assert resumed.exit_code == 0, resumed.stderr
+        assert "(recalled)" in text(resumed.output)
+        assert "every decision in runs/build_model." in text(resumed.output)
 
     @pytest.mark.parametrize(
         ("files", "expected"),
         [
             ({}, "Nothing was written to run."),
-            ({"run.json": "{}"}, "run holds the settings of the run and no finished step. Choose another --run-dir"),
+            ({"run.json": "{}"}, "run holds the settings of the run and no finished step. Go on with the same command"),
             (
                 {"run.json": "{}", "steps.jsonl": '{"index": 0, "accepted": false}\n'},
                 "run holds 1 finished step, 0 accepted.",

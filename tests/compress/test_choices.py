@@ -9,10 +9,10 @@ from torch.testing import assert_close
 from idap.compress import filters
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.compress.filters import filter_stage, least_units, matching
+from idap.compress.journal import Journal
 from idap.compress.latencies import unit_latencies
 from idap.compress.profile import profile
 from idap.compress.run import compress
-from idap.compress.state import Journal
 from idap.divergence.criteria import CRITERIA
 from idap.divergence.scene import Scene
 from idap.errors import ConfigError

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from idap.compress import run as running
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.filters import filter_stage, rank
+from idap.compress.journal import Journal, describe
 from idap.compress.layers import calibration_loss, layer_stage, loss_without
-from idap.compress.state import Journal, Setting, State, describe, few_samples
+from idap.compress.state import Setting, State, few_samples
 from idap.cost.count import Cost
 from idap.progress import Silent
 from idap.record import Removal, Step
@@ -27,7 +28,7 @@ NET = trained()
 
 
 def prepare(**changes) -> tuple[Setting, State, list[str]]:
-    return running._prepare(NET, task(), config(**changes), None, Silent())
+    return running._prepare(NET, task(), config(**changes), None, Silent())[:3]
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ class HastyBlock(nn.Module):
 def test_a_trial_is_right_for_code_that_works_in_place():
     torch.manual_seed(0)
     net = Hasty().eval()
-    setting, start, removable = running._prepare(net, task(), config(macs=0.9), None, Silent())
+    setting, start, removable, _ = running._prepare(net, task(), config(macs=0.9), None, Silent())
     assert removable
     for name in removable:
         real = apply_plan(net, setting.structure.plan({}, (name,)))
@@ -298,5 +299,5 @@ def test_a_decision_in_one_line():
 
 def test_a_classification_without_calibration_data_uses_training_data():
     own = classification(batches(64, 1), batches(64, 2), num_classes=3, calibration=batches(64, 9))
-    setting, _, _ = running._prepare(NET, own, config(), None, Silent())
+    setting, _, _, _ = running._prepare(NET, own, config(), None, Silent())
     assert_close(setting.calibration[0], batches(64, 9)[0], rtol=0, atol=0)

@@ -1,7 +1,7 @@
 """`idap compress`: both stages, from a recipe or from a model and a task."""
 
 import json
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from idap.cli.options import (
     Overrides,
     Quiet,
     RecipeFile,
+    Resume,
     RunDir,
     TaskSpec,
     WeightsPath,
@@ -50,6 +51,7 @@ def compress_command(  # noqa: PLR0913 - one argument per option
     max_drop: MaxDrop = None,
     macs: Macs = None,
     run_dir: RunDir = None,
+    resume: Resume = False,
     overrides: Overrides = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -57,7 +59,8 @@ def compress_command(  # noqa: PLR0913 - one argument per option
 ) -> None:
     """Compress a trained model: remove filters, then layers, within a budget of accuracy.
 
-    The run folder keeps every decision, the accepted models and the result, which idap.load reads.
+    The run folder keeps every decision, the accepted models and the result, which idap.load reads. A run that was
+    stopped, even killed, goes on with the same command and --resume, to the same result.
     """
     where = str(recipe) if recipe is not None else model or "the command line"
     outcome = Outcome(command="idap compress", where=where, as_json=as_json, debug=debug)
@@ -70,10 +73,10 @@ def compress_command(  # noqa: PLR0913 - one argument per option
         from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
 
         read = read_recipe(recipe, settings, replaced=replaced)
-        outcome.run_dir = run_dir = _fresh(run_dir or read.run_dir, read.name)
+        outcome.run_dir = run_dir = _folder(run_dir or read.run_dir, read.name, resume=resume)
         # With --json, the standard output belongs to the document.
         console = Console(highlight=False, stderr=as_json)
-        result, numbers = _run(read, run_dir, console, quiet=quiet)
+        result, numbers = _run(read, run_dir, console, quiet=quiet, resume=resume)
         if as_json:
             typer.echo(json.dumps(_document(result, numbers, run_dir), indent=1))
         elif not quiet:
@@ -82,16 +85,25 @@ def compress_command(  # noqa: PLR0913 - one argument per option
         raise typer.Exit(GOAL_MISSED)
 
 
-def _fresh(wanted: Path | None, name: str) -> Path:
-    """Refuse a folder that is in use before any work is done; without a wish, take the first free one of `runs/`."""
+def _folder(wanted: Path | None, name: str, *, resume: bool) -> Path:
+    """Refuse a folder that is in use before any work is done; without a wish, take the first free one of `runs/`.
+
+    To go on with a run, without a wish the last one of `runs/` that has the name.
+    """
     if wanted is None:
         numbered = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in count(1))
-        return next(folder for folder in numbered if not folder.exists())
-    RunFolder(wanted).check()
+        folders = [*takewhile(Path.exists, numbered)]
+        if resume and folders:
+            return folders[-1]
+        return Path("runs") / (f"{name}-{len(folders) + 1}" if folders else name)
+    if not resume:
+        RunFolder(wanted).check()
     return wanted
 
 
-def _run(recipe: "Recipe", run_dir: Path, console: Console, *, quiet: bool) -> tuple["Result", Comparison]:
+def _run(
+    recipe: "Recipe", run_dir: Path, console: Console, *, quiet: bool, resume: bool
+) -> tuple["Result", Comparison]:
     from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
     from idap.training.fit import fit  # noqa: PLC0415 - as above
 
@@ -101,7 +113,7 @@ def _run(recipe: "Recipe", run_dir: Path, console: Console, *, quiet: bool) -> t
     if training is not None:
         fit(model, task, training, progress=progress, title="train")
     progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
-    result = compress(model, task, config, run_dir=run_dir, progress=progress)
+    result = compress(model, task, config, run_dir=run_dir, resume=resume, progress=progress)
     return result, compare(model, result, task, progress)
 
 

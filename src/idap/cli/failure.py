@@ -89,7 +89,7 @@ def state_of(run_dir: Path | None) -> str:
         steps = read_steps(run_dir)
     except RunFolderError as error:
         return f"It came in the middle of writing: {error}."
-    again = "Choose another --run-dir to start again."
+    again = f"Go on with the same command and --run-dir {run_dir} --resume."
     if not steps:
         return f"{run_dir} holds the settings of the run and no finished step. {again}"
     accepted = [step for step in steps if step["accepted"]]

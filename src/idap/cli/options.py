@@ -34,6 +34,12 @@ Macs = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", metavar="PATH", help="New folder for the run; runs/NAME if left out.")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", metavar="", help="Go on with the run in --run-dir (or runs/NAME) that was stopped or killed."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the recipe; may be repeated."),

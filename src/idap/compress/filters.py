@@ -7,8 +7,9 @@ from torch import Tensor
 
 from idap.compress.budget import Budget
 from idap.compress.config import FilterStage
+from idap.compress.journal import Journal
 from idap.compress.layers import calibration_loss
-from idap.compress.state import Journal, Keep, Setting, State
+from idap.compress.state import Keep, Setting, State
 from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError
 from idap.record import Removal
@@ -38,20 +39,17 @@ def filter_stage(
     floor = stage.min_keep if floor is None else floor
     while step < stage.steps and not goal.reached(state.cost):
         share = factor * step_share(stage.first_share, step, stage.steps, stage.growth)
-        with setting.progress.phase(f"filters {len(journal.steps)}: measure", None):
-            scores = setting.divergence(state).units
-        ranking, keep = _best(setting, state, scores, goal, share, floor)
-        if keep == dict(state.keep):
+        found = journal.recall("filters", state) or _candidate(setting, state, goal, share, floor, len(journal.steps))
+        if found is None:
             break
-        candidate = setting.next_state(state, keep, state.removed, f"filters {len(journal.steps)}: recovery")
-        removed = removals(setting, state, keep, ranking)
+        candidate, removed = found
         if goal.holds(candidate.metric):
             journal.note("filters", candidate, removed, accepted=True, reason="within the budget")
             state, step = candidate, step + 1
             continue
         # The goal may have asked for less than the share: half of what was really taken is the next try.
         units = sum(map(len, state.keep.values()))
-        taken = units - sum(map(len, keep.values()))
+        taken = units - sum(map(len, candidate.keep.values()))
         factor *= taken / max(1, round(share * units)) / 2
         smaller = factor * step_share(stage.first_share, step, stage.steps, stage.growth)
         last = smaller < stage.min_share
@@ -60,6 +58,19 @@ def filter_stage(
         if last:
             break
     return state
+
+
+def _candidate(
+    setting: Setting, state: State, goal: Budget, share: float, floor: float, number: int
+) -> tuple[State, list[Removal]] | None:
+    """Measure, rank, cut and recover; None if nothing more may go."""
+    with setting.progress.phase(f"filters {number}: measure", None):
+        scores = setting.divergence(state).units
+    ranking, keep = _best(setting, state, scores, goal, share, floor)
+    if keep == dict(state.keep):
+        return None
+    candidate = setting.next_state(state, keep, state.removed, f"filters {number}: recovery")
+    return candidate, removals(setting, state, keep, ranking)
 
 
 def _best(

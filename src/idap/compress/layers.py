@@ -1,6 +1,6 @@
 """Stage 2, layers: remove the branches and blocks that change the flow least (method.md 3.2)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from idap.compress.budget import Budget
-from idap.compress.state import Journal, Setting, State
+from idap.compress.journal import Journal
+from idap.compress.state import Setting, State
 from idap.divergence.observe import result_of, tensors_in
 from idap.divergence.ports import Wiring
 from idap.graph.calls import intercept
@@ -34,36 +35,49 @@ def layer_stage(setting: Setting, state: State, goal: Budget, journal: Journal, 
     """
     stage = setting.config.layers
     essential: set[str] = set()
-    rejected, already = 0, len(state.removed)
-    while len(state.removed) - already < stage.removals and rejected < stage.patience and not goal.reached(state.cost):
-        with setting.progress.phase(f"layers {len(journal.steps)}: measure", None):
-            scores = setting.divergence(state).blocks
-        left = {name: score for name, score in scores.items() if name in removable and name not in essential}
-        left = {name: score for name, score in left.items() if not _overshoots(setting, state, goal, name)}
-        short_list = sorted(left, key=lambda name: left[name])[: stage.short_list]
-        if not short_list:
+    rejected = accepted = 0
+    while accepted < stage.removals and rejected < stage.patience and not goal.reached(state.cost):
+        found = journal.recall("layers", state)
+        found = found or _candidate(setting, state, goal, set(removable) - essential, len(journal.steps))
+        if found is None:
             break
-        chosen = _cheapest(setting, state, short_list)
-        removed = (*(name for name in state.removed if name not in setting.structure.block(chosen).contains), chosen)
-        candidate = setting.next_state(state, state.keep, removed, f"layers {len(journal.steps)}: recovery")
-        removal = Removal(
-            name=chosen,
-            kind=setting.structure.block(chosen).kind,
-            units=(),
-            left=0,
-            divergence=(scores[chosen], scores[chosen]),
-            scores=(scores[chosen],),
-            ranks=(sorted(scores, key=lambda name: scores[name]).index(chosen),),
-            cost=float(setting.costs.block_macs(chosen, state.keep, state.removed)),
-        )
+        candidate, removed = found
         if goal.holds(candidate.metric):
-            journal.note("layers", candidate, [removal], accepted=True, reason="within the budget")
-            state, rejected = candidate, 0
+            journal.note("layers", candidate, removed, accepted=True, reason="within the budget")
+            state, rejected, accepted = candidate, 0, accepted + 1
         else:
-            essential.add(chosen)
+            essential.add(removed[0].name)
             rejected += 1
-            journal.note("layers", candidate, [removal], accepted=False, reason="outside the budget: it is essential")
+            journal.note("layers", candidate, removed, accepted=False, reason="outside the budget: it is essential")
     return state
+
+
+def _candidate(
+    setting: Setting, state: State, goal: Budget, allowed: Set[str], number: int
+) -> tuple[State, list[Removal]] | None:
+    """Measure, try the lowest few, remove the best of them and recover; None if nothing more may go."""
+    with setting.progress.phase(f"layers {number}: measure", None):
+        scores = setting.divergence(state).blocks
+    left = {name: score for name, score in scores.items() if name in allowed}
+    left = {name: score for name, score in left.items() if not _overshoots(setting, state, goal, name)}
+    short_list = sorted(left, key=lambda name: left[name])[: setting.config.layers.short_list]
+    if not short_list:
+        return None
+    chosen = _cheapest(setting, state, short_list)
+    block = setting.structure.block(chosen)
+    removed = (*(name for name in state.removed if name not in block.contains), chosen)
+    candidate = setting.next_state(state, state.keep, removed, f"layers {number}: recovery")
+    removal = Removal(
+        name=chosen,
+        kind=block.kind,
+        units=(),
+        left=0,
+        divergence=(scores[chosen], scores[chosen]),
+        scores=(scores[chosen],),
+        ranks=(sorted(scores, key=lambda name: scores[name]).index(chosen),),
+        cost=float(setting.costs.block_macs(chosen, state.keep, state.removed)),
+    )
+    return candidate, [removal]
 
 
 def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 from idap.compress.budget import budget_of
 from idap.compress.config import Config
 from idap.compress.filters import filter_stage, least_units
+from idap.compress.journal import Journal
 from idap.compress.layers import layer_stage
 from idap.compress.result import Result
-from idap.compress.state import Journal, Setting, State, calibration_batches, few_samples
+from idap.compress.state import Setting, State, calibration_batches, few_samples
 from idap.cost.count import Cost, CostModel
 from idap.divergence.criteria import opener_of
-from idap.errors import PlanError, VerificationError
+from idap.errors import ConfigError, PlanError, VerificationError
 from idap.graph.trace import trace
 from idap.progress import Progress, Silent
 from idap.record import RunFolder
@@ -41,6 +42,7 @@ def compress(
     config: Config | None = None,
     *,
     run_dir: str | Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Compress a trained model in two stages, filters and then layers, within a budget.
@@ -50,6 +52,9 @@ def compress(
         task: its data, loss and metric. Training data train and calibrate, validation data decide.
         config: goals and settings.
         run_dir: a new or empty folder for the record of the run, its accepted states and the result; None keeps none.
+        resume: go on with the run in `run_dir` that was stopped, at whatever moment; a run that was never begun there
+            begins. Decisions that were taken are recalled, not taken again, and the result is that of a run that was
+            not stopped.
         progress: hears of every phase and every decision.
 
     Returns:
@@ -57,12 +62,20 @@ def compress(
         data, measured after the last change; if a target was not reached, the message says why.
 
     Raises:
-        TaskError, TraceError, StructureError, BudgetError, RunFolderError: before any work is done.
+        TaskError, TraceError, StructureError, BudgetError, ConfigError, RunFolderError: before any work is done.
         VerificationError: a cut did not equal the masked original; names the axis.
     """
     config, progress = config or Config(), progress or Silent()
-    setting, state, removable = _prepare(model, task, config, run_dir, progress)
-    journal = Journal(setting, state.cost)
+    if resume and run_dir is None:
+        raise ConfigError("to go on with a run, say where it is: resume=True needs run_dir.")
+    folder = RunFolder(run_dir) if run_dir is not None else None
+    setting, state, removable, settings = _prepare(model, task, config, folder, progress, resume=resume)
+    past: list[dict[str, Any]] = []
+    if folder is not None and resume:
+        past = folder.reopen(settings)
+    elif folder is not None:
+        folder.open(settings)
+    journal = Journal(setting, state.cost, past)
     start, goal = state, setting.budget
     if config.filters.steps:
         state = filter_stage(setting, state, goal.part_way(state.cost, config.filters_share), journal)
@@ -75,11 +88,16 @@ def compress(
 
 
 def _prepare(
-    model: nn.Module, task: Task, config: Config, run_dir: str | Path | None, progress: Progress
-) -> tuple[Setting, State, list[str]]:
+    model: nn.Module,
+    task: Task,
+    config: Config,
+    folder: RunFolder | None,
+    progress: Progress,
+    *,
+    resume: bool = False,
+) -> tuple[Setting, State, list[str], dict[str, Any]]:
     """Check everything that can be checked before any work; measure where we stand."""
-    folder = RunFolder(run_dir) if run_dir is not None else None
-    if folder is not None:
+    if folder is not None and not resume:
         folder.check()
     with progress.phase("check", 4) as phase:
         check_task(model, task)
@@ -97,12 +115,10 @@ def _prepare(
     whole = costs.cost(keep)
     least = _least(structure, costs, config, removable)
     budget = budget_of(config, baseline, whole, higher_is_better=task.higher_is_better, least=least)
-    if folder is not None:
-        folder.open(_settings(model, config, structure, baseline, whole))
     batches = calibration_batches(task, config)
     setting = Setting(original, task, config, structure, costs, example, budget, progress, folder, batches)
     state = State(original, keep, (), structure.plan(keep), whole, baseline)
-    return setting, state, removable
+    return setting, state, removable, _settings(model, config, structure, baseline, whole)
 
 
 def _proved(original: nn.Module, structure: Structure, example: Inputs, progress: Progress) -> list[str]:
@@ -155,18 +171,25 @@ def _least(structure: Structure, costs: CostModel, config: Config, removable: li
     return costs.cost(keep, removed)
 
 
+_FINAL = {True: "the best so far", False: "no better than before"}
+
+
 def _finish(setting: Setting, start: State, state: State, journal: Journal) -> State:
     """Train the last accepted state once more; keep the better of the two."""
     if state is start:
         return state
+    recalled = journal.recall("final", state)
+    if recalled is not None:
+        metric, better = recalled[0].metric, setting.task.higher_is_better
+        accepted = metric >= state.metric if better else metric <= state.metric
+        journal.note("final", recalled[0], [], accepted=accepted, reason=_FINAL[accepted])
+        return recalled[0] if accepted else state
     model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
     recovery = setting.config.final or setting.config.recovery
     metric = setting.recover(model, "final recovery", recovery)
     accepted = metric >= state.metric if setting.task.higher_is_better else metric <= state.metric
     candidate = replace(state, model=model, metric=metric)
-    journal.note(
-        "final", candidate, [], accepted=accepted, reason="the best so far" if accepted else "no better than before"
-    )
+    journal.note("final", candidate, [], accepted=accepted, reason=_FINAL[accepted])
     return candidate if accepted else state
 
 
@@ -221,7 +244,7 @@ def _settings(model: nn.Module, config: Config, structure: Structure, baseline: 
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "fingerprint": fingerprint(structure.graph.shapes),
-        "config": asdict(replace(config, criterion=opener_of(config.criterion)[0])),
+        "config": asdict(config) | {"criterion": opener_of(config.criterion)[0]},
         "baseline": {"metric": baseline, "macs": cost.macs, "parameters": cost.parameters},
         "environment": {
             "python": platform.python_version(),

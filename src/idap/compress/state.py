@@ -1,6 +1,5 @@
 """One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,8 +18,7 @@ from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
 from idap.progress import Progress
 from idap.rebalance.run import rebalance_
-from idap.record import Removal, RunFolder, Step
-from idap.saving.checkpoint import save
+from idap.record import RunFolder
 from idap.structure.analysis import Structure
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
@@ -160,69 +158,11 @@ class Setting:
         return sign * report.best
 
 
-class Journal:
-    """Tells the decisions of a run to whoever listens, and writes them down."""
-
-    def __init__(self, setting: Setting, start: Cost) -> None:
-        self._setting = setting
-        self._start = start
-        self._since = time.monotonic()
-        self.steps: list[Step] = []
-
-    def note(self, stage: str, state: State, removed: Sequence[Removal], *, accepted: bool, reason: str) -> None:
-        """Record one decision; an accepted state is saved before the decision is written."""
-        now = time.monotonic()
-        step = Step(
-            index=len(self.steps),
-            stage=stage,
-            removed=tuple(removed),
-            macs=state.cost.macs,
-            parameters=state.cost.parameters,
-            metric=state.metric,
-            accepted=accepted,
-            reason=reason,
-            error=state.error,
-            seconds=now - self._since,
-        )
-        self._since = now
-        folder = self._setting.folder
-        if folder is not None:
-            if accepted:
-                save(folder.checkpoint(step.index), state.model, state.plan)
-            folder.add(step)
-        self.steps.append(step)
-        self._setting.progress.say(describe(step, self._start, self._setting.task.metric_name))
-
-
 def calibration_batches(task: Task, config: Config) -> tuple[Any, ...]:
     """The first batches of the calibration data; a loader that shuffles does so by the run's seed."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.seed)
         return tuple(islice(task.batches("calibration"), config.calibration_batches))
-
-
-def describe(step: Step, start: Cost, metric_name: str) -> str:
-    """One line for people: what went, its divergence, the cost, the metric, the decision."""
-    if not step.removed:
-        what = "nothing removed"
-    elif step.stage == "layers":
-        what = f"removed {step.removed[0].kind} {step.removed[0].name}"
-    else:
-        counts: dict[str, int] = {}
-        for removal in step.removed:
-            counts[removal.kind] = counts.get(removal.kind, 0) + len(removal.units)
-        parts = [f"{count} {kind}" for kind, count in counts.items()]
-        what = f"removed {' + '.join(parts)} in {len(step.removed)} groups"
-    if step.removed:
-        low = min(removal.divergence[0] for removal in step.removed)
-        high = max(removal.divergence[1] for removal in step.removed)
-        what += f", divergence {low:.2g}" if low == high else f", divergence {low:.2g} to {high:.2g}"
-    verdict = "accepted" if step.accepted else "rolled back"
-    return (
-        f"{step.stage} {step.index}: {what} | MACs {step.macs / start.macs:.1%} | "
-        f"parameters {step.parameters / start.parameters:.1%} | {metric_name} {step.metric:.4f} | "
-        f"{verdict}: {step.reason}"
-    )
 
 
 def few_samples(example: Inputs, count: int) -> Inputs:

@@ -1,0 +1,145 @@
+"""A run that is killed at any moment goes on to the same result; a run that is another one is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.testing import assert_close
+
+from idap.compress.config import Config
+from idap.compress.run import compress
+from idap.errors import ConfigError, RunFolderError
+from idap.record import STEPS, read_steps
+from idap.saving.checkpoint import load
+from tests.compress.tiny import Noting, config, task, trained
+
+NET = trained()
+SETTINGS = {"max_drop": 0.03, "macs": 0.4}
+
+
+def outcome(result):
+    return result.plan, result.metric, [(s.stage, s.metric, s.accepted, s.removed) for s in result.steps]
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    result = compress(NET, task(), config(**SETTINGS))
+    assert len(result.steps) >= 4
+    return result
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """Stands for a signal in the middle of the work."""
+
+
+class StopsAt(Noting):
+    """Raises at the n-th thing that it hears."""
+
+    def __init__(self, moment: int) -> None:
+        super().__init__()
+        self._left = moment
+
+    def say(self, text: str) -> None:
+        self._count()
+        super().say(text)
+
+    def phase(self, title, total):
+        self._count()
+        return super().phase(title, total)
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("moment", [1, 3, 6, 9, 14, 20])
+def test_a_run_stopped_anywhere_goes_on_to_the_same_result(undisturbed, tmp_path, moment):
+    with pytest.raises(Interrupted):
+        compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", progress=StopsAt(moment))
+    resumed = compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
+    assert outcome(resumed) == outcome(undisturbed)
+    assert_close(resumed.model.state_dict(), undisturbed.model.state_dict(), rtol=0, atol=0)
+    assert len(read_steps(tmp_path / "run")) == len(undisturbed.steps)
+    assert_close(load(tmp_path / "run" / "model", NET).state_dict(), undisturbed.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_finished_run_is_recalled_without_training(undisturbed, tmp_path):
+    compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run")
+    heard = Noting()
+    again = compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True, progress=heard)
+    assert outcome(again) == outcome(undisturbed)
+    assert sum("(recalled)" in line for line in heard.lines) == len(undisturbed.steps)
+
+
+def test_what_a_killed_process_leaves_half_written_is_cleared_away(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        compress(NET, task(), config(**SETTINGS), run_dir=folder, progress=StopsAt(14))
+    with (folder / STEPS).open("a") as file:
+        file.write('{"index": 9, "stage": "fil')
+    (folder / "checkpoints" / f".plan.json.{'a' * 32}").write_text("{")
+    resumed = compress(NET, task(), config(**SETTINGS), run_dir=folder, resume=True)
+    assert outcome(resumed) == outcome(undisturbed)
+    assert not list(folder.rglob(".*"))
+
+
+def test_a_run_that_never_began_begins(undisturbed, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / f".run.json.{'b' * 32}").write_text("{")
+    assert outcome(compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)) == outcome(
+        undisturbed
+    )
+
+
+def test_another_run_is_refused_by_the_setting_that_differs(tmp_path):
+    with pytest.raises(Interrupted):
+        compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", progress=StopsAt(14))
+    before = (tmp_path / "run" / STEPS).read_text()
+    with pytest.raises(
+        RunFolderError, match=r"holds a run with another config: macs, 0\.4 then, 0\.6 now\. Go on with"
+    ):
+        compress(NET, task(), config(max_drop=0.03, macs=0.6), run_dir=tmp_path / "run", resume=True)
+    with pytest.raises(RunFolderError, match="holds a run with another baseline: macs, "):
+        compress(trained(blocks=4), task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / STEPS).read_text() == before
+    with pytest.raises(ConfigError, match=r"^to go on with a run, say where it is"):
+        compress(NET, task(), Config(), resume=True)
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run")
+
+
+KILLED = """
+import sys
+from idap.compress.run import compress
+from tests.compress.tiny import config, task, trained
+compress(trained(), task(), config(max_drop=0.03, macs=0.4), run_dir=sys.argv[1], resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments(undisturbed, tmp_path):
+    """Kill -9, again and again, each time a little later, until the run has come to its end."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    folder, root = tmp_path / "run", Path(__file__).parents[2]
+    for number in range(20):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=environment, cwd=root)
+        begun = time.monotonic()
+        while process.poll() is None and not (folder / "run.json").exists() and time.monotonic() - begun < 60:
+            time.sleep(0.01)
+        try:
+            process.wait(timeout=0.05 + 0.13 * number)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        if process.returncode == 0:
+            break
+    resumed = compress(NET, task(), config(**SETTINGS), run_dir=folder, resume=True)
+    assert outcome(resumed) == outcome(undisturbed)
+    lines = (folder / STEPS).read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == list(range(len(undisturbed.steps)))
