@@ -2,7 +2,7 @@
 
     python benchmarks/truth.py --data DATA
 
-For 200 units drawn at random over all groups, and for every block: the change of the loss on 2,048 training images when
+For 200 units drawn at random over all groups, and for every block: the change of the loss on 1,024 training images when
 it alone is removed, and the Spearman correlation of that change with each criterion's score, by number of calibration
 images and seed. Once as it is, and once with the means put into the biases behind it ("compensated"): what would be
 lost beyond a constant. Removal is by masking: the traced graph of the original runs with zeros, or with the block's
@@ -35,7 +35,7 @@ from idap.surgery.apply import apply_plan  # noqa: E402
 from idap.training.batch import merged  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "truth.json"
-UNITS, JUDGED, JUDGED_SEED = 200, 2048, 99
+UNITS, JUDGED, JUDGED_SEED = 200, 1024, 99
 MEANS = Rebalance(least_squares=False, rows=4096)
 
 
