@@ -65,7 +65,7 @@ def _candidate(
 ) -> tuple[State, list[Removal]] | None:
     """Measure, rank, cut and recover; None if nothing more may go."""
     with setting.progress.phase(f"filters {number}: measure", None):
-        scores = setting.divergence(state).units
+        scores = setting.divergence(state, blocks=False).units
     ranking, keep = _best(setting, state, scores, goal, share, floor)
     if keep == dict(state.keep):
         return None

@@ -57,7 +57,7 @@ def _candidate(
 ) -> tuple[State, list[Removal]] | None:
     """Measure, try the lowest few, remove the best of them and recover; None if nothing more may go."""
     with setting.progress.phase(f"layers {number}: measure", None):
-        scores = setting.divergence(state).blocks
+        scores = setting.divergence(state, units=False).blocks
     left = {name: score for name, score in scores.items() if name in allowed}
     left = {name: score for name, score in left.items() if not _overshoots(setting, state, goal, name)}
     short_list = sorted(left, key=lambda name: left[name])[: setting.config.layers.short_list]

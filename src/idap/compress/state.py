@@ -13,7 +13,7 @@ from idap.compress.budget import Budget
 from idap.compress.config import Config
 from idap.compress.latencies import unit_latencies
 from idap.cost.count import Cost, CostModel
-from idap.divergence.criteria import CRITERIA, WITH_BLOCKS, Criterion, opener_of
+from idap.divergence.criteria import WITH_BLOCKS, Criterion, opener_of
 from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
 from idap.progress import Progress
@@ -84,24 +84,33 @@ class Setting:
 
         return [on(batch) for batch in (self.calibration if batches is None else batches)]
 
-    def divergence(self, state: State) -> Divergence:
-        """The divergence of everything that may still go; of blocks in the relative form if the criterion has none."""
-        name, opener = opener_of(self.config.criterion)
-        criteria: list[Criterion] = [self.config.criterion if name in CRITERIA else opener]
+    def divergence(self, state: State, *, units: bool = True, blocks: bool = True) -> Divergence:
+        """The divergence of what may still go; of blocks in the relative form if the criterion knows none.
+
+        Args:
+            state: what is left.
+            units: measure units, which may cost much more than blocks.
+            blocks: measure branches and blocks.
+        """
+        name, _ = opener_of(self.config.criterion)
+        knows_blocks = name in WITH_BLOCKS
+        criteria: list[Criterion] = [self.config.criterion] if units or knows_blocks else []
+        if blocks and not knows_blocks:
+            criteria.append("relative")
         found = measure_all(
             state.model,
             self.structure,
             self.passes(),
-            criteria=criteria if name in WITH_BLOCKS else [*criteria, "relative"],
+            criteria=criteria,
             keep=state.keep,
             removed=state.removed,
             seed=self.config.seed,
         )
-        own = found[name]
-        if own.blocks or "relative" not in found:
-            return own
-        unmeasured = dict.fromkeys([*own.unmeasured, *(n for n in found["relative"].unmeasured if n not in own.units)])
-        return Divergence(name, own.units, found["relative"].blocks, tuple(unmeasured))
+        own = found.get(name, found.get("relative"))
+        assert own is not None
+        other = found.get("relative", own)
+        unmeasured = dict.fromkeys([*own.unmeasured, *(part for part in other.unmeasured if part not in own.units)])
+        return Divergence(name, own.units, own.blocks or other.blocks, tuple(unmeasured))
 
     def unit_costs(self, state: State) -> dict[str, float]:
         """What the next unit of each group costs, in what the settings count."""
