@@ -37,9 +37,7 @@ class PaperScores:
     """Scores of the paper's forms."""
 
     def __init__(self, scene: Scene) -> None:
-        self._writers: dict[str, list[_Writer | _Heads]] = {
-            group.name: _writers(scene, group) for group in scene.groups
-        }
+        self._writers = scene.once("writers", lambda: _all_writers(scene))
         self._ratios = block_ratios(scene)
 
     def units(self) -> Mapping[str, Tensor]:
@@ -146,6 +144,10 @@ class _Heads:
 
     def scores(self) -> Tensor:
         return self.norms.sums["norms"] / self.stats.samples * self.weights
+
+
+def _all_writers(scene: Scene) -> "dict[str, list[_Writer | _Heads]]":
+    return {group.name: _writers(scene, group) for group in scene.groups}
 
 
 def _writers(scene: Scene, group: Group) -> "list[_Writer | _Heads]":

@@ -37,7 +37,7 @@ class RelativeScores:
 
     def __init__(self, scene: Scene, *, centred: bool) -> None:
         self._centred = centred
-        self._readers = {group.name: _readers(scene, group) for group in scene.groups}
+        self._readers = scene.once("readers", lambda: {group.name: _readers(scene, group) for group in scene.groups})
         self._ratios = block_ratios(scene)
 
     def units(self) -> Mapping[str, Tensor]:
@@ -176,6 +176,10 @@ class Reader:
 
 def block_ratios(scene: Scene) -> dict[str, SampleRatio]:
     """Watch what each branch adds to the stream, and how much each block changes it; those that can be seen."""
+    return scene.once("block ratios", lambda: _block_ratios(scene))
+
+
+def _block_ratios(scene: Scene) -> dict[str, SampleRatio]:
     found = {}
     for block in scene.blocks:
         ratio = _branch(scene, block) if block.kind == "branch" else _block(scene, block)

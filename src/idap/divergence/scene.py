@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
 from idap.structure.groups import Group, Port
 from idap.structure.layout import Presence, slots
+
+Made = TypeVar("Made")
 
 
 class Scorer(Protocol):
@@ -56,6 +58,7 @@ class Scene:
     watch: Watch
     seed: int = 0
     gates: Gates = field(default_factory=Gates)
+    _made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[Group]:
@@ -67,6 +70,13 @@ class Scene:
         """The branches and blocks that the model still has."""
         gone = {name for other in self.removed for name in (other, *self.structure.block(other).contains)}
         return [b for b in self.structure.blocks if b.name not in gone and b.exit not in self.wiring.gone]
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What several criteria need is made for the first of them and shared by the others."""
+        if name not in self._made:
+            self._made[name] = make()
+        found: Made = self._made[name]
+        return found
 
     def alive(self, ports: Iterable[Port]) -> list[Port]:
         """The places that the model still has."""

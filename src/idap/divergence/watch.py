@@ -70,7 +70,10 @@ class ChannelStats:
         inner = [place for place in range(1, x.dim()) if place != dim]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         if inner:
-            squared = torch.linalg.vector_norm(x, dim=inner, dtype=exact).square()  # (samples, channels)
+            if dim == x.dim() - 1:  # norms over dimensions that are not the last are slow
+                squared = x.to(exact).square().sum(inner)  # (samples, channels)
+            else:
+                squared = torch.linalg.vector_norm(x, dim=inner, dtype=exact).square()
             total = x.sum(inner, dtype=exact)
         else:
             total = x.to(exact)
