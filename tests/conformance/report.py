@@ -35,8 +35,8 @@ For each model, without any hint about it:
 - **blocks**: residual branches and blocks that can go, and how many were exact when each was removed on its own;
   random sets of them were tried too.
 - **new code**: modules whose own code can't come to the sizes of that cut, so that it was written anew.
-- **Torch-Pruning** 1.6.1, its high-level pruner, 50 % of everything but the layers that write the outputs; empty where
-  it has not been run.
+- **Torch-Pruning** 1.6.1, its high-level pruner, 50 % of everything but the layers that write the outputs, called as in
+  `tests/conformance/peer.py`; empty where it has not been run to an end, so the column tells of some models only.
 """
 
 
