@@ -4,15 +4,12 @@ from torch import nn
 
 from idap.compress.budget import Budget
 from idap.compress.config import Config
-from idap.compress.run import TRACED_SAMPLES
-from idap.compress.state import Setting, State, calibration_batches, few_samples
+from idap.compress.run import looked_at
+from idap.compress.state import Setting, State, calibration_batches
 from idap.cost.count import CostModel
 from idap.divergence.measure import Divergence
-from idap.graph.trace import trace
 from idap.progress import Progress, Silent
-from idap.structure.analysis import Structure, analyze
-from idap.training.batch import device_of
-from idap.training.check import check_task
+from idap.structure.analysis import Structure
 from idap.training.task import Task
 
 
@@ -36,11 +33,7 @@ def profile(
     """
     config, progress = config or Config(), progress or Silent()
     with progress.phase("divergence", 3) as phase:
-        check_task(model, task)
-        phase.advance("task")
-        example = few_samples(task.example(device_of(model)), TRACED_SAMPLES)
-        structure = analyze(trace(model, *example), contracts=config.contracts, swap=config.swap)
-        phase.advance("structure")
+        structure, example = looked_at(model, task, config, phase)
         costs = CostModel(structure, 1)
         nothing = Budget(None, task.higher_is_better, None, None)
         batches = calibration_batches(task, config)

@@ -21,7 +21,7 @@ from idap.cost.count import Cost, CostModel
 from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError, PlanError, VerificationError
 from idap.graph.trace import trace
-from idap.progress import Progress, Silent
+from idap.progress import Phase, Progress, Silent
 from idap.record import RunFolder
 from idap.saving.checkpoint import fingerprint, save
 from idap.structure.analysis import Structure, analyze
@@ -100,11 +100,7 @@ def _prepare(
     if folder is not None and not resume:
         folder.check()
     with progress.phase("check", 4) as phase:
-        check_task(model, task)
-        phase.advance("task")
-        example = few_samples(task.example(device_of(model)), TRACED_SAMPLES)
-        structure = analyze(trace(model, *example), contracts=config.contracts, swap=config.swap)
-        phase.advance("structure")
+        structure, example = looked_at(model, task, config, phase)
         original = apply_plan(model, Plan(shapes=structure.graph.shapes))  # a copy: the teacher
         removable = _proved(original, structure, example, progress)
         phase.advance("proof")
@@ -119,6 +115,20 @@ def _prepare(
     setting = Setting(original, task, config, structure, costs, example, budget, progress, folder, batches)
     state = State(original, keep, (), structure.plan(keep), whole, baseline)
     return setting, state, removable, _settings(model, config, structure, baseline, whole)
+
+
+def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tuple[Structure, Inputs]:
+    """Check a model and its data together, and find its structure.
+
+    Returns:
+        The structure, and the few samples that the model was traced with.
+    """
+    check_task(model, task)
+    phase.advance("task")
+    example = few_samples(task.example(device_of(model)), TRACED_SAMPLES)
+    structure = analyze(trace(model, *example), contracts=config.contracts, swap=config.swap)
+    phase.advance("structure")
+    return structure, example
 
 
 def _proved(original: nn.Module, structure: Structure, example: Inputs, progress: Progress) -> list[str]:

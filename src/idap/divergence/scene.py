@@ -15,6 +15,7 @@ from idap.divergence.watch import Argument, Watch
 from idap.graph.ir import CallKey, Node
 from idap.graph.labels import Dim
 from idap.graph.rules import Contraction
+from idap.graph.run import tensors_of
 from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
 from idap.structure.groups import Group, Port
@@ -90,7 +91,7 @@ class Scene:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name."""
-        return dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        return tensors_of(self.model)
 
     def units_in(self, dim: Dim, group: Group) -> Tensor:
         """The unit of a group that each slot of a dimension belongs to, -1 for none; only slots that are present."""

@@ -20,6 +20,7 @@ from idap.graph.calls import Stack, intercept
 from idap.graph.frames import Built, Frame, Step, Unseen
 from idap.graph.ir import CallKey, Comparison, Expression, Extent, Operation, Ref, leaves
 from idap.graph.provenance import Notes, TracedInt, expression_of, plain, remember_sizes
+from idap.graph.run import tensors_of
 from idap.graph.types import type_passed
 
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -116,7 +117,7 @@ class _Recorder:
             table.clear()
         for place, leaf in enumerate(tree_leaves((args, kwargs))):
             self._name(leaf, f"input:{place}")
-        for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
+        for name, tensor in tensors_of(self._model).items():
             self._name(tensor, f"tensor:{name}")
         with ExitStack() as wrapped, intercept(self._model, self._call) as stack:
             for module in self._model.modules():

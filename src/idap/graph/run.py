@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules.flow import operator
@@ -62,6 +62,11 @@ def run(
         for name in done_with.get(node.name, ()):
             values.pop(name, None)
     return [values[name] for name in graph.outputs]
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by canonical name, tied ones once."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def _last_uses(graph: Graph, live: Set[str], skip_to: Mapping[str, str]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from idap.divergence.ports import Wiring
 from idap.errors import ConfigError, StructureError, TaskError
 from idap.graph.calls import intercept
 from idap.graph.ir import CallKey
+from idap.graph.run import tensors_of
 from idap.progress import Progress, Silent
 from idap.rebalance.cases import Case, by_addition, by_call
 from idap.rebalance.consumers import Consumer, changed_nodes, consumers_of
@@ -154,7 +155,7 @@ class _Walk:
     ) -> None:
         self._model, self._original, self._structure, self._setting = model, original, structure, setting
         self._present = structure.presence(plan.keep)
-        self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        self._tensors = tensors_of(model)
         self._found = found
 
     def over(self, consumers: Sequence[Consumer], passes: Sequence[Pass]) -> Iterator[Consumer]:

@@ -20,7 +20,7 @@ from idap.graph.ir import Graph, Node, Ref
 from idap.graph.labels import Dim
 from idap.graph.rules.attention import implied_scale
 from idap.graph.rules.flow import arguments, operator
-from idap.graph.run import run
+from idap.graph.run import run, tensors_of
 from idap.structure.analysis import Structure
 from idap.structure.layout import Presence, count, slots
 from idap.structure.plan import Plan
@@ -126,7 +126,7 @@ def masked_outputs(
 
 def _full_size(graph: Graph, model: nn.Module, since: Plan | None) -> dict[str, Tensor]:
     """A model's tensors in the traced original's shapes, zero where an earlier plan removed slots."""
-    held = dict([*model.named_parameters(), *model.named_buffers()])
+    held = tensors_of(model)
     device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
     full = {}
     for name, shape in graph.shapes.items():
