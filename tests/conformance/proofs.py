@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,12 +122,13 @@ def _examine(case: Case, row: Row, most_blocks: int) -> None:
     _remove_blocks(structure, model, (args, kwargs), row, most_blocks)
 
 
-def peer_result(case: Case) -> str:
-    """What Torch-Pruning does with an architecture."""
+def peer_result(case: Case, limited: Callable[[], None]) -> str:
+    """What Torch-Pruning does with an architecture; `limited` is called just before it begins."""
     from tests.conformance.peer import result_of_peer
 
     model, args, kwargs = case.made()
     structure = analyze(trace(model, args, kwargs), contracts=case.contracts)
+    limited()
     return result_of_peer(model, structure, args, kwargs)
 
 

@@ -5,6 +5,8 @@ import fnmatch
 import json
 import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ LIMIT_S = 1800
 """How long a batch may take."""
 
 PEER_LIMIT_S = 60
-"""How long Torch-Pruning may take for one model; it does not come to an end for some."""
+"""Seconds of processor time that Torch-Pruning may take for one model; it does not come to an end for some."""
 
 
 def examine_here(names: list[str], *, peer: bool) -> None:
@@ -42,7 +45,9 @@ def examine_here(names: list[str], *, peer: bool) -> None:
     torch.set_num_threads(1)
     for name in names:
         start = time.perf_counter()
-        row = asdict(Row(name, peer=peer_result(case(name))) if peer else examine(case(name)))
+        # Processor time, so that what else the machine does makes no difference.
+        limited = partial(processor_time_at_most, PEER_LIMIT_S)
+        row = asdict(Row(name, peer=peer_result(case(name), limited)) if peer else examine(case(name)))
         sys.stdout.write(MARK + json.dumps(row | {"seconds": round(time.perf_counter() - start, 1)}) + "\n")
         sys.stdout.flush()
 
@@ -54,8 +59,7 @@ def examine_apart(names: list[str], done: Callable[[dict[str, Any]], None], *, p
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
                                  env=environment)  # fmt: skip
-        limit = PEER_LIMIT_S * len(names) if peer else LIMIT_S
-        timer = threading.Timer(limit, child.kill)
+        timer = threading.Timer(LIMIT_S, child.kill)
         timer.start()
         assert child.stdout is not None
         for line in child.stdout:
@@ -66,9 +70,17 @@ def examine_apart(names: list[str], done: Callable[[dict[str, Any]], None], *, p
         if child.wait() and names:
             from tests.conformance.proofs import Row
 
-            why = f"no end within {limit} s" if child.returncode == -9 else f"ends with code {child.returncode}"
+            late = {-signal.SIGKILL: f"no end within {LIMIT_S} s", -signal.SIGXCPU: f"no end within {PEER_LIMIT_S} s"}
+            why = late.get(child.returncode, f"ends with code {child.returncode}")
             done(asdict(Row(names[0], peer=why) if peer else Row(names[0], failure=why)) | {"seconds": 0.0})
             names = names[1:]
+
+
+def processor_time_at_most(seconds: int) -> None:
+    """Let this process end once it has used so many more seconds of processor time."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def versions() -> dict[str, str]:
