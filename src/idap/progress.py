@@ -3,9 +3,41 @@
 Nothing below `cli/` prints. Work that takes time is given a `Progress`; the default says nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where a run stands.
+
+    Attributes:
+        stage: "filters", "layers", "interleaved" or "final".
+        step: number of the decision that is being prepared, from 0.
+        accepted: decisions accepted so far.
+        profile: mean divergence of the units of each group, in the order of the network; empty before the first
+            measurement.
+        costs: "MACs", "parameters", ... -> the share of the original's that is left, and the share wanted (None where
+            there is no target).
+        metric: on the validation data, of the last accepted state.
+        metric_name: what it is.
+        baseline: metric of the original.
+        worst: the worst metric allowed; None if any is.
+        higher_is_better: how to read the metric.
+    """
+
+    stage: str
+    step: int
+    accepted: int
+    profile: tuple[float, ...]
+    costs: Mapping[str, tuple[float, float | None]]
+    metric: float
+    metric_name: str
+    baseline: float
+    worst: float | None
+    higher_is_better: bool = True
 
 
 class Phase(Protocol):
@@ -24,6 +56,9 @@ class Progress(Protocol):
     def say(self, line: str) -> None:
         """Report one finished decision as one line of plain text."""
 
+    def show(self, status: Status) -> None:
+        """Tell where the run stands; told after each measurement and each decision."""
+
 
 class Silent:
     """A `Progress` that says nothing."""
@@ -38,3 +73,6 @@ class Silent:
 
     def say(self, line: str) -> None:
         """Ignore one line."""
+
+    def show(self, status: Status) -> None:
+        """Ignore where the run stands."""

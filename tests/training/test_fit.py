@@ -47,6 +47,13 @@ def test_it_learns_and_reports(task):
     assert report.seconds > 0
 
 
+def test_no_epochs_train_nothing(task):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    assert fit(model, task, Recovery(epochs=0)).steps == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(("epochs", "steps", "passes"), [(0.5, 4, 1), (0.01, 1, 1), (1, 8, 1), (1.25, 10, 2)])
 def test_epochs_may_be_fractions(task, epochs, steps, passes):
     report = fit(net(), task, Recovery(epochs=epochs))
@@ -225,7 +232,7 @@ def test_a_generator_is_noticed_even_without_a_check(task):
     ("setting", "expected"),
     [
         ({"optimizer": "adam"}, "optimizer must be 'sgd' or 'adamw', got 'adam'"),
-        ({"epochs": 0}, "epochs must be above 0 and finite, got 0"),
+        ({"epochs": -1}, "epochs must be 0 or more and finite, got -1"),
         ({"lr": math.nan}, "lr must be above 0 and finite, got nan"),
         ({"temperature": -1}, "temperature must be above 0 and finite, got -1"),
         ({"clip_norm": 0}, "clip_norm must be above 0 and finite, got 0"),

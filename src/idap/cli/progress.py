@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.text import Text
 from rich.theme import Theme
 
-from idap.progress import Progress, Silent
+from idap.progress import Progress, Silent, Status
 
 HEARTBEAT = 30.0
 """Seconds between two signs of life where there are no bars."""
@@ -82,6 +82,9 @@ class Bars:
         wide = bar and cell_len(line) > self._console.width
         self._console.print(self._verdicts(Text(f"{head}\n    {rest}" if wide else line)))
 
+    def show(self, status: Status) -> None:
+        """Nothing yet."""
+
 
 class _Bar:
     def __init__(self, bars: RichProgress, task: TaskID) -> None:
@@ -113,6 +116,9 @@ class Lines:
         """Print one line."""
         self._last = self._clock()
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, status: Status) -> None:
+        """Nothing: the decisions' own lines say it."""
 
     def pulse(self, line: str) -> None:
         """Print a line if nothing was printed for a while."""

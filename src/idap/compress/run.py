@@ -186,7 +186,8 @@ _FINAL = {True: "the best so far", False: "no better than before"}
 
 def _finish(setting: Setting, start: State, state: State, journal: Journal) -> State:
     """Train the last accepted state once more; keep the better of the two."""
-    if state is start:
+    recovery = setting.config.final or setting.config.recovery
+    if state is start or not recovery.trains:
         return state
     recalled = journal.recall("final", state)
     if recalled is not None:
@@ -195,7 +196,6 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
         journal.note("final", recalled[0], [], accepted=accepted, reason=_FINAL[accepted])
         return recalled[0] if accepted else state
     model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
-    recovery = setting.config.final or setting.config.recovery
     metric = setting.recover(model, "final recovery", recovery)
     accepted = metric >= state.metric if setting.task.higher_is_better else metric <= state.metric
     candidate = replace(state, model=model, metric=metric)

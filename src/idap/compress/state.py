@@ -160,6 +160,9 @@ class Setting:
         def judge(judged: nn.Module) -> float:
             return sign * evaluate(judged, self.task)
 
+        if not recovery.trains:
+            return evaluate(model, self.task)
+
         report = fit(
             model, self.task, recovery, teacher=self.original, progress=self.progress, title=title, judge=judge
         )

@@ -31,7 +31,7 @@ class Recovery:
     """How to train.
 
     Args:
-        epochs: passes over the training batches, above 0; a fraction stops within a pass.
+        epochs: passes over the training batches; a fraction stops within a pass, 0 trains nothing.
         optimizer: 'sgd' or 'adamw'.
         lr: the highest learning rate.
         momentum: of SGD; the first beta of AdamW.
@@ -60,7 +60,9 @@ class Recovery:
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adamw"):
             raise ConfigError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}.")
-        for name in ("epochs", "lr", "temperature", "clip_norm"):
+        if not 0 <= self.epochs < math.inf:
+            raise ConfigError(f"epochs must be 0 or more and finite, got {self.epochs}.")
+        for name in ("lr", "temperature", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be above 0 and finite, got {value}.")
@@ -71,6 +73,11 @@ class Recovery:
             raise ConfigError(f"weight_decay must be 0 or more and finite, got {self.weight_decay}.")
         if not 0 <= self.distil <= 1:
             raise ConfigError(f"distil must be in [0, 1], got {self.distil}.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to do."""
+        return self.epochs > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +290,7 @@ def _count_steps(task: Task, epochs: float) -> int:
     batches = operator.length_hint(task.train) or sum(1 for _ in task.train)
     if batches == 0:
         raise empty_split("train")
-    return max(1, round(epochs * batches))
+    return max(1, round(epochs * batches)) if epochs else 0
 
 
 def _optimizer(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:
