@@ -43,18 +43,18 @@ def test_settings_and_decisions_come_back(tmp_path):
         "seed": 3,
     }
     for index in range(3):
-        folder.add(step(index, metric=np.float32(0.5), note={"trial": [1, 2]}))
+        folder.add(step(index, metric=np.float32(0.5), phases={"cut": 0.5}))
     steps = read_steps(folder.path)
     assert [found["index"] for found in steps] == [0, 1, 2]
     assert steps[0]["removed"] == [
         {"name": "conv", "kind": "channels", "units": [1, 4], "left": 6, "divergence": [0.25, 0.5]}
         | {"scores": [0.25, 0.5], "ranks": [0, 3], "cost": 9.0}
     ]
-    assert (steps[0]["metric"], steps[0]["note"], steps[0]["accepted"]) == (0.5, {"trial": [1, 2]}, True)
+    assert (steps[0]["metric"], steps[0]["phases"], steps[0]["accepted"]) == (0.5, {"cut": 0.5}, True)
 
 
 def vars_of(found):
-    return {**vars(found), "removed": [vars(removal) for removal in found.removed], "note": {}}
+    return {**vars(found), "removed": [vars(removal) for removal in found.removed], "shares": {}, "phases": {}}
 
 
 def test_each_decision_is_on_the_disk_at_once(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ run/
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -53,7 +54,7 @@ class Step:
 
     Attributes:
         index: place in the run, from 0.
-        stage: "filters", "layers" or "final".
+        stage: "filters", "layers", "interleaved" or "final".
         removed: what the step removed.
         macs: multiply-adds for one sample after the step.
         parameters: after the step.
@@ -62,6 +63,9 @@ class Step:
         reason: why it was kept or not.
         error: largest relative difference between the pruned model and the masked original, before recovery.
         seconds: that the step took.
+        shares: what is left of each of the original's costs: "macs", "parameters", "size", and "latency" where it is a
+            goal.
+        phases: kind of work -> seconds of the step that it took.
     """
 
     index: int
@@ -74,7 +78,8 @@ class Step:
     reason: str
     error: float
     seconds: float
-    note: Mapping[str, Any] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -83,16 +88,31 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def check(self) -> None:
+    def check(self, *, size: int = 0) -> None:
         """Make sure that a run may be written here; writes nothing.
 
+        Args:
+            size: bytes for which there must be room.
+
         Raises:
-            RunFolderError: the folder holds another run or other files, or is none.
+            RunFolderError: the folder holds another run or other files, or is none; it can't be written, or the disk is
+                full.
         """
         if (self.path / RUN).exists():
             raise RunFolderError(f"{self.path} already holds a run ({RUN}); choose another folder, or delete this one.")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunFolderError(f"{self.path} exists and is not an empty folder; choose another one for the run.")
+        near = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
+        if not os.access(near, os.W_OK | os.X_OK):
+            raise RunFolderError(
+                f"{near} can't be written, so no run can be kept in {self.path}; choose another folder."
+            )
+        free = shutil.disk_usage(near).free
+        if free < size:
+            raise RunFolderError(
+                f"the disk of {near} has room for {free / 1e6:,.0f} MB, and the run needs about {size / 1e6:,.0f} MB; "
+                "make room, or choose a folder on another disk."
+            )
 
     def reopen(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Go on with a run that was stopped at any moment, or begin it where it had not come to its settings yet.

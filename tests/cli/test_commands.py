@@ -44,7 +44,7 @@ def unexpected():
             raise KeyError("boo")
     return Net(4, 2)
 """
-QUICK = ["--set", "filters.steps=2", "--set", "layers.removals=0", "--set", "compress.filters_share=1.0"]
+QUICK = ["--set", "filters.steps=5", "--set", "layers.removals=0", "--set", "compress.filters_share=1.0"]
 
 
 @pytest.fixture(autouse=True)

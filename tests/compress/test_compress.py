@@ -134,6 +134,7 @@ def test_the_run_folder(finished):
         "metric": result.baseline,
         "macs": result.macs[0],
         "parameters": result.parameters[0],
+        "size": result.size[0],
     }
     assert settings["environment"]["torch"] == str(torch.__version__)
     assert settings["groups"]["blocks.0.fc1"] == {"kind": "neurons", "size": 20}

@@ -4,7 +4,6 @@ import pytest
 
 from idap.compress.budget import Budget, budget_of
 from idap.compress.config import Config, FilterStage, LayerStage
-from idap.cost.count import Cost
 from idap.errors import BudgetError, ConfigError
 
 
@@ -21,9 +20,16 @@ from idap.errors import BudgetError, ConfigError
         ({"parameters": 12.5}, r"^parameters is the share .* found 12\.5; for 12\.5 % write 0\.125\. parameters=0\.5"),
         ({"macs": 300}, r"found 300\. macs"),
         ({"macs": float("nan")}, r"found nan\."),
-        ({"max_drop": -0.01}, r"^max_drop must be at least 0, found -0\.01; 0\.01 allows one point of accuracy\.$"),
-        ({"max_drop": float("nan")}, r"^max_drop must be at least 0, found nan"),
-        ({"max_drop": None}, r"^there is no goal: set max_drop \(how much worse it may get\), macs or parameters"),
+        (
+            {"max_drop": -0.01},
+            r"^max_drop must be at least 0 and finite, found -0\.01; 0\.01 allows one point or percent\.$",
+        ),
+        ({"max_drop": float("nan")}, r"^max_drop must be at least 0 and finite, found nan"),
+        ({"max_drop": None}, r"^there is no goal: set max_drop \(how much worse it may get\), or a target such as"),
+        ({"max_relative_drop": -1}, r"^max_relative_drop must be at least 0 and finite, found -1;"),
+        ({"worst_metric": float("inf")}, r"^worst_metric must be a finite number, found inf\.$"),
+        ({"latency": 50}, r"^latency is the share of the original .* for 50 % write 0\.5\. latency=0\.5 asks for half"),
+        ({"size": 1.5}, r"^size is the share of the original"),
     ],
 )
 def test_impossible_goals(settings, match):
@@ -52,6 +58,28 @@ def test_impossible_goals(settings, match):
         (lambda: FilterStage(min_keep=0), r"^filters\.min_keep must lie in \(0, 1\], found 0\.$"),
         (lambda: FilterStage(steps=-1), r"^filters\.steps must be at least 0, found -1\.$"),
         (lambda: FilterStage(growth=-1), r"^filters\.growth must be at least 0, found -1\.$"),
+        (
+            lambda: FilterStage(schedule="slow"),
+            r"^filters\.schedule must be 'growing' or 'even' or 'one-shot', found 'slow'\.$",
+        ),
+        (
+            lambda: Config(filters=FilterStage(schedule="even")),
+            r"^filters\.schedule='even' goes by the target, and there",
+        ),
+        (lambda: LayerStage(tune="some"), r"^layers\.tune must be 'all' or 'neighbours', found 'some'\.$"),
+        (
+            lambda: Config(order="random"),
+            r"^order must be 'filters-layers' or 'layers-filters' or 'interleaved', found",
+        ),
+        (
+            lambda: Config(order="interleaved"),
+            r"^order='interleaved' compares units with blocks, and criterion 'innovation' scores no blocks; take one ",
+        ),
+        (
+            lambda: Config(order="interleaved", criterion="relative", ranking="uniform"),
+            r"^order='interleaved' is one ranking over everything: it needs ranking='global'\.$",
+        ),
+        (lambda: Config(latency_batch=0), r"^latency_batch must be at least 1, found 0\.$"),
         (lambda: LayerStage(removals=-1), r"^layers\.removals must be at least 0, found -1\.$"),
         (lambda: LayerStage(short_list=0), r"^layers\.short_list must be at least 1, found 0\.$"),
         (lambda: LayerStage(patience=0), r"^layers\.patience must be at least 1, found 0\.$"),
@@ -84,11 +112,12 @@ def test_settings_are_frozen():
 
 # -------------------------------------------------------------------------------------------------------------- budget
 
-WHOLE, LEAST = Cost(1000, 400), Cost(300, 100)
+LEAST = {"macs": 0.3, "parameters": 0.25, "size": 0.2, "latency": 0.6}
+WHOLE = dict.fromkeys(LEAST, 1.0)
 
 
 def budget(higher=True, baseline=0.9, **goals):
-    return budget_of(Config(**goals), baseline, WHOLE, higher_is_better=higher, least=LEAST)
+    return budget_of(Config(**goals), baseline, higher_is_better=higher, least=LEAST)
 
 
 def test_the_worst_metric_lies_on_the_side_of_the_loss():
@@ -97,33 +126,50 @@ def test_the_worst_metric_lies_on_the_side_of_the_loss():
     assert [low.holds(metric) for metric in (1.0, 2.5, 2.6)] == [True, True, False]
 
 
+def test_the_tightest_bound_counts():
+    bounds = {"max_drop": 0.2, "max_relative_drop": 0.1, "worst_metric": 0.75}
+    assert budget(**bounds).worst == pytest.approx(0.81)
+    assert budget(**{**bounds, "worst_metric": 0.85}).worst == 0.85
+    assert budget(higher=False, baseline=20.0, max_drop=3, max_relative_drop=0.01).worst == pytest.approx(20.2)
+    assert budget(higher=False, baseline=-2.0, max_drop=None, max_relative_drop=0.5).worst == -1.0
+    assert budget(max_drop=None, worst_metric=0.5).worst == 0.5
+
+
+def test_an_original_outside_the_budget_is_refused():
+    with pytest.raises(BudgetError, match=r"^the original itself does not keep the budget: its metric .* is 0\.9, "):
+        budget(worst_metric=0.95)
+    with pytest.raises(BudgetError, match=r"worst_metric allows 1\.5"):
+        budget(higher=False, baseline=2.0, worst_metric=1.5)
+
+
 def test_without_a_drop_any_metric_is_within_the_budget():
     assert budget(max_drop=None, macs=0.5).holds(-1e9)
 
 
+def shares(macs, parameters):
+    return {"macs": macs, "parameters": parameters}
+
+
 def test_targets_are_shares_of_the_original():
     both = budget(macs=0.5, parameters=0.25)
-    assert (both.macs, both.parameters) == (500, 100)
-    assert [both.reached(Cost(*cost)) for cost in ((500, 100), (501, 100), (500, 101), (1, 1))] == [
-        True,
-        False,
-        False,
-        True,
-    ]
-    assert both.shortfall(Cost(750, 100)) == 0.5
-    assert both.shortfall(Cost(750, 300)) == 2.0
+    assert both.targets == {"macs": 0.5, "parameters": 0.25}
+    found = [both.reached(shares(*pair)) for pair in ((0.5, 0.25), (0.501, 0.25), (0.5, 0.26), (0.1, 0.1))]
+    assert found == [True, False, False, True]
+    assert both.shortfall(shares(0.75, 0.25)) == 0.5
+    assert both.shortfall(shares(0.75, 0.75)) == 2.0
 
 
 def test_without_a_target_there_is_always_more_to_gain():
-    assert not budget().reached(Cost(1, 1))
+    assert not budget().reached(shares(0.001, 0.001))
 
 
 def test_part_way():
-    half = budget(macs=0.5, parameters=0.5).part_way(WHOLE, 0.4)
-    assert (half.macs, half.parameters) == (800, 320)
-    assert budget(macs=0.5).part_way(WHOLE, 1.0).macs == 500
+    half = budget(macs=0.5, parameters=0.5, latency=0.7).part_way(WHOLE, 0.4)
+    assert half.targets == pytest.approx({"macs": 0.8, "parameters": 0.8, "latency": 0.88})
+    assert budget(macs=0.5).part_way(WHOLE, 1.0).targets == {"macs": 0.5}
     assert budget(macs=0.5).part_way(WHOLE, 0.0).reached(WHOLE)
     assert budget().part_way(WHOLE, 0.4) == budget()
+    assert budget(macs=0.5).part_way({"macs": 0.3}, 0.5).targets == {"macs": 0.5}  # it is below already
 
 
 def test_a_target_out_of_reach_names_what_can_be_reached():
@@ -135,4 +181,6 @@ def test_a_target_out_of_reach_names_what_can_be_reached():
         budget(macs=0.2)
     with pytest.raises(BudgetError, match=r"^parameters=0\.2 can't be reached: .* 25\.0% of the parameters would stay"):
         budget(parameters=0.2)
+    with pytest.raises(BudgetError, match=r"^latency=0\.5 can't be reached: .* 60\.0% of the latency would stay"):
+        budget(latency=0.5)
     assert isinstance(budget(macs=0.31), Budget)

@@ -10,12 +10,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from idap.compress import run as running
+from idap.compress.choice import Candidates, rank
 from idap.compress.config import FilterStage, LayerStage
-from idap.compress.filters import filter_stage, rank
+from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal, describe
 from idap.compress.layers import calibration_loss, layer_stage, loss_without
-from idap.compress.state import Setting, State, few_samples
-from idap.cost.count import Cost
+from idap.compress.samples import few_samples
+from idap.compress.state import Setting, State
 from idap.progress import Silent
 from idap.record import Removal, Step
 from idap.surgery.apply import apply_plan
@@ -53,7 +54,7 @@ def scripted(monkeypatch):
 
 def test_a_rejected_step_is_rolled_back_exactly_and_halved(scripted):
     setting, start, _ = prepare(max_drop=0.01, macs=None, filters=FilterStage(steps=5, first_share=0.4, min_share=0.04))
-    before, journal = snapshot(start.model), Journal(setting, start.cost)
+    before, journal = snapshot(start.model), Journal(setting, start.metric)
     scripted(*[0.0] * 9)
     end = filter_stage(setting, start, setting.budget, journal)
     assert end is start
@@ -64,9 +65,9 @@ def test_a_rejected_step_is_rolled_back_exactly_and_halved(scripted):
     assert units == 72
     assert [step.accepted for step in journal.steps] == [False] * 4
     assert [step.reason for step in journal.steps] == [
-        "outside the budget; next step 20.0%",
-        "outside the budget; next step 10.0%",
-        "outside the budget; next step 5.0%",
+        "outside the budget; next step 20.0% of the units",
+        "outside the budget; next step 10.0% of the units",
+        "outside the budget; next step 5.0% of the units",
         "outside the budget; no smaller step is worth trying",
     ]
     lowest = [{(removal.name, unit) for removal in step.removed for unit in removal.units} for step in journal.steps]
@@ -75,7 +76,7 @@ def test_a_rejected_step_is_rolled_back_exactly_and_halved(scripted):
 
 def test_where_the_goal_asked_for_less_than_the_share_what_was_really_taken_is_halved(scripted):
     setting, start, _ = prepare(max_drop=0.01, macs=0.8, filters=FilterStage(steps=5, first_share=0.9, min_share=0.01))
-    journal = Journal(setting, start.cost)
+    journal = Journal(setting, start.metric)
     scripted(*[0.0] * 9)
     filter_stage(setting, start, setting.budget, journal)
     gone = [sum(len(removal.units) for removal in step.removed) for step in journal.steps]
@@ -85,7 +86,7 @@ def test_where_the_goal_asked_for_less_than_the_share_what_was_really_taken_is_h
 
 def test_after_a_rejection_the_last_accepted_state_goes_on(scripted):
     setting, start, _ = prepare(max_drop=0.01, macs=None, filters=FilterStage(steps=2, first_share=0.2))
-    journal = Journal(setting, start.cost)
+    journal = Journal(setting, start.metric)
     scripted(1.0, 0.0, 1.0)
     end = filter_stage(setting, start, setting.budget, journal)
     assert [step.accepted for step in journal.steps] == [True, False, True]
@@ -100,11 +101,11 @@ def test_after_a_rejection_the_last_accepted_state_goes_on(scripted):
 
 def test_a_step_stops_at_the_target_and_goes_no_further():
     setting, start, _ = prepare(max_drop=None, macs=0.8, filters=FilterStage(steps=9, first_share=0.6))
-    journal = Journal(setting, start.cost)
+    journal = Journal(setting, start.metric)
     end = filter_stage(setting, start, setting.budget, journal)
     assert len(journal.steps) == 1
     assert end.cost.macs <= 0.8 * start.cost.macs
-    ranking = rank(setting, start, setting.divergence(start).units, 0.1, 0.0)
+    ranking = rank(setting, start, Candidates.of(setting, start, setting.divergence(start).units, {}), 0.0)
     last = sum(len(removal.units) for removal in journal.steps[0].removed)
     assert setting.costs.cost(ranking.keep(last)).macs == end.cost.macs
     assert setting.costs.cost(ranking.keep(last - 1)).macs > 0.8 * start.cost.macs
@@ -117,19 +118,19 @@ def test_floors_hold_to_the_end():
         filters=FilterStage(steps=9, first_share=0.5, min_keep=0.4),
         layers=LayerStage(removals=3),
     )
-    journal = Journal(setting, start.cost)
-    end = filter_stage(setting, start, dataclasses.replace(setting.budget, macs=1.0), journal)
+    journal = Journal(setting, start.metric)
+    end = filter_stage(setting, start, dataclasses.replace(setting.budget, targets={"macs": 0.001}), journal)
     sizes = {group.name: group.size for group in setting.structure.groups}
     assert {name: len(units) for name, units in end.keep.items()} == {
         name: round(0.4 * size) for name, size in sizes.items()
     }
-    assert filter_stage(setting, end, dataclasses.replace(setting.budget, macs=1.0), journal) is end
+    assert filter_stage(setting, end, dataclasses.replace(setting.budget, targets={"macs": 0.001}), journal) is end
 
 
 def test_a_goal_of_parameters_ranks_by_parameters():
     setting, start, _ = prepare(macs=None, parameters=0.5, cost_power=1.0)
     scores = setting.divergence(start).units
-    ranking = rank(setting, start, scores, 0.1, 1.0)
+    ranking = rank(setting, start, Candidates.of(setting, start, scores, {}), 1.0)
     costs = setting.costs.unit_parameters()
     values = [float(scores[name][u]) / costs[name] for name, u in zip(ranking.groups, ranking.units, strict=True)]
     assert values == sorted(values)
@@ -188,7 +189,8 @@ class HastyBlock(nn.Module):
 def test_a_trial_is_right_for_code_that_works_in_place():
     torch.manual_seed(0)
     net = Hasty().eval()
-    setting, start, removable, _ = running._prepare(net, task(), config(macs=0.9), None, Silent())
+    settings = config(macs=0.9, recovery=Recovery(epochs=0))  # its gradient can't be computed
+    setting, start, removable, _ = running._prepare(net, task(), settings, None, Silent())
     assert removable
     for name in removable:
         real = apply_plan(net, setting.structure.plan({}, (name,)))
@@ -198,7 +200,7 @@ def test_a_trial_is_right_for_code_that_works_in_place():
 
 def test_removals_stop_at_their_number_and_are_measured_anew():
     setting, start, removable = prepare(max_drop=None, macs=None, parameters=0.3, layers=LayerStage(removals=2))
-    journal = Journal(setting, start.cost)
+    journal = Journal(setting, start.metric)
     end = layer_stage(setting, start, setting.budget, journal, removable)
     assert len(end.removed) == len(journal.steps) == 2
     assert [step.removed[0].kind for step in journal.steps] == ["block", "block"]
@@ -209,7 +211,7 @@ def test_removals_stop_at_their_number_and_are_measured_anew():
 
 def test_rejected_layers_are_essential_and_patience_ends(scripted):
     setting, start, removable = prepare(max_drop=0.01, macs=None, layers=LayerStage(removals=3, patience=2))
-    before, journal = snapshot(start.model), Journal(setting, start.cost)
+    before, journal = snapshot(start.model), Journal(setting, start.metric)
     scripted(0.0, 0.0, 0.0)
     end = layer_stage(setting, start, setting.budget, journal, removable)
     assert end is start
@@ -221,7 +223,7 @@ def test_rejected_layers_are_essential_and_patience_ends(scripted):
 
 def test_an_accepted_layer_renews_the_patience(scripted):
     setting, start, removable = prepare(max_drop=0.01, macs=None, layers=LayerStage(removals=3, patience=2))
-    journal = Journal(setting, start.cost)
+    journal = Journal(setting, start.metric)
     scripted(0.0, 1.0, 0.0, 0.0)
     end = layer_stage(setting, start, setting.budget, journal, removable)
     assert [step.accepted for step in journal.steps] == [False, True, False]
@@ -230,7 +232,7 @@ def test_an_accepted_layer_renews_the_patience(scripted):
 
 def test_only_what_was_proved_may_go():
     setting, start, removable = prepare(max_drop=None, macs=None, parameters=0.3)
-    journal = Journal(setting, start.cost)
+    journal = Journal(setting, start.metric)
     end = layer_stage(setting, start, setting.budget, journal, removable[1:2])
     assert end.removed == (removable[1],)
 
@@ -239,9 +241,9 @@ def test_only_what_was_proved_may_go():
 
 
 def test_a_state_is_judged_by_what_it_was_restored_to():
-    setting, start, _ = prepare()
+    setting, start, _ = prepare(recovery=Recovery(epochs=2, lr=0.02))
     keep = {group.name: tuple(range(group.size // 2)) for group in setting.structure.groups}
-    following = setting.next_state(start, keep, (), "recovery", Recovery(epochs=2, lr=0.02))
+    following = setting.next_state(start, keep, (), "recovery")
     assert following.metric == evaluate(following.model, setting.task)
     assert following.cost == setting.costs.cost(keep)
     assert following.error < 1e-4
@@ -283,18 +285,20 @@ def test_a_decision_in_one_line():
         reason="within the budget",
         error=0.0,
         seconds=1.0,
+        shares={"macs": 0.5, "parameters": 0.75, "size": 0.76},
     )
-    assert describe(step, Cost(1000, 40), "accuracy") == (
+    assert describe(step, "accuracy") == (
         "filters 3: removed 3 channels + 1 heads in 3 groups, divergence 0.001 to 0.01 | MACs 50.0% | "
         "parameters 75.0% | accuracy 0.9123 | accepted: within the budget"
     )
     block = Removal(name="blocks.1", kind="block", units=(), left=0, divergence=(0.25, 0.25))
-    line = describe(dataclasses.replace(step, stage="layers", removed=(block,), accepted=False), Cost(1000, 40), "x")
+    line = describe(dataclasses.replace(step, stage="layers", removed=(block,), accepted=False), "x")
     assert line.startswith("layers 3: removed block blocks.1, divergence 0.25 | ")
     assert line.endswith("| rolled back: within the budget")
-    assert "final 3: nothing removed |" in describe(
-        dataclasses.replace(step, stage="final", removed=()), Cost(9, 9), "x"
-    )
+    assert "final 3: nothing removed |" in describe(dataclasses.replace(step, stage="final", removed=()), "x")
+    mixed = dataclasses.replace(step, stage="interleaved", removed=(*step.removed, block))
+    assert "removed 3 channels + 1 heads in 3 groups, block blocks.1, divergence 0.001 to 0.25" in describe(mixed, "x")
+    assert "| file size 76.0% |" in describe(step, "x", ("macs", "size"))
 
 
 def test_a_classification_without_calibration_data_uses_training_data():

@@ -179,7 +179,7 @@ class TestMistakes:
         [
             ("filters.stpes=3", "r.toml: there is no key filters.stpes; the nearest is filters.steps."),
             ("compress.macs=0.5", "there is no key compress.macs; the nearest is goals.macs."),
-            ("compress.finals=1", "there is no key compress.finals; [compress] knows criterion, ranking,"),
+            ("compress.finals=1", "there is no key compress.finals; [compress] knows latency_batch, order, criterion,"),
             ("filter.steps=3", "there is no section [filter]; the nearest is [filters]."),
             ("zzz.steps=3", "there is no section [zzz]; sections are model, data, task,"),
             ("filters.steps=ten", "filters.steps is the text 'ten', expected a whole number."),

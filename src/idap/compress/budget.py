@@ -1,10 +1,14 @@
-"""The goals of a run in absolute numbers, and whether a state keeps them."""
+"""The goals of a run as shares of the original, and whether a state keeps them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from idap.compress.config import Config
+from idap.compress.config import GOALS, Config
 from idap.cost.count import Cost
 from idap.errors import BudgetError
+
+Shares = Mapping[str, float]
+"""What of the original's costs is left: the name of a goal -> its share."""
 
 
 @dataclass(frozen=True)
@@ -14,14 +18,12 @@ class Budget:
     Attributes:
         worst: the worst metric allowed, None if any is.
         higher_is_better: how to read the metric.
-        macs: multiply-adds per sample wanted at most, None if there is no target.
-        parameters: parameters wanted at most, likewise.
+        targets: name of a goal -> the share of the original's cost that may stay at most; empty: as small as possible.
     """
 
     worst: float | None
     higher_is_better: bool
-    macs: float | None
-    parameters: float | None
+    targets: Shares = field(default_factory=dict)
 
     def holds(self, metric: float) -> bool:
         """Whether a metric keeps the accuracy budget."""
@@ -29,62 +31,72 @@ class Budget:
             return True
         return metric >= self.worst if self.higher_is_better else metric <= self.worst
 
-    def reached(self, cost: Cost) -> bool:
-        """Whether a cost meets every target; False if there is none, since there is always more to gain."""
-        if self.macs is None and self.parameters is None:
-            return False
-        return self.shortfall(cost) <= 0
+    def reached(self, shares: Shares) -> bool:
+        """Whether every target is met; False if there is none, since there is always more to gain."""
+        return bool(self.targets) and self.shortfall(shares) <= 0
 
-    def shortfall(self, cost: Cost) -> float:
-        """How far a cost is above the targets, as a share of the worse one; at most 0 when they are met."""
-        parts = [
-            wanted_ratio
-            for wanted, found in ((self.macs, cost.macs), (self.parameters, cost.parameters))
-            if wanted is not None
-            for wanted_ratio in [found / wanted - 1]
-        ]
-        return max(parts, default=0.0)
+    def shortfall(self, shares: Shares) -> float:
+        """How far costs are above the targets, as a share of the worst one; at most 0 when they are met.
 
-    def part_way(self, start: Cost, share: float) -> "Budget":
+        Args:
+            shares: of the goals that are known; others are left out.
+        """
+        return max((shares[name] / wanted - 1 for name, wanted in self.targets.items() if name in shares), default=0.0)
+
+    def part_way(self, start: Shares, share: float) -> "Budget":
         """The same budget with targets that are only `share` of the way from `start` to the real ones."""
-        return Budget(
-            self.worst,
-            self.higher_is_better,
-            None if self.macs is None else start.macs - share * (start.macs - self.macs),
-            None if self.parameters is None else start.parameters - share * (start.parameters - self.parameters),
+        return self.between(
+            start, {name: start[name] - share * (start[name] - end) for name, end in self.targets.items()}
+        )
+
+    def between(self, start: Shares, targets: Shares) -> "Budget":
+        """The same budget with other targets, but none lower than its own nor higher than `start`."""
+        return replace(
+            self, targets={name: max(end, min(start[name], targets[name])) for name, end in self.targets.items()}
         )
 
 
-def budget_of(config: Config, baseline: float, cost: Cost, *, higher_is_better: bool, least: Cost) -> Budget:
+def shares_of(cost: Cost, whole: Cost) -> dict[str, float]:
+    """Which share of a model's costs is left."""
+    return {
+        "macs": cost.macs / max(1, whole.macs),
+        "parameters": cost.parameters / max(1, whole.parameters),
+        "size": cost.size / max(1, whole.size),
+    }
+
+
+def budget_of(config: Config, baseline: float, *, higher_is_better: bool, least: Shares) -> Budget:
     """The goals of a configuration for one model.
 
     Args:
-        config: with relative goals.
+        config: with its goals.
         baseline: metric of the original on the validation data.
-        cost: of the original.
         higher_is_better: how to read the metric.
-        least: the lowest cost that removing everything removable would leave.
+        least: what is left of each cost when everything removable is gone.
 
     Raises:
-        BudgetError: no compression can meet a target.
+        BudgetError: no compression can meet a target, or the original does not keep the budget itself.
     """
-    worst = None
+    sign = 1 if higher_is_better else -1
+    bounds = [] if config.worst_metric is None else [config.worst_metric]
     if config.max_drop is not None:
-        worst = baseline - config.max_drop if higher_is_better else baseline + config.max_drop
-    for name, share, whole, floor in (
-        ("macs", config.macs, cost.macs, least.macs),
-        ("parameters", config.parameters, cost.parameters, least.parameters),
-    ):
-        if share is not None and share * whole < floor:
+        bounds.append(baseline - sign * config.max_drop)
+    if config.max_relative_drop is not None:
+        bounds.append(baseline - sign * config.max_relative_drop * abs(baseline))
+    if config.worst_metric is not None and sign * baseline < sign * config.worst_metric:
+        raise BudgetError(
+            f"the original itself does not keep the budget: its metric on the validation data is {baseline:g}, "
+            f"worst_metric allows {config.worst_metric:g}. Train it further, or allow more."
+        )
+    targets = {name: share for name in GOALS if (share := getattr(config, name)) is not None}
+    for name, share in targets.items():
+        if share < least[name]:
             raise BudgetError(
-                f"{name}={share:g} can't be reached: even with everything removable gone, {floor / whole:.1%} of the "
-                f"{name} would stay. Ask for {name}={_rounded_up(floor / whole):g} or more, or lower filters.min_keep."
+                f"{name}={share:g} can't be reached: even with everything removable gone, {least[name]:.1%} of the "
+                f"{name} would stay. Ask for {name}={_rounded_up(least[name]):g} or more, or lower filters.min_keep."
             )
     return Budget(
-        worst,
-        higher_is_better,
-        None if config.macs is None else config.macs * cost.macs,
-        None if config.parameters is None else config.parameters * cost.parameters,
+        sign * max((sign * bound for bound in bounds), default=0) if bounds else None, higher_is_better, targets
     )
 
 

@@ -1,13 +1,17 @@
 """What a compression may cost and how it goes about it."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from idap.divergence.criteria import opener_of
+from idap.divergence.criteria import WITH_BLOCKS, opener_of
 from idap.errors import BudgetError, ConfigError
 from idap.rebalance.run import Rebalance
 from idap.training.fit import Recovery
+
+GOALS = ("macs", "parameters", "size", "latency")
+"""Costs that may have a target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +19,13 @@ class FilterStage:
     """Stage 1, filters: which share of the units goes in each step (method.md 3.1).
 
     Args:
+        schedule: "growing" removes a growing share of the remaining units in each step; "even" comes to the targets in
+            T steps of equal cost; "one-shot" comes there in one. A step that is rejected is halved in all of them.
         steps: T, the number of accepted steps at most.
         first_share: rho_0, share of the remaining units that the first step removes, in (0, 1).
         growth: alpha; step t removes rho_0 (1 + t/T)^alpha.
-        min_share: a step that was rejected is halved until it would remove less than this share of the units.
+        min_share: a step that was rejected is halved until it would remove less than this share of the units, or of
+            the original's cost where the schedule goes by cost.
         min_keep: share of each group that always stays, in (0, 1].
         keep: the same for some groups only, by name or pattern, such as ``{"layer1.*": 0.5}``; the last one that
             matches counts.
@@ -30,6 +37,7 @@ class FilterStage:
         ConfigError: a setting is out of range.
     """
 
+    schedule: Literal["growing", "even", "one-shot"] = "growing"
     steps: int = 10
     first_share: float = 0.1
     growth: float = 1.5
@@ -40,6 +48,7 @@ class FilterStage:
     multiples: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _one_of("filters.schedule", self.schedule, ("growing", "even", "one-shot"))
         _at_least("filters.multiple", self.multiple, 1)
         for pattern, share in self.keep.items():
             _between(f"filters.keep[{pattern!r}]", share, 0, 1, closed=True, open_low=False)
@@ -60,6 +69,7 @@ class LayerStage:
         removals: branches and blocks removed at most.
         short_list: how many of the lowest divergence are tried on calibration data before one is chosen.
         patience: give up after so many rejections in a row.
+        tune: which weights recover after a removal: "all", or "neighbours", those of the layers next to what went.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -68,11 +78,13 @@ class LayerStage:
     removals: int = 5
     short_list: int = 3
     patience: int = 3
+    tune: Literal["all", "neighbours"] = "all"
 
     def __post_init__(self) -> None:
         _at_least("layers.removals", self.removals, 0)
         _at_least("layers.short_list", self.short_list, 1)
         _at_least("layers.patience", self.patience, 1)
+        _one_of("layers.tune", self.tune, ("all", "neighbours"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +93,29 @@ class Config:
 
     Args:
         max_drop: largest loss of the validation metric, in the metric's own units (0.01 is one point of accuracy), at
-            least 0; None: the metric is reported but does not bind.
+            least 0; None, and no other bound: the metric is reported but does not bind.
+        max_relative_drop: the same as a share of the original's metric: 0.01 lets a perplexity of 20 rise to 20.2.
+        worst_metric: the same as a value: 0.9 allows no accuracy below it. The tightest of the three counts.
         macs: target, as a share of the original's multiply-adds, in (0, 1); None: as small as the budget allows.
         parameters: target, as a share of the original's parameters, likewise.
+        size: target, as a share of the bytes of all tensors in the saved file, likewise.
+        latency: target, as a share of the original's latency as measured here, on this machine, likewise.
+        latency_batch: samples in the batch whose latency is measured, at least 1.
+        order: "filters-layers" is stage 1, then stage 2; "layers-filters" the reverse; "interleaved" ranks units,
+            branches and blocks together, by a criterion that scores all of them.
         criterion: what ranks units: a name (`idap.divergence.criteria.CRITERIA`), or a function of a `Scene`. Where it
             knows no branches and blocks, stage 2 takes "relative".
         ranking: "global" compares the units of all groups; "uniform" takes the same share of each.
         cost: what a unit is divided by: "macs", "parameters", "latency" (measured here, on this machine), or "auto":
-            parameters where only parameters are a goal, else multiply-adds.
+            what the goals count if they count only one of these, else multiply-adds.
         cost_power: p in score / cost^p, in [0, 1]; None takes what suits the criterion; "auto" tries 0, 0.5 and 1 at
             each step and takes the one with the lowest calibration loss.
         rebalance: what is corrected in closed form after a cut; None corrects nothing.
         filters: stage 1.
         layers: stage 2.
-        filters_share: share of the way to the target that stage 1 goes before stage 2 begins, in [0, 1]; what
-            stage 2 leaves over is taken by a second round of stage 1.
+        filters_share: share of the way to the target that stage 1 goes, in [0, 1], where it comes first; the rest is
+            for stage 2, and what that leaves over is taken by a second round of stage 1. Where stage 2 comes first, it
+            goes the other share of the way.
         recovery: training after each change.
         final: training of the final model; None trains it as `recovery` says.
         contracts: outputs whose shape must stay, such as ``logits``; None: all that the model returns. Others, such as
@@ -111,8 +131,14 @@ class Config:
     """
 
     max_drop: float | None = 0.01
+    max_relative_drop: float | None = None
+    worst_metric: float | None = None
     macs: float | None = None
     parameters: float | None = None
+    size: float | None = None
+    latency: float | None = None
+    latency_batch: int = 1
+    order: Literal["filters-layers", "layers-filters", "interleaved"] = "filters-layers"
     criterion: str | Callable[..., Any] = "innovation"
     ranking: Literal["global", "uniform"] = "global"
     cost: Literal["auto", "macs", "parameters", "latency"] = "auto"
@@ -129,25 +155,56 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_drop is not None and not self.max_drop >= 0:
-            raise BudgetError(f"max_drop must be at least 0, found {self.max_drop}; 0.01 allows one point of accuracy.")
-        for name in ("macs", "parameters"):
+        for name in ("max_drop", "max_relative_drop"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise BudgetError(
+                    f"{name} must be at least 0 and finite, found {value}; 0.01 allows one point or percent."
+                )
+        if self.worst_metric is not None and not math.isfinite(self.worst_metric):
+            raise BudgetError(f"worst_metric must be a finite number, found {self.worst_metric}.")
+        for name in GOALS:
             self._check_share(name)
-        if self.max_drop is None and self.macs is None and self.parameters is None:
+        bounds = (self.max_drop, self.max_relative_drop, self.worst_metric)
+        if all(value is None for value in (*bounds, *self.targets.values())):
             raise BudgetError(
-                "there is no goal: set max_drop (how much worse it may get), macs or parameters (targets)."
+                "there is no goal: set max_drop (how much worse it may get), or a target such as macs or parameters."
             )
         opener_of(self.criterion)
         _one_of("ranking", self.ranking, ("global", "uniform"))
         _one_of("cost", self.cost, ("auto", "macs", "parameters", "latency"))
+        _one_of("order", self.order, ("filters-layers", "layers-filters", "interleaved"))
         if isinstance(self.cost_power, str):
             _one_of("cost_power", self.cost_power, ("auto",))
         elif self.cost_power is not None:
             _between("cost_power", self.cost_power, 0, 1, closed=True, open_low=False)
         _between("filters_share", self.filters_share, 0, 1, closed=True, open_low=False)
         _at_least("calibration_batches", self.calibration_batches, 1)
+        _at_least("latency_batch", self.latency_batch, 1)
+        self._check_stages()
+
+    def _check_stages(self) -> None:
         if self.filters.steps == 0 and self.layers.removals == 0:
             raise ConfigError("filters.steps and layers.removals are both 0, so nothing could be removed.")
+        if self.filters.schedule != "growing" and not any(self.targets.values()):
+            raise ConfigError(
+                f"filters.schedule={self.filters.schedule!r} goes by the target, and there is none: set macs, "
+                'parameters, size or latency, or take "growing".'
+            )
+        if self.order == "interleaved":
+            name = opener_of(self.criterion)[0]
+            if name not in WITH_BLOCKS:
+                raise ConfigError(
+                    f"order='interleaved' compares units with blocks, and criterion {name!r} scores no blocks; take "
+                    f"one of {', '.join(map(repr, WITH_BLOCKS))}."
+                )
+            if self.ranking != "global":
+                raise ConfigError("order='interleaved' is one ranking over everything: it needs ranking='global'.")
+
+    @property
+    def targets(self) -> dict[str, float | None]:
+        """The target of each cost."""
+        return {name: getattr(self, name) for name in GOALS}
 
     def _check_share(self, name: str) -> None:
         share = getattr(self, name)

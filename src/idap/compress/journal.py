@@ -5,10 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from idap.compress.state import Setting, State
-from idap.cost.count import Cost
+from idap.divergence.measure import Divergence
 from idap.errors import RunFolderError
+from idap.progress import Status
 from idap.record import Removal, Step
 from idap.saving.checkpoint import load, save
+from idap.structure.blocks import Block
+
+COST_NAMES = {"macs": "MACs", "parameters": "parameters", "size": "file size", "latency": "latency"}
+"""How costs are called in text."""
 
 
 class Journal:
@@ -19,13 +24,14 @@ class Journal:
 
     Args:
         setting: of the run.
-        start: cost of the original.
+        baseline: metric of the original.
         past: decisions taken before the run was stopped, in order.
     """
 
-    def __init__(self, setting: Setting, start: Cost, past: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, setting: Setting, baseline: float, past: Sequence[Mapping[str, Any]] = ()) -> None:
         self._setting = setting
-        self._start = start
+        self._baseline = baseline
+        self._profile: tuple[float, ...] = ()
         self._since = time.monotonic()
         self._past = list(past)
         self.steps: list[Step] = []
@@ -69,8 +75,8 @@ class Journal:
         if found["accepted"]:
             assert setting.folder is not None
             model = load(setting.folder.checkpoint(index), setting.original)
-        cost = setting.costs.cost(keep, parts)
-        return State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"]), removed
+        cost, latency = setting.costs.cost(keep, parts), found["shares"].get("latency")
+        return State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"], latency), removed
 
     def note(self, stage: str, state: State, removed: Sequence[Removal], *, accepted: bool, reason: str) -> None:
         """Record one decision; an accepted state is saved before the decision is written."""
@@ -88,6 +94,8 @@ class Journal:
             reason=reason,
             error=state.error,
             seconds=self._past[index]["seconds"] if recalled else now - self._since,
+            shares=self._setting.shares(state),
+            phases=self._past[index]["phases"] if recalled else self._setting.clock.take(),
         )
         self._since = now
         folder = self._setting.folder
@@ -96,8 +104,40 @@ class Journal:
                 save(folder.checkpoint(step.index), state.model, state.plan)
             folder.add(step)
         self.steps.append(step)
-        told = describe(step, self._start, self._setting.task.metric_name)
+        shown = ("macs", "parameters", *(name for name in self._setting.budget.targets if name in ("size", "latency")))
+        told = describe(step, self._setting.task.metric_name, shown)
         self._setting.progress.say(f"{told} (recalled)" if recalled else told)
+        if accepted:
+            self.show(stage, state)
+
+    def show(self, stage: str, state: State, measured: Divergence | None = None) -> None:
+        """Tell where the run stands.
+
+        Args:
+            stage: that goes on.
+            state: the last accepted one.
+            measured: its divergence, where that was just measured.
+        """
+        setting, budget = self._setting, self._setting.budget
+        if measured is not None and measured.units:
+            order = [group.name for group in setting.structure.groups if group.name in measured.units]
+            self._profile = tuple(float(measured.units[name][list(state.keep[name])].mean()) for name in order)
+        shares = setting.shares(state)
+        shown = budget.targets or ("macs", "parameters")
+        setting.progress.show(
+            Status(
+                stage=stage,
+                step=len(self.steps),
+                accepted=sum(step.accepted for step in self.steps),
+                profile=self._profile,
+                costs={COST_NAMES[name]: (shares[name], budget.targets.get(name)) for name in shown},
+                metric=state.metric,
+                metric_name=setting.task.metric_name,
+                baseline=self._baseline,
+                worst=budget.worst,
+                higher_is_better=budget.higher_is_better,
+            )
+        )
 
 
 def _removal(found: Mapping[str, Any]) -> Removal:
@@ -105,25 +145,39 @@ def _removal(found: Mapping[str, Any]) -> Removal:
     return Removal(**{**found, **lists})
 
 
-def describe(step: Step, start: Cost, metric_name: str) -> str:
-    """One line for people: what went, its divergence, the cost, the metric, the decision."""
-    if not step.removed:
-        what = "nothing removed"
-    elif step.stage == "layers":
-        what = f"removed {step.removed[0].kind} {step.removed[0].name}"
-    else:
-        counts: dict[str, int] = {}
-        for removal in step.removed:
-            counts[removal.kind] = counts.get(removal.kind, 0) + len(removal.units)
-        parts = [f"{count} {kind}" for kind, count in counts.items()]
-        what = f"removed {' + '.join(parts)} in {len(step.removed)} groups"
+def block_removal(block: Block, score: float, rank: int, cost: float) -> Removal:
+    """What a step takes when a branch or block goes."""
+    return Removal(
+        name=block.name,
+        kind=block.kind,
+        units=(),
+        left=0,
+        divergence=(score, score),
+        scores=(score,),
+        ranks=(rank,),
+        cost=cost,
+    )
+
+
+def describe(step: Step, metric_name: str, costs: Sequence[str] = ("macs", "parameters")) -> str:
+    """One line for people: what went, its divergence, some costs, the metric, the decision."""
+    what = f"removed {_what(step.removed)}" if step.removed else "nothing removed"
     if step.removed:
         low = min(removal.divergence[0] for removal in step.removed)
         high = max(removal.divergence[1] for removal in step.removed)
         what += f", divergence {low:.2g}" if low == high else f", divergence {low:.2g} to {high:.2g}"
+    left = " | ".join(f"{COST_NAMES[name]} {step.shares[name]:.1%}" for name in costs)
     verdict = "accepted" if step.accepted else "rolled back"
-    return (
-        f"{step.stage} {step.index}: {what} | MACs {step.macs / start.macs:.1%} | "
-        f"parameters {step.parameters / start.parameters:.1%} | {metric_name} {step.metric:.4f} | "
-        f"{verdict}: {step.reason}"
-    )
+    return f"{step.stage} {step.index}: {what} | {left} | {metric_name} {step.metric:.4f} | {verdict}: {step.reason}"
+
+
+def _what(removed: Sequence[Removal]) -> str:
+    counts: dict[str, int] = {}
+    parts = [f"{removal.kind} {removal.name}" for removal in removed if not removal.units]
+    groups = [removal for removal in removed if removal.units]
+    for removal in groups:
+        counts[removal.kind] = counts.get(removal.kind, 0) + len(removal.units)
+    if groups:
+        units = " + ".join(f"{count} {kind}" for kind, count in counts.items())
+        parts.insert(0, f"{units} in {len(groups)} {'group' if len(groups) == 1 else 'groups'}")
+    return ", ".join(parts)

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idap.compress.budget import Budget
-from idap.compress.journal import Journal
+from idap.compress.budget import Budget, shares_of
+from idap.compress.journal import Journal, block_removal
+from idap.compress.neighbours import neighbours
 from idap.compress.state import Setting, State
 from idap.divergence.observe import result_of, tensors_in
 from idap.divergence.ports import Wiring
 from idap.graph.calls import intercept
 from idap.graph.ir import Graph
 from idap.record import Removal
+from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
 from idap.training.batch import device_of, move
 from idap.training.evaluate import modes_kept
@@ -36,9 +38,9 @@ def layer_stage(setting: Setting, state: State, goal: Budget, journal: Journal, 
     stage = setting.config.layers
     essential: set[str] = set()
     rejected = accepted = 0
-    while accepted < stage.removals and rejected < stage.patience and not goal.reached(state.cost):
+    while accepted < stage.removals and rejected < stage.patience and not goal.reached(setting.shares(state)):
         found = journal.recall("layers", state)
-        found = found or _candidate(setting, state, goal, set(removable) - essential, len(journal.steps))
+        found = found or _candidate(setting, state, goal, set(removable) - essential, journal)
         if found is None:
             break
         candidate, removed = found
@@ -53,51 +55,58 @@ def layer_stage(setting: Setting, state: State, goal: Budget, journal: Journal, 
 
 
 def _candidate(
-    setting: Setting, state: State, goal: Budget, allowed: Set[str], number: int
+    setting: Setting, state: State, goal: Budget, allowed: Set[str], journal: Journal
 ) -> tuple[State, list[Removal]] | None:
     """Measure, try the lowest few, remove the best of them and recover; None if nothing more may go."""
+    number = len(journal.steps)
     with setting.progress.phase(f"layers {number}: measure", None):
-        scores = setting.divergence(state, units=False).blocks
-    left = {name: score for name, score in scores.items() if name in allowed}
-    left = {name: score for name, score in left.items() if not _overshoots(setting, state, goal, name)}
-    short_list = sorted(left, key=lambda name: left[name])[: setting.config.layers.short_list]
+        measured = setting.divergence(state, units=False)
+    journal.show("layers", state, measured)
+    scores = measured.blocks
+    left = [name for name in scores if name in allowed and not _overshoots(setting, state, goal, name)]
+    short_list = sorted(left, key=lambda name: scores[name])[: setting.config.layers.short_list]
     if not short_list:
         return None
-    chosen = _cheapest(setting, state, short_list)
+    costs = setting.block_costs(state, short_list)
+    with setting.clock.on("trial"):
+        chosen = _cheapest(setting, state, short_list, costs)
     block = setting.structure.block(chosen)
-    removed = (*(name for name in state.removed if name not in block.contains), chosen)
-    candidate = setting.next_state(state, state.keep, removed, f"layers {number}: recovery")
-    removal = Removal(
-        name=chosen,
-        kind=block.kind,
-        units=(),
-        left=0,
-        divergence=(scores[chosen], scores[chosen]),
-        scores=(scores[chosen],),
-        ranks=(sorted(scores, key=lambda name: scores[name]).index(chosen),),
-        cost=float(setting.costs.block_macs(chosen, state.keep, state.removed)),
-    )
-    return candidate, [removal]
+    removed = joined(setting.structure, state.removed, [chosen])
+    tuned = frozenset[str]()
+    if setting.config.layers.tune == "neighbours":
+        tuned = neighbours(setting.structure, block, removed)
+    candidate = setting.next_state(state, state.keep, removed, f"layers {number}: recovery", tuned=tuned)
+    rank = sorted(scores, key=lambda name: scores[name]).index(chosen)
+    return candidate, [block_removal(block, scores[chosen], rank, costs[chosen])]
 
 
 def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:
     """Whether removing a layer saves more than twice what is still wanted: filters come closer, and cost less."""
-    if goal.macs is None or not setting.config.filters.steps:
+    if not goal.targets or not setting.config.filters.steps:
         return False
-    saved = setting.costs.block_macs(name, state.keep, state.removed)
-    return saved > 2 * (state.cost.macs - goal.macs)
+    now = setting.shares(state)
+    without = shares_of(setting.costs.cost(state.keep, [*state.removed, name]), setting.whole)
+    if "latency" in goal.targets:  # not measured for each; about as the multiply-adds
+        without["latency"] = now["latency"] * without["macs"] / now["macs"]
+    return all(now[cost] - without[cost] > 2 * (now[cost] - wanted) for cost, wanted in goal.targets.items())
 
 
-def _cheapest(setting: Setting, state: State, names: Sequence[str]) -> str:
-    """The candidate whose removal costs least calibration loss per multiply-add saved."""
+def joined(structure: Structure, before: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
+    """All that is gone once some more blocks are removed, without those that lie inside others."""
+    inside = {inner for name in new for inner in structure.block(name).contains}
+    return tuple(name for name in dict.fromkeys((*before, *new)) if name not in inside)
+
+
+def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mapping[str, float]) -> str:
+    """The candidate whose removal costs least calibration loss for what it saves."""
     with setting.progress.phase("layers: trial", len(names) + 1) as phase:
         before = calibration_loss(setting, state.model)
         phase.advance()
         price: dict[str, float] = {}
         for name in names:
             loss = loss_without(setting, state, setting.structure.block(name))
-            saved = setting.costs.block_macs(name, state.keep, state.removed)
-            price[name] = (loss - before) / max(1, saved) if loss > before else (loss - before) * max(1, saved)
+            saved = max(1e-12, costs[name])
+            price[name] = (loss - before) / saved if loss > before else (loss - before) * saved
             phase.advance(name)
     return min(names, key=lambda name: price[name])
 

@@ -5,7 +5,8 @@ from torch import nn
 from idap.compress.budget import Budget
 from idap.compress.config import Config
 from idap.compress.run import looked_at
-from idap.compress.state import Setting, State, calibration_batches
+from idap.compress.samples import calibration_batches
+from idap.compress.state import Setting, State
 from idap.cost.count import CostModel
 from idap.divergence.measure import Divergence
 from idap.progress import Progress, Silent
@@ -35,9 +36,20 @@ def profile(
     with progress.phase("divergence", 3) as phase:
         structure, example = looked_at(model, task, config, phase)
         costs = CostModel(structure, 1)
-        nothing = Budget(None, task.higher_is_better, None, None)
-        batches = calibration_batches(task, config)
-        setting = Setting(model, task, config, structure, costs, example, nothing, progress, None, batches)
+        setting = Setting(
+            original=model,
+            task=task,
+            config=config,
+            structure=structure,
+            costs=costs,
+            example=example,
+            whole=costs.cost(),
+            budget=Budget(None, task.higher_is_better),
+            progress=progress,
+            folder=None,
+            calibration=calibration_batches(task, config),
+            timed=example,
+        )
         keep = {group.name: tuple(range(group.size)) for group in structure.groups}
         found = setting.divergence(State(model, keep, (), structure.plan({}), costs.cost(), 0.0))
         phase.advance("divergence")

@@ -1,5 +1,6 @@
 """What a compression returns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +23,13 @@ class Result:
         metric: of the model on the validation data, measured after the last change.
         macs: multiply-adds for one sample, before and after.
         parameters: before and after.
+        size: bytes of all tensors in the saved file, before and after.
+        latency: as a share of the original's, measured here at the end; None where it was no goal.
         output_error: E‖N0(x) − N*(x)‖² / E‖N0(x)‖² on the validation data (method.md 3.5).
         reached: whether every goal was met.
         message: one sentence on what was reached, or which goal was not and why.
+        metric_name: what the metric is.
+        seconds: kind of work -> seconds that it took in all.
     """
 
     model: nn.Module
@@ -34,10 +39,13 @@ class Result:
     metric: float
     macs: tuple[int, int]
     parameters: tuple[int, int]
+    size: tuple[int, int]
+    latency: float | None
     output_error: float
     reached: bool
     message: str
-    metric_name: str = field(default="metric")
+    metric_name: str = "metric"
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (

@@ -7,33 +7,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from idap.compress.budget import budget_of
+from idap.compress.budget import budget_of, shares_of
+from idap.compress.choice import least_units
+from idap.compress.clock import Clock
 from idap.compress.config import Config
-from idap.compress.filters import filter_stage, least_units
+from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
+from idap.compress.latencies import latency_share
 from idap.compress.layers import layer_stage
+from idap.compress.outcome import concluded
 from idap.compress.result import Result
-from idap.compress.state import Setting, State, calibration_batches, few_samples
-from idap.cost.count import Cost, CostModel
+from idap.compress.samples import calibration_batches, few_samples, samples_in
+from idap.compress.state import Setting, State
+from idap.cost.count import Cost, CostModel, saved_tensors
 from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError, PlanError, VerificationError
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
 from idap.record import RunFolder
-from idap.saving.checkpoint import fingerprint, save
+from idap.saving.checkpoint import fingerprint
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.surgery.verify import verify
 from idap.training.batch import Inputs, device_of
 from idap.training.check import check_task
-from idap.training.evaluate import evaluate, output_error
+from idap.training.evaluate import evaluate
+from idap.training.split import with_validation
 from idap.training.task import Task
 
 TRACED_SAMPLES = 2
+CHECKPOINTS_AT_LEAST = 3
+"""Models of the original's size for which a run folder needs room: accepted states and the result are smaller."""
 
 
 def compress(
@@ -75,16 +82,31 @@ def compress(
         past = folder.reopen(settings)
     elif folder is not None:
         folder.open(settings)
-    journal = Journal(setting, state.cost, past)
-    start, goal = state, setting.budget
-    if config.filters.steps:
-        state = filter_stage(setting, state, goal.part_way(state.cost, config.filters_share), journal)
-    if config.layers.removals:
-        state = layer_stage(setting, state, goal, journal, removable)
-    if config.filters.steps and (goal.macs or goal.parameters):
-        state = filter_stage(setting, state, goal, journal)  # what stage 2 left over
+    journal = Journal(setting, state.metric, past)
+    start, state = state, _stages(setting, state, removable, journal)
     state = _finish(setting, start, state, journal)
-    return _conclude(setting, start, state, journal)
+    return concluded(setting, start, state, journal)
+
+
+def _stages(setting: Setting, state: State, removable: list[str], journal: Journal) -> State:
+    """Cut width and depth in the order that is set."""
+    config, goal = setting.config, setting.budget
+    width, depth = config.filters.steps > 0, config.layers.removals > 0
+    if config.order == "interleaved" and width:
+        return filter_stage(setting, state, goal, journal, blocks=removable if depth else ())
+    if config.order == "layers-filters" and depth:
+        shares = setting.shares(state)
+        aim = goal.part_way(shares, 1 - config.filters_share) if width else goal
+        state = layer_stage(setting, state, aim, journal, removable)
+        return filter_stage(setting, state, goal, journal) if width else state
+    if width:
+        aim = goal.part_way(setting.shares(state), config.filters_share) if depth else goal
+        state = filter_stage(setting, state, aim, journal)
+    if depth:
+        state = layer_stage(setting, state, goal, journal, removable)
+        if width and goal.targets:
+            state = filter_stage(setting, state, goal, journal)  # what stage 2 left over
+    return state
 
 
 def _prepare(
@@ -98,23 +120,57 @@ def _prepare(
 ) -> tuple[Setting, State, list[str], dict[str, Any]]:
     """Check everything that can be checked before any work; measure where we stand."""
     if folder is not None and not resume:
-        folder.check()
-    with progress.phase("check", 4) as phase:
+        folder.check(size=CHECKPOINTS_AT_LEAST * sum(saved_tensors(model).values()))
+    clock = Clock()
+    task, told = with_validation(task, seed=config.seed)
+    if told:
+        progress.say(f"{told[:1].upper()}{told[1:]}.")
+    with progress.phase("check", 4) as phase, clock.on("structure"):
         structure, example = looked_at(model, task, config, phase)
         original = apply_plan(model, Plan(shapes=structure.graph.shapes))  # a copy: the teacher
-        removable = _proved(original, structure, example, progress)
+        with clock.on("proof"):
+            removable = _proved(original, structure, example, progress)
         phase.advance("proof")
-        costs = CostModel(structure, _batch(example))
-        keep = {group.name: tuple(range(group.size)) for group in structure.groups}
-        baseline = evaluate(original, task)
+        with clock.on("judging"):
+            baseline = evaluate(original, task)
         phase.advance("baseline")
+    costs = CostModel(structure, samples_in(example), saved_tensors(model))
+    keep = {group.name: tuple(range(group.size)) for group in structure.groups}
     whole = costs.cost(keep)
-    least = _least(structure, costs, config, removable)
-    budget = budget_of(config, baseline, whole, higher_is_better=task.higher_is_better, least=least)
-    batches = calibration_batches(task, config)
-    setting = Setting(original, task, config, structure, costs, example, budget, progress, folder, batches)
-    state = State(original, keep, (), structure.plan(keep), whole, baseline)
+    timed = _timed(model, task, config)
+    with clock.on("latency"):
+        least = _least(original, structure, costs, config, removable, timed)
+    budget = budget_of(config, baseline, higher_is_better=task.higher_is_better, least=least)
+    setting = Setting(
+        original=original,
+        task=task,
+        config=config,
+        structure=structure,
+        costs=costs,
+        example=example,
+        whole=whole,
+        budget=budget,
+        progress=progress,
+        folder=folder,
+        calibration=calibration_batches(task, config),
+        timed=timed,
+        clock=clock,
+    )
+    latency = 1.0 if config.latency is not None else None
+    state = State(original, keep, (), structure.plan(keep), whole, baseline, latency=latency)
     return setting, state, removable, _settings(model, config, structure, baseline, whole)
+
+
+def _timed(model: nn.Module, task: Task, config: Config) -> Inputs:
+    """The inputs whose latency counts."""
+    example = task.example(device_of(model))
+    found = samples_in(example)
+    if config.latency is not None and config.latency_batch > found:
+        raise ConfigError(
+            f"latency_batch is {config.latency_batch}, but the batches of the calibration data hold {found} samples; "
+            "make them larger, or latency_batch smaller."
+        )
+    return few_samples(example, config.latency_batch)
 
 
 def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tuple[Structure, Inputs]:
@@ -123,7 +179,7 @@ def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tup
     Returns:
         The structure, and the few samples that the model was traced with.
     """
-    check_task(model, task)
+    check_task(model, task, trains=config.recovery.trains or (config.final is not None and config.final.trains))
     phase.advance("task")
     example = few_samples(task.example(device_of(model)), TRACED_SAMPLES)
     structure = analyze(trace(model, *example), contracts=config.contracts, swap=config.swap)
@@ -168,17 +224,29 @@ def _try(
     verify(structure, original, apply_plan(original, plan), plan, example)
 
 
-def _least(structure: Structure, costs: CostModel, config: Config, removable: list[str]) -> Cost:
-    """The lowest cost that the settings allow."""
+def _least(
+    original: nn.Module,
+    structure: Structure,
+    costs: CostModel,
+    config: Config,
+    removable: list[str],
+    timed: Inputs,
+) -> dict[str, float]:
+    """What is left of each cost when all goes that the settings let go; latency only where it is a goal."""
     keep = {group.name: tuple(range(group.size)) for group in structure.groups}
+    whole = costs.cost(keep)
     if config.filters.steps:
         keep = {name: tuple(range(count)) for name, count in least_units(structure, config.filters).items()}
     removed: list[str] = []
     if config.layers.removals:
         blocks = [structure.block(name) for name in removable]
-        whole = {inner for block in blocks for inner in block.contains}
-        removed = [block.name for block in blocks if block.name not in whole]
-    return costs.cost(keep, removed)
+        inside = {inner for block in blocks for inner in block.contains}
+        removed = [block.name for block in blocks if block.name not in inside]
+    found = shares_of(costs.cost(keep, removed), whole)
+    if config.latency is None:
+        return found
+    smallest = apply_plan(original, structure.plan(keep, removed))
+    return {**found, "latency": latency_share(original, smallest, timed)}
 
 
 _FINAL = {True: "the best so far", False: "no better than before"}
@@ -198,7 +266,7 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
     model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
     metric = setting.recover(model, "final recovery", recovery)
     accepted = metric >= state.metric if setting.task.higher_is_better else metric <= state.metric
-    candidate = replace(state, model=model, metric=metric)
+    candidate = replace(state, model=model, metric=metric, latency=setting.latency_of(model))
     journal.note("final", candidate, [], accepted=accepted, reason=_FINAL[accepted])
     return candidate if accepted else state
 
@@ -207,55 +275,12 @@ def _held(state: State) -> list[str]:
     return [name for name in state.plan.shapes if not state.plan.gone(name)]
 
 
-def _conclude(setting: Setting, start: State, state: State, journal: Journal) -> Result:
-    reached, message = _verdict(setting, start, state, journal)
-    result = Result(
-        model=state.model,
-        plan=state.plan,
-        steps=tuple(journal.steps),
-        baseline=start.metric,
-        metric=state.metric,
-        macs=(start.cost.macs, state.cost.macs),
-        parameters=(start.cost.parameters, state.cost.parameters),
-        output_error=output_error(state.model, setting.original, setting.task),
-        reached=reached,
-        message=message,
-        metric_name=setting.task.metric_name,
-    )
-    if setting.folder is not None:
-        save(setting.folder.model, state.model, state.plan)
-    return result
-
-
-def _verdict(setting: Setting, start: State, state: State, journal: Journal) -> tuple[bool, str]:
-    goal, cost = setting.budget, state.cost
-    if state is start:
-        return False, "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
-    parts = []
-    for name, wanted, found, whole in (
-        ("MACs", goal.macs, cost.macs, start.cost.macs),
-        ("parameters", goal.parameters, cost.parameters, start.cost.parameters),
-    ):
-        if wanted is not None and found > wanted:
-            parts.append(f"{name} came down to {found / whole:.1%}, not to {wanted / whole:.1%}")
-    if parts:
-        rejected = any(not step.accepted for step in journal.steps if step.stage != "final")
-        why = "every further step left the accuracy budget" if rejected else "the steps were used up"
-        return False, f"{' and '.join(parts)}: {why}. Allow a larger max_drop, more steps or a longer recovery"
-    return True, "every goal was reached"
-
-
-def _batch(example: Inputs) -> int:
-    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
-    return int(tensors[0].shape[0]) if tensors else 1
-
-
 def _settings(model: nn.Module, config: Config, structure: Structure, baseline: float, cost: Cost) -> dict[str, Any]:
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "fingerprint": fingerprint(structure.graph.shapes),
         "config": asdict(config) | {"criterion": opener_of(config.criterion)[0]},
-        "baseline": {"metric": baseline, "macs": cost.macs, "parameters": cost.parameters},
+        "baseline": {"metric": baseline, "macs": cost.macs, "parameters": cost.parameters, "size": cost.size},
         "environment": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

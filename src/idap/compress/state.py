@@ -1,17 +1,17 @@
 """One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
-from idap.compress.budget import Budget
+from idap.compress.budget import Budget, shares_of
+from idap.compress.clock import Clock
 from idap.compress.config import Config
-from idap.compress.latencies import unit_latencies
+from idap.compress.latencies import block_latencies, latency_share, unit_latencies
+from idap.compress.neighbours import only_training
 from idap.cost.count import Cost, CostModel
 from idap.divergence.criteria import WITH_BLOCKS, Criterion, opener_of
 from idap.divergence.measure import Divergence, measure_all
@@ -43,6 +43,7 @@ class State:
         cost: of one sample.
         metric: on the validation data.
         error: largest relative difference from the masked original when it was cut.
+        latency: as a share of the original's, measured here; None where it is no goal.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class State:
     cost: Cost
     metric: float
     error: float = 0.0
+    latency: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,21 @@ class Setting:
     structure: Structure
     costs: CostModel
     example: Inputs
+    whole: Cost
+    """Of the original."""
     budget: Budget
     progress: Progress
     folder: RunFolder | None
     calibration: tuple[Any, ...]
     """The calibration batches: the same ones at every step, so that scores can be compared."""
+    timed: Inputs
+    """The inputs whose latency counts."""
+    clock: Clock = field(default_factory=Clock)
+
+    def shares(self, state: State) -> dict[str, float]:
+        """What is left of each of the original's costs; latency only where it is a goal."""
+        found = shares_of(state.cost, self.whole)
+        return found if state.latency is None else {**found, "latency": state.latency}
 
     def passes(self, batches: Sequence[Any] | None = None) -> list[Pass]:
         """The calibration batches, ready to be run; or other batches."""
@@ -97,29 +109,47 @@ class Setting:
         criteria: list[Criterion] = [self.config.criterion] if units or knows_blocks else []
         if blocks and not knows_blocks:
             criteria.append("relative")
-        found = measure_all(
-            state.model,
-            self.structure,
-            self.passes(),
-            criteria=criteria,
-            keep=state.keep,
-            removed=state.removed,
-            seed=self.config.seed,
-        )
+        with self.clock.on("measurement"):
+            found = measure_all(
+                state.model,
+                self.structure,
+                self.passes(),
+                criteria=criteria,
+                keep=state.keep,
+                removed=state.removed,
+                seed=self.config.seed,
+            )
         own = found.get(name, found.get("relative"))
         assert own is not None
         other = found.get("relative", own)
         unmeasured = dict.fromkeys([*own.unmeasured, *(part for part in other.unmeasured if part not in own.units)])
         return Divergence(name, own.units, own.blocks or other.blocks, tuple(unmeasured))
 
+    @property
+    def counted(self) -> str:
+        """What a part is divided by: "macs", "parameters" or "latency"."""
+        if self.config.cost != "auto":
+            return self.config.cost
+        targets = {"parameters" if name == "size" else name for name, share in self.config.targets.items() if share}
+        return targets.pop() if len(targets) == 1 else "macs"
+
     def unit_costs(self, state: State) -> dict[str, float]:
-        """What the next unit of each group costs, in what the settings count."""
-        kind, only_parameters = self.config.cost, self.config.parameters is not None and self.config.macs is None
-        if kind == "latency":
-            return unit_latencies(self.original, self.structure, self.example, state.keep, state.removed)
-        if kind == "parameters" or (kind == "auto" and only_parameters):
+        """What the next unit of each group costs, in what is counted."""
+        if self.counted == "latency":
+            return unit_latencies(self.original, self.structure, self.timed, state.keep, state.removed)
+        if self.counted == "parameters":
             return self.costs.unit_parameters(state.keep, state.removed)
         return self.costs.unit_macs(state.keep, state.removed)
+
+    def block_costs(self, state: State, names: Sequence[str]) -> dict[str, float]:
+        """What some branches and blocks cost, in what is counted."""
+        if self.counted == "latency":
+            return block_latencies(self.original, self.structure, self.timed, state.keep, state.removed, names)
+        costs = {name: self.costs.cost(state.keep, [*state.removed, name]) for name in names}
+        whole = self.costs.cost(state.keep, state.removed)
+        if self.counted == "parameters":
+            return {name: float(whole.parameters - cost.parameters) for name, cost in costs.items()}
+        return {name: float(whole.macs - cost.macs) for name, cost in costs.items()}
 
     def cut(self, state: State, keep: Keep, removed: Sequence[str]) -> tuple[nn.Module, Plan, float]:
         """Cut a copy of a state's model further, prove the cut, and rebalance what is left.
@@ -130,64 +160,60 @@ class Setting:
         Raises:
             VerificationError: the cut model is not the masked original; the state is as it was.
         """
-        plan = self.structure.plan(keep, tuple(removed))
-        model = apply_plan(state.model, plan.since(state.plan))
-        proof = verify(self.structure, state.model, model, plan, self.example, since=state.plan)
+        with self.clock.on("cut"):
+            plan = self.structure.plan(keep, tuple(removed))
+            model = apply_plan(state.model, plan.since(state.plan))
+        with self.clock.on("proof"):
+            proof = verify(self.structure, state.model, model, plan, self.example, since=state.plan)
         if self.config.rebalance:
             at_once = merged(self.calibration)
             passes = self.passes([at_once]) if at_once is not None else self.passes()
-            rebalance_(
-                model, self.original, self.structure, plan, passes, self.config.rebalance, progress=self.progress
-            )
+            settings = self.config.rebalance
+            with self.clock.on("rebalance"):
+                rebalance_(model, self.original, self.structure, plan, passes, settings, progress=self.progress)
         return model, plan, proof.error
 
     def next_state(
-        self, state: State, keep: Keep, removed: Sequence[str], title: str, recovery: Recovery | None = None
+        self, state: State, keep: Keep, removed: Sequence[str], title: str, *, tuned: frozenset[str] = frozenset()
     ) -> State:
         """Cut a copy of a state's model further, prove the cut, rebalance it, let it recover, and judge it.
+
+        Args:
+            state: where to start; it is not changed.
+            keep: group name -> units that stay.
+            removed: branches and blocks that are gone then.
+            title: of the recovery, for the progress.
+            tuned: names of the parameters that recover; empty: all.
 
         Raises:
             VerificationError: the cut model is not the masked original; the state is as it was.
         """
         model, plan, error = self.cut(state, keep, removed)
-        metric = self.recover(model, title, recovery or self.config.recovery)
-        return State(model, keep, tuple(removed), plan, self.costs.cost(keep, removed), metric, max(state.error, error))
+        with only_training(model, tuned) if tuned else nullcontext():
+            metric = self.recover(model, title, self.config.recovery)
+        cost = self.costs.cost(keep, removed)
+        return State(model, keep, tuple(removed), plan, cost, metric, max(state.error, error), self.latency_of(model))
+
+    def latency_of(self, model: nn.Module) -> float | None:
+        """The latency of a model as a share of the original's, measured now; None where it is no goal."""
+        if "latency" not in self.budget.targets:
+            return None
+        with self.clock.on("latency"):
+            return latency_share(self.original, model, self.timed)
 
     def recover(self, model: nn.Module, title: str, recovery: Recovery) -> float:
         """Train a model beside the original, keep its best state, and return its metric on the validation data."""
         sign = 1.0 if self.task.higher_is_better else -1.0
 
         def judge(judged: nn.Module) -> float:
-            return sign * evaluate(judged, self.task)
+            with self.clock.on("judging"):
+                return sign * evaluate(judged, self.task)
 
         if not recovery.trains:
-            return evaluate(model, self.task)
-
-        report = fit(
-            model, self.task, recovery, teacher=self.original, progress=self.progress, title=title, judge=judge
-        )
+            return sign * judge(model)
+        with self.clock.on("recovery"):
+            report = fit(
+                model, self.task, recovery, teacher=self.original, progress=self.progress, title=title, judge=judge
+            )
         assert report.best is not None  # there was a judge
         return sign * report.best
-
-
-def calibration_batches(task: Task, config: Config) -> tuple[Any, ...]:
-    """The first batches of the calibration data; a loader that shuffles does so by the run's seed."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(config.seed)
-        return tuple(islice(task.batches("calibration"), config.calibration_batches))
-
-
-def few_samples(example: Inputs, count: int) -> Inputs:
-    """The first samples of example inputs: tensors whose first dimension is the batch are shortened."""
-    sizes = [leaf.shape[0] for leaf in _tensors(example) if leaf.dim() > 0]
-    batch = sizes[0] if sizes else 0
-
-    def shorten(leaf: Any) -> Any:
-        return leaf[:count].clone() if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
-
-    args, kwargs = tree_map(shorten, example)
-    return tuple(args), dict(kwargs)
-
-
-def _tensors(example: Inputs) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]

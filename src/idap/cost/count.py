@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
 from idap.cost.macs import counted, macs_of, ref_name, tensors_of
 from idap.graph.ir import Node
@@ -23,10 +24,12 @@ class Cost:
     Attributes:
         macs: multiply-adds for one sample.
         parameters: trainable or not, buffers not counted.
+        size: bytes of all tensors in the saved file; 0 where the cost model was not told their types.
     """
 
     macs: int
     parameters: int
+    size: int = 0
 
 
 class CostModel:
@@ -35,11 +38,15 @@ class CostModel:
     Args:
         structure: of the model.
         batch: number of samples in the traced example; costs are per sample.
+        saved: bytes of each tensor that a saved file holds, from `saved_tensors`.
     """
 
-    def __init__(self, structure: Structure, batch: int) -> None:
+    def __init__(self, structure: Structure, batch: int, saved: Mapping[str, int] | None = None) -> None:
         self._structure = structure
         self._batch = batch
+        known = {name: max(1, prod(structure.graph.shapes[name])) for name in structure.layout.tensors}
+        self._saved = {name: count // known[name] for name, count in (saved or {}).items() if name in known}
+        self._unseen = {name: count for name, count in (saved or {}).items() if name not in known}
         graph = structure.graph
         self._nodes = [node for node in graph.nodes.values() if counted(node)]
         self._parameters = {node.target for node in graph.nodes.values() if node.op == "parameter"}
@@ -52,8 +59,13 @@ class CostModel:
         """Cost of the model when groups keep only some units and some blocks are removed."""
         present, gone = self._structure.presence(keep or {}), self._gone(removed)
         macs = sum(self._macs(node, present) for node in self._nodes if node.name not in gone)
-        parameters = sum(prod(self._tensor_shape(name, present)) for name in self._held(removed))
-        return Cost(macs // self._batch, parameters)
+        held = self._held(removed)
+        elements = {name: prod(self._tensor_shape(name, present)) for name in held | self._saved.keys()}
+        parameters = sum(elements[name] for name in held)
+        paths = self._replaced(removed)
+        size = sum(elements[name] * width for name, width in self._saved.items() if not name.startswith(paths))
+        size += sum(count for name, count in self._unseen.items() if not name.startswith(paths))
+        return Cost(macs // self._batch, parameters, size)
 
     def unit_macs(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> dict[str, float]:
         """Multiply-adds per sample that the next unit of each group would save."""
@@ -96,8 +108,12 @@ class CostModel:
 
     def _held(self, removed: Sequence[str]) -> set[str]:
         """Parameters that the modules still hold, used or not; a removed module shares none with others."""
-        paths = tuple(f"{path}." for name in removed for path in self._structure.block(name).replaced)
+        paths = self._replaced(removed)
         return {name for name in self._parameters if not name.startswith(paths)}
+
+    def _replaced(self, removed: Sequence[str]) -> tuple[str, ...]:
+        """Beginnings of the names of tensors that vanish with removed blocks."""
+        return tuple(f"{path}." for name in removed for path in self._structure.block(name).replaced)
 
     def _groups_of(self, node: Node) -> set[int]:
         layout = self._structure.layout
@@ -119,6 +135,16 @@ class CostModel:
 
     def _tensor_shape(self, name: str, present: Presence) -> tuple[int, ...]:
         return tuple(count(dim, present) for dim in self._structure.layout.tensors[name])
+
+
+def saved_tensors(model: nn.Module) -> dict[str, int]:
+    """Bytes of each tensor that a saved file of a model holds; tied tensors once, under the first name."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and first.setdefault(id(tensor), name) == name:
+            found[name] = tensor.numel() * tensor.element_size()
+    return found
 
 
 def count_macs(structure: Structure, *, batch: int = 1) -> int:

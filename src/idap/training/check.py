@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from idap.errors import IdapError, TaskError
@@ -15,33 +16,39 @@ from idap.training.task import Split, Task, empty_split
 
 T = TypeVar("T")
 
+REPEATABLE = 1e-5
+"""Largest difference between two runs on one batch, relative to the largest output; sums on a GPU differ by less."""
 
-def check_task(model: nn.Module, task: Task) -> None:
+
+def check_task(model: nn.Module, task: Task, *, trains: bool = True) -> None:
     """Make sure that a model and a task fit together, on the first batch of each split.
 
-    The loss is tried on 'train' and 'calibration', the metric and the logits on 'val' and 'test'. The model keeps its
-    modes, buffers and gradients, and torch's random state is put back.
+    The loss is tried on 'train' and 'calibration', the metric and the logits on 'val' and 'test', where the model runs
+    twice. It keeps its modes, buffers and gradients, and torch's random state is put back.
 
     Args:
         model: the model to train and judge.
         task: what it is for.
+        trains: the model will be trained, so the loss must have a gradient.
 
     Raises:
-        TaskError: a split is empty or can be read only once, the model does not take the inputs, the loss is not a
-            finite scalar with a gradient, the metric is not a finite number, or labels do not fit the outputs.
+        TaskError: a split is empty or can be read only once, the model does not take the inputs, has weights of half
+            precision, or gives other outputs each time; the loss is not a finite scalar with a gradient, the metric is
+            not a finite number, or labels do not fit the outputs.
     """
+    _check_precision(model)
     device = device_of(model)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), modes_kept(model):
         for split in _given(task):
             batch = move(_first_batch(task.batches(split), split), device)
             if split in ("train", "calibration"):
-                _check_loss(model, task, batch, split=split)
+                _check_loss(model, task, batch, split=split, trains=trains)
             else:
                 _check_metric(model, task, batch, split=split)
 
 
 def _given(task: Task) -> list[Split]:
-    splits: list[Split] = ["train", "val"]
+    splits: list[Split] = ["train"] if task.val is None else ["train", "val"]
     if task.calibration is not None:
         splits.append("calibration")
     if task.test is not None:
@@ -68,7 +75,7 @@ def _first_batch(batches: Iterable[Batch], split: Split) -> Batch:
     raise empty_split(split)
 
 
-def _check_loss(model: nn.Module, task: Task, batch: Batch, *, split: Split) -> None:
+def _check_loss(model: nn.Module, task: Task, batch: Batch, *, split: Split, trains: bool) -> None:
     with torch.enable_grad():
         outputs = _outputs(model, task, batch, split=split)
         loss = _attempt(lambda: task.loss(outputs, batch), f"the loss failed on the first batch of {split!r}")
@@ -82,6 +89,8 @@ def _check_loss(model: nn.Module, task: Task, batch: Batch, *, split: Split) -> 
             f"the loss is {loss.item()} on the first batch of {split!r}; expected a finite number. "
             f"The model's outputs are {describe(outputs)}; look there and in the inputs for NaN and infinity."
         )
+    if not trains:
+        return
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TaskError(f"no parameter of {type(model).__name__} requires a gradient. Call model.requires_grad_(True).")
     if not loss.requires_grad:
@@ -89,12 +98,43 @@ def _check_loss(model: nn.Module, task: Task, batch: Batch, *, split: Split) -> 
             f"the loss has no gradient on the first batch of {split!r}: something between the parameters and the loss "
             "cuts it off. Look for .item(), .detach(), argmax and torch.no_grad in the model and in the loss."
         )
+    _check_dependence(model, task, batch, loss, split=split)
+
+
+def _check_dependence(model: nn.Module, task: Task, batch: Batch, loss: Tensor, *, split: Split) -> None:
+    """A gradient of 0 may be that of the best model possible; then other weights must give another loss."""
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    failed = f"the gradient of the loss can't be computed on the first batch of {split!r}"
+    gradients = _attempt(lambda: torch.autograd.grad(loss, list(learned.values()), allow_unused=True), failed)
+    if any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+        return
+    args, kwargs = task.inputs(batch)
+    with torch.no_grad():
+        other = task.loss(functional_call(model, {name: 0.9 * p for name, p in learned.items()}, args, kwargs), batch)
+    if other.item() == loss.item():
+        raise TaskError(
+            f"the loss does not depend on the model: on the first batch of {split!r} its gradient is 0 for each of the "
+            f"{len(learned)} parameters that are trained, and other weights give the same loss, {loss.item():g}. Let "
+            "loss= use the outputs it is given."
+        )
+
+
+def _check_precision(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+            raise TaskError(
+                f"the weights of the model are {parameter.dtype} ({name!r} is the first): a cut can't be proved to the "
+                "last digits in it, and small updates are lost in training. Call model.float() first, let "
+                'Recovery(precision="bf16") make training fast, and convert the result at the end.'
+            )
 
 
 def _check_metric(model: nn.Module, task: Task, batch: Batch, *, split: Split) -> None:
     with torch.no_grad():
         outputs = _outputs(model, task, batch, split=split)
         logits = _attempt(lambda: task.logits(outputs), f"logits= of the task failed on the first batch of {split!r}")
+        if isinstance(logits, Tensor):
+            _check_repeatable(model, logits, task.logits(_outputs(model, task, batch, split=split)))
         if not isinstance(logits, Tensor):
             raise TaskError(
                 f"logits= of the task gave {describe(logits)} on the first batch of {split!r}; not a tensor."
@@ -103,6 +143,22 @@ def _check_metric(model: nn.Module, task: Task, batch: Batch, *, split: Split) -
         failed = f"metric {task.metric_name!r} failed on the first batch of {split!r}"
         _attempt(lambda: meter.add(outputs, batch), failed)
         _attempt(meter.value, failed)
+
+
+def _check_repeatable(model: nn.Module, first: Tensor, second: Tensor) -> None:
+    """Cuts are proved, and decisions taken, by comparing outputs."""
+    same = first.shape == second.shape
+    largest = float(first.float().abs().max()) if first.numel() else 0.0
+    spread = (
+        float((first.float() - second.float()).abs().max()) / max(largest, 1e-12) if same and first.numel() else 0.0
+    )
+    if not same or spread > REPEATABLE:
+        found = f"by {spread:.2g} of the largest output" if same else f"in shape, {first.shape} and {second.shape}"
+        raise TaskError(
+            f"{type(model).__name__} gives other outputs for the same batch from call to call in eval mode: they "
+            f"differ {found}, allowed is {REPEATABLE:g}. Look for sampling, and for dropout that model.eval() does not "
+            "switch off."
+        )
 
 
 def _outputs(model: nn.Module, task: Task, batch: Batch, *, split: Split) -> Any:

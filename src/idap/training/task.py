@@ -37,7 +37,7 @@ class Task:
 
     Args:
         train: batches to learn from; iterated anew in every epoch.
-        val: batches that decide what is accepted.
+        val: batches that decide what is accepted; None: compression splits some off `train`.
         test: batches that are looked at once, at the end.
         calibration: batches on which divergence is measured; `train` where None.
         loss: gives the scalar loss of `(outputs, batch)`.
@@ -56,7 +56,7 @@ class Task:
     """
 
     train: Iterable[Batch] = field(repr=False)
-    val: Iterable[Batch] = field(repr=False)
+    val: Iterable[Batch] | None = field(default=None, repr=False)
     test: Iterable[Batch] | None = field(default=None, repr=False)
     calibration: Iterable[Batch] | None = field(default=None, repr=False)
     loss: Callable[[Outputs, Batch], Tensor]
@@ -135,7 +135,7 @@ class Task:
 
 def classification(
     train: Iterable[Batch],
-    val: Iterable[Batch],
+    val: Iterable[Batch] | None = None,
     *,
     num_classes: int,
     test: Iterable[Batch] | None = None,
@@ -146,7 +146,7 @@ def classification(
 
     Args:
         train: batches `(input, labels, ...)`, or dicts with 'labels' or 'label'; labels are integers of shape `(B,)`.
-        val: batches that decide what is accepted.
+        val: batches that decide what is accepted; None: compression splits some off `train`.
         num_classes: the number of classes C; the model's logits have shape `(B, C)`.
         test: batches that are looked at once, at the end.
         calibration: batches on which divergence is measured; `train` where None.

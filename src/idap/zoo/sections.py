@@ -20,11 +20,14 @@ from idap.errors import ConfigError
 from idap.rebalance.run import Rebalance
 from idap.training.fit import Recovery
 
-GOALS = ("max_drop", "macs", "parameters")
+GOALS = ("max_drop", "max_relative_drop", "worst_metric", "macs", "parameters", "size", "latency")
 NESTED = ("filters", "layers", "recovery", "final", "rebalance")
 SHARES = (
+    "max_relative_drop",
     "macs",
     "parameters",
+    "size",
+    "latency",
     "filters_share",
     "first_share",
     "min_share",

@@ -1,0 +1,71 @@
+"""The end of a run: the last measurement, what was reached, and what was not and why."""
+
+from dataclasses import replace
+
+from idap.compress.journal import COST_NAMES, Journal
+from idap.compress.result import Result
+from idap.compress.state import Setting, State
+from idap.saving.checkpoint import save
+from idap.training.evaluate import evaluate, output_error
+
+LATENCY_NOISE = 0.02
+"""By how much the last measurement of latency may be above its target, as a share of it."""
+
+
+def concluded(setting: Setting, start: State, state: State, journal: Journal) -> Result:
+    """Measure what is returned once more, after the last change, and say what was reached."""
+    with setting.clock.on("judging"):
+        metric = start.metric if state is start else evaluate(state.model, setting.task)
+        error = output_error(state.model, setting.original, setting.task)
+    latency = None if state is start else setting.latency_of(state.model)
+    final = replace(state, metric=metric, latency=latency if latency is not None else state.latency)
+    reached, message = _verdict(setting, final, journal, untouched=state is start)
+    if setting.folder is not None:
+        save(setting.folder.model, final.model, final.plan)
+    return Result(
+        model=final.model,
+        plan=final.plan,
+        steps=tuple(journal.steps),
+        baseline=start.metric,
+        metric=final.metric,
+        macs=(start.cost.macs, final.cost.macs),
+        parameters=(start.cost.parameters, final.cost.parameters),
+        size=(start.cost.size, final.cost.size),
+        latency=final.latency,
+        output_error=error,
+        reached=reached,
+        message=message,
+        metric_name=setting.task.metric_name,
+        seconds=_seconds(setting, journal),
+    )
+
+
+def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
+    """Seconds by kind of work, of all steps and of what lay around them."""
+    found: dict[str, float] = {}
+    for phases in (*(step.phases for step in journal.steps), setting.clock.take()):
+        for kind, seconds in phases.items():
+            found[kind] = found.get(kind, 0.0) + seconds
+    return found
+
+
+def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: bool) -> tuple[bool, str]:
+    goal, shares = setting.budget, setting.shares(state)
+    if untouched:
+        return False, "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
+    if not goal.holds(state.metric):
+        return False, (
+            f"the {setting.task.metric_name} was {state.metric:.4f} when it was measured once more after the last "
+            f"change, and {goal.worst:.4f} is the worst allowed: the validation data or the model change from one "
+            "reading to the next. Make the validation loader give the same batches each time"
+        )
+    missed = [
+        f"{COST_NAMES[name]} came down to {shares[name]:.1%}, not to {wanted:.1%}"
+        for name, wanted in goal.targets.items()
+        if shares[name] > wanted * (1 + (LATENCY_NOISE if name == "latency" else 0))
+    ]
+    if missed:
+        rejected = any(not step.accepted for step in journal.steps if step.stage != "final")
+        why = "every further step left the accuracy budget" if rejected else "the steps were used up"
+        return False, f"{' and '.join(missed)}: {why}. Allow a larger max_drop, more steps or a longer recovery"
+    return True, "every goal was reached"
