@@ -57,6 +57,8 @@ class Course:
     def left(self) -> float | None:
         """Estimate the seconds to the target, from the way that was made with the decisions so far.
 
+        What comes after the target, such as a last recovery, is not counted.
+
         Returns:
             Seconds, at least 0; None where there is no target, before anything was gained, and once it is reached.
         """
