@@ -3,6 +3,7 @@
 Nothing below `cli/` prints. Work that takes time is given a `Progress`; the default says nothing.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ class Status:
 
     Attributes:
         stage: "filters", "layers", "interleaved" or "final".
-        step: number of the decision that is being prepared, from 0.
+        step: number of the decision that is being prepared, from 0; so many decisions were taken before.
         accepted: decisions accepted so far.
         profile: mean divergence of the units of each group, in the order of the network; empty before the first
             measurement.
@@ -44,7 +45,7 @@ class Phase(Protocol):
     """One stretch of work with a known number of steps."""
 
     def advance(self, note: str = "") -> None:
-        """One step is done; `note` is shown beside the bar."""
+        """One step is done; `note` is shown beside the bar, and is kept as a measurement where it reads as one."""
 
 
 class Progress(Protocol):
@@ -57,7 +58,30 @@ class Progress(Protocol):
         """Report one finished decision as one line of plain text."""
 
     def show(self, status: Status) -> None:
-        """Tell where the run stands; told after each measurement and each decision."""
+        """Tell where the run stands; told after each measurement and each decision.
+
+        It is shown until the outermost phase ends, so the whole run should be a phase.
+        """
+
+
+_MEASUREMENT = re.compile(r"(\w+) ([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
+
+
+def measurement(note: str) -> tuple[str, float] | None:
+    """Read a note as a measurement: one word and a number.
+
+    Args:
+        note: of a step.
+
+    Returns:
+        What was measured, and its value; None for any other note.
+
+    Example:
+        >>> measurement("loss 0.512"), measurement("blocks.0.attn")
+        (('loss', 0.512), None)
+    """
+    found = _MEASUREMENT.fullmatch(note)
+    return (found[1], float(found[2])) if found else None
 
 
 class Silent:

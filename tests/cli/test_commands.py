@@ -87,6 +87,7 @@ class TestHelp:
                 ["compress"],
                 ["--run-dir", "--data", "--weights", "--set", "--model", "--task", "--max-drop", "--macs", "--quiet"],
             ),
+            (["compress"], ["--tensorboard", "Log the run for TensorBoard", "--resume"]),
             (["compress"], ["idap compress recipes/digits_resnet.toml --set goals.macs=40%"]),
         ],
     )
@@ -283,6 +284,21 @@ class TestCompress:
         assert result.exit_code == 2
         assert expected in text(result.stderr)
         assert not (tmp_path / "runs").exists()
+
+    def test_no_tensorboard(self, script, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        result = compress(script, "--tensorboard", "logs")
+        assert result.exit_code == 2
+        assert "Run: pip install 'idap[tensorboard]'" in text(result.stderr)
+        assert not (tmp_path / "runs").exists()
+        assert not (tmp_path / "logs").exists()
+
+    def test_each_start_has_its_log_for_tensorboard(self, script, tmp_path):
+        pytest.importorskip("tensorboard", reason="tensorboard is not installed; pip install 'idap[tensorboard]'")
+        assert compress(script, "--tensorboard", "logs", "--run-dir", "here/mine").exit_code == 0
+        assert compress(script, "--tensorboard", "logs", "--run-dir", "here/mine", "--resume").exit_code == 0
+        assert sorted(folder.name for folder in (tmp_path / "logs").iterdir()) == ["mine", "mine-2"]
+        assert all(any(folder.iterdir()) for folder in (tmp_path / "logs").iterdir())
 
     @pytest.mark.parametrize("words", [[], ["--model", "idap:digits_vit"], ["--task", "python:mine.py:task"]])
     def test_nothing_to_do(self, words):

@@ -1,7 +1,8 @@
 """`idap compress`: both stages, from a recipe or from a model and a task."""
 
 import json
-from itertools import count, takewhile
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from idap.cli.options import (
     Resume,
     RunDir,
     TaskSpec,
+    TensorBoardDir,
     WeightsPath,
 )
 from idap.cli.progress import listener
@@ -30,6 +32,7 @@ from idap.cli.tables import Comparison, comparison_table
 from idap.errors import ConfigError
 from idap.progress import Progress
 from idap.record import RunFolder, read_steps
+from idap.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +55,7 @@ def compress_command(  # noqa: PLR0913 - one argument per option
     macs: Macs = None,
     run_dir: RunDir = None,
     resume: Resume = False,
+    tensorboard: TensorBoardDir = None,
     overrides: Overrides = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -76,7 +80,10 @@ def compress_command(  # noqa: PLR0913 - one argument per option
         outcome.run_dir = run_dir = _folder(run_dir or read.run_dir, read.name, resume=resume)
         # With --json, the standard output belongs to the document.
         console = Console(highlight=False, stderr=as_json)
-        result, numbers = _run(read, run_dir, console, quiet=quiet, resume=resume)
+        progress = listener(console, quiet=quiet)
+        logged = nullcontext(progress) if tensorboard is None else _board(tensorboard, run_dir, progress)
+        with logged as progress:
+            result, numbers = _run(read, run_dir, progress, resume=resume)
         if as_json:
             typer.echo(json.dumps(_document(result, numbers, run_dir), indent=1))
         elif not quiet:
@@ -91,29 +98,38 @@ def _folder(wanted: Path | None, name: str, *, resume: bool) -> Path:
     To go on with a run, without a wish the last one of `runs/` that has the name.
     """
     if wanted is None:
-        numbered = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in count(1))
-        folders = [*takewhile(Path.exists, numbered)]
-        if resume and folders:
-            return folders[-1]
-        return Path("runs") / (f"{name}-{len(folders) + 1}" if folders else name)
+        last, free = _numbered(Path("runs") / name)
+        return last if resume and last is not None else free
     if not resume:
         RunFolder(wanted).check()
     return wanted
 
 
-def _run(
-    recipe: "Recipe", run_dir: Path, console: Console, *, quiet: bool, resume: bool
-) -> tuple["Result", Comparison]:
+def _numbered(first: Path) -> tuple[Path | None, Path]:
+    """The last folder of NAME, NAME-2, NAME-3, ... that is there, and the next one."""
+    names = (first if number == 1 else first.with_name(f"{first.name}-{number}") for number in count(1))
+    last, free = None, next(names)
+    while free.exists():
+        last, free = free, next(names)
+    return last, free
+
+
+def _board(folder: Path, run_dir: Path, progress: Progress) -> TensorBoard:
+    """Log beside whoever listens; each start has a folder of its own, since a run that goes on would be mixed up."""
+    return TensorBoard(_numbered(folder / run_dir.resolve().name)[1], progress)
+
+
+def _run(recipe: "Recipe", run_dir: Path, progress: Progress, *, resume: bool) -> tuple["Result", Comparison]:
     from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
     from idap.training.fit import fit  # noqa: PLC0415 - as above
 
-    progress = listener(console, quiet=quiet)
     config, training = recipe.config(), recipe.training()
     model, task = recipe.model(), recipe.task()
     if training is not None:
         fit(model, task, training, progress=progress, title="train")
     progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
-    result = compress(model, task, config, run_dir=run_dir, resume=resume, progress=progress)
+    with progress.phase("compress", None):
+        result = compress(model, task, config, run_dir=run_dir, resume=resume, progress=progress)
     return result, compare(model, result, task, progress)
 
 

@@ -122,7 +122,8 @@ def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Pro
         layers=LayerStage(removals=3),
         seed=seed,
     )
-    result = compress(model, task, config, run_dir=folder, progress=progress)
+    with progress.phase("compress", None):
+        result = compress(model, task, config, run_dir=folder, progress=progress)
     console.print()
     console.print(comparison_table(compare(model, result, task, progress)))
     console.print(

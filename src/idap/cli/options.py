@@ -40,6 +40,15 @@ Resume = Annotated[
         "--resume", metavar="", help="Go on with the run in --run-dir (or runs/NAME) that was stopped or killed."
     ),
 ]
+TensorBoardDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensorboard",
+        metavar="PATH",
+        help="Log the run for TensorBoard, in a new folder of this one.",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the recipe; may be repeated."),

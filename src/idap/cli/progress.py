@@ -1,22 +1,31 @@
 """Show progress: bars on a terminal, plain lines elsewhere."""
 
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from typing import Literal
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.highlighter import RegexHighlighter
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 from rich.theme import Theme
 
+from idap.cli.course import Course
+from idap.cli.live import StatusView, in_brief
 from idap.progress import Progress, Silent, Status
 
 HEARTBEAT = 30.0
 """Seconds between two signs of life where there are no bars."""
+INDENT = 4
+"""Characters before what follows the first part of a broken line."""
+TITLE = 22
+"""Characters that the title of a phase has at least."""
 
 
 def listener(console: Console, *, quiet: bool = False) -> Progress:
@@ -43,47 +52,102 @@ class Verdicts(RegexHighlighter):
 
 
 class Bars:
-    """A bar for each open phase; lines appear above the bars and stay."""
+    """Where the run stands and a bar for each open phase; lines appear above them and stay.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: a terminal.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         console.push_theme(Verdicts.theme)
         self._console = console
         self._verdicts = Verdicts()
-        self._bars = RichProgress(
-            TextColumn("{task.description}", table_column=Column(min_width=22, no_wrap=True)),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=console,
-            transient=True,
-            refresh_per_second=5,
-        )
-        self._open = 0
+        self._course = Course(clock)
+        self._bars = _Area(console, StatusView(self._course), clock)
 
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator["_Bar"]:
-        """Open a phase with a bar of its own; the bar goes when the phase ends."""
-        if self._open == 0:
+        """Open a phase with a bar of its own; the bar goes when the phase ends, and everything with the last one."""
+        if not self._course.running:
             self._bars.start()
-        self._open += 1
+        self._course.open()
         task = self._bars.add_task(title, total=total, note="")
         try:
             yield _Bar(self._bars, task)
         finally:
             self._bars.remove_task(task)
-            self._open -= 1
-            if self._open == 0:
+            self._course.close()
+            if not self._course.running:
                 self._bars.stop()
 
     def say(self, line: str) -> None:
-        """Print one line above the bars; one that is too wide is broken after its first part."""
-        head, bar, rest = line.partition(" | ")
-        wide = bar and cell_len(line) > self._console.width
-        self._console.print(self._verdicts(Text(f"{head}\n    {rest}" if wide else line)))
+        """Print one line above the bars; one that is too wide is broken after its first part, and where it must be."""
+        self._console.print(self._verdicts(Text(broken(_shown(self._console, line), self._console.width))))
 
     def show(self, status: Status) -> None:
-        """Nothing yet."""
+        """Show where the run stands, until its outermost phase ends."""
+        self._course.show(status)
+
+
+class _Area(RichProgress):
+    """What is redrawn: where the run stands, and the bars."""
+
+    def __init__(self, console: Console, status: StatusView, clock: Callable[[], float]) -> None:
+        cut: Literal["crop", "ellipsis"] = "crop" if console.options.ascii_only else "ellipsis"
+        self._target, self._status, self._bar = console, status, BarColumn()
+        super().__init__(
+            TextColumn("{task.description}", table_column=Column(min_width=TITLE, no_wrap=True, overflow=cut)),
+            self._bar,
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow=cut)),
+            console=console,
+            transient=True,
+            refresh_per_second=5,
+            get_time=clock,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Where the run stands, then the bars."""
+        yield self._status
+        yield self.make_tasks_table(self.tasks)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """The bars; a phase of unknown length needs none while another one is open inside it."""
+        shown = list(tasks)
+        self._bar.bar_width = max(8, min(24, self._target.width - TITLE - 32))
+        return super().make_tasks_table([task for task in shown if task.total is not None or task is shown[-1]])
+
+
+def broken(line: str, width: int) -> str:
+    """Break a line that is too wide after its first part, then between others, then between words.
+
+    Args:
+        line: parts with " | " between them.
+        width: most characters of a line.
+
+    Returns:
+        The line, or lines of which all but the first are indented.
+
+    Example:
+        >>> print(broken("layers 3: removed branch b.1 | MACs 86.1% | accuracy 0.9 | accepted", 30))
+        layers 3: removed branch
+            b.1
+            MACs 86.1% | accuracy 0.9
+            accepted
+    """
+    if cell_len(line) <= width or "\n" in line:
+        return line
+    head, *rest = line.split(" | ")
+    lines: list[str] = []
+    for part in rest:
+        if lines and cell_len(f"{lines[-1]} | {part}") <= width - INDENT:
+            lines[-1] = f"{lines[-1]} | {part}"
+        else:
+            lines.append(part)
+    words = textwrap.TextWrapper(max(1, width - INDENT), break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * INDENT}".join(chain.from_iterable(words.wrap(each) for each in [head, *lines]))
 
 
 class _Bar:
@@ -105,25 +169,35 @@ class Lines:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
+        self._course = Course(clock)
         self._last = clock()
 
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator["_Count"]:
         """Open a phase, which is heard of only if it takes long."""
-        yield _Count(self, title, total)
+        self._course.open()
+        try:
+            yield _Count(self, title, total)
+        finally:
+            self._course.close()
 
     def say(self, line: str) -> None:
         """Print one line."""
         self._last = self._clock()
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(_shown(self._console, line), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, status: Status) -> None:
-        """Nothing: the decisions' own lines say it."""
+        """Remember where the run stands for the next sign of life; the decisions' own lines say it too."""
+        self._course.show(status)
 
     def pulse(self, line: str) -> None:
-        """Print a line if nothing was printed for a while."""
-        if self._clock() - self._last >= HEARTBEAT:
-            self.say(line)
+        """Print a line, and where the run stands, if nothing was printed for a while."""
+        if self._clock() - self._last < HEARTBEAT:
+            return
+        status = self._course.status
+        self.say(
+            line if status is None else f"{line} | {in_brief(status, ascii_only=self._console.options.ascii_only)}"
+        )
 
 
 class _Count:
@@ -136,3 +210,8 @@ class _Count:
         self._done += 1
         of = "" if self._total is None else f"/{self._total}"
         self._lines.pulse(f"{self._title}: {self._done}{of}{f', {note}' if note else ''}")
+
+
+def _shown(console: Console, line: str) -> str:
+    """What the console's encoding can show of a line; a letter that it lacks must not end a run."""
+    return line.encode(console.encoding, "replace").decode(console.encoding)

@@ -1,0 +1,138 @@
+"""Log a run for TensorBoard: costs, metric, decisions, the divergence over depth, the losses of recovery."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from idap.errors import ConfigError, RunFolderError
+from idap.progress import Phase, Progress, Silent, Status, measurement
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoard:
+    """A `Progress` that logs for TensorBoard what it hears, and passes everything on.
+
+        with TensorBoard("logs/resnet20") as board:
+            result = idap.compress(model, task, config, progress=board)
+
+    The horizontal axis counts decisions, but for what is measured at every step of a phase, such as the loss of
+    recovery: that counts the steps of all phases of the same title. The divergence is a histogram over depth: a bucket
+    for each group, as high as the mean divergence of its units; it is empty where that is not above 0.
+
+    Args:
+        folder: a new or empty one; it is made when there is something to log.
+        progress: also hears everything.
+
+    Raises:
+        ConfigError: the package tensorboard is missing.
+        RunFolderError: the folder is not empty.
+    """
+
+    def __init__(self, folder: str | Path, progress: Progress | None = None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional extra, slow to import
+        except ImportError as error:
+            raise ConfigError(
+                f"a log for TensorBoard needs the package tensorboard, which can't be imported: {error}. "
+                "Run: pip install 'idap[tensorboard]'"
+            ) from error
+        self._folder, self._progress = Path(folder), progress or Silent()
+        if self._folder.exists() and not (self._folder.is_dir() and not any(self._folder.iterdir())):
+            raise RunFolderError(
+                f"{self._folder} exists and is not an empty folder; TensorBoard would mix two logs. Choose another one."
+            )
+        self._open = SummaryWriter
+        self._made: SummaryWriter | None = None
+        self._counts: Counter[str] = Counter()
+        self._last: Status | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is still to be written, and close the file."""
+        if self._made is not None:
+            self._made.close()
+
+    @contextmanager
+    def phase(self, title: str, total: int | None) -> Iterator["_Steps"]:
+        """Open a phase; where the notes of its steps are measurements they are logged."""
+        with self._progress.phase(title, total) as phase:
+            yield _Steps(self, title.rpartition(": ")[2], phase)
+
+    def say(self, line: str) -> None:
+        """Log a line as text."""
+        # Four spaces make it code: names of modules would otherwise be read as markup.
+        self._writer.add_text("decisions", f"    {line}", self._next("decisions"))
+        self._writer.flush()
+        self._progress.say(line)
+
+    def show(self, status: Status) -> None:
+        """Log where the run stands, as far as that is new."""
+        last, self._last = self._last, status
+        if last is None or last.step != status.step:
+            self._decided(last, status)
+        if status.profile and (last is None or last.profile != status.profile):
+            self._profile(status)
+        self._writer.flush()
+        self._progress.show(status)
+
+    def measured(self, title: str, name: str, value: float) -> None:
+        """Log what was measured at one step of a phase."""
+        tag = f"{name}/{title.replace(' ', '_')}"
+        self._writer.add_scalar(tag, value, self._next(tag))
+
+    @property
+    def _writer(self) -> "SummaryWriter":
+        if self._made is None:
+            self._made = self._open(str(self._folder))
+        return self._made
+
+    def _next(self, tag: str) -> int:
+        self._counts[tag] += 1
+        return self._counts[tag] - 1
+
+    def _decided(self, last: Status | None, status: Status) -> None:
+        values = {f"cost/{name}": now for name, (now, _) in status.costs.items()}
+        values[f"metric/{status.metric_name}"] = status.metric
+        values["accepted/count"] = status.accepted
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, status.step)
+        if last is not None and status.step == last.step + 1:
+            self._writer.add_scalar("accepted/decision", status.accepted - last.accepted, last.step)
+
+    def _profile(self, status: Status) -> None:
+        profile = [value if value > 0 else 0.0 for value in status.profile]
+        self._writer.add_histogram_raw(
+            "divergence/over depth",
+            min=0,
+            max=len(profile),
+            num=len(profile),
+            sum=sum(profile),
+            sum_squares=sum(value * value for value in profile),
+            bucket_limits=[index + 1 for index in range(len(profile))],
+            bucket_counts=profile,
+            global_step=status.step,
+        )
+
+
+class _Steps:
+    def __init__(self, board: TensorBoard, title: str, phase: Phase) -> None:
+        self._board, self._title, self._phase = board, title, phase
+
+    def advance(self, note: str = "") -> None:
+        """Log what a step measured."""
+        found = measurement(note)
+        if found is not None:
+            self._board.measured(self._title, *found)
+        self._phase.advance(note)
