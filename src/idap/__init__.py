@@ -15,9 +15,11 @@ if typing.TYPE_CHECKING:
     from idap.errors import IdapError
     from idap.graph.trace import trace
     from idap.saving.checkpoint import load, save
+    from idap.saving.export import export
     from idap.structure.analysis import Structure, analyze
     from idap.structure.plan import Plan
     from idap.surgery.apply import apply_plan, apply_plan_
+    from idap.surgery.finalize import finalize
     from idap.surgery.verify import Proof, verify
     from idap.training.evaluate import evaluate, output_error
     from idap.training.fit import Recovery, fit
@@ -48,6 +50,8 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "evaluate",
+    "export",
+    "finalize",
     "fit",
     "load",
     "measure",
@@ -76,11 +80,13 @@ _HOMES = {
     "trace": "idap.graph.trace",
     "load": "idap.saving.checkpoint",
     "save": "idap.saving.checkpoint",
+    "export": "idap.saving.export",
     "Structure": "idap.structure.analysis",
     "analyze": "idap.structure.analysis",
     "Plan": "idap.structure.plan",
     "apply_plan": "idap.surgery.apply",
     "apply_plan_": "idap.surgery.apply",
+    "finalize": "idap.surgery.finalize",
     "Proof": "idap.surgery.verify",
     "verify": "idap.surgery.verify",
     "evaluate": "idap.training.evaluate",

@@ -7,6 +7,7 @@
     ├── PlanError                 a plan does not fit the model, or contradicts itself
     ├── RewrittenModuleError      a module with rewritten code was called in another way than it was rewritten for
     ├── VerificationError         the pruned model does not equal the masked original
+    ├── ExportError               a model can't be brought into another form, or differs in it
     ├── TaskError                 the data, the loss or the metric cannot be used
     ├── ConfigError               a setting or a recipe is wrong
     │   └── BudgetError           the goals cannot be met by any compression
@@ -43,6 +44,10 @@ class RewrittenModuleError(IdapError):
 
 class VerificationError(IdapError):
     """The pruned model does not equal the masked original."""
+
+
+class ExportError(IdapError):
+    """The model cannot be brought into another form, or gives other outputs in it."""
 
 
 class TaskError(IdapError):

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -26,13 +25,9 @@ from idap.cli.options import (
     WithDivergence,
 )
 from idap.cli.structure_view import StructureView, structure_tree, survey
+from idap.cli.subject import model_and_inputs, recipe_of
 from idap.errors import ConfigError
 from idap.record import write_json
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from idap.zoo.recipe import Recipe
 
 
 def inspect_command(  # noqa: PLR0913 - one argument per option
@@ -81,8 +76,7 @@ def _view(spec: str, shapes: list[str], contracts: list[str] | None, *, swap: bo
     from idap.graph.trace import trace  # noqa: PLC0415 - as above
     from idap.structure.analysis import analyze  # noqa: PLC0415 - as above
 
-    inputs = tuple(_input(text) for text in shapes)
-    model, args, kwargs = _model_and_inputs(spec, inputs)
+    model, args, kwargs = model_and_inputs(spec, recipe_of(spec), shapes)
     structure = analyze(trace(model, args, kwargs), contracts=contracts, swap=swap, required=False)
     batch = next((len(leaf) for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
     return survey(type(model).__name__, structure, CostModel(structure, batch))
@@ -109,37 +103,3 @@ def _profile(
     config = replace(recipe.config(), swap=swap, contracts=None if contract is None else tuple(contract))
     structure, found = measured(recipe.model(), recipe.task(), config)
     return profile(structure, found, config.calibration_batches)
-
-
-def _model_and_inputs(spec: str, inputs: tuple["Tensor", ...]) -> tuple["nn.Module", tuple[Any, ...], dict[str, Any]]:
-
-    from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - imports torch
-    from idap.zoo.resolve import build_model, example_inputs  # noqa: PLC0415 - as above
-
-    recipe: Recipe | None = read_recipe(spec) if spec.endswith(".toml") else None
-    build = spec if recipe is None else recipe.network.build
-    model = build_model(spec) if recipe is None else recipe.model()
-    if inputs:
-        return model, inputs, {}
-    known = example_inputs(build, model)
-    if known is not None:
-        return model, *known
-    if recipe is None:
-        raise ConfigError(f"what {spec} takes is not known; say it: --input-shape 1,3,32,32, once per input.")
-    args, kwargs = recipe.task().example("cpu")
-    return model, args, kwargs
-
-
-def _input(text: str) -> "Tensor":
-    import torch  # noqa: PLC0415 - slow to import
-
-    sizes, _, kind = text.partition(":")
-    try:
-        shape = tuple(int(size) for size in sizes.split(","))
-    except ValueError as error:
-        raise ConfigError(
-            f"--input-shape {text!r} is not a shape; write sizes with commas, as in 1,3,32,32."
-        ) from error
-    if kind not in ("", "int") or min(shape) < 1:
-        raise ConfigError(f"--input-shape {text!r} is not a shape; write sizes above 0, and :int for whole numbers.")
-    return torch.zeros(shape, dtype=torch.int64 if kind else torch.float32)

@@ -7,6 +7,7 @@ import typer
 
 from idap.cli.compress import compress_command
 from idap.cli.demo_command import demo_command
+from idap.cli.export import export_command
 from idap.cli.inspect import inspect_command
 
 _EXIT_CODES = "Exit codes: 0 done · 1 a goal was not reached · 2 wrong input · 3 unexpected error · 130 stopped."
@@ -32,6 +33,11 @@ app.command(
     epilog="Examples: [bold]idap compress recipes/digits_resnet.toml --set goals.macs=40%[/bold]  ·  "
     "[bold]idap compress --model python:net.py:build --task python:net.py:task --max-drop 0.01 --macs 0.5[/bold]",
 )(compress_command)
+app.command(
+    "export",
+    epilog="Examples: [bold]idap export runs/net --model net.toml --out net.onnx[/bold]  ·  "
+    "[bold]idap export small --model idap:digits_vit --to pt2 --finalize --out small.pt2[/bold]",
+)(export_command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -103,3 +103,26 @@ Seed = Annotated[int, typer.Option("--seed", help="Of everything that is random.
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="PATH", help="Folder for the compressed models; temporary if left out.")
 ]
+RunOrModel = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="A run folder, or a folder with plan.json.", show_default=False)
+]
+OriginalSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="SPEC",
+        help="The model that was compressed, such as python:net.py:build, or its recipe (FILE.toml); the run's own "
+        "recipe if left out.",
+    ),
+]
+ExportTo = Annotated[str, typer.Option("--to", metavar="FORM", help="onnx, pt2 (torch.export) or safetensors.")]
+ExportFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.", show_default=False)]
+Finalize = Annotated[
+    bool, typer.Option("--finalize", metavar="", help="Fold batch norms and take out dropout first; see idap.finalize.")
+]
+StaticBatch = Annotated[
+    bool, typer.Option("--static-batch", metavar="", help="Fix the batch size to that of the example inputs.")
+]
+Opset = Annotated[
+    int | None, typer.Option("--opset", help="Version of the ONNX operators; torch's choice if left out.")
+]

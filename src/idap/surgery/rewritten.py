@@ -156,6 +156,8 @@ def _compiled(program: Program, signature: inspect.Signature) -> Callable[..., A
             "with swap=False."
         )
 
+    # What the original's forward says of its parameters: exporters and generation ask for their names.
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from idap.errors import VerificationError
-from idap.graph.copies import own_inputs
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.labels import Dim
 from idap.graph.rules.attention import implied_scale
@@ -24,6 +23,7 @@ from idap.graph.run import run, tensors_of
 from idap.structure.analysis import Structure
 from idap.structure.layout import Presence, count, slots
 from idap.structure.plan import Plan
+from idap.surgery.compare import difference, outputs_of
 
 TOLERANCE = 1e-4
 
@@ -73,7 +73,7 @@ def verify(
     leaves = tree_leaves((args, dict(kwargs)))
     reference = masked_outputs(structure, original, plan, leaves, since=since)
     try:
-        found = _outputs(pruned, args, dict(kwargs))
+        found = outputs_of(pruned, args, dict(kwargs))
     except Exception as error:
         raise VerificationError(
             f"the pruned model does not run: {type(error).__name__}: {error} (cut: {_names(plan)})"
@@ -90,7 +90,7 @@ def verify(
                 f"output {place} of the pruned model has shape {tuple(mine.shape)}, that of the masked original "
                 f"{tuple(theirs.shape)} (cut: {_names(plan)})"
             )
-        worst = max(worst, _difference(mine, theirs))
+        worst = max(worst, difference(mine, theirs))
     if not worst <= tolerance:
         raise VerificationError(
             f"the pruned model differs from the masked original by {worst:.2g} of its largest output, allowed is "
@@ -148,30 +148,6 @@ def _masked(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
         mask[list(places)] = True
         tensor = torch.where(mask.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]), tensor, 0)
     return tensor
-
-
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        mine, named = own_inputs(args, kwargs)
-        with torch.no_grad():
-            returned = model(*mine, **named)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
-
-
-def _difference(mine: Tensor, theirs: Tensor) -> float:
-    if not theirs.is_floating_point():
-        return 0.0 if torch.equal(mine, theirs) else float("inf")
-    same = torch.isclose(mine, theirs, rtol=0, atol=0, equal_nan=True)  # infinities of masks
-    if bool(same.all()):
-        return 0.0
-    finite = theirs[theirs.isfinite()].abs()
-    scale = finite.max().clamp_min(1e-12) if finite.numel() else torch.ones(())
-    return float(((mine - theirs).abs()[~same] / scale).nan_to_num(nan=float("inf")).max())
 
 
 def _names(plan: Plan) -> str:

@@ -1,0 +1,157 @@
+"""`idap export`: a compressed model as a file that runs without its Python code."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+from idap.cli.failure import Outcome
+from idap.cli.options import (
+    DataPath,
+    Debug,
+    ExportFile,
+    ExportTo,
+    Finalize,
+    InputShapes,
+    Json,
+    Opset,
+    OriginalSpec,
+    Quiet,
+    RunOrModel,
+    StaticBatch,
+    TaskSpec,
+)
+from idap.cli.subject import model_and_inputs, recipe_of
+from idap.errors import ConfigError, RunFolderError
+from idap.record import CHECKPOINTS, RUN, RunFolder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from idap.saving.export import Exported
+    from idap.surgery.finalize import Finalized
+    from idap.zoo.recipe import Recipe
+
+_FORMS = ("onnx", "pt2", "safetensors")
+
+
+def export_command(  # noqa: PLR0913 - one argument per option
+    folder: RunOrModel,
+    *,
+    out: ExportFile,
+    to: ExportTo = "onnx",
+    model: OriginalSpec = None,
+    task: TaskSpec = None,
+    data: DataPath = None,
+    input_shape: InputShapes = None,
+    finalize: Finalize = False,
+    static_batch: StaticBatch = False,
+    opset: Opset = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a compressed model as ONNX, as a torch.export program or as plain weights.
+
+    What was written is read back and compared with the model on fresh inputs; on a mismatch there is no file.
+    """
+    outcome = Outcome(command="idap export", where=str(folder), as_json=as_json, debug=debug)
+    with outcome.reported():
+        if to not in _FORMS:
+            raise ConfigError(f"--to is {', '.join(_FORMS[:-1])} or {_FORMS[-1]}, found {to!r}.")
+        place = _model_folder(folder)
+        recipe = recipe_of(model, task, data) if model is not None else _recipe_of_run(folder)
+        spec = model or (recipe.network.build if recipe is not None else "")
+        small, args, kwargs, report = _loaded(place, spec, recipe, input_shape or [], finalized=finalize)
+        done = _written(small, args, kwargs, out, to=to, dynamic=not static_batch, opset=opset)
+    if as_json:
+        found = asdict(done) | {"finalized": None if report is None else asdict(report)}
+        typer.echo(json.dumps(found, indent=1, default=str))
+    elif not quiet:
+        _show(done, report)
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder that holds a model: the one that is named, or the result of the run in it."""
+    from idap.saving.checkpoint import PLAN  # noqa: PLC0415 - imports torch
+
+    result = RunFolder(folder).model
+    if (folder / PLAN).exists():
+        return folder
+    if (result / PLAN).exists():
+        return result
+    if (folder / RUN).exists():
+        steps = sorted(each for each in (folder / CHECKPOINTS).glob("*") if (each / PLAN).exists())
+        advice = f"name an accepted state of it, such as {steps[-1]}" if steps else "it has no accepted state either"
+        raise RunFolderError(f"the run in {folder} has no result yet; {advice}.")
+    raise RunFolderError(f"{folder} holds neither a run ({RUN}) nor a compressed model ({PLAN}).")
+
+
+def _recipe_of_run(folder: Path) -> "Recipe":
+    """The recipe that a run was begun with."""
+    from idap.zoo.recipe import make_recipe  # noqa: PLC0415 - imports torch
+
+    file = folder / RUN
+    try:
+        noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunFolderError(f"{file} can't be read: {error}") from error
+    if "recipe" not in noted:
+        raise ConfigError(
+            f"{folder} does not say how its original is built; say it: --model python:net.py:build, or --model and the "
+            "recipe."
+        )
+    return make_recipe(noted["recipe"], str(file))
+
+
+def _loaded(
+    folder: Path, spec: str, recipe: "Recipe | None", shapes: list[str], *, finalized: bool
+) -> "tuple[nn.Module, tuple[Any, ...], dict[str, Any], Finalized | None]":
+    """The compressed model, inputs for it, and what finalizing did."""
+    from idap.saving.checkpoint import load  # noqa: PLC0415 - torch is slow to import
+    from idap.surgery.finalize import finalize  # noqa: PLC0415 - as above
+
+    original, args, kwargs = model_and_inputs(spec, recipe, shapes, weights=False)
+    small = load(folder, original)
+    if not finalized:
+        return small, args, kwargs, None
+    final, report = finalize(small, args, kwargs)
+    return final, args, kwargs, report
+
+
+def _written(
+    model: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], out: Path, *, to: str, dynamic: bool,
+    opset: int | None,
+) -> "Exported":  # fmt: skip
+    from idap.saving.export import export, export_weights  # noqa: PLC0415 - torch is slow to import
+
+    if to == "safetensors":
+        return export_weights(model, out)
+    return export(model, args, out, kwargs=kwargs, to=to, dynamic_batch=dynamic, opset=opset)
+
+
+def _show(done: "Exported", report: "Finalized | None") -> None:
+    console = Console(highlight=False)
+    if report is not None:
+        console.print(
+            f"Finalized: {len(report.folded)} batch norms folded, {len(report.kept)} kept; {len(report.silenced)} "
+            f"dropouts and stand-ins silenced; {len(report.gone)} modules taken out.",
+            soft_wrap=True,
+        )
+    facts = [f"{done.bytes / 1e6:.2f} MB"]
+    if done.opset is not None:
+        facts.append(f"opset {done.opset}")
+    if done.batches:
+        facts += ["any batch size" if done.dynamic_batch else f"batches of {done.batches[0]}"]
+        facts += [f"inputs {', '.join(done.inputs)}", f"outputs {', '.join(done.outputs)}"]
+    console.print(f"{done.file}: {'; '.join(facts)}.", markup=False, soft_wrap=True)
+    checked = (
+        f"Run at batch sizes {', '.join(map(str, done.batches))}: differs from the model by at most "
+        f"{done.difference:.1g} of its largest output."
+        if done.batches
+        else "Read back: equal to the model, bit by bit."
+    )
+    console.print(checked, markup=False, soft_wrap=True)
