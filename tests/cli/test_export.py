@@ -1,0 +1,104 @@
+"""`idap export`: from a run or a model folder to a file, with the original from a spec, a recipe or the run itself."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import idap
+from tests.cli.test_commands import SCRIPT, plain_terminal, text  # noqa: F401 - a fixture
+from tests.cli.test_commands import idap as command
+
+NET = SCRIPT.replace("nn.ReLU()", "nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout()")
+MODEL = ("--model", "python:mine.py:build_model", "--input-shape", "2,4")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a result: half of the neurons are gone."""
+    (tmp_path / "mine.py").write_text(NET)
+    original = original_of()
+    structure = idap.analyze(idap.trace(original, (torch.zeros(2, 4),)))
+    plan = structure.plan({"0": range(0, 16, 2)})
+    idap.save("run/model", idap.apply_plan(original, plan), plan)
+    Path("run/run.json").write_text('{"model": "mine.Sequential"}')
+    return idap.load("run/model", original_of())
+
+
+def original_of():
+    found = {}
+    exec(compile(NET, "mine.py", "exec"), found)
+    return found["build_model"]().eval()
+
+
+def test_a_program(run):
+    result = command("export", "run", *MODEL, "--to", "pt2", "--out", "out/small.pt2")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"out/small\.pt2: 0\.\d+ MB; any batch size; inputs input; outputs output\.", result.stdout)
+    assert "Run at batch sizes 1, 2, 5: differs from the model by at most" in result.stdout
+    x = torch.randn(7, 4)
+    assert torch.allclose(torch.export.load("out/small.pt2").module()(x), run(x), atol=1e-6)
+
+
+def test_weights_after_finalizing(run):
+    result = command("export", "run/model", *MODEL, "--to", "safetensors", "--finalize", "--out", "small.safetensors")
+    assert result.exit_code == 0, result.stderr
+    assert "Finalized: 1 batch norms folded, 0 kept; 1 dropouts" in text(result.stdout)
+    assert "equal to the model, bit by bit" in result.stdout
+    held = load_file("small.safetensors")
+    assert set(held) == {"0.weight", "0.bias", "4.weight", "4.bias"} and held["0.weight"].shape == (8, 4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is missing; make installs it")
+def test_onnx_with_the_task_for_machines(run):
+    words = ("--model", "python:mine.py:build_model", "--task", "python:mine.py:task", "--static-batch", "--json")
+    result = command("export", "run", *words, "--finalize", "--opset", "19", "--out", "small.onnx")
+    assert result.exit_code == 0, result.stdout
+    found = json.loads(result.stdout)
+    assert found["file"] == "small.onnx" and found["opset"] == 19 and found["batches"] == [16]
+    assert found["finalized"]["folded"] == {"1": "0"} and Path("small.onnx").is_file()
+
+
+def test_the_original_from_a_recipe_or_the_run(run, tmp_path):
+    recipe = '[model]\nbuild="python:mine.py:build_model"\n[task]\nbuild="python:mine.py:task"\n'
+    Path("r.toml").write_text(recipe)
+    words = ("--to", "pt2", "--quiet", "--out")
+    result = command("export", "run", "--model", "r.toml", *words, "a.pt2")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    table = {"model": {"build": "python:mine.py:build_model"}, "task": {"build": "python:mine.py:task"}}
+    Path("run/run.json").write_text(json.dumps({"recipe": table}))
+    assert command("export", "run", *words, "b.pt2").exit_code == 0
+    assert Path("a.pt2").is_file() and Path("b.pt2").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run", "--to", "pt2", "--out", "a.pt2"], "does not say how its original is built; say it: --model"),
+        (["nowhere", *MODEL, "--out", "a.onnx"], "nowhere holds neither a run (run.json) nor a compressed model"),
+        (["run", *MODEL, "--to", "tflite", "--out", "a"], "--to is onnx, pt2 or safetensors, found 'tflite'"),
+        (["run", *MODEL, "--to", "pt2", "--out", "a.onnx"], "a.onnx should end in .pt2"),
+        (["run", *MODEL[:2], "--to", "pt2", "--out", "a.pt2"], "is not known; say it: --input-shape"),
+        (["run", *MODEL[:3], "2,5", "--to", "pt2", "--out", "a.pt2"], "does not accept the example inputs"),
+        (["run", "--model", "idap:digits_vit", "--to", "pt2", "--out", "a.pt2"], "the plan does not fit this model"),
+    ],
+)
+def test_mistakes_are_one_panel(run, words, expected):
+    result = command("export", *words)
+    assert result.exit_code == 2
+    assert expected in text(result.stderr) and "idap export --help" in text(result.stderr)
+    assert "Traceback" not in result.stderr and not list(Path().glob("a*"))
+
+
+def test_a_run_without_a_result(run, tmp_path):
+    Path("run/model/plan.json").rename("run/plan")
+    found = text(command("export", "run", *MODEL, "--out", "a.onnx").stderr)
+    assert "the run in run has no result yet; it has no accepted state either" in found
+    (tmp_path / "run/checkpoints/step-004").mkdir(parents=True)
+    Path("run/plan").rename("run/checkpoints/step-004/plan.json")
+    found = text(command("export", "run", *MODEL, "--out", "a.onnx").stderr)
+    assert "name an accepted state of it, such as run/checkpoints/step-004" in found
