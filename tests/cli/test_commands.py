@@ -80,7 +80,7 @@ class TestHelp:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            ([], ["demo", "inspect", "compress", "Begin with idap demo", "2 wrong input"]),
+            ([], ["demo", "inspect", "compress", "export", "Begin with idap demo", "2 wrong input"]),
             (["demo"], ["--fast", "--seed", "--out", "Example: idap demo --fast"]),
             (["inspect"], ["--input-shape", "--json", "--members", "idap inspect idap:digits_vit"]),
             (
@@ -88,6 +88,10 @@ class TestHelp:
                 ["--run-dir", "--data", "--weights", "--set", "--model", "--task", "--max-drop", "--macs", "--quiet"],
             ),
             (["compress"], ["--tensorboard", "Log the run for TensorBoard", "--resume"]),
+            (
+                ["export"],
+                ["--to", "--out", "--finalize", "--model", "--task", "--opset", "--static-batch", "idap export"],
+            ),
             (["compress"], ["idap compress recipes/digits_resnet.toml --set goals.macs=40%"]),
         ],
     )

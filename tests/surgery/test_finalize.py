@@ -177,7 +177,9 @@ def test_dropout_and_stand_ins_go_where_nobody_looks():
 
 def test_the_original_stays_in_its_mode_and_a_mismatch_names_the_module():
     model = build(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).train()
-    with pytest.raises(ExportError, match=r"module '\d' of Sequential can't be finalized: folding it into '\d' changes"):
+    with pytest.raises(
+        ExportError, match=r"module '\d' of Sequential can't be finalized: folding it into '\d' changes"
+    ):
         finalize(model, (images(),), tolerance=0)
     assert model.training and all(module.training for module in model)
 

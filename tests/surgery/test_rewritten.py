@@ -1,6 +1,7 @@
 """Modules whose forward was written anew: they are the modules they were, smaller, and nothing in a file runs."""
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -20,7 +21,7 @@ from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan, apply_plan_
 from idap.surgery.rewritten import original_class
 from idap.surgery.verify import verify
-from tests.nets import randomised, sequence
+from tests.nets import by_name, randomised, sequence, structure_of
 
 
 class Attentive(nn.Module):
@@ -441,3 +442,13 @@ def test_a_program_for_a_module_that_does_not_exist_is_refused(plain: tuple[nn.M
 def test_the_untouched_plan_runs(plain: tuple[nn.Module, dict[str, Any]]) -> None:
     """Otherwise the refusals above would prove nothing."""
     assert apply_plan(plain[0], Plan.from_json(plain[1]))(torch.ones(7, 4)).shape == (7, 3)
+
+
+def test_the_new_forward_has_the_parameters_of_the_old_one():
+    net = by_name["language model, swapped"]
+    structure = structure_of(net.name)
+    small = apply_plan(net.model(), structure.plan({group.name: [0] for group in structure.groups}))
+    assert any(original_class(type(each)) is not type(each) for each in small.modules())
+    before = dict(net.model().named_modules())
+    for path, module in small.named_modules():
+        assert inspect.signature(module.forward) == inspect.signature(before[path].forward), path

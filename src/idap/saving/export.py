@@ -96,13 +96,8 @@ def export(
         >>> done.batches, done.inputs, done.difference
         ((1, 2, 4, 5), ('input',), 0.0)
     """
-    if to not in ("onnx", "pt2"):
-        raise ConfigError(f"a program is exported to 'onnx' or 'pt2', found {to!r}; export_weights writes safetensors.")
+    _check_settings(args, to, opset)
     file = _checked_path(file, to)
-    if not isinstance(args, tuple):
-        raise ExportError(f"example inputs must be a tuple, found {type(args).__name__}; for one input x write (x,).")
-    if opset is not None and to != "onnx":
-        raise ConfigError(f"an opset is a version of ONNX; leave it out for {to!r}.")
     model, (args, kwargs) = _subject(model, args, dict(kwargs or {}), to)
     program = program_of(model, args, kwargs, dynamic_batch=dynamic_batch)
     with _placed(file) as beside:
@@ -151,6 +146,15 @@ def export_weights(model: nn.Module, file: str | Path) -> Exported:
                 raise ExportError(f"tensor {name!r} is read back from {file} differently from what was written.")
         size = beside.stat().st_size
     return Exported(file=file, to="safetensors", bytes=size, difference=0.0)
+
+
+def _check_settings(args: object, to: str, opset: int | None) -> None:
+    if to not in ("onnx", "pt2"):
+        raise ConfigError(f"a program is exported to 'onnx' or 'pt2', found {to!r}; export_weights writes safetensors.")
+    if not isinstance(args, tuple):
+        raise ExportError(f"example inputs must be a tuple, found {type(args).__name__}; for one input x write (x,).")
+    if opset is not None and to != "onnx":
+        raise ConfigError(f"an opset is a version of ONNX; leave it out for {to!r}.")
 
 
 def _checked_path(file: str | Path, to: str) -> Path:

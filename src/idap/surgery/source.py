@@ -81,8 +81,12 @@ def _last_uses(routine: Routine) -> dict[int, int]:
 def _lines(step: Instruction, place: int, globals_: dict[str, Any]) -> Iterator[str]:
     args = [_source(tree) for tree in step.args]
     args += [f"{key}={_source(tree)}" for key, tree in step.kwargs]
+    method = step.function.removeprefix("torch.Tensor.")
     if step.module:
         called = _path(step.module)
+    elif method != step.function and method.isidentifier() and step.args and _is_value(step.args[0]):
+        # torch.compile can follow methods, but not those of their functions that are written in Python.
+        called = f"{args.pop(0)}.{method}"
     else:
         called = f"f{place}"
         globals_[called] = torch_functions()[step.function]
@@ -93,6 +97,10 @@ def _lines(step: Instruction, place: int, globals_: dict[str, Any]) -> Iterator[
     yield f"result = {call}"
     for path, number in step.results:
         yield f"v{int(number)} = result{''.join(f'[{key!r}]' for key in path)}"
+
+
+def _is_value(tree: Tree) -> bool:
+    return isinstance(tree, tuple) and tree[:1] in (("value",), ("own",))
 
 
 def _source(tree: Tree) -> str:  # noqa: PLR0912 - one case per tag
