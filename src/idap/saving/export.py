@@ -9,7 +9,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,7 @@ def export(
         difference=difference,
         batches=batches,
         dynamic_batch=dynamic_batch,
-        inputs=check.inputs,
-        outputs=check.outputs,
-        opset=check.opset,
+        **asdict(check),
     )
 
 
