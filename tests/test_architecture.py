@@ -15,7 +15,7 @@ LEVELS = {
     "structure": 3,
     **dict.fromkeys(("cost", "divergence", "surgery"), 4),
     **dict.fromkeys(("selection", "rebalance", "saving"), 5),
-    "compress": 6,
+    **dict.fromkeys(("compress", "deploy"), 6),
     "zoo": 7,  # recipes fill the settings of `compress`
     "cli": 8,
 }

@@ -62,8 +62,8 @@ def export_command(  # noqa: PLR0913 - one argument per option
     with outcome.reported():
         if to not in _FORMS:
             raise ConfigError(f"--to is {', '.join(_FORMS[:-1])} or {_FORMS[-1]}, found {to!r}.")
-        place = _model_folder(folder)
-        recipe = recipe_of(model, task, data) if model is not None else _recipe_of_run(folder)
+        place = model_folder(folder)
+        recipe = recipe_of(model, task, data) if model is not None else recipe_of_run(folder)
         spec = model or (recipe.network.build if recipe is not None else "")
         small, args, kwargs, report = _loaded(place, spec, recipe, input_shape or [], finalized=finalize)
         done = _written(small, args, kwargs, out, to=to, dynamic=not static_batch, opset=opset)
@@ -74,7 +74,7 @@ def export_command(  # noqa: PLR0913 - one argument per option
         _show(done, report)
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     """The folder that holds a model: the one that is named, or the result of the run in it."""
     from idap.saving.checkpoint import PLAN  # noqa: PLC0415 - imports torch
 
@@ -90,7 +90,7 @@ def _model_folder(folder: Path) -> Path:
     raise RunFolderError(f"{folder} holds neither a run ({RUN}) nor a compressed model ({PLAN}).")
 
 
-def _recipe_of_run(folder: Path) -> "Recipe":
+def recipe_of_run(folder: Path) -> "Recipe":
     """The recipe that a run was begun with."""
     from idap.zoo.recipe import make_recipe  # noqa: PLC0415 - imports torch
 

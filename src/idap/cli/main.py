@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from idap.cli.bench import bench_command
 from idap.cli.compress import compress_command
 from idap.cli.demo_command import demo_command
 from idap.cli.export import export_command
@@ -38,6 +39,11 @@ app.command(
     epilog="Examples: [bold]idap export runs/net --model net.toml --out net.onnx[/bold]  ·  "
     "[bold]idap export small --model idap:digits_vit --to pt2 --finalize --out small.pt2[/bold]",
 )(export_command)
+app.command(
+    "bench",
+    epilog="Examples: [bold]idap bench runs/net --model net.toml --batch 1 --batch 16[/bold]  ·  "
+    "[bold]idap bench small --model idap:digits_vit --engine eager --engine onnxruntime[/bold]",
+)(bench_command)
 
 
 def _show_version(wanted: bool) -> None:

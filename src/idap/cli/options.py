@@ -126,3 +126,17 @@ StaticBatch = Annotated[
 Opset = Annotated[
     int | None, typer.Option("--opset", help="Version of the ONNX operators; torch's choice if left out.")
 ]
+Batches = Annotated[
+    list[int] | None, typer.Option("--batch", metavar="SAMPLES", help="Samples of a pass; may be repeated. [1]")
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine", metavar="NAME", help="eager, compile (torch.compile) or onnxruntime; may be repeated. [eager]"
+    ),
+]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="COUNT", help="Threads of the CPU.")]
+ChannelsLast = Annotated[
+    bool, typer.Option("--channels-last", metavar="", help="Lay images out with their channels last.")
+]
+Repeats = Annotated[int, typer.Option("--repeats", metavar="COUNT", help="Timed passes of each model.", min=2)]

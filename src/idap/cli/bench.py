@@ -1,0 +1,116 @@
+"""`idap bench`: latency, memory and size of a compressed model beside the original, on this machine."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from idap.cli.export import model_folder, recipe_of_run
+from idap.cli.failure import Outcome
+from idap.cli.options import (
+    Batches,
+    ChannelsLast,
+    DataPath,
+    Debug,
+    Engines,
+    InputShapes,
+    Json,
+    OriginalSpec,
+    Quiet,
+    Repeats,
+    RunOrModel,
+    TaskSpec,
+    Threads,
+)
+from idap.cli.progress import listener
+from idap.cli.subject import model_and_inputs, recipe_of
+
+if TYPE_CHECKING:
+    from idap.cost.latency import Latency
+    from idap.deploy.bench import Bench
+
+
+def bench_command(  # noqa: PLR0913 - one argument per option
+    folder: RunOrModel,
+    *,
+    model: OriginalSpec = None,
+    task: TaskSpec = None,
+    data: DataPath = None,
+    input_shape: InputShapes = None,
+    batch: Batches = None,
+    engine: Engines = None,
+    threads: Threads = None,
+    channels_last: ChannelsLast = False,
+    repeats: Repeats = 50,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a compressed model and its original in turn, on this machine.
+
+    Both run in one process and take turns, so that both see the same machine: compare the ratios, not the seconds.
+    """
+    outcome = Outcome(command="idap bench", where=str(folder), as_json=as_json, debug=debug)
+    console = Console(highlight=False, stderr=as_json)
+    with outcome.reported():
+        from idap.deploy.bench import bench  # noqa: PLC0415 - torch is slow to import
+        from idap.saving.checkpoint import load  # noqa: PLC0415 - as above
+
+        place = model_folder(folder)
+        recipe = recipe_of(model, task, data) if model is not None else recipe_of_run(folder)
+        spec = model or (recipe.network.build if recipe is not None else "")
+        original, args, kwargs = model_and_inputs(spec, recipe, input_shape or [], weights=False)
+        found = bench(
+            original.eval(),
+            load(place, original).eval(),
+            args,
+            kwargs,
+            batches=batch or [1],
+            engines=engine or ["eager"],  # type: ignore[arg-type]
+            threads=threads,
+            channels_last=channels_last,
+            repeats=repeats,
+            progress=listener(console, quiet=quiet or as_json),
+        )
+    if as_json:
+        typer.echo(json.dumps(_document(found), indent=1))
+    elif not quiet:
+        _show(console, found)
+
+
+def _document(found: "Bench") -> dict[str, Any]:
+    rows = [asdict(row) | {"ratio": row.ratio} for row in found.rows]
+    return asdict(found) | {"rows": rows}
+
+
+def _show(console: Console, found: "Bench") -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("engine")
+    for name in ("batch", "original", "compressed", "ratio", "memory"):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        memory = "" if row.memory is None else " → ".join(f"{count / 1e6:.1f} MB" for count in row.memory)
+        table.add_row(row.engine, str(row.batch), *map(_time, row.latency), f"{row.ratio:.2f}", memory)
+    console.print(table)
+    layout = ", channels last" if found.channels_last else ""
+    threads = f"{found.threads} {'thread' if found.threads == 1 else 'threads'}"
+    sizes = " → ".join(f"{count / 1e6:.2f} MB" for count in found.size)
+    console.print(
+        f"Medians (and quartiles) of one forward pass on {found.device}, {threads}{layout}. Weights: {sizes}.",
+        soft_wrap=True,
+    )
+    if found.subnormal[1]:
+        console.print(
+            f"{found.subnormal[1]:,} weights of the compressed model are subnormal, which makes processors slow; save "
+            "it again to have them written as 0.",
+            soft_wrap=True,
+        )
+
+
+def _time(latency: "Latency") -> str:
+    low, high = (f"{seconds * 1000:.2f}" for seconds in latency.spread)
+    return f"{latency.median * 1000:.2f} ms ({low} to {high})"

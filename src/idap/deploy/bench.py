@@ -1,0 +1,249 @@
+"""An original and its compressed successor side by side: latency, memory and file size, in the ways that models run."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from idap.cost.count import saved_tensors
+from idap.cost.latency import Latency, alternate
+from idap.errors import ConfigError
+from idap.progress import Progress, Silent
+from idap.saving.export import export
+from idap.saving.formats import need_onnx, onnx_runner
+from idap.surgery.compare import batch_size, resized_inputs
+from idap.training.batch import device_of
+from idap.training.evaluate import modes_kept
+
+Engine = Literal["eager", "compile", "onnxruntime"]
+ENGINES: tuple[Engine, ...] = ("eager", "compile", "onnxruntime")
+_PAIR = ("original", "compressed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One way of running both models; each pair is (original, compressed).
+
+    Attributes:
+        engine: "eager" (PyTorch as it is), "compile" (torch.compile) or "onnxruntime".
+        batch: samples of a pass.
+        latency: of one pass.
+        memory: the most bytes held for activations during one pass; None where it is not known.
+    """
+
+    engine: Engine
+    batch: int
+    latency: tuple[Latency, Latency]
+    memory: tuple[int, int] | None
+
+    @property
+    def ratio(self) -> float:
+        """Latency of the compressed model as a share of the original's."""
+        return self.latency[1].median / self.latency[0].median
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What two models cost on one machine; each pair is (original, compressed).
+
+    Attributes:
+        rows: one for each engine and batch size.
+        size: bytes of the tensors in a saved file.
+        subnormal: weights so near to 0 that processors compute with them slowly.
+        threads: of the CPU.
+        device: where they ran.
+        channels_last: whether images were laid out with their channels last.
+    """
+
+    rows: tuple[BenchRow, ...]
+    size: tuple[int, int]
+    subnormal: tuple[int, int]
+    threads: int
+    device: str
+    channels_last: bool
+
+
+def bench(  # noqa: PLR0913 - settings of a measurement, all with defaults
+    original: nn.Module,
+    compressed: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    batches: Sequence[int] = (1,),
+    engines: Sequence[Engine] = ("eager",),
+    threads: int | None = None,
+    channels_last: bool = False,
+    repeats: int = 50,
+    warmup: int = 5,
+    progress: Progress | None = None,
+) -> Bench:
+    """Time two models in turn, in one process, in each engine and at each batch size.
+
+    Args:
+        original: left as it is.
+        compressed: likewise, on the same device.
+        args: positional example inputs; their samples are repeated or left out to make a batch.
+        kwargs: keyword example inputs.
+        batches: samples per pass.
+        engines: ways of running; "onnxruntime" runs on the CPU and needs the extra ``idap[onnx]``.
+        threads: of the CPU; None: as torch has them now.
+        channels_last: lay images and convolution weights out with their channels last, in the PyTorch engines.
+        repeats: timed passes of each model, at least 2.
+        warmup: passes before the clock starts.
+        progress: hears of each engine and batch.
+
+    Returns:
+        Latency, memory, file size, and how many weights are subnormal.
+
+    Raises:
+        ConfigError: a batch size, the number of threads or an engine is not possible.
+        ExportError: a model can't be exported for onnxruntime.
+    """
+    _check(batches, engines, threads, original, compressed)
+    progress = progress or Silent()
+    pair, inputs = (original, compressed), (args, dict(kwargs or {}))
+    on_gpu = device_of(original).type == "cuda"
+    rows = []
+    with _threads(threads), modes_kept(original), modes_kept(compressed), _layout(pair, channels_last):
+        with progress.phase("bench", len(batches) * len(engines)) as phase:
+            for engine in engines:
+                with _ready(engine, pair, inputs) as runs:
+                    for batch in batches:
+                        sized = _laid_out(resized_inputs(*inputs, batch), channels_last and engine != "onnxruntime")
+                        calls = [partial(run, *sized) for run in runs]
+                        rows.append(_row(engine, batch, calls, repeats=repeats, warmup=warmup, on_gpu=on_gpu))
+                        phase.advance(f"{engine}, batch of {batch}")
+        return Bench(
+            rows=tuple(rows),
+            size=_both(pair, lambda model: sum(saved_tensors(model).values())),
+            subnormal=_both(pair, subnormal_weights),
+            threads=torch.get_num_threads(),
+            device=str(device_of(original)),
+            channels_last=channels_last,
+        )
+
+
+def _row(
+    engine: Engine, batch: int, calls: Sequence[Callable[[], Any]], *, repeats: int, warmup: int, on_gpu: bool
+) -> BenchRow:
+    times = alternate(dict(zip(_PAIR, calls, strict=True)), repeats=repeats, warmup=warmup, on_gpu=on_gpu)
+    memory = (peak_memory(calls[0]), peak_memory(calls[1])) if engine == "eager" else None
+    return BenchRow(engine=engine, batch=batch, latency=(times[_PAIR[0]], times[_PAIR[1]]), memory=memory)
+
+
+def subnormal_weights(model: nn.Module) -> int:
+    """Number of weights that are not 0 but smaller than the smallest normal number of their type.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(layer.weight, 1e-40)
+        >>> subnormal_weights(layer)
+        2
+    """
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
+    return sum(int(((t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)).sum()) for t in tensors.values())
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """The most bytes that a call holds at once of what it allocates itself, on the device where it runs."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        if torch.cuda.max_memory_allocated() > before:
+            return int(torch.cuda.max_memory_allocated() - before)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def _check(
+    batches: Sequence[int], engines: Sequence[str], threads: int | None, original: nn.Module, compressed: nn.Module
+) -> None:
+    unknown = [engine for engine in engines if engine not in ENGINES]
+    if unknown or not engines:
+        raise ConfigError(f"engines are {', '.join(ENGINES)}; found {unknown[0] if unknown else 'none'!r}.")
+    if not batches or min(batches) < 1:
+        raise ConfigError(f"batch sizes must be at least 1, found {list(batches)}.")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"the number of threads must be at least 1, found {threads}.")
+    devices = {str(device_of(model)) for model in (original, compressed)}
+    if len(devices) > 1:
+        raise ConfigError(f"the models are on {' and '.join(sorted(devices))}; bring both to one device.")
+    if "onnxruntime" in engines:
+        need_onnx()
+
+
+@contextmanager
+def _ready(
+    engine: Engine, pair: tuple[nn.Module, nn.Module], inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Iterator[list[Callable[..., Any]]]:
+    """What runs the two models in an engine, given positional and keyword inputs."""
+    if engine == "onnxruntime":
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder) / f"{name}.onnx" for name in _PAIR]
+            for model, file in zip(pair, files, strict=True):
+                export(model, inputs[0], file, kwargs=inputs[1], dynamic_batch=batch_size(*inputs) is not None)
+            yield [onnx_runner(file) for file in files]
+        return
+    models = pair if engine == "eager" else tuple(torch.compile(model) for model in pair)
+
+    def runner(model: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda args, kwargs: model(*args, **kwargs)
+
+    with torch.inference_mode():
+        yield [runner(model) for model in models]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _layout(pair: tuple[nn.Module, nn.Module], channels_last: bool) -> Iterator[None]:
+    """Lay 4-d weights out with their channels last for a while."""
+    if not channels_last:
+        yield
+        return
+    before = {tensor: tensor.data for model in pair for tensor in model.parameters() if tensor.dim() == 4}
+    try:
+        for tensor, data in before.items():
+            tensor.data = data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for tensor, data in before.items():
+            tensor.data = data
+
+
+def _laid_out(inputs: Any, channels_last: bool) -> Any:
+    if not channels_last:
+        return inputs
+    return tree_map_only(
+        torch.Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, inputs
+    )
+
+
+def _both(pair: tuple[nn.Module, nn.Module], count: Callable[[nn.Module], int]) -> tuple[int, int]:
+    return count(pair[0]), count(pair[1])
