@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from idap.cli.apply import apply_command
 from idap.cli.compress import compress_command
 from idap.cli.demo_command import demo_command
 from idap.cli.export import export_command
@@ -38,6 +39,11 @@ app.command(
     epilog="Examples: [bold]idap export runs/net --model net.toml --out net.onnx[/bold]  ·  "
     "[bold]idap export small --model idap:digits_vit --to pt2 --finalize --out small.pt2[/bold]",
 )(export_command)
+app.command(
+    "apply",
+    epilog="Example: [bold]idap apply runs/resnet/model/plan.json --checkpoint original/ --out small/ "
+    "--max-shard-size 2GB[/bold]",
+)(apply_command)
 
 
 def _show_version(wanted: bool) -> None:

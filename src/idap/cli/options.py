@@ -125,4 +125,18 @@ StaticBatch = Annotated[
 ]
 Opset = Annotated[
     int | None, typer.Option("--opset", help="Version of the ONNX operators; torch's choice if left out.")
+PlanFile = Annotated[
+    Path, typer.Argument(metavar="PLAN", help="plan.json, or the folder that holds it.", show_default=False)
+]
+Checkpoint = Annotated[
+    Path,
+    typer.Option(
+        "--checkpoint", metavar="PATH", help="Of the original: a safetensors file, or a folder, sharded or not."
+    ),
+]
+SmallFolder = Annotated[
+    Path, typer.Option("--out", metavar="PATH", help="New or empty folder, or one that a stopped run left.")
+]
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file: 5GB, 500MB or a number of bytes.")
 ]
