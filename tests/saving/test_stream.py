@@ -328,6 +328,7 @@ print(json.dumps({"grown": (after - before) * 1024, "size": applied.size, "files
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_gigabytes_takes_little_memory(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -336,7 +337,7 @@ def test_a_checkpoint_of_four_gigabytes_takes_little_memory(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["size"][0] == 4 * 2**30 + 2**28 and found["files"] > 1
-    assert found["grown"] < 1.5e8, found
+    assert found["grown"] < 2e8, found
 
 
 def test_a_folder_saved_at_once_and_one_cut_on_disk_are_the_same(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from idap.record import written
 from idap.saving.reading import WEIGHTS, read_object, weight_files
 from idap.surgery.apply import cut_tensor
 
-PIECE = 2**25
+PIECE = 2**24
 """Bytes that are in memory at a time, where the rows of a tensor allow it."""
 
 PLAN_DIGEST = "idap_plan"
