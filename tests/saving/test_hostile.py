@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -308,12 +309,8 @@ def mutated(draw: st.DrawFn) -> Any:
 
 def tried(action: Callable[[], object]) -> None:
     """Only what idap raises on purpose may come out."""
-    try:
+    with suppress(IdapError):
         action()
-    except IdapError:
-        pass
-    else:
-        return
 
 
 FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -109,6 +109,16 @@ def test_pieces_put_together_are_the_tensor(tmp_path: Path, monkeypatch: pytest.
         assert [tuple(part.shape) for part in files.pieces("none", {1: (0,)})] == [(0, 1)]
 
 
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    stored(tmp_path, {"w": torch.randn(41, 3)})
+    with tensors.TensorFiles(tmp_path) as files:
+        file = tmp_path / "model.safetensors"
+        with file.open("r+b") as opened:
+            opened.truncate(file.stat().st_size - 1)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated; copy or download it again"):
+            list(files.pieces("w", {0: (40,)}))
+
+
 # --------------------------------------------------------------------------------------------------------------- names
 
 
