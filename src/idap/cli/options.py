@@ -125,6 +125,7 @@ StaticBatch = Annotated[
 ]
 Opset = Annotated[
     int | None, typer.Option("--opset", help="Version of the ONNX operators; torch's choice if left out.")
+]
 PlanFile = Annotated[
     Path, typer.Argument(metavar="PLAN", help="plan.json, or the folder that holds it.", show_default=False)
 ]
