@@ -16,7 +16,6 @@ if typing.TYPE_CHECKING:
     from idap.graph.trace import trace
     from idap.saving.checkpoint import load, save
     from idap.saving.export import export
-    from idap.saving.stream import apply_to_checkpoint
     from idap.structure.analysis import Structure, analyze
     from idap.structure.plan import Plan
     from idap.surgery.apply import apply_plan, apply_plan_
@@ -46,7 +45,6 @@ __all__ = [
     "analyze",
     "apply_plan",
     "apply_plan_",
-    "apply_to_checkpoint",
     "classification",
     "compress",
     "count_macs",
@@ -83,7 +81,6 @@ _HOMES = {
     "load": "idap.saving.checkpoint",
     "save": "idap.saving.checkpoint",
     "export": "idap.saving.export",
-    "apply_to_checkpoint": "idap.saving.stream",
     "Structure": "idap.structure.analysis",
     "analyze": "idap.structure.analysis",
     "Plan": "idap.structure.plan",

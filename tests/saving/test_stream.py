@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import idap
 from idap import record
 from idap.errors import CheckpointError, PlanError
 from idap.graph.trace import trace
@@ -59,7 +58,7 @@ def test_files_are_cut_like_the_model(name: str, shards: int, tmp_path: Path) ->
     make, args, kwargs = CASES[name]
     small, plan = cut(name)
     original = written(tmp_path / "original", ORIGINALS[name], shards=shards)
-    applied = idap.apply_to_checkpoint(plan, original, tmp_path / "small", max_shard_size=100 if shards > 1 else 10**9)
+    applied = apply_to_checkpoint(plan, original, tmp_path / "small", max_shard_size=100 if shards > 1 else 10**9)
     back = load(tmp_path / "small", make().eval())
     assert_close(back.state_dict(), small.state_dict(), rtol=0, atol=0)
     assert torch.equal(outputs(back, args, kwargs), outputs(small, args, kwargs))
