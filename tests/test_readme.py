@@ -20,7 +20,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     result = found["result"]
     assert isinstance(result, idap.Result)
     assert result.macs[1] <= result.macs[0] / 2
-    assert {file.name for file in Path("small").iterdir()} == {"model.safetensors", "plan.json"}
+    assert {file.name for file in Path("small").iterdir()} == {"model.safetensors", "plan.json", "card.md"}
     assert "every goal was reached" in capsys.readouterr().out
 
 

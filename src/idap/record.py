@@ -12,10 +12,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from idap.errors import RunFolderError
 
@@ -151,7 +152,7 @@ class RunFolder:
         if not self.path.is_dir():
             return
         for file in [*self.path.glob(".*"), *self.path.glob("*/.*"), *self.path.glob("*/*/.*")]:
-            if _UNFINISHED.fullmatch(file.name):
+            if unfinished(file.name):
                 file.unlink()
         if not (self.path / RUN).exists():
             if (self.path / CHECKPOINTS).is_dir() and not any((self.path / CHECKPOINTS).iterdir()):
@@ -246,18 +247,30 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: into a neighbour first, which then takes its name."""
+    """Write a file whole or not at all."""
+    with written(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears whole or not at all: a neighbour is written, and takes its name in the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     neighbour = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with neighbour.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         neighbour.replace(path)
     except BaseException:
         neighbour.unlink(missing_ok=True)
         raise
+
+
+def unfinished(name: str) -> bool:
+    """Whether a file of this name is what a killed process left half-written."""
+    return _UNFINISHED.fullmatch(name) is not None
 
 
 def _plain(value: object) -> object:

@@ -322,7 +322,8 @@ def test_changed_plan_of_the_same_shapes(saved):
     def other_units(data):
         for name in ("0.weight", "0.bias"):
             kept = data["plan"]["tensors"][name]["0"]
-            data["plan"]["tensors"][name]["0"] = sorted(set(range(6)) - set(kept))[: len(kept)] + kept[6 - len(kept) :]
+            others = sorted(set(range(6)) - set(kept))[: len(kept)] + kept[6 - len(kept) :]
+            data["plan"]["tensors"][name]["0"] = sorted(others)
 
     edit(saved, other_units)
     rejects(saved, r"don't belong together|was not saved with the plan\.json beside it")

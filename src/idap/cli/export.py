@@ -76,7 +76,7 @@ def export_command(  # noqa: PLR0913 - one argument per option
 
 def model_folder(folder: Path) -> Path:
     """The folder that holds a model: the one that is named, or the result of the run in it."""
-    from idap.saving.checkpoint import PLAN  # noqa: PLC0415 - imports torch
+    from idap.saving.reading import PLAN  # noqa: PLC0415 - imports torch
 
     result = RunFolder(folder).model
     if (folder / PLAN).exists():

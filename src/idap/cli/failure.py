@@ -29,6 +29,7 @@ class Outcome:
         as_json: whether errors are a JSON document on the standard output.
         debug: whether tracebacks are shown.
         run_dir: the run folder, once it is known.
+        stopped: what is said after an interruption; "" says what the run folder holds.
         errors: the console for errors.
     """
 
@@ -37,6 +38,7 @@ class Outcome:
     as_json: bool = False
     debug: bool = False
     run_dir: Path | None = None
+    stopped: str = ""
     errors: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
 
     @contextmanager
@@ -51,7 +53,7 @@ class Outcome:
         except typer.Exit:
             raise
         except KeyboardInterrupt as error:
-            self.errors.print(f"\nStopped. {state_of(self.run_dir)}", markup=False, soft_wrap=True)
+            self.errors.print(f"\nStopped. {self.stopped or state_of(self.run_dir)}", markup=False, soft_wrap=True)
             raise typer.Exit(STOPPED) from error
         except IdapError as error:
             self._show(error, title=(type(error).__doc__ or "").strip().rstrip("."), advice="")

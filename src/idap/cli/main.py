@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from idap.cli.bench import bench_command
+from idap.cli.apply import apply_command
 from idap.cli.compress import compress_command
 from idap.cli.demo_command import demo_command
 from idap.cli.export import export_command
@@ -44,6 +45,11 @@ app.command(
     epilog="Examples: [bold]idap bench runs/net --model net.toml --batch 1 --batch 16[/bold]  ·  "
     "[bold]idap bench small --model idap:digits_vit --engine eager --engine onnxruntime[/bold]",
 )(bench_command)
+app.command(
+    "apply",
+    epilog="Example: [bold]idap apply runs/resnet/model/plan.json --checkpoint original/ --out small/ "
+    "--max-shard-size 2GB[/bold]",
+)(apply_command)
 
 
 def _show_version(wanted: bool) -> None:

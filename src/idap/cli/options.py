@@ -140,3 +140,18 @@ ChannelsLast = Annotated[
     bool, typer.Option("--channels-last", metavar="", help="Lay images out with their channels last.")
 ]
 Repeats = Annotated[int, typer.Option("--repeats", metavar="COUNT", help="Timed passes of each model.", min=2)]
+PlanFile = Annotated[
+    Path, typer.Argument(metavar="PLAN", help="plan.json, or the folder that holds it.", show_default=False)
+]
+Checkpoint = Annotated[
+    Path,
+    typer.Option(
+        "--checkpoint", metavar="PATH", help="Of the original: a safetensors file, or a folder, sharded or not."
+    ),
+]
+SmallFolder = Annotated[
+    Path, typer.Option("--out", metavar="PATH", help="New or empty folder, or one that a stopped run left.")
+]
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file: 5GB, 500MB or a number of bytes.")
+]

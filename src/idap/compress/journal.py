@@ -101,7 +101,7 @@ class Journal:
         folder = self._setting.folder
         if folder is not None and not recalled:
             if accepted:
-                save(folder.checkpoint(step.index), state.model, state.plan)
+                save(folder.checkpoint(step.index), state.model, state.plan, exact=True)
             folder.add(step)
         self.steps.append(step)
         shown = ("macs", "parameters", *(name for name in self._setting.budget.targets if name in ("size", "latency")))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
-from idap.saving.checkpoint import save
+from idap.saving.origin import origin, remember_
 from idap.training.evaluate import evaluate, output_error
 
 LATENCY_NOISE = 0.02
@@ -20,9 +20,7 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
     latency = None if state is start else setting.latency_of(state.model)
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency)
     reached, message = _verdict(setting, final, journal, untouched=state is start)
-    if setting.folder is not None:
-        save(setting.folder.model, final.model, final.plan)
-    return Result(
+    result = Result(
         model=final.model,
         plan=final.plan,
         steps=tuple(journal.steps),
@@ -37,7 +35,12 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
         message=message,
         metric_name=setting.task.metric_name,
         seconds=_seconds(setting, journal),
+        base=origin(setting.original),
     )
+    if setting.folder is not None:
+        result.save(setting.folder.model)
+    remember_(result.model, result.whole_plan)
+    return result
 
 
 def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:

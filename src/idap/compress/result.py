@@ -6,8 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from idap.record import Step
+from idap.errors import CheckpointError
+from idap.record import Step, write_bytes
+from idap.saving.card import CARD, Facts, model_card, module_of
 from idap.saving.checkpoint import save
+from idap.structure.chain import chained
 from idap.structure.plan import Plan
 
 
@@ -17,7 +20,7 @@ class Result:
 
     Attributes:
         model: an ordinary module of the original's class, smaller, in the original's mode.
-        plan: from the original to the model.
+        plan: from the model that was compressed to this one.
         steps: every decision, in order.
         baseline: metric of the original on the validation data.
         metric: of the model on the validation data, measured after the last change.
@@ -30,6 +33,7 @@ class Result:
         message: one sentence on what was reached, or which goal was not and why.
         metric_name: what the metric is.
         seconds: kind of work -> seconds that it took in all.
+        base: from the original to the model that was compressed, if that was itself compressed (`idap.load`).
     """
 
     model: nn.Module
@@ -46,6 +50,12 @@ class Result:
     message: str
     metric_name: str = "metric"
     seconds: Mapping[str, float] = field(default_factory=dict)
+    base: Plan | None = None
+
+    @property
+    def whole_plan(self) -> Plan:
+        """From the original to the model, whatever was compressed in between."""
+        return self.plan if self.base is None else chained(self.base, self.plan)
 
     def __repr__(self) -> str:
         return (
@@ -53,10 +63,37 @@ class Result:
             f"{self.metric_name} {self.baseline:.4f} -> {self.metric:.4f}; {self.message})"
         )
 
-    def save(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `plan.json`; `idap.load` reads them.
+    def save(self, folder: str | Path, *, build: str | None = None) -> dict[str, int]:
+        """Write `model.safetensors` and `plan.json`, which `idap.load` reads, and `card.md` for people.
+
+        Args:
+            folder: created where needed; a model saved there before is replaced.
+            build: for the card, the call that builds the original, from its module on, such as
+                ``torchvision.models.resnet50()``. Left out, the card finds out whether the class needs no arguments.
+
+        Returns:
+            Tensor name -> how many subnormal numbers were written as zeros, for those that have any.
 
         Raises:
-            CheckpointError: the folder can't be written.
+            CheckpointError: the folder can't be written, or `build` is no call.
         """
-        save(folder, self.model, self.plan)
+        plan, where = self.whole_plan, Path(folder)
+        facts = Facts(
+            steps=self.steps,
+            metric_name=self.metric_name,
+            metric=(self.baseline, self.metric),
+            macs=self.macs,
+            parameters=self.parameters,
+            output_error=self.output_error,
+            message=self.message,
+            again=self.base is not None,
+        )
+        if build is not None:
+            module_of(build)  # a wrong one is refused before anything is written
+        subnormal = save(where, self.model, plan)
+        card = model_card(where.as_posix(), self.model, plan, facts, subnormal=subnormal, build=build)
+        try:
+            write_bytes(where / CARD, card.encode())
+        except OSError as error:
+            raise CheckpointError(f"cannot write the card to {where}: {error}") from error
+        return subnormal

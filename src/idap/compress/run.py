@@ -28,6 +28,7 @@ from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
 from idap.record import RunFolder
 from idap.saving.checkpoint import fingerprint
+from idap.saving.origin import checked_origin
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
@@ -127,6 +128,7 @@ def _prepare(
         progress.say(f"{told[:1].upper()}{told[1:]}.")
     with progress.phase("check", 4) as phase, clock.on("structure"):
         structure, example = looked_at(model, task, config, phase)
+        checked_origin(model, structure.plan({}))
         original = apply_plan(model, Plan(shapes=structure.graph.shapes))  # a copy: the teacher
         with clock.on("proof"):
             removable = _proved(original, structure, example, progress)

@@ -224,6 +224,7 @@ class Graph:
         dropped: call of a fused attention, as `Step.place` -> its dropout in training.
         unwritable: modules whose code can't be written anew, with the reason.
         module_aliases: every other path of a shared module -> its first path.
+        unsaved: canonical names of the buffers that the model's state does not hold.
     """
 
     nodes: Mapping[str, Node]
@@ -240,6 +241,7 @@ class Graph:
     dropped: Mapping[str, float] = field(default_factory=dict)
     unwritable: Mapping[str, str] = field(default_factory=dict)
     module_aliases: Mapping[str, str] = field(default_factory=dict)
+    unsaved: tuple[str, ...] = ()
 
     @cached_property
     def made_by(self) -> Mapping[CallKey, tuple[Node, ...]]:

@@ -78,7 +78,14 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         dropped=other.dropped,
         unwritable=other.unwritable,
         module_aliases={path: first for path, first in paths.items() if path != first},
+        unsaved=_unsaved(traced, converter.canonical),
     )
+
+
+def _unsaved(model: nn.Module, canonical: Mapping[str, str]) -> tuple[str, ...]:
+    """The tensors that the model's state does not hold under any of their names."""
+    saved = {canonical.get(name) for name in model.state_dict(keep_vars=True)}
+    return tuple(name for name, first in canonical.items() if name == first and name not in saved)
 
 
 def _check_arguments(args: object) -> None:

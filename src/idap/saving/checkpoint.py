@@ -1,7 +1,7 @@
 """Save a compressed model, and load it into a freshly built original without tracing.
 
 folder/
-├── model.safetensors   the small tensors; tied tensors once
+├── model.safetensors   the small tensors; tied tensors once; or several files and model.safetensors.index.json
 └── plan.json           format, versions, fingerprint of the original, and the plan
 """
 
@@ -14,96 +14,102 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from idap.errors import CheckpointError
-from idap.record import write_bytes, write_json
+from idap.record import write_json
+from idap.saving.origin import origin, remember_
+from idap.saving.reading import PLAN, WEIGHTS, read_json
+from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, write_tensors
+from idap.structure.chain import chained
 from idap.structure.plan import Plan
-from idap.surgery.apply import apply_plan
+from idap.structure.strict import shown
+from idap.surgery.apply import apply_plan, exchange_
 
 FORMAT = 1
-WEIGHTS, PLAN = "model.safetensors", "plan.json"
-PLAN_DIGEST = "idap_plan"
 
 
-def save(folder: str | Path, model: nn.Module, plan: Plan) -> None:
+def save(folder: str | Path, model: nn.Module, plan: Plan, *, exact: bool = False) -> dict[str, int]:
     """Save a compressed model; each file is written whole or not at all, the plan last.
 
     Args:
         folder: created where needed; a model saved there before is replaced.
         model: the compressed model.
         plan: the plan that leads from the original to it.
+        exact: write every number as it is. Otherwise subnormal numbers are written as zeros: they change no result, but
+            make convolutions slow on x86.
+
+    Returns:
+        Tensor name -> how many subnormal numbers were written as zeros, for those that have any. The model itself stays
+        as it is.
 
     Raises:
         CheckpointError: the folder can't be written, or the model's state holds something that is no tensor.
     """
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _owned(model).items()}
-    described = plan.to_json()
-    description = {
-        "format": FORMAT,
-        "fingerprint": fingerprint(plan.shapes),
-        "versions": {
-            "torch": str(torch.__version__),
-            "safetensors": str(safetensors.__version__),
-            "python": platform.python_version(),
-        },
-        "plan": described,
-    }
+    entries = [_entry(name, tensor.detach()) for name, tensor in _owned(model).items()]
+    described = described_plan(plan)
     try:
-        weights = save_safetensors(_apart(tensors), metadata={"format": "pt", PLAN_DIGEST: _digest(described)})
-        write_bytes(folder / WEIGHTS, weights)
-        write_json(folder / PLAN, description)
+        metadata = {"format": "pt", PLAN_DIGEST: digest(plan)}
+        subnormal = write_tensors(folder / WEIGHTS, entries, metadata, exact=exact)
+        write_json(folder / PLAN, described)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {folder}: {error}") from error
+    return subnormal
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
     """Load a compressed model. Nothing is traced and no data is needed.
 
     Args:
-        folder: written by `save`.
-        model: a freshly built original; it is left as it is.
+        folder: written by `save`, `Result.save` or `apply_to_checkpoint`.
+        model: a freshly built original; it is left as it is. It may be on the meta device, without memory: then only
+            the small tensors are allocated, on the CPU.
 
     Returns:
-        A module of the same class as `model`, small, in eval mode if `model` is.
+        A module of the same class as `model`, small, in eval mode if `model` is. It remembers its plan: what is
+        compressed again is saved with one plan for the same original.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not what `save` writes, or the tensors don't match the plan.
+        CheckpointError: a file is missing, truncated or not what `save` writes, the tensors don't match the plan, or a
+            model on the meta device has tensors that are not saved.
         PlanError: the plan does not fit `model`; names the first tensor, its shape and the shape expected.
     """
-    plan, file = read_plan(folder), Path(folder) / WEIGHTS
-    tensors, made_for = _read_weights(file)
-    small = apply_plan(model, plan)
-    _check(small, tensors, file)
-    if made_for not in ("", _digest(plan.to_json())):
-        raise CheckpointError(
-            f"{file} was not saved with the {PLAN} beside it: one of the two was changed or replaced; copy both again"
-        )
-    small.load_state_dict(_with_aliases(small, tensors), strict=False, assign=False)
+    plan = read_plan(folder)
+    with TensorFiles(Path(folder)) as files:
+        small = apply_plan(model, plan)
+        _check(small, files)
+        if files.digests - {"", digest(plan)}:
+            raise CheckpointError(
+                f"{_place(files)} was not saved with the {PLAN} beside it: one of the two was changed or replaced; "
+                "copy both again"
+            )
+        _materialise_(small)
+        tensors = {name: files.tensor(name) for name in files.shapes}
+        small.load_state_dict(_with_aliases(small, tensors), strict=False, assign=False)
+    before = origin(model)
+    remember_(small, plan if before is None else chained(before, plan))
     return small
 
 
-def read_plan(folder: str | Path) -> Plan:
+def read_plan(folder: str | Path, name: str = PLAN) -> Plan:
     """Read the plan of a saved model.
+
+    Args:
+        folder: of the model.
+        name: of the file with the plan.
 
     Raises:
         CheckpointError: it is missing, broken or of another format.
     """
-    file = Path(folder) / PLAN
+    file = Path(folder) / name
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = read_json(file)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no compressed model: {file} is missing") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is broken: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else description
-        raise CheckpointError(f"{file} has format {found!r}, this version of idap reads format {FORMAT}")
+        raise CheckpointError(f"{file} has format {shown(found)}, this version of idap reads format {FORMAT}")
     plan = Plan.from_json(description.get("plan", {}))
     if description.get("fingerprint") != fingerprint(plan.shapes):
         raise CheckpointError(f"{file} was changed after it was written: its fingerprint does not match its shapes")
@@ -116,9 +122,27 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _digest(described: Mapping[str, Any]) -> str:
+def described_plan(plan: Plan) -> dict[str, Any]:
+    """What `plan.json` holds."""
+    return {
+        "format": FORMAT,
+        "fingerprint": fingerprint(plan.shapes),
+        "versions": {
+            "torch": str(torch.__version__),
+            "safetensors": str(safetensors.__version__),
+            "python": platform.python_version(),
+        },
+        "plan": plan.to_json(),
+    }
+
+
+def digest(plan: Plan) -> str:
     """A short name for a plan, which the weights carry so that the two can't be mixed up."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor.cpu()])
 
 
 def _owned(model: nn.Module) -> dict[str, Tensor]:
@@ -136,52 +160,59 @@ def _owned(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, none of which shares memory with another."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return found
-
-
 def _with_aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     first: dict[int, str] = {}
     return {name: tensors[first.setdefault(id(t), name)] for name, t in model.state_dict(keep_vars=True).items()}
 
 
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file, and the digest of the plan they were made for, "" where it names none."""
-    try:
-        data = file.read_bytes()
-        tensors: dict[str, Tensor] = load_safetensors(data)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"the compressed model has no weights: {file} is missing") from error
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}); copy or download it again"
-        ) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {}).get(PLAN_DIGEST, "")
+def _materialise_(model: nn.Module) -> None:
+    """Give memory to the tensors of a model that are on the meta device.
+
+    Raises:
+        CheckpointError: one of them is not saved, so nobody knows its numbers.
+    """
+    saved = {id(tensor): tensor for tensor in _owned(model).values() if tensor.is_meta}
+    for path, module in model.named_modules():
+        for name, held in (*vars(module).items(), *module._buffers.items()):
+            if isinstance(held, Tensor) and held.is_meta and id(held) not in saved:
+                where = f"{path}.{name}" if path else name
+                raise CheckpointError(
+                    f"tensor {where!r} of the model is on the meta device and not saved, so its numbers are not known; "
+                    "build the model with its buffers on the CPU and only its parameters on the meta device, or wholly "
+                    "on the CPU"
+                )
+    exchange_(model, {key: _empty(tensor) for key, tensor in saved.items()})
 
 
-def _check(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    wanted: dict[str, Any] = _owned(model)
+def _empty(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    made = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    vars(made).update(vars(tensor))  # marks that users leave for their optimizers
+    return made
+
+
+def _place(files: TensorFiles) -> Path:
+    return files.path / WEIGHTS if (files.path / WEIGHTS).exists() else files.path
+
+
+def _check(model: nn.Module, files: TensorFiles) -> None:
+    wanted = _owned(model)
     for name, tensor in wanted.items():
-        if name not in tensors:
-            raise CheckpointError(f"{file} lacks tensor {name!r} (expected shape {tuple(tensor.shape)})")
-        if tensors[name].shape != tensor.shape:
+        if name not in files.shapes:
+            raise CheckpointError(f"{_place(files)} lacks tensor {name!r} (expected shape {tuple(tensor.shape)})")
+        file, shape, dtype = files.file_of(name), files.shapes[name], files.dtypes[name]
+        if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"tensor {name!r} in {file} has shape {tuple(tensors[name].shape)}, the plan makes it "
-                f"{tuple(tensor.shape)}; plan and weights don't belong together"
+                f"tensor {name!r} in {file} has shape {shape}, the plan makes it {tuple(tensor.shape)}; plan and "
+                "weights don't belong together"
             )
-        if tensors[name].dtype != tensor.dtype:
+        if dtype != tensor.dtype:
             raise CheckpointError(
-                f"tensor {name!r} in {file} is {tensors[name].dtype}, the model's is {tensor.dtype}; bring the model "
-                f"to the dtype it was compressed in first: model.to({tensors[name].dtype})"
+                f"tensor {name!r} in {file} is {dtype}, the model's is {tensor.dtype}; bring the model "
+                f"to the dtype it was compressed in first: model.to({dtype})"
             )
-    extra = sorted(set(tensors) - set(wanted))
+    extra = sorted(set(files.shapes) - set(wanted))
     if extra:
-        raise CheckpointError(f"{file} holds tensor {extra[0]!r}, which the model does not have")
+        raise CheckpointError(f"{files.file_of(extra[0])} holds tensor {extra[0]!r}, which the model does not have")

@@ -127,6 +127,8 @@ class Structure:
             attributes={path: values for path, values in attributes.items() if not sketch.gone(path)},
             called={path: called for path in outer if (called := self._called(path)) is not None},
             programs=settled.programs,
+            aliases=self.graph.aliases,
+            unsaved=self.graph.unsaved,
         )
 
     def _holder(self, group: Group) -> str:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from idap.errors import PlanError
-from idap.structure.program import Program, tuples
+from idap.structure.program import Program, checked_tuples
+from idap.structure.strict import ascending, dimension, items, sequence, size, sizes, text, whole
 
 Size = int | tuple[int, ...]
 
@@ -36,6 +38,8 @@ class Plan:
         replaced: module path -> "identity" or "zero".
         called: replaced module -> how it is called, where that is not with the stream first, and for the stream alone.
         programs: module path -> its new code, where its own can't come to the sizes that are left.
+        aliases: every other name of a tied tensor -> its canonical name.
+        unsaved: canonical names of the buffers that the model does not save.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -46,6 +50,11 @@ class Plan:
     replaced: Mapping[str, str] = field(default_factory=dict)
     called: Mapping[str, Called] = field(default_factory=dict)
     programs: Mapping[str, Program] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    unsaved: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
+        return self  # a frozen value; models that remember their plan are copied often
 
     def __bool__(self) -> bool:
         return bool(self.keep or self.removed)
@@ -58,6 +67,18 @@ class Plan:
         """The shape of a tensor once the plan is applied."""
         kept = self.tensors.get(name, {})
         return tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(self.shapes[name]))
+
+    def check_slots(self) -> None:
+        """Check that every dimension and slot that is cut exists, and that slots are named once and in order.
+
+        Raises:
+            PlanError: names the first tensor of which that is not so.
+        """
+        for name, dims in self.tensors.items():
+            if name not in self.shapes:
+                raise PlanError(f"the plan cuts tensor {name!r} but does not say what shape it expects")
+            for dim, kept in dims.items():
+                _check_kept(name, dim, kept, self.shapes[name])
 
     def since(self, earlier: "Plan") -> "Plan":
         """The same plan for a model to which `earlier` was already applied.
@@ -82,6 +103,8 @@ class Plan:
             replaced={path: kind for path, kind in self.replaced.items() if not earlier.gone(path)},
             called=self.called,
             programs=self.programs,
+            aliases=self.aliases,
+            unsaved=self.unsaved,
         )
 
     def _check_follows(self, earlier: "Plan") -> None:
@@ -115,6 +138,8 @@ class Plan:
             "replaced": dict(self.replaced),
             "called": {path: [call.takes, call.gives] for path, call in self.called.items()},
             "programs": {path: program.to_json() for path, program in self.programs.items()},
+            "aliases": dict(self.aliases),
+            "unsaved": list(self.unsaved),
         }
 
     @classmethod
@@ -122,28 +147,52 @@ class Plan:
         """Read what `to_json` wrote.
 
         Raises:
-            PlanError: a part is missing or of the wrong type.
+            PlanError: a part is missing or of the wrong type, or the parts contradict each other.
         """
         try:
-            return cls(
-                keep={name: tuple(map(int, units)) for name, units in data["keep"].items()},
-                removed=tuple(data["removed"]),
+            plan = cls(
+                keep={name: ascending(units) for name, units in items(data["keep"])},
+                removed=tuple(text(name) for name in sequence(data["removed"])),
                 tensors={
-                    name: {int(dim): tuple(map(int, kept)) for dim, kept in dims.items()}
-                    for name, dims in data["tensors"].items()
+                    name: {dimension(dim): ascending(kept) for dim, kept in items(dims)}
+                    for name, dims in items(data["tensors"])
                 },
-                shapes={name: tuple(map(int, shape)) for name, shape in data["shapes"].items()},
+                shapes={name: sizes(shape) for name, shape in items(data["shapes"])},
                 attributes={
-                    path: {name: tuple(v) if isinstance(v, list) else int(v) for name, v in values.items()}
-                    for path, values in data["attributes"].items()
+                    path: {name: size(value) for name, value in items(values)}
+                    for path, values in items(data["attributes"])
                 },
-                replaced={str(path): str(kind) for path, kind in data["replaced"].items()},
-                called={str(path): Called(takes, tuples(gives)) for path, (takes, gives) in data["called"].items()},
-                programs={str(path): Program.from_json(program) for path, program in data["programs"].items()},
+                replaced={path: text(kind) for path, kind in items(data["replaced"])},
+                called={path: _called(call) for path, call in items(data["called"])},
+                programs={path: Program.from_json(program) for path, program in items(data["programs"])},
+                aliases={name: text(first) for name, first in items(data["aliases"])},
+                unsaved=tuple(text(name) for name in sequence(data["unsaved"])),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             found = f"{type(error).__name__}: {error}"
             raise PlanError(f"this is not a plan: {found}; it must come from Plan.to_json") from error
+        plan.check_slots()
+        return plan
+
+
+def _called(call: Any) -> Called:
+    takes, gives = sequence(call)
+    return Called(takes if isinstance(takes, str) else sizes([whole(takes)])[0], checked_tuples(gives))
+
+
+def _check_kept(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    size = shape[dim] if 0 <= dim < len(shape) else 0
+    wrong = [slot for slot in kept if not 0 <= slot < size]
+    if wrong or not kept:
+        raise PlanError(
+            f"the plan keeps {f'slot {wrong[0]}' if wrong else 'no slot'} of dimension {dim} of tensor {name!r}, "
+            f"which has shape {shape}"
+        )
+    if any(after <= before for before, after in pairwise(kept)):
+        raise PlanError(
+            f"the plan keeps slots of dimension {dim} of tensor {name!r} twice or not in ascending order; each slot "
+            "that stays is named once, from the first to the last"
+        )
 
 
 def _places(kept: Iterable[int], before: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from keyword import iskeyword
 from typing import Any
 
 from idap.errors import PlanError
+from idap.structure.strict import LARGEST, shown, whole
 
 Tree = Any
 """A plain value or a tagged tuple, see above."""
@@ -97,7 +98,7 @@ class Program:
         """
         try:
             return cls(tuple(_checked(_routine(part)) for part in data))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"this is not the code of a module: {type(error).__name__}: {error}") from error
 
 
@@ -135,7 +136,8 @@ def check_tree(tree: Tree) -> None:
         PlanError: names the part that means nothing.
     """
     if not isinstance(tree, tuple):
-        if tree is not None and type(tree) not in (bool, int, float, str):
+        number = type(tree) in (int, float) and -LARGEST < tree < LARGEST  # neither infinite nor NaN, which have a tag
+        if not (number or tree is None or type(tree) in (bool, str)):
             raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
         return
     tag, parts = (tree[0], tree[1:]) if tree else ("", ())
@@ -184,6 +186,40 @@ def _routine(data: Mapping[str, Any]) -> Routine:
     return Routine(tuples(data["args"]), tuples(data["kwargs"]), steps, tuples(data["output"]), tuples(data["guards"]))
 
 
-def tuples(tree: Any) -> Any:
-    """A tree read from JSON with tuples in the place of its lists."""
-    return tuple(tuples(item) for item in tree) if isinstance(tree, list | tuple) else tree
+DEEPEST = 64
+"""How deep trees may be nested."""
+
+
+def tuples(tree: Any, depth: int = 0) -> Any:
+    """A tree read from JSON with tuples in the place of its lists.
+
+    Raises:
+        ValueError: it is nested too deep.
+    """
+    if depth > DEEPEST:
+        raise ValueError(f"nested deeper than {DEEPEST} lists")
+    return tuple(tuples(item, depth + 1) for item in tree) if isinstance(tree, list | tuple) else tree
+
+
+_GIVEN = ("stream", "none", "given", "tuple", "list")
+
+
+def checked_tuples(data: Any) -> Any:
+    """What a stand-in returns, read from JSON: see `ModuleCall.gives`.
+
+    Raises:
+        TypeError, ValueError: a part means nothing.
+    """
+    tree = tuples(data)
+    if not isinstance(tree, tuple) or not tree or not isinstance(tree[0], str) or tree[0] not in _GIVEN:
+        raise TypeError(f"a stand-in can't return {shown(tree)}")
+    if tree[0] == "given":
+        (place,) = tree[1:]
+        if not isinstance(place, str) and whole(place) < 0:
+            raise ValueError(f"a stand-in can't return argument {place}")
+    elif tree[0] in ("tuple", "list"):
+        for part in tree[1:]:
+            checked_tuples(part)
+    elif len(tree) > 1:
+        raise TypeError(f"a stand-in can't return {shown(tree)}")
+    return tree

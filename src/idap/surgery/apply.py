@@ -48,17 +48,26 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 def apply_plan_(model: nn.Module, plan: Plan) -> nn.Module:
     """Cut a model in place; see `apply_plan`. The plan is checked first: on an error the model is untouched."""
     check_fit(model, plan)
-    slices = _sliced(model, plan)
+    exchange_(model, _sliced(model, plan))
+    _restructure(model, plan)
+    return model
+
+
+def exchange_(model: nn.Module, others: Mapping[int, Tensor]) -> None:
+    """Put other tensors in the place of a model's parameters and buffers, wherever it holds them.
+
+    Args:
+        model: changed in place.
+        others: id of a tensor -> the one that takes its place.
+    """
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                if tensor is not None and id(tensor) in slices:
-                    table[name] = slices[id(tensor)]  # type: ignore[assignment]
+                if tensor is not None and id(tensor) in others:
+                    table[name] = others[id(tensor)]  # type: ignore[assignment]
         for held in vars(module).values():  # such as the flat list of weights that a recurrent layer keeps
             if type(held) is list:
-                held[:] = [slices.get(id(item), item) for item in held]
-    _restructure(model, plan)
-    return model
+                held[:] = [others.get(id(item), item) for item in held]
 
 
 def check_fit(model: nn.Module, plan: Plan) -> None:
@@ -77,11 +86,7 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
                 f"the plan does not fit this model: tensor {name!r} has shape {shapes[name]}, the plan expects "
                 f"{expected}; build the model exactly as it was when it was compressed."
             )
-    for name, dims in plan.tensors.items():
-        if name not in plan.shapes:
-            raise PlanError(f"the plan cuts tensor {name!r} but does not say what shape it expects")
-        for dim, kept in dims.items():
-            _check_slots(name, dim, kept, plan.shapes[name])
+    plan.check_slots()
     _check_modules(model, plan)
 
 
@@ -103,16 +108,6 @@ def _check_modules(model: nn.Module, plan: Plan) -> None:
         if path == "":
             raise PlanError("a plan can't replace the whole model")
         stand_in(kind)
-
-
-def _check_slots(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    size = shape[dim] if 0 <= dim < len(shape) else 0
-    wrong = [slot for slot in kept if not 0 <= slot < size]
-    if wrong or not kept:
-        raise PlanError(
-            f"the plan keeps {f'slot {wrong[0]}' if wrong else 'no slot'} of dimension {dim} of tensor {name!r}, "
-            f"which has shape {shape}"
-        )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

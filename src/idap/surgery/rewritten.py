@@ -72,7 +72,7 @@ def rewritten_class(kind: type, program: Program, module: nn.Module) -> type:
     try:
         check_program(module, program)
         forward = _compiled(program, inspect.signature(kind.forward))  # type: ignore[attr-defined]
-    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise PlanError(
             f"the code of a rewritten {kind.__name__} is broken: {type(error).__name__}: {error}"
         ) from error
@@ -107,11 +107,10 @@ def check_program(module: nn.Module, program: Program) -> None:
     Raises:
         PlanError: names the first that isn't.
     """
+    check_functions(program)
     for step in (step for routine in program.routines for step in routine.steps):
         if step.module:
             _part(module, step.module, "module")
-        elif not allowed(step.function):
-            raise PlanError(f"the code of a rewritten module calls {step.function!r}, which is no function of torch")
     for routine in program.routines:
         for tree in (routine.output, *(tree for step in routine.steps for tree in step.trees())):
             for tag, name in tagged(tree):
@@ -119,6 +118,17 @@ def check_program(module: nn.Module, program: Program) -> None:
                     _part(module, name, "tensor")
     if not program.routines:
         raise PlanError("the code of a rewritten module is empty")
+
+
+def check_functions(program: Program) -> None:
+    """Check that a program calls nothing but modules and what it may call of torch's functions; needs no module.
+
+    Raises:
+        PlanError: names the first that it may not call.
+    """
+    for step in (step for routine in program.routines for step in routine.steps):
+        if not step.module and not allowed(step.function):
+            raise PlanError(f"the code of a rewritten module calls {step.function!r}, which is no function of torch")
 
 
 def allowed(function: str) -> bool:

@@ -1,0 +1,204 @@
+"""Apply a plan to a checkpoint on disk, tensor by tensor, without building the model.
+
+Written are shards, each beside its place and then renamed, the plan and the small files of the original's folder, and
+the file that makes the folder a checkpoint (the index, or the only shard) last. Until then a marker says that the
+folder is unfinished; a second run begins it anew.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from idap.errors import CheckpointError
+from idap.progress import Phase, Progress, Silent
+from idap.record import unfinished, write_bytes, write_json
+from idap.saving.checkpoint import described_plan, digest, read_plan
+from idap.saving.names import sources
+from idap.saving.reading import INDEX, PLAN, WEIGHTS, inside
+from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, write_tensors
+from idap.structure.plan import Plan
+from idap.surgery.rewritten import check_functions
+
+MARKER = ".idap-unfinished"
+SMALL_FILE = 2**26
+"""Bytes of the largest file that is copied beside the weights."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl", ".npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        files: names of the files with weights.
+        tensors: how many they hold.
+        dropped: names of the tensors that were left out: removed by the plan, second copies of tied ones, and buffers
+            that the model does not save.
+        size: bytes of the weights, before and after.
+        subnormal: tensor -> subnormal numbers that were written as zeros.
+        copied: other files that were copied.
+        left_out: other files and folders that were not: weights of other kinds, and what is large.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    tensors: int
+    dropped: tuple[str, ...]
+    size: tuple[int, int]
+    subnormal: Mapping[str, int]
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dicts."""
+        before, after = self.size
+        return {**asdict(self), "folder": str(self.folder), "size": {"before": before, "after": after}}
+
+
+def apply_to_checkpoint(
+    plan: Plan | str | Path,
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    max_shard_size: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> Applied:
+    """Cut the tensors of a checkpoint on disk as a plan says; `load` reads the result.
+
+    No more than a few pieces of tensors are in memory at a time. Names are those of the plan: a prefix that all tensors
+    of the checkpoint have is taken away or added, tied tensors are written once. Blocks that the plan removes leave
+    stand-ins without weights, so the other layers keep their numbers.
+
+    Args:
+        plan: a plan, or the file or folder that holds it.
+        checkpoint: of the original: a safetensors file, or a folder with `model.safetensors` or a sharded checkpoint.
+        out: a new or empty folder, or one that an interrupted run left.
+        max_shard_size: bytes of one file, unless a single tensor is larger.
+        progress: hears of every tensor.
+
+    Returns:
+        What was written, and what was left out.
+
+    Raises:
+        CheckpointError: the checkpoint is broken or not that of the plan's original (the first tensor is named), or
+            `out` can't be written. Nothing was written unless the disk failed.
+        PlanError: the plan is broken, or calls what it may not.
+    """
+    checkpoint, out, progress = Path(checkpoint), Path(out), progress or Silent()
+    if max_shard_size < 1:
+        raise CheckpointError(f"max_shard_size is the size of a file in bytes, at least 1, found {max_shard_size}")
+    plan = _checked(plan)
+    with TensorFiles(checkpoint) as files:
+        found = sources(plan, files)
+        shards = _shards([_entry(plan, files, name, key) for name, key in found.items()], max_shard_size)
+        small, left_out = _others(checkpoint)
+        after = sum(entry.nbytes for shard in shards.values() for entry in shard)
+        try:
+            _claim(out, after)
+            with progress.phase("apply", len(found)) as phase:
+                subnormal = _write(out, plan, shards, small, phase)
+        except OSError as error:
+            raise CheckpointError(f"cannot write the checkpoint to {out}: {error}") from error
+        return Applied(
+            folder=out,
+            files=tuple(shards),
+            tensors=len(found),
+            dropped=tuple(key for key in files.shapes if key not in set(found.values())),
+            size=(sum(map(files.nbytes, files.shapes)), after),
+            subnormal=subnormal,
+            copied=tuple(file.name for file in small),
+            left_out=left_out,
+        )
+
+
+def _checked(plan: Plan | str | Path) -> Plan:
+    if not isinstance(plan, Plan):
+        path = Path(plan)
+        plan = read_plan(path) if path.is_dir() else read_plan(path.parent, path.name)
+    plan.check_slots()
+    for program in plan.programs.values():
+        check_functions(program)
+    return plan
+
+
+def _entry(plan: Plan, files: TensorFiles, name: str, key: str) -> Entry:
+    pieces = partial(files.pieces, key, plan.tensors.get(name, {}))
+    return Entry(name, files.dtypes[key], plan.shape_after(name), pieces)
+
+
+def _shards(entries: Sequence[Entry], largest: int) -> dict[str, list[Entry]]:
+    """File name -> what it holds, in the order of the checkpoint."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > largest:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, start=1)}
+
+
+def _others(checkpoint: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The small files beside the weights, which are copied, and the names of what is not."""
+    small, left_out = [], []
+    for path in sorted(checkpoint.iterdir()) if checkpoint.is_dir() else []:
+        name = path.name
+        if name.startswith(".") or name.endswith((".safetensors", ".index.json")) or name == PLAN:
+            continue
+        file = path if path.is_dir() else inside(checkpoint, name, "the checkpoint")
+        if file.is_file() and file.stat().st_size <= SMALL_FILE and not name.endswith(_WEIGHTS):
+            small.append(file)
+        else:
+            left_out.append(name)
+    return small, tuple(left_out)
+
+
+def _claim(out: Path, size: int) -> None:
+    """Mark a new, empty or unfinished folder as this run's; nothing of an earlier run stays in it."""
+    if out.exists():
+        names = sorted(path.name for path in out.iterdir())
+        if names and MARKER not in names:
+            raise CheckpointError(f"{out} holds other files ({names[0]}); choose another folder, or delete this one")
+    home = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(home).free
+    if free < size:
+        raise CheckpointError(f"the small checkpoint takes {size} bytes, but {home} has only {free} free")
+    write_bytes(out / MARKER, b"")
+    for path in out.iterdir():
+        if unfinished(path.name) or path.name.endswith(".safetensors") or path.name in (INDEX, PLAN):
+            path.unlink()
+
+
+def _write(
+    out: Path, plan: Plan, shards: Mapping[str, Sequence[Entry]], small: Sequence[Path], phase: Phase
+) -> dict[str, int]:
+    """Write everything, in the order in which an interruption does no harm."""
+    subnormal: dict[str, int] = {}
+    metadata = {"format": "pt", PLAN_DIGEST: digest(plan)}
+    for file in small:
+        write_bytes(out / file.name, file.read_bytes())
+    write_json(out / PLAN, described_plan(plan))
+    for name, shard in shards.items():
+        told = [replace(entry, pieces=partial(_told, entry, phase)) for entry in shard]
+        subnormal |= write_tensors(out / name, told, metadata)
+    if len(shards) > 1:
+        size = sum(entry.nbytes for shard in shards.values() for entry in shard)
+        places = {entry.name: name for name, shard in shards.items() for entry in shard}
+        write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    (out / MARKER).unlink()
+    return subnormal
+
+
+def _told(entry: Entry, phase: Phase) -> Iterator[Tensor]:
+    yield from entry.pieces()
+    phase.advance(entry.name)

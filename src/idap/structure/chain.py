@@ -1,0 +1,108 @@
+"""Two plans in a row as one: what was compressed once more is still described in the indices of the original."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from idap.errors import PlanError
+from idap.structure.plan import Plan
+
+_Held = TypeVar("_Held")
+_Slots = Mapping[int, tuple[int, ...]]
+_Units = Mapping[str, tuple[int, ...]]
+
+
+def chained(earlier: Plan, later: Plan) -> Plan:
+    """One plan for what two plans do, one after the other.
+
+    Args:
+        earlier: from the original to a smaller model.
+        later: from that model to a still smaller one, in its own indices.
+
+    Returns:
+        From the original to the smallest. Of a module whose code both wrote anew, the later code counts, which was made
+        from the earlier. `keep` has the names that the two analyses gave to groups, without those whose units they
+        count differently.
+
+    Raises:
+        PlanError: `later` was not made for the model that `earlier` leads to; names the first tensor or module.
+
+    Example:
+        >>> one = Plan(keep={"fc": (1, 3, 5)}, tensors={"w": {0: (1, 3, 5)}}, shapes={"w": (6, 2)})
+        >>> two = Plan(keep={"fc": (0, 2)}, tensors={"w": {0: (0, 2)}}, shapes={"w": (3, 2)})
+        >>> chained(one, two).tensors, chained(one, two).keep
+        ({'w': {0: (1, 5)}}, {'fc': (1, 5)})
+    """
+    check_follows(earlier, later)
+    replaced = _outermost({**earlier.replaced, **later.replaced})
+    both = replace(later, shapes=earlier.shapes, aliases=earlier.aliases, unsaved=earlier.unsaved, replaced=replaced)
+    names = dict.fromkeys([*earlier.tensors, *later.tensors])
+    attributes = {
+        path: {**earlier.attributes.get(path, {}), **later.attributes.get(path, {})}
+        for path in dict.fromkeys([*earlier.attributes, *later.attributes])
+    }
+    return replace(
+        both,
+        keep=_units(earlier.keep, later.keep),
+        removed=tuple(dict.fromkeys([*earlier.removed, *later.removed])),
+        tensors={
+            name: _moved(earlier.tensors.get(name, {}), later.tensors.get(name, {}))
+            for name in names
+            if not both.gone(name)
+        },
+        attributes=_left(both, attributes),
+        called={path: called for path, called in {**earlier.called, **later.called}.items() if path in replaced},
+        programs=_left(both, {**earlier.programs, **later.programs}),
+    )
+
+
+def check_follows(earlier: Plan, later: Plan) -> None:
+    """Check that a plan speaks of the tensors that another one leaves.
+
+    Raises:
+        PlanError: names the first tensor or module of which that is not so.
+    """
+    for name in later.shapes:
+        if name not in earlier.shapes or earlier.gone(name):
+            raise PlanError(f"the later plan speaks of tensor {name!r}, which the model of the earlier plan lacks")
+    for name in earlier.shapes:
+        if earlier.gone(name):
+            continue
+        expected, found = earlier.shape_after(name), later.shapes.get(name)
+        tables = name in earlier.unsaved and name not in {**earlier.tensors, **later.tensors}  # may be made anew
+        if expected != found and not tables:
+            raise PlanError(
+                f"the earlier plan makes tensor {name!r} {expected}, the later one expects "
+                f"{'none' if found is None else found}: it was made for another model"
+            )
+    for path in (*later.replaced, *later.programs):
+        if earlier.gone(path):
+            raise PlanError(f"the later plan changes module {path!r}, which the earlier plan removes")
+
+
+def _moved(earlier: _Slots, later: _Slots) -> dict[int, tuple[int, ...]]:
+    """The slots that both keep, in the indices of the earlier."""
+    moved = {dim: tuple(earlier[dim][place] for place in kept) for dim, kept in later.items() if dim in earlier}
+    return {**earlier, **later, **moved}
+
+
+def _units(earlier: _Units, later: _Units) -> dict[str, tuple[int, ...]]:
+    """The units that both keep, of groups whose units both count alike."""
+    found = {**earlier, **later}
+    for name in earlier.keys() & later.keys():
+        before, places = earlier[name], later[name]
+        if places and places[-1] < len(before):
+            found[name] = tuple(before[place] for place in places)
+        else:
+            del found[name]
+    return found
+
+
+def _outermost(replaced: Mapping[str, str]) -> dict[str, str]:
+    return {
+        path: kind for path, kind in replaced.items() if not any(path.startswith(f"{other}.") for other in replaced)
+    }
+
+
+def _left(plan: Plan, by_module: Mapping[str, _Held]) -> dict[str, _Held]:
+    return {path: held for path, held in by_module.items() if not plan.gone(path)}
