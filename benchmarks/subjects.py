@@ -199,11 +199,11 @@ def _image_subject(
     scaled = partial(normalise, mean=scale[0], std=scale[1])
 
     def calibration(count: int, seed: int) -> list[Batch]:
-        images, labels = _cifar10(data, "train")
+        images, labels = read_cifar10(data, "train")
         places = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
         return _image_batches(scaled(images[places]), labels[places])
 
-    images, labels = _cifar10(data, "test")
+    images, labels = read_cifar10(data, "test")
     test = _image_batches(scaled(images), labels)
     return Subject(
         name=name,
@@ -219,7 +219,8 @@ def _image_subject(
 
 
 @cache
-def _cifar10(data: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_cifar10(data: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Images, uint8 `(N, 3, 32, 32)`, and labels of "train" or "test"; read once."""
     return read_delta_images(data / f"cifar10_{split}.npz")
 
 

@@ -1,0 +1,328 @@
+"""How much accuracy is left of CIFAR-10 ResNets at equal cost and after an equal recovery, by method?
+
+    python benchmarks/compress_cifar.py --data DATA                    # hours on one core
+    python benchmarks/compress_cifar.py --data DATA --protocol gpu     # 40 epochs of all images, on a GPU
+
+Every row is one network, one share of the multiply-adds, one method, one seed: cut without training, judge, recover,
+judge again. The recovery is the same for all rows: images, augmentation, optimiser, schedule, distillation from the
+original, the epoch that is best on val. Val is 2,000 training images that the recovery does not see; test images are
+only reported on. Rows already in the results are not measured again.
+
+Methods:
+    idap: ...               `idap.compress` with its defaults, both stages or one, in both orders; "inside blocks":
+                            stage 1 on the channels that Torch-Pruning can cut
+    torch-pruning ...       its criteria (fpgm is the best of them here, see docs/results.md) on the channels inside of
+                            residual blocks, ranked globally, cut to the same cost; as it comes, and rebalanced by us
+    random, uniform L2      likewise; uniform takes the same share of each layer
+    small: ...              a network of the same cost that learns from random weights: of the shape that idap found, or
+                            uniformly narrow; with the same recovery
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness import RESULTS, Rows, cifar_task, latencies, recover, timed
+from benchmarks.subjects import add_data_argument, build
+from idap.compress.config import Config, FilterStage, LayerStage
+from idap.compress.run import compress
+from idap.cost.count import CostModel
+from idap.divergence.observe import Pass
+from idap.graph.trace import trace
+from idap.rebalance.run import Rebalance, rebalance_
+from idap.selection.reach import reach
+from idap.selection.units import rank_uniform, rank_units
+from idap.structure.analysis import Structure, analyze
+from idap.structure.plan import Plan
+from idap.surgery.apply import apply_plan
+from idap.training.batch import merged, move
+from idap.training.evaluate import evaluate
+from idap.training.fit import Recovery
+
+NONE = Recovery(epochs=0)
+SHARES = {"1/2.1": 1 / 2.1, "1/3": 1 / 3}
+FLOOR = 1 / 16
+"""Share of each group that Torch-Pruning's rows always leave."""
+KEYS = ("network", "target", "method", "seed", "protocol")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is the same for all rows.
+
+    Attributes:
+        device: where models run.
+        train: images that the recovery learns from; None: all but val.
+        val: images that decide which epoch is kept.
+        calibration: images that scores and corrections are computed from.
+        batch: images of a batch.
+        recovery: of every row.
+    """
+
+    device: str
+    train: int | None
+    val: int = 2000
+    calibration: int = 512
+    batch: int = 128
+    recovery: Recovery
+
+
+CPU_RECOVERY = Recovery(epochs=2, lr=0.02, distil=0.9)
+PROTOCOLS = {
+    "cpu": Protocol(device="cpu", train=10_000, recovery=CPU_RECOVERY),
+    "gpu": Protocol(device="cuda", train=None, recovery=replace(CPU_RECOVERY, epochs=40)),
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model that was made smaller and not trained yet, and the plan that did it."""
+
+    model: nn.Module
+    plan: Plan
+
+
+class Bench:
+    """One network with the data of one seed."""
+
+    def __init__(self, network: str, data: Path, protocol: Protocol, seed: int) -> None:
+        self.subject = build(network, data)
+        self.model = copy.deepcopy(self.subject.model).to(protocol.device)  # the subject stays on the CPU
+        self.protocol, self.seed = protocol, seed
+        self.task = cifar_task(
+            data,
+            train=protocol.train,
+            val=protocol.val,
+            calibration=protocol.calibration,
+            batch=protocol.batch,
+            seed=seed,
+        )
+        self.structure = self.analysed()
+        self.costs = CostModel(self.structure, 2)
+
+    def analysed(self) -> Structure:
+        """Trace and analyse the original, as every method must."""
+        args, kwargs = self.subject.example()
+        return analyze(trace(self.model, tuple(arg.to(self.protocol.device) for arg in args), kwargs))
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Points on all test images."""
+        device = self.protocol.device
+        with torch.no_grad():
+            batches = [(images.to(device), labels.to(device)) for images, labels in self.subject.test]
+            return self.subject.quality(model.eval(), batches)
+
+    def original(self) -> dict[str, Any]:
+        """The row of the original."""
+        cost = self.costs.cost()
+        return {"accuracy": self.accuracy(self.model), "macs": cost.macs, "parameters": cost.parameters}
+
+    def row(self, target: str, method: "Method", rows: Rows) -> dict[str, Any]:
+        """Cut, judge, recover, judge."""
+        with timed() as clock:
+            cut = method(self, SHARES[target], rows)
+        model, whole, cost = cut.model, self.costs.cost(), self.costs.cost(cut.plan.keep, cut.plan.removed)
+        before = self.accuracy(model)
+        recovery = replace(self.protocol.recovery, seed=self.seed)
+        taken, losses = recover(model, self.model, self.task, recovery)
+        sizes = {group.name: group.size for group in self.structure.groups}
+        return {
+            "before": before,
+            "after": self.accuracy(model),
+            "val": round(100 * evaluate(model, self.task), 2),
+            "macs": cost.macs,
+            "macs_ratio": round(whole.macs / cost.macs, 4),
+            "parameters": cost.parameters,
+            "parameters_ratio": round(whole.parameters / cost.parameters, 4),
+            "latency_ms": latencies(self.model, model.eval(), self.subject.test[0][0][:1].to(self.protocol.device)),
+            "compression": clock.row(),
+            "recovery": taken,
+            "losses": losses,
+            "left": {name: len(units) for name, units in cut.plan.keep.items() if len(units) < sizes[name]},
+            "removed": list(cut.plan.removed),
+        }
+
+
+Method = Callable[[Bench, float, Rows], Cut]
+
+
+def ours(*, inside: bool = False, **settings: Any) -> Method:
+    """A method that is a call of `idap.compress`, with what differs from the defaults."""
+
+    def cut(bench: Bench, share: float, _: Rows) -> Cut:
+        changed = dict(settings)
+        if inside:
+            outer = {group.name for group in bench.structure.groups} - set(inner(bench.structure))
+            changed["filters"] = FilterStage(keep=dict.fromkeys(outer, 1.0))
+        config = Config(
+            macs=share,
+            max_drop=None,
+            recovery=NONE,
+            final=NONE,
+            calibration_batches=-(-bench.protocol.calibration // bench.protocol.batch),
+            seed=bench.seed,
+            **changed,
+        )
+        result = compress(bench.model, bench.task, config)
+        return Cut(result.model, result.plan)
+
+    return cut
+
+
+def inner(structure: Structure) -> list[str]:
+    """Groups of the channels between the two convolutions of a block."""
+    return [group.name for group in structure.groups if group.name.endswith("conv1") and group.name != "conv1"]
+
+
+def peer(criterion: str, *, ranking: str = "global", rebalanced: bool = False) -> Method:
+    """A method that ranks by a criterion of Torch-Pruning, and cuts once."""
+
+    def cut(bench: Bench, share: float, _: Rows) -> Cut:
+        from benchmarks import peers  # noqa: PLC0415 - needs torch-pruning
+
+        structure = bench.analysed()
+        batches = list(bench.task.batches("calibration"))
+        found = peers.importance(criterion, bench.subject, structure, batches, seed=bench.seed)
+        scores = {name: values.tolist() for name, values in found.items()}
+        plan = structure.plan(to_cost(bench, scores, share, uniform=ranking == "uniform"))
+        model = apply_plan(bench.model, plan)
+        if rebalanced:
+            images, labels = move(merged(batches), bench.protocol.device)
+            everything = Pass(
+                lambda judged: judged(images), lambda outputs: bench.subject.loss(outputs, (None, labels))
+            )
+            rebalance_(model, bench.model, structure, plan, [everything], Rebalance())
+        return Cut(model, plan)
+
+    return cut
+
+
+def to_cost(bench: Bench, scores: dict[str, list[float]], share: float, *, uniform: bool) -> dict[str, tuple[int, ...]]:
+    """The units that stay when the ranking is cut to a share of the multiply-adds."""
+    whole = {group.name: tuple(range(group.size)) for group in bench.structure.groups}
+    floors = {group.name: max(1, int(group.size * FLOOR)) for group in bench.structure.groups}
+    if uniform:
+        ranking = rank_uniform(scores, whole, floors=floors)
+    else:
+        ranking = rank_units(scores, whole, bench.costs.unit_macs(), floors=floors)
+    target = share * bench.costs.cost().macs
+    return reach(ranking, lambda keep, _: bench.costs.cost(keep).macs, target).keep
+
+
+def small(shape: str | None) -> Method:
+    """A method that takes random weights in the shape that another method's row found; None: uniformly narrow."""
+
+    def cut(bench: Bench, share: float, rows: Rows) -> Cut:
+        groups = bench.structure.groups
+        if shape is None:
+            plan = bench.structure.plan(to_cost(bench, {g.name: [0.0] * g.size for g in groups}, share, uniform=True))
+        else:
+            target = next(name for name, value in SHARES.items() if value == share)
+            found = rows.find(network=bench.subject.name, target=target, method=shape, seed=bench.seed)
+            if found is None:
+                raise LookupError(f"the shape of {shape!r} for {bench.subject.name} at {target} isn't measured yet.")
+            left = {g.name: found["left"].get(g.name, g.size) for g in groups}
+            plan = bench.structure.plan({name: range(count) for name, count in left.items()}, found["removed"])
+        model = apply_plan(bench.model, plan)
+        forget(model, bench.seed)
+        return Cut(model, plan)
+
+    return cut
+
+
+@torch.no_grad()
+def forget(model: nn.Module, seed: int) -> None:
+    """Draw all weights anew: convolutions as He et al. do, the rest as torch does."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        for part in model.modules():
+            if isinstance(part, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+                part.reset_parameters()
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight)
+
+
+BOTH = "idap: filters, layers"
+ALL_BLOCKS = LayerStage(removals=1000)
+METHODS: dict[str, Method] = {
+    BOTH: ours(),
+    "idap: filters": ours(layers=LayerStage(removals=0)),
+    "idap: filters inside blocks": ours(layers=LayerStage(removals=0), inside=True),
+    "idap: layers": ours(filters=FilterStage(steps=0), layers=ALL_BLOCKS),
+    "idap: layers, filters": ours(filters_share=0.0),
+    "torch-pruning fpgm": peer("fpgm"),
+    "torch-pruning fpgm, rebalanced": peer("fpgm", rebalanced=True),
+    "torch-pruning magnitude_l2": peer("magnitude_l2"),
+    "torch-pruning bn_scale": peer("bn_scale"),
+    "torch-pruning taylor": peer("taylor"),
+    "torch-pruning magnitude_l2, rebalanced": peer("magnitude_l2", rebalanced=True),
+    "torch-pruning bn_scale, rebalanced": peer("bn_scale", rebalanced=True),
+    "torch-pruning taylor, rebalanced": peer("taylor", rebalanced=True),
+    "small: idap's shape": small(BOTH),
+    "small: narrow": small(None),
+    "random": peer("random"),
+    "random, rebalanced": peer("random", rebalanced=True),
+    "uniform L2": peer("magnitude_l2", ranking="uniform"),
+    "uniform L2, rebalanced": peer("magnitude_l2", ranking="uniform", rebalanced=True),
+}
+FIRST = 13
+"""So many methods are measured at both costs before the others."""
+LR_METHOD = "torch-pruning fpgm, rebalanced"
+
+
+def choose_rate(bench: Bench, rates: Sequence[float]) -> None:
+    """Print val accuracy after the recovery with each learning rate, for one method that is not ours."""
+    cut = METHODS[LR_METHOD](bench, SHARES["1/3"], Rows(Path("nowhere"), KEYS, {}))
+    for rate in rates:
+        model = copy.deepcopy(cut.model)
+        recovery = replace(bench.protocol.recovery, lr=rate, seed=bench.seed)
+        _, losses = recover(model, bench.model, bench.task, recovery)
+        print(f"lr {rate:g}: val {100 * evaluate(model, bench.task):.2f}, losses {losses}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_argument(parser)
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="cpu")
+    parser.add_argument("--networks", nargs="*", choices=["resnet56", "resnet20"], default=["resnet56", "resnet20"])
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--choose-rate", nargs="+", type=float, metavar="LR", help="only compare learning rates on val")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    protocol = PROTOCOLS[options.protocol]
+    name = "compress_cifar.json" if options.protocol == "cpu" else f"compress_cifar_{options.protocol}.json"
+    about = {
+        "question": "How much accuracy is left of CIFAR-10 ResNets at equal cost and after an equal recovery?",
+        "protocol": asdict(protocol),
+        "memory": "peak_gib is the most resident memory of the whole process (VmHWM, set back before each part)",
+    }
+    rows = Rows(options.results or RESULTS / name, KEYS, about)
+    for network in options.networks:
+        bench = Bench(network, options.data, protocol, options.seed)
+        if options.choose_rate:
+            choose_rate(bench, options.choose_rate)
+            continue
+        key = {"network": network, "seed": options.seed, "protocol": options.protocol}
+        rows.measure({**key, "target": "original", "method": "original"}, bench.original)
+        names = [method for method in METHODS if method in options.methods]
+        for some in (names[:FIRST], names[FIRST:]):
+            for target in SHARES:
+                for method in some:
+                    one = {**key, "target": target, "method": method}
+                    rows.measure(one, lambda t=target, m=method, b=bench: b.row(t, METHODS[m], rows))
+
+
+if __name__ == "__main__":
+    main()
