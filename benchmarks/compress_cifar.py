@@ -21,59 +21,32 @@ Methods:
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import RESULTS, Rows, cifar_task, latencies, recover, timed
-from benchmarks.subjects import add_data_argument, build
-from idap.compress.config import Config, FilterStage, LayerStage
-from idap.compress.run import compress
-from idap.cost.count import CostModel
+from benchmarks.bench import Bench, Cut, Method, Protocol, cifar_bench, ours
+from benchmarks.harness import RESULTS, Rows, recover
+from benchmarks.subjects import add_data_argument
+from idap.compress.config import FilterStage, LayerStage
 from idap.divergence.observe import Pass
-from idap.graph.trace import trace
 from idap.rebalance.run import Rebalance, rebalance_
 from idap.selection.reach import reach
 from idap.selection.units import rank_uniform, rank_units
-from idap.structure.analysis import Structure, analyze
-from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.training.batch import merged, move
 from idap.training.evaluate import evaluate
 from idap.training.fit import Recovery
 
-NONE = Recovery(epochs=0)
 SHARES = {"1/2.1": 1 / 2.1, "1/3": 1 / 3}
 FLOOR = 1 / 16
 """Share of each group that Torch-Pruning's rows always leave."""
 KEYS = ("network", "target", "method", "seed", "protocol")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """What is the same for all rows.
-
-    Attributes:
-        device: where models run.
-        train: images that the recovery learns from; None: all but val.
-        val: images that decide which epoch is kept.
-        calibration: images that scores and corrections are computed from.
-        batch: images of a batch.
-        recovery: of every row.
-    """
-
-    device: str
-    train: int | None
-    val: int = 2000
-    calibration: int = 512
-    batch: int = 128
-    recovery: Recovery
 
 
 CPU_RECOVERY = Recovery(epochs=2, lr=0.01, distil=0.9)
@@ -83,119 +56,13 @@ PROTOCOLS = {
 }
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A model that was made smaller and not trained yet, the plan that did it, and its learning rate if it has its own.
-
-    The others take that of the protocol.
-    """
-
-    model: nn.Module
-    plan: Plan
-    rate: float | None = None
-
-
-class Bench:
-    """One network with the data of one seed."""
-
-    def __init__(self, network: str, data: Path, protocol: Protocol, seed: int) -> None:
-        self.subject = build(network, data)
-        self.model = copy.deepcopy(self.subject.model).to(protocol.device)  # the subject stays on the CPU
-        self.protocol, self.seed = protocol, seed
-        self.task = cifar_task(
-            data,
-            train=protocol.train,
-            val=protocol.val,
-            calibration=protocol.calibration,
-            batch=protocol.batch,
-            seed=seed,
-        )
-        self.structure = self.analysed()
-        self.costs = CostModel(self.structure, 2)
-
-    def analysed(self) -> Structure:
-        """Trace and analyse the original, as every method must."""
-        args, kwargs = self.subject.example()
-        return analyze(trace(self.model, tuple(arg.to(self.protocol.device) for arg in args), kwargs))
-
-    def accuracy(self, model: nn.Module) -> float:
-        """Points on all test images."""
-        device = self.protocol.device
-        with torch.no_grad():
-            batches = [(images.to(device), labels.to(device)) for images, labels in self.subject.test]
-            return self.subject.quality(model.eval(), batches)
-
-    def original(self) -> dict[str, Any]:
-        """The row of the original."""
-        cost = self.costs.cost()
-        return {"accuracy": self.accuracy(self.model), "macs": cost.macs, "parameters": cost.parameters}
-
-    def row(self, target: str, method: "Method", rows: Rows) -> dict[str, Any]:
-        """Cut, judge, recover, judge."""
-        with timed() as clock:
-            cut = method(self, SHARES[target], rows)
-        model, whole, cost = cut.model, self.costs.cost(), self.costs.cost(cut.plan.keep, cut.plan.removed)
-        before = self.accuracy(model)
-        recovery = replace(self.protocol.recovery, seed=self.seed)
-        if cut.rate is not None:
-            recovery = replace(recovery, lr=cut.rate)
-        taken, losses = recover(model, self.model, self.task, recovery)
-        sizes = {group.name: group.size for group in self.structure.groups}
-        return {
-            "before": before,
-            "after": self.accuracy(model),
-            "val": round(100 * evaluate(model, self.task), 2),
-            "macs": cost.macs,
-            "macs_ratio": round(whole.macs / cost.macs, 4),
-            "parameters": cost.parameters,
-            "parameters_ratio": round(whole.parameters / cost.parameters, 4),
-            "latency_ms": latencies(self.model, model.eval(), self.subject.test[0][0][:1].to(self.protocol.device)),
-            "compression": clock.row(),
-            "recovery": {**taken, "lr": recovery.lr},
-            "losses": losses,
-            "left": {name: len(units) for name, units in cut.plan.keep.items() if len(units) < sizes[name]},
-            "removed": list(cut.plan.removed),
-        }
-
-
-Method = Callable[[Bench, float, Rows], Cut]
-
-
-def ours(*, inside: bool = False, **settings: Any) -> Method:
-    """A method that is a call of `idap.compress`, with what differs from the defaults."""
-
-    def cut(bench: Bench, share: float, _: Rows) -> Cut:
-        changed = dict(settings)
-        if inside:
-            outer = {group.name for group in bench.structure.groups} - set(inner(bench.structure))
-            changed["filters"] = FilterStage(keep=dict.fromkeys(outer, 1.0))
-        config = Config(
-            macs=share,
-            max_drop=None,
-            recovery=NONE,
-            final=NONE,
-            calibration_batches=-(-bench.protocol.calibration // bench.protocol.batch),
-            seed=bench.seed,
-            **changed,
-        )
-        result = compress(bench.model, bench.task, config)
-        return Cut(result.model, result.plan)
-
-    return cut
-
-
-def inner(structure: Structure) -> list[str]:
-    """Groups of the channels between the two convolutions of a block."""
-    return [group.name for group in structure.groups if group.name.endswith("conv1") and group.name != "conv1"]
-
-
 def peer(criterion: str, *, ranking: str = "global", rebalanced: bool = False) -> Method:
     """A method that ranks by a criterion of Torch-Pruning, and cuts once."""
 
     def cut(bench: Bench, share: float, _: Rows) -> Cut:
         from benchmarks import peers  # noqa: PLC0415 - needs torch-pruning
 
-        structure = bench.analysed()
+        structure = bench.analysed()  # as every method must, ours too
         batches = list(bench.task.batches("calibration"))
         found = peers.importance(criterion, bench.subject, structure, batches, seed=bench.seed)
         scores = {name: values.tolist() for name, values in found.items()}
@@ -207,7 +74,7 @@ def peer(criterion: str, *, ranking: str = "global", rebalanced: bool = False) -
                 lambda judged: judged(images), lambda outputs: bench.subject.loss(outputs, (None, labels))
             )
             rebalance_(model, bench.model, structure, plan, [everything], Rebalance())
-        return Cut(model, plan)
+        return Cut(model, plan, bench.costs.cost(plan.keep))
 
     return cut
 
@@ -240,7 +107,7 @@ def small(shape: str | None, *, rate: float | None = None) -> Method:
             plan = bench.structure.plan({name: range(count) for name, count in left.items()}, found["removed"])
         model = apply_plan(bench.model, plan)
         forget(model, bench.seed)
-        return Cut(model, plan, rate)
+        return Cut(model, plan, bench.costs.cost(plan.keep, plan.removed), rate)
 
     return cut
 
@@ -324,7 +191,7 @@ def main() -> None:
     }
     rows = Rows(options.results or RESULTS / name, KEYS, about)
     for network in options.networks:
-        bench = Bench(network, options.data, protocol, options.seed)
+        bench = cifar_bench(network, options.data, protocol, options.seed)
         if options.choose_rate:
             choose_rate(bench, options.choose_rate)
             continue
@@ -335,7 +202,7 @@ def main() -> None:
             for target in SHARES:
                 for method in some:
                     one = {**key, "target": target, "method": method}
-                    rows.measure(one, lambda t=target, m=method, b=bench: b.row(t, METHODS[m], rows))
+                    rows.measure(one, lambda t=target, m=method, b=bench: b.row(SHARES[t], METHODS[m], rows))
 
 
 if __name__ == "__main__":

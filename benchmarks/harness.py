@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.subjects import ROOT, read_cifar10  # makes torchvision importable
 from idap.cost.latency import measure_latency
 from idap.record import write_json
-from idap.training.evaluate import evaluate
+from idap.training.evaluate import evaluate, modes_kept
 from idap.training.fit import Recovery, fit
 from idap.training.task import Task, classification
 from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD, TensorLoader, crop_and_flip, normalise
@@ -188,15 +189,33 @@ def latencies(original: nn.Module, model: nn.Module, sample: Tensor) -> dict[str
         sample: one input `(1, ...)`, on the models' device.
 
     Returns:
-        Batch size -> milliseconds of both (median and quartiles) and how many times faster the model is.
+        Batch size -> milliseconds of both (median and quartiles), how many times faster the model is, and the same for
+        processor time, which other processes on the machine hardly lengthen.
     """
     found = {}
+    models = {"original": original, "compressed": model}
     for batch, repeats in LATENCY.items():
-        inputs = (sample.expand(batch, *sample.shape[1:]).contiguous(),)
-        times = measure_latency({"original": original, "compressed": model}, inputs, repeats=repeats, warmup=3)
+        inputs = sample.expand(batch, *sample.shape[1:]).contiguous()
+        times = measure_latency(models, (inputs,), repeats=repeats, warmup=3)
         numbers: dict[str, Any] = {
             name: [round(1000 * value, 3) for value in (time.median, *time.spread)] for name, time in times.items()
         }
+        processor = _processor_times(models, inputs, repeats)
         numbers["ratio"] = round(times["original"].median / times["compressed"].median, 3)
+        numbers["processor"] = {name: round(1000 * value, 3) for name, value in processor.items()}
+        numbers["processor_ratio"] = round(processor["original"] / processor["compressed"], 3)
         found[str(batch)] = numbers
     return found
+
+
+@torch.no_grad()
+def _processor_times(models: Mapping[str, nn.Module], inputs: Tensor, repeats: int) -> dict[str, float]:
+    """Median processor time of this process for one pass of each model, in seconds; the models take turns."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            with modes_kept(model):
+                start = time.process_time()
+                model(inputs)
+                times[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
