@@ -129,7 +129,19 @@ def _peak() -> float:
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), float("nan"))
 
 
-def cifar_task(data: Path, *, train: int | None, val: int, calibration: int, batch: int, seed: int) -> Task:
+Scale = tuple[Sequence[float], Sequence[float]]
+
+
+def cifar_task(
+    data: Path,
+    *,
+    train: int | None,
+    val: int,
+    calibration: int,
+    batch: int,
+    seed: int,
+    scale: Scale = (IMAGENET_MEAN, IMAGENET_STD),
+) -> Task:
     """CIFAR-10 without its test images: what a row learns from, what decides, and what divergence is measured on.
 
     Args:
@@ -139,11 +151,12 @@ def cifar_task(data: Path, *, train: int | None, val: int, calibration: int, bat
         calibration: the first so many images to learn from, unaugmented.
         batch: images of a batch.
         seed: draws them all.
+        scale: mean and deviation of each colour, that the network was trained with.
     """
     images, labels = read_cifar10(data, "train")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     deciding, learnt = order[:val], order[val:] if train is None else order[val : val + train]
-    scaled = partial(normalise, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    scaled = partial(normalise, mean=scale[0], std=scale[1])
 
     def plain(places: Tensor) -> TensorLoader:
         return TensorLoader((scaled(images[places]), labels[places]), batch)

@@ -210,7 +210,7 @@ def _image_subject(
         model=model.eval(),
         test=test,
         loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
-        quality=lambda model, batches=test: _accuracy(model, batches),
+        quality=lambda model, batches=test: accuracy(model, batches),
         metric="accuracy",
         calibration=calibration,
         inputs=lambda batch: ((batch[0],), {}),
@@ -233,7 +233,8 @@ def _head(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Points of a classifier on batches `(images, labels)`."""
     hits, count = 0, 0
     for images, labels in batches:
         hits += int((model(images).argmax(1) == labels).sum())
