@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench import Bench, Protocol, cifar_bench, ours
 from benchmarks.harness import RESULTS, Rows
 from benchmarks.subjects import add_data_argument
+from idap import Recovery
 from idap.compress.config import FilterStage, LayerStage
-from idap.training.fit import Recovery
 
 SHARE = 1 / 2
 KEYS = ("question", "setting", "seed")

@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.harness import Clock, Rows, cifar_task, latencies, recover, timed
 from benchmarks.subjects import Subject, build
+from idap import Recovery
 from idap.compress.config import Config, FilterStage
 from idap.compress.run import compress
 from idap.cost.count import Cost, CostModel
@@ -22,7 +23,6 @@ from idap.record import Step
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.training.evaluate import evaluate
-from idap.training.fit import Recovery
 from idap.training.task import Task
 
 NONE = Recovery(epochs=0)

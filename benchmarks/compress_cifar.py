@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench import Bench, Cut, Method, Protocol, cifar_bench, ours
 from benchmarks.harness import RESULTS, Rows, recover
 from benchmarks.subjects import add_data_argument
+from idap import Recovery
 from idap.compress.config import FilterStage, LayerStage
 from idap.divergence.observe import Pass
 from idap.rebalance.run import Rebalance, rebalance_
@@ -41,7 +42,6 @@ from idap.selection.units import rank_uniform, rank_units
 from idap.surgery.apply import apply_plan
 from idap.training.batch import merged, move
 from idap.training.evaluate import evaluate
-from idap.training.fit import Recovery
 
 SHARES = {"1/2.1": 1 / 2.1, "1/3": 1 / 3}
 FLOOR = 1 / 16

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench import Bench, Protocol, ours
 from benchmarks.harness import RESULTS, Rows, cifar_task, timed
 from benchmarks.subjects import BATCH, CIFAR_MEAN, CIFAR_STD, Subject, accuracy, add_data_argument, build
-from idap.training.fit import Recovery, fit
+from idap import Recovery, fit
 from idap.training.task import Task, classification
 from idap.zoo.data import TensorLoader
 
