@@ -1,28 +1,31 @@
-"""Write the tables of docs/results.md that come from criteria.json, truth.json and overhead.json.
+"""Write the tables of docs/results.md that come from the results, as far as they are measured.
 
 python benchmarks/report.py
 """
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.compression_tables import ablation, contest, head, kinds, line
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- tables of benchmarks/report.py: begin -->", "<!-- end -->"
 HALF, THIRD = "inner macs 1/2", "inner macs 1/3"
 SQUARES = "least squares"
+OWN: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[str]]] = {
+    "compress_cifar": contest,
+    "ablation": ablation,
+    "rows": kinds,
+}
+"""Result files whose tables have a place of their own on the page."""
 Rows = Sequence[Mapping[str, Any]]
-
-
-def line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def head(*titles: str) -> list[str]:
-    return [line(*titles), line(*["---"] * len(titles))]
 
 
 def chosen(rows: Rows, **wanted: object) -> list[Mapping[str, Any]]:
@@ -176,9 +179,27 @@ def main() -> None:
         parts += [*truth(read("truth.json"), subject), ""]
     if read("overhead.json"):
         parts += ["### What measuring costs", "", *overhead(read("overhead.json")), ""]
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    PAGE.write_text("\n".join([before + BEGIN, "", *parts, END]) + rest.partition(END)[2])
+    page = put(PAGE.read_text(), BEGIN, END, parts)
+    for name, tables in OWN.items():
+        found = read(f"{name}.json")
+        if found is not None:
+            page = put(
+                page, f"<!-- tables of {name}.json: begin -->", f"<!-- end of {name}.json -->", tables(found["rows"])
+            )
+    PAGE.write_text(page)
+
+
+def put(page: str, begin: str, end: str, lines: Sequence[str]) -> str:
+    """Replace what stands between two marks.
+
+    Raises:
+        LookupError: the page has no such marks.
+    """
+    before, first, rest = page.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise LookupError(f"docs/results.md needs the marks {begin!r} and {end!r}.")
+    return "\n".join([before + begin, "", *lines, *([""] if lines and lines[-1] else []), end]) + after
 
 
 if __name__ == "__main__":

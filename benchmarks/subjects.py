@@ -199,18 +199,18 @@ def _image_subject(
     scaled = partial(normalise, mean=scale[0], std=scale[1])
 
     def calibration(count: int, seed: int) -> list[Batch]:
-        images, labels = _cifar10(data, "train")
+        images, labels = read_cifar10(data, "train")
         places = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
         return _image_batches(scaled(images[places]), labels[places])
 
-    images, labels = _cifar10(data, "test")
+    images, labels = read_cifar10(data, "test")
     test = _image_batches(scaled(images), labels)
     return Subject(
         name=name,
         model=model.eval(),
         test=test,
         loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
-        quality=lambda model, batches=test: _accuracy(model, batches),
+        quality=lambda model, batches=test: accuracy(model, batches),
         metric="accuracy",
         calibration=calibration,
         inputs=lambda batch: ((batch[0],), {}),
@@ -219,7 +219,8 @@ def _image_subject(
 
 
 @cache
-def _cifar10(data: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_cifar10(data: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Images, uint8 `(N, 3, 32, 32)`, and labels of "train" or "test"; read once."""
     return read_delta_images(data / f"cifar10_{split}.npz")
 
 
@@ -232,7 +233,8 @@ def _head(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Points of a classifier on batches `(images, labels)`."""
     hits, count = 0, 0
     for images, labels in batches:
         hits += int((model(images).argmax(1) == labels).sum())

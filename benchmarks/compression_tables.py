@@ -1,0 +1,117 @@
+"""Tables of compress_cifar.json, ablation.json and rows.json, from as many rows as there are."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(*titles: str) -> list[str]:
+    return [line(*titles), line(*["---"] * len(titles))]
+
+
+def mean(rows: Sequence[Row], value: Callable[[Row], float], digits: int = 2) -> str:
+    """The mean over rows that differ in their seed, with the standard deviation where there are several."""
+    values = [value(row) for row in rows]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def contest(rows: Sequence[Row]) -> list[str]:
+    """One table for each network and cost: every method that was measured there."""
+    found: list[str] = []
+    for network, target in dict.fromkeys((row["network"], row["target"]) for row in rows):
+        if target == "original":
+            continue
+        mine = [row for row in rows if (row["network"], row["target"]) == (network, target)]
+        whole = next(row for row in rows if (row["network"], row["target"]) == (network, "original"))
+        found += [f"#### {network}, {target} of the MACs, original {whole['accuracy']:.2f} %", ""]
+        titles = ("method", "MACs", "parameters", "cut", "recovered", "faster, batch 1 / 64")
+        found += head(*titles, "cut, s", "recovery, s", "peak, GiB")
+        for method in dict.fromkeys(row["method"] for row in mine):
+            found.append(_method(method, [row for row in mine if row["method"] == method]))
+        found.append("")
+    return found
+
+
+def _faster(row: Row, batch: str) -> float:
+    """By processor time; on a GPU by wall-clock time."""
+    found: float = row["latency_ms"][batch].get("processor_ratio", row["latency_ms"][batch]["ratio"])
+    return found
+
+
+def _seconds(row: Row, part: str) -> float:
+    """Processor time; on a GPU wall-clock time."""
+    found: float = row[part]["processor_s" if row["protocol"] == "cpu" else "seconds"]
+    return found
+
+
+def _method(name: str, rows: Sequence[Row]) -> str:
+    faster = " / ".join(mean(rows, lambda row, b=batch: _faster(row, b)) for batch in ("1", "64"))
+    return line(
+        name,
+        f"{mean(rows, lambda row: row['macs_ratio'])}x fewer",
+        f"{mean(rows, lambda row: row['parameters_ratio'])}x fewer",
+        mean(rows, lambda row: row["before"]),
+        f"**{mean(rows, lambda row: row['after'])}**",
+        faster,
+        mean(rows, lambda row: _seconds(row, "compression"), 0),
+        mean(rows, lambda row: _seconds(row, "recovery"), 0),
+        mean(rows, lambda row: row["compression"]["peak_gib"]),
+    )
+
+
+def ablation(rows: Sequence[Row]) -> list[str]:
+    """One table: the defaults first, then the settings of each question."""
+    found = head("question", "setting", "seeds", "MACs", "cut", "recovered", "cut, s")
+    for question, setting in dict.fromkeys((row["question"], row["setting"]) for row in _by_question(rows)):
+        some = [row for row in rows if (row["question"], row["setting"]) == (question, setting)]
+        found.append(
+            line(
+                "" if question == setting else question,
+                setting,
+                len(some),
+                f"{mean(some, lambda row: row['macs_ratio'])}x fewer",
+                mean(some, lambda row: row["before"]),
+                f"**{mean(some, lambda row: row['after'])}**",
+                mean(some, lambda row: row["compression"]["processor_s"], 0),
+            )
+        )
+    return found
+
+
+def _by_question(rows: Sequence[Row]) -> list[Row]:
+    order = list(dict.fromkeys(row["question"] for row in rows))
+    return sorted(rows, key=lambda row: order.index(row["question"]))
+
+
+def kinds(rows: Sequence[Row]) -> list[str]:
+    """One table: what both stages made of each network."""
+    titles = ("network", "accuracy", "cut", "recovered", "MACs", "parameters", "ms, batch 1", "ms, batch 64")
+    found = head(*titles, "filters removed", "layers removed")
+    for row in rows:
+        whole, times = row["original"], row["latency_ms"]
+        latency = [
+            f"{times[b]['processor']['original']:.2f} → {times[b]['processor']['compressed']:.2f}" for b in ("1", "64")
+        ]
+        units = row["stages"].get("filters", {}).get("units", {})
+        parts = [part for stage in row["stages"].values() for part in stage["parts"]]
+        found.append(
+            line(
+                row["network"],
+                f"{whole['accuracy']:.2f}",
+                f"{row['before']:.2f}",
+                f"**{row['after']:.2f}**",
+                f"{whole['macs']:,} → {row['macs']:,}",
+                f"{whole['parameters']:,} → {row['parameters']:,}",
+                *latency,
+                ", ".join(f"{count} {kind}" for kind, count in units.items()) or "none",
+                ", ".join(f"`{part}`" for part in parts) or "none",
+            )
+        )
+    return found
