@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from idap.cli.bench import bench_command
 from idap.cli.apply import apply_command
+from idap.cli.bench import bench_command
 from idap.cli.compress import compress_command
 from idap.cli.demo_command import demo_command
 from idap.cli.export import export_command
