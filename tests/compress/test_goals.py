@@ -22,7 +22,7 @@ from idap.errors import ConfigError, RunFolderError, TaskError
 from idap.graph.trace import trace
 from idap.record import RunFolder
 from idap.structure.analysis import analyze
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 from idap.training.split import with_validation
 from idap.training.task import classification
 from idap.zoo.nets import cifar_resnet20

@@ -1,12 +1,14 @@
 """The end of a run: the last measurement, what was reached, and what was not and why."""
 
 from dataclasses import replace
+from functools import partial
 
 from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
 from idap.saving.checkpoint import save
 from idap.training.evaluate import evaluate, output_error
+from idap.training.processes import on_main
 
 LATENCY_NOISE = 0.02
 """By how much the last measurement of latency may be above its target, as a share of it."""
@@ -21,7 +23,7 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency)
     reached, message = _verdict(setting, final, journal, untouched=state is start)
     if setting.folder is not None:
-        save(setting.folder.model, final.model, final.plan)
+        on_main(partial(save, setting.folder.model, final.model, final.plan))
     return Result(
         model=final.model,
         plan=final.plan,
