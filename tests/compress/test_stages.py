@@ -40,8 +40,8 @@ def scripted(monkeypatch):
         left = iter(metrics)
         real = Setting.recover
 
-        def recover(self, model, title, recovery):
-            real(self, model, title, recovery)
+        def recover(self, model, plan, title, recovery):
+            real(self, model, plan, title, recovery)
             return next(left)
 
         monkeypatch.setattr(Setting, "recover", recover)
