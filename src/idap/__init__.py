@@ -20,9 +20,11 @@ if typing.TYPE_CHECKING:
     from idap.structure.plan import Plan
     from idap.surgery.apply import apply_plan, apply_plan_
     from idap.surgery.finalize import finalize
+    from idap.surgery.optimizer import slice_optimizer
     from idap.surgery.verify import Proof, verify
     from idap.training.evaluate import evaluate, output_error
-    from idap.training.fit import Recovery, fit
+    from idap.training.fit import fit
+    from idap.training.recovery import Recovery
     from idap.training.task import Task, classification
 
 __version__ = "0.1.0"
@@ -58,6 +60,7 @@ __all__ = [
     "measure_latency",
     "output_error",
     "save",
+    "slice_optimizer",
     "trace",
     "verify",
 ]
@@ -87,11 +90,12 @@ _HOMES = {
     "apply_plan": "idap.surgery.apply",
     "apply_plan_": "idap.surgery.apply",
     "finalize": "idap.surgery.finalize",
+    "slice_optimizer": "idap.surgery.optimizer",
     "Proof": "idap.surgery.verify",
     "verify": "idap.surgery.verify",
     "evaluate": "idap.training.evaluate",
     "output_error": "idap.training.evaluate",
-    "Recovery": "idap.training.fit",
+    "Recovery": "idap.training.recovery",
     "fit": "idap.training.fit",
     "Task": "idap.training.task",
     "classification": "idap.training.task",

@@ -21,7 +21,7 @@ from idap.rebalance.run import Rebalance
 from idap.selection.power import best_power
 from idap.training.batch import default_padding, merged
 from idap.training.evaluate import evaluate
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 from tests.compress.test_stages import prepare
 from tests.compress.tiny import assert_untouched, config, snapshot, task, trained
 

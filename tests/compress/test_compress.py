@@ -21,7 +21,7 @@ from idap.record import read_steps
 from idap.saving.checkpoint import load, read_plan
 from idap.surgery.apply import apply_plan
 from idap.training.evaluate import evaluate, output_error
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 from idap.training.task import Task
 from tests.compress.tiny import (
     Net,
@@ -331,9 +331,9 @@ def test_the_final_training_has_its_own_settings(monkeypatch):
     used = []
     real = Setting.recover
 
-    def recover(self, model, title, recovery):
+    def recover(self, model, plan, title, recovery):
         used.append((title, recovery))
-        return real(self, model, title, recovery)
+        return real(self, model, plan, title, recovery)
 
     monkeypatch.setattr(Setting, "recover", recover)
     final = Recovery(epochs=2, lr=0.005)

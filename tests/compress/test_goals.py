@@ -22,7 +22,7 @@ from idap.errors import ConfigError, RunFolderError, TaskError
 from idap.graph.trace import trace
 from idap.record import RunFolder
 from idap.structure.analysis import analyze
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 from idap.training.split import with_validation
 from idap.training.task import classification
 from idap.zoo.nets import cifar_resnet20
@@ -199,9 +199,9 @@ def test_only_the_neighbours_of_what_went_recover(monkeypatch):
     trained_names = []
     real = Setting.recover
 
-    def recover(self, model, title, recovery):
+    def recover(self, model, plan, title, recovery):
         trained_names.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
-        return real(self, model, title, recovery)
+        return real(self, model, plan, title, recovery)
 
     monkeypatch.setattr(Setting, "recover", recover)
     settings = config(filters=FilterStage(steps=0), layers=LayerStage(removals=1, tune="neighbours"), macs=0.7, **FREE)

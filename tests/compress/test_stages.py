@@ -21,7 +21,7 @@ from idap.progress import Silent
 from idap.record import Removal, Step
 from idap.surgery.apply import apply_plan
 from idap.training.evaluate import evaluate
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 from idap.training.task import classification
 from tests.compress.tiny import assert_untouched, batches, config, snapshot, task, trained
 
@@ -40,8 +40,8 @@ def scripted(monkeypatch):
         left = iter(metrics)
         real = Setting.recover
 
-        def recover(self, model, title, recovery):
-            real(self, model, title, recovery)
+        def recover(self, model, plan, title, recovery):
+            real(self, model, plan, title, recovery)
             return next(left)
 
         monkeypatch.setattr(Setting, "recover", recover)

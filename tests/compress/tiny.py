@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.progress import Silent
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
 
 CLASSES = 3

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from idap.errors import ConfigError, TaskError
-from idap.training.distill import distillation_loss
+from idap.training.distill import distillation_loss, feature_distance
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
@@ -48,3 +48,27 @@ def test_different_shapes_are_refused():
 def test_temperature_is_checked():
     with pytest.raises(ConfigError, match=r"temperature must be above 0, got 0"):
         distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=0)
+
+
+class TestFeatures:
+    def test_each_pair_counts_alike_whatever_its_size(self):
+        ours = [torch.zeros(4, 2, requires_grad=True), torch.full((1, 30), 2.0)]
+        theirs = [torch.full((4, 2), 5.0), torch.full((1, 30), 1.0)]
+        distance = feature_distance(ours, theirs)
+        assert distance.item() == pytest.approx((1 + 1) / 2)
+        distance.backward()
+        assert ours[0].grad is not None
+
+    def test_half_precision_is_summed_in_full(self):
+        ours, theirs = torch.full((300, 300), 1.0, dtype=torch.bfloat16), torch.full((300, 300), 2.0)
+        distance = feature_distance([ours], [theirs.bfloat16()])
+        assert distance.dtype == torch.float32
+        assert distance.item() == pytest.approx(0.25)
+
+    def test_a_teacher_that_is_silent_teaches_nothing(self):
+        assert feature_distance([torch.ones(2, 2)], [torch.zeros(2, 2)]).item() == 0
+
+    @pytest.mark.parametrize(("ours", "theirs"), [([], []), ([(2, 3)], [(2, 4)]), ([(2, 3)], [(2, 3), (2, 3)])])
+    def test_other_shapes_are_refused(self, ours, theirs):
+        with pytest.raises(TaskError, match=r"the student's features have shapes .* must be equal"):
+            feature_distance([torch.zeros(shape) for shape in ours], [torch.zeros(shape) for shape in theirs])

@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from idap.errors import ConfigError, TaskError
 from idap.training.evaluate import evaluate
-from idap.training.fit import Recovery, fit, learning_rate
+from idap.training.fit import fit
+from idap.training.pace import learning_rate
+from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
 from idap.zoo.data import digits
 from idap.zoo.nets import DigitsResNet

@@ -11,7 +11,7 @@ from torch import nn
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.errors import BudgetError, ConfigError
 from idap.rebalance.run import Rebalance
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 from idap.zoo.recipe import make_recipe, read_recipe
 from idap.zoo.sections import SECTIONS
 

@@ -35,6 +35,7 @@ from idap.record import RunFolder, read_steps
 from idap.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from idap.compress.result import Result
@@ -77,17 +78,21 @@ def compress_command(  # noqa: PLR0913 - one argument per option
         from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
 
         read = read_recipe(recipe, settings, replaced=replaced)
-        outcome.run_dir = run_dir = _folder(run_dir or read.run_dir, read.name, resume=resume)
-        # With --json, the standard output belongs to the document.
-        console = Console(highlight=False, stderr=as_json)
-        progress = listener(console, quiet=quiet)
-        logged = nullcontext(progress) if tensorboard is None else _board(tensorboard, run_dir, progress)
-        with logged as progress:
-            result, numbers = _run(read, run_dir, progress, resume=resume)
-        if as_json:
-            typer.echo(json.dumps(_document(result, numbers, run_dir), indent=1))
-        elif not quiet:
-            _show(console, result, numbers, run_dir)
+        from idap.training.processes import is_main, launched, on_main  # noqa: PLC0415 - as above
+
+        with launched() as device:
+            wanted, speaks = run_dir or read.run_dir, is_main()
+            outcome.run_dir = run_dir = on_main(lambda: _folder(wanted, read.name, resume=resume))
+            # With --json, the standard output belongs to the document.
+            console = Console(highlight=False, stderr=as_json)
+            progress = listener(console, quiet=quiet or not speaks)
+            board = tensorboard if speaks else None
+            with nullcontext(progress) if board is None else _board(board, run_dir, progress) as listening:
+                result, numbers = _run(read, run_dir, listening, device, resume=resume)
+            if as_json and speaks:
+                typer.echo(json.dumps(_document(result, numbers, run_dir), indent=1))
+            elif not quiet and speaks:
+                _show(console, result, numbers, run_dir)
     if not result.reached:
         raise typer.Exit(GOAL_MISSED)
 
@@ -119,12 +124,16 @@ def _board(folder: Path, run_dir: Path, progress: Progress) -> TensorBoard:
     return TensorBoard(_numbered(folder / run_dir.resolve().name)[1], progress)
 
 
-def _run(recipe: "Recipe", run_dir: Path, progress: Progress, *, resume: bool) -> tuple["Result", Comparison]:
+def _run(
+    recipe: "Recipe", run_dir: Path, progress: Progress, device: "torch.device", *, resume: bool
+) -> tuple["Result", Comparison]:
     from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
     from idap.training.fit import fit  # noqa: PLC0415 - as above
+    from idap.training.processes import align_  # noqa: PLC0415 - as above
 
     config, training = recipe.config(), recipe.training()
-    model, task = recipe.model(), recipe.task()
+    model, task = recipe.model().to(device), recipe.task()
+    align_(model)
     if training is not None:
         fit(model, task, training, progress=progress, title="train")
     progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
@@ -148,6 +157,7 @@ def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progre
     from idap.cost.latency import measure_latency  # noqa: PLC0415 - torch is slow to import
     from idap.training.batch import device_of  # noqa: PLC0415 - as above
     from idap.training.evaluate import evaluate  # noqa: PLC0415 - as above
+    from idap.training.processes import on_main  # noqa: PLC0415 - as above
 
     test = None
     if task.test is not None:
@@ -156,7 +166,7 @@ def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progre
     args, kwargs = task.example(device_of(model))
     with progress.phase("latency", 1) as phase:
         models = {"before": model, "after": result.model}
-        times = measure_latency(models, args, kwargs, repeats=LATENCY_REPEATS)
+        times = on_main(lambda: measure_latency(models, args, kwargs, repeats=LATENCY_REPEATS))
         phase.advance()
     return Comparison(
         parameters=result.parameters,

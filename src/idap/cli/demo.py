@@ -20,7 +20,8 @@ from idap.progress import Progress
 from idap.saving.checkpoint import load
 from idap.training.batch import default_inputs
 from idap.training.evaluate import modes_kept
-from idap.training.fit import Recovery, fit
+from idap.training.fit import fit
+from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
 from idap.zoo.data import digits
 from idap.zoo.nets import DigitsResNet, DigitsViT

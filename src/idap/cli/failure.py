@@ -1,6 +1,7 @@
 """What a command does when it fails: one panel, or one JSON document, and an exit code."""
 
 import json
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,10 @@ class Outcome:
         if self.debug:
             self.errors.print("".join(traceback.format_exception(error)), markup=False, soft_wrap=True)
         message = str(error) if isinstance(error, IdapError) else f"{type(error).__name__}: {error}"
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # of several processes; most errors are those of all, and the first one shows them
+            self.errors.print(f"process {rank}: {message}", markup=False, soft_wrap=True)
+            return
         if self.as_json:
             document = {"error": {"kind": type(error).__name__, "message": message, "where": self.where}}
             typer.echo(json.dumps(document, indent=1))

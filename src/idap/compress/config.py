@@ -8,7 +8,7 @@ from typing import Any, Literal
 from idap.divergence.criteria import WITH_BLOCKS, opener_of
 from idap.errors import BudgetError, ConfigError
 from idap.rebalance.run import Rebalance
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 
 GOALS = ("macs", "parameters", "size", "latency")
 """Costs that may have a target."""

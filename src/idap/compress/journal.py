@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from idap.compress.state import Setting, State
 from idap.divergence.measure import Divergence
 from idap.errors import RunFolderError
 from idap.progress import Status
-from idap.record import Removal, Step
+from idap.record import Removal, RunFolder, Step
 from idap.saving.checkpoint import load, save
 from idap.structure.blocks import Block
+from idap.training.processes import on_main
 
 COST_NAMES = {"macs": "MACs", "parameters": "parameters", "size": "file size", "latency": "latency"}
 """How costs are called in text."""
@@ -100,9 +102,7 @@ class Journal:
         self._since = now
         folder = self._setting.folder
         if folder is not None and not recalled:
-            if accepted:
-                save(folder.checkpoint(step.index), state.model, state.plan, exact=True)
-            folder.add(step)
+            on_main(partial(_written, folder, step, state))
         self.steps.append(step)
         shown = ("macs", "parameters", *(name for name in self._setting.budget.targets if name in ("size", "latency")))
         told = describe(step, self._setting.task.metric_name, shown)
@@ -138,6 +138,12 @@ class Journal:
                 higher_is_better=budget.higher_is_better,
             )
         )
+
+
+def _written(folder: RunFolder, step: Step, state: State) -> None:
+    if step.accepted:
+        save(folder.checkpoint(step.index), state.model, state.plan, exact=True)
+    folder.add(step)
 
 
 def _removal(found: Mapping[str, Any]) -> Removal:

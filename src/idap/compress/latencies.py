@@ -1,6 +1,10 @@
-"""Seconds on this machine: what parts of a model take, and a cut that comes down to a wanted latency."""
+"""Seconds on this machine: what parts of a model take, and a cut that comes down to a wanted latency.
+
+Of several processes the first one measures for all, so that all decide the same.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -8,6 +12,7 @@ from idap.cost.latency import measure_latency
 from idap.structure.analysis import Structure
 from idap.surgery.apply import apply_plan
 from idap.training.batch import Inputs
+from idap.training.processes import on_main
 
 REPEATS = 15
 TRIES = 6
@@ -21,7 +26,7 @@ Keep = Mapping[str, Sequence[int]]
 def latency_share(original: nn.Module, model: nn.Module, example: Inputs, *, repeats: int = REPEATS) -> float:
     """The latency of a model as a share of the original's; both take turns."""
     args, kwargs = example
-    times = measure_latency({"original": original, "model": model}, args, kwargs, repeats=repeats)
+    times = on_main(partial(measure_latency, {"original": original, "model": model}, args, kwargs, repeats=repeats))
     return times["model"].median / times["original"].median
 
 
@@ -85,7 +90,7 @@ def _saved(
     found = {}
     for name, variant in variants.items():
         after = apply_plan(original, structure.plan(*variant))
-        times = measure_latency({"before": before, "after": after}, args, kwargs, repeats=repeats)
+        times = on_main(partial(measure_latency, {"before": before, "after": after}, args, kwargs, repeats=repeats))
         found[name] = times["before"].median - times["after"].median
     return found
 

@@ -20,6 +20,7 @@ from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
 from idap.training.batch import device_of, move
 from idap.training.evaluate import modes_kept
+from idap.training.processes import mine, totals
 
 
 def layer_stage(setting: Setting, state: State, goal: Budget, journal: Journal, removable: Sequence[str]) -> State:
@@ -116,13 +117,14 @@ def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], An
     """Mean loss of a model on the calibration batches, perhaps run in another way."""
     task, total, count = setting.task, 0.0, 0
     with modes_kept(model):
-        for batch in setting.calibration:
+        for batch in mine(setting.calibration):
             moved = move(batch, device_of(model))
             outputs = task.run(model, moved) if run is None else run(moved)
             size = task.size(moved)
             total += float(task.loss(outputs, moved)) * size
             count += size
-    return total / max(1, count)
+    total, samples = totals(total, count)
+    return total / max(1, samples)
 
 
 def loss_without(setting: Setting, state: State, block: Block) -> float:

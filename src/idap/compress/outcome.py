@@ -1,12 +1,14 @@
 """The end of a run: the last measurement, what was reached, and what was not and why."""
 
 from dataclasses import replace
+from functools import partial
 
 from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
 from idap.saving.origin import origin, remember_
 from idap.training.evaluate import evaluate, output_error
+from idap.training.processes import on_main
 
 LATENCY_NOISE = 0.02
 """By how much the last measurement of latency may be above its target, as a share of it."""
@@ -38,7 +40,7 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
         base=origin(setting.original),
     )
     if setting.folder is not None:
-        result.save(setting.folder.model)
+        on_main(partial(result.save, setting.folder.model))
     remember_(result.model, result.whole_plan)
     return result
 

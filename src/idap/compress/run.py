@@ -2,7 +2,9 @@
 
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from idap.compress.budget import budget_of, shares_of
 from idap.compress.choice import least_units
 from idap.compress.clock import Clock
 from idap.compress.config import Config
+from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
 from idap.compress.latencies import latency_share
@@ -32,10 +35,12 @@ from idap.saving.origin import checked_origin
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
+from idap.surgery.optimizer import hyperparameters, slice_optimizer
 from idap.surgery.verify import verify
 from idap.training.batch import Inputs, device_of
 from idap.training.check import check_task
 from idap.training.evaluate import evaluate
+from idap.training.processes import align_, is_main, on_main, process_count
 from idap.training.split import with_validation
 from idap.training.task import Task
 
@@ -49,6 +54,7 @@ def compress(
     task: Task,
     config: Config | None = None,
     *,
+    optimizer: torch.optim.Optimizer | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -59,11 +65,17 @@ def compress(
         model: the trained model; it is left exactly as it is, and is the teacher of its successors.
         task: its data, loss and metric. Training data train and calibrate, validation data decide.
         config: goals and settings.
+        optimizer: of the model's parameters, left as it is. Each recovery trains with a copy of it that is cut as the
+            model was, momentum included, instead of the optimiser that the settings describe; of these, warmup and
+            the fall of the learning rate stay. None: the settings say all.
         run_dir: a new or empty folder for the record of the run, its accepted states and the result; None keeps none.
         resume: go on with the run in `run_dir` that was stopped, at whatever moment; a run that was never begun there
             begins. Decisions that were taken are recalled, not taken again, and the result is that of a run that was
             not stopped.
         progress: hears of every phase and every decision.
+
+    In a distributed run (`torch.distributed` initialised) every process calls this with the same arguments: all decide
+    the same and end with the same model, and process 0 alone writes the folder, which all must be able to read.
 
     Returns:
         The smaller model with its plan, costs, metrics and decisions. It keeps the accuracy budget on the validation
@@ -73,16 +85,15 @@ def compress(
         TaskError, TraceError, StructureError, BudgetError, ConfigError, RunFolderError: before any work is done.
         VerificationError: a cut did not equal the masked original; names the axis.
     """
-    config, progress = config or Config(), progress or Silent()
+    config, progress = config or Config(), (progress if is_main() else None) or Silent()
     if resume and run_dir is None:
         raise ConfigError("to go on with a run, say where it is: resume=True needs run_dir.")
     folder = RunFolder(run_dir) if run_dir is not None else None
     setting, state, removable, settings = _prepare(model, task, config, folder, progress, resume=resume)
-    past: list[dict[str, Any]] = []
-    if folder is not None and resume:
-        past = folder.reopen(settings)
-    elif folder is not None:
-        folder.open(settings)
+    if optimizer is not None:
+        setting = replace(setting, optimizer=_slicer(optimizer, model, setting))
+        settings["optimizer"] = hyperparameters(optimizer)
+    past = [] if folder is None else on_main(partial(_begun, folder, settings, resume=resume))
     journal = Journal(setting, state.metric, past)
     start, state = state, _stages(setting, state, removable, journal)
     state = _finish(setting, start, state, journal)
@@ -110,6 +121,27 @@ def _stages(setting: Setting, state: State, removable: list[str], journal: Journ
     return state
 
 
+def _begun(folder: RunFolder, settings: dict[str, Any], *, resume: bool) -> list[dict[str, Any]]:
+    """Begin a run in its folder, or go on with it; gives the decisions that were taken."""
+    if resume:
+        return folder.reopen(settings)
+    folder.open(settings)
+    return []
+
+
+def _slicer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting
+) -> Callable[[nn.Module, Plan], torch.optim.Optimizer]:
+    """What cuts a user's optimiser; tried once, before any work."""
+
+    def sliced(small: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+        return slice_optimizer(optimizer, model, small, plan)
+
+    plan = setting.structure.plan({group.name: range(0, group.size, 2) for group in setting.structure.groups})
+    sliced(apply_plan(setting.original, plan), plan)
+    return sliced
+
+
 def _prepare(
     model: nn.Module,
     task: Task,
@@ -121,7 +153,7 @@ def _prepare(
 ) -> tuple[Setting, State, list[str], dict[str, Any]]:
     """Check everything that can be checked before any work; measure where we stand."""
     if folder is not None and not resume:
-        folder.check(size=CHECKPOINTS_AT_LEAST * sum(saved_tensors(model).values()))
+        on_main(partial(folder.check, size=CHECKPOINTS_AT_LEAST * sum(saved_tensors(model).values())))
     clock = Clock()
     task, told = with_validation(task, seed=config.seed)
     if told:
@@ -129,7 +161,9 @@ def _prepare(
     with progress.phase("check", 4) as phase, clock.on("structure"):
         structure, example = looked_at(model, task, config, phase)
         checked_origin(model, structure.plan({}))
+        check_features(structure, config.recovery, config.final)
         original = apply_plan(model, Plan(shapes=structure.graph.shapes))  # a copy: the teacher
+        align_(original)
         with clock.on("proof"):
             removable = _proved(original, structure, example, progress)
         phase.advance("proof")
@@ -266,7 +300,7 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
         journal.note("final", recalled[0], [], accepted=accepted, reason=_FINAL[accepted])
         return recalled[0] if accepted else state
     model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
-    metric = setting.recover(model, "final recovery", recovery)
+    metric = setting.recover(model, state.plan, "final recovery", recovery)
     accepted = metric >= state.metric if setting.task.higher_is_better else metric <= state.metric
     candidate = replace(state, model=model, metric=metric, latency=setting.latency_of(model))
     journal.note("final", candidate, [], accepted=accepted, reason=_FINAL[accepted])
@@ -288,6 +322,7 @@ def _settings(model: nn.Module, config: Config, structure: Structure, baseline: 
             "torch": str(torch.__version__),
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
+            "processes": process_count(),
             "command": sys.argv,
         },
         "groups": {group.name: {"kind": group.kind, "size": group.size} for group in structure.groups},

@@ -1,15 +1,17 @@
 """One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from idap.compress.budget import Budget, shares_of
 from idap.compress.clock import Clock
 from idap.compress.config import Config
+from idap.compress.features import BlockOutputs
 from idap.compress.latencies import block_latencies, latency_share, unit_latencies
 from idap.compress.neighbours import only_training
 from idap.cost.count import Cost, CostModel
@@ -25,7 +27,9 @@ from idap.surgery.apply import apply_plan
 from idap.surgery.verify import verify
 from idap.training.batch import Inputs, device_of, merged, move
 from idap.training.evaluate import evaluate
-from idap.training.fit import Recovery, fit
+from idap.training.fit import fit
+from idap.training.processes import align_, by_itself, mine, on_main, process_count, together
+from idap.training.recovery import Recovery
 from idap.training.task import Task
 
 Keep = Mapping[str, tuple[int, ...]]
@@ -76,6 +80,8 @@ class Setting:
     timed: Inputs
     """The inputs whose latency counts."""
     clock: Clock = field(default_factory=Clock)
+    optimizer: Callable[[nn.Module, Plan], torch.optim.Optimizer] | None = None
+    """Makes the user's optimiser fit for what a plan made of the original; None: recovery describes one."""
 
     def shares(self, state: State) -> dict[str, float]:
         """What is left of each of the original's costs; latency only where it is a goal."""
@@ -110,20 +116,31 @@ class Setting:
         if blocks and not knows_blocks:
             criteria.append("relative")
         with self.clock.on("measurement"):
-            found = measure_all(
-                state.model,
-                self.structure,
-                self.passes(),
-                criteria=criteria,
-                keep=state.keep,
-                removed=state.removed,
-                seed=self.config.seed,
-            )
+            found = self._measured(state, criteria)
         own = found.get(name, found.get("relative"))
         assert own is not None
         other = found.get("relative", own)
         unmeasured = dict.fromkeys([*own.unmeasured, *(part for part in other.unmeasured if part not in own.units)])
         return Divergence(name, own.units, own.blocks or other.blocks, tuple(unmeasured))
+
+    def _measured(self, state: State, criteria: Sequence[Criterion]) -> dict[str, Divergence]:
+        """Measure by several criteria; every process takes some of the calibration batches if there are enough."""
+
+        def found() -> dict[str, Divergence]:
+            return measure_all(
+                state.model,
+                self.structure,
+                self.passes(mine(self.calibration)),
+                criteria=criteria,
+                keep=state.keep,
+                removed=state.removed,
+                seed=self.config.seed,
+            )
+
+        if len(self.calibration) < process_count():
+            return on_main(lambda: by_itself(found))
+        with together():
+            return found()
 
     @property
     def counted(self) -> str:
@@ -171,6 +188,7 @@ class Setting:
             settings = self.config.rebalance
             with self.clock.on("rebalance"):
                 rebalance_(model, self.original, self.structure, plan, passes, settings, progress=self.progress)
+            align_(model)
         return model, plan, proof.error
 
     def next_state(
@@ -190,7 +208,7 @@ class Setting:
         """
         model, plan, error = self.cut(state, keep, removed)
         with only_training(model, tuned) if tuned else nullcontext():
-            metric = self.recover(model, title, self.config.recovery)
+            metric = self.recover(model, plan, title, self.config.recovery)
         cost = self.costs.cost(keep, removed)
         return State(model, keep, tuple(removed), plan, cost, metric, max(state.error, error), self.latency_of(model))
 
@@ -201,8 +219,12 @@ class Setting:
         with self.clock.on("latency"):
             return latency_share(self.original, model, self.timed)
 
-    def recover(self, model: nn.Module, title: str, recovery: Recovery) -> float:
-        """Train a model beside the original, keep its best state, and return its metric on the validation data."""
+    def recover(self, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> float:
+        """Train what a plan made of the original beside it, keep its best state, and judge it on the validation data.
+
+        Returns:
+            The metric.
+        """
         sign = 1.0 if self.task.higher_is_better else -1.0
 
         def judge(judged: nn.Module) -> float:
@@ -211,9 +233,20 @@ class Setting:
 
         if not recovery.trains:
             return sign * judge(model)
+        features = BlockOutputs(self.structure, plan, model, self.original) if recovery.features > 0 else None
+        if features is not None and not len(features):
+            recovery = replace(recovery, features=0.0)  # no block is left
         with self.clock.on("recovery"):
             report = fit(
-                model, self.task, recovery, teacher=self.original, progress=self.progress, title=title, judge=judge
+                model,
+                self.task,
+                recovery,
+                teacher=self.original,
+                features=features,
+                optimizer=None if self.optimizer is None else self.optimizer(model, plan),
+                judge=judge,
+                progress=self.progress,
+                title=title,
             )
         assert report.best is not None  # there was a judge
         return sign * report.best

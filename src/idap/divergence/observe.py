@@ -16,6 +16,7 @@ from idap.errors import StructureError, TaskError
 from idap.graph.calls import intercept
 from idap.graph.ir import CallKey, Graph, leaves
 from idap.training.evaluate import modes_kept
+from idap.training.processes import process_count
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments | None]
@@ -123,11 +124,11 @@ def sum_over_processes(sums: Sequence[dict[str, Tensor]]) -> None:
     Raises:
         TaskError: another process has seen other tensors.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if process_count() == 1:
         return
     values = [held[name] for held in sums for name in sorted(held)]
     flat = torch.cat([value.detach().double().cpu().ravel() for value in values]) if values else torch.zeros(0)
-    sizes: list[int | None] = [None] * torch.distributed.get_world_size()
+    sizes: list[int | None] = [None] * process_count()
     torch.distributed.all_gather_object(sizes, len(flat))
     if len(set(sizes)) > 1:
         raise TaskError(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from idap.errors import IdapError, TaskError
 from idap.training.batch import Batch, describe, device_of, move
 from idap.training.evaluate import Meter, modes_kept
+from idap.training.processes import alone
 from idap.training.task import Split, Task, empty_split
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ def check_task(model: nn.Module, task: Task, *, trains: bool = True) -> None:
     """
     _check_precision(model)
     device = device_of(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), modes_kept(model):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), modes_kept(model), alone():
         for split in _given(task):
             batch = move(_first_batch(task.batches(split), split), device)
             if split in ("train", "calibration"):

@@ -1,9 +1,16 @@
-"""Learn from the outputs of another model."""
+"""Learn from the outputs of another model, and from what happens inside it."""
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from idap.errors import ConfigError, TaskError
+from idap.training.batch import Outputs
+from idap.training.processes import totals
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
@@ -39,8 +46,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -
             "they must be equal. Let logits= of the task pick the same tensor from both."
         )
     classes = student.shape[-1]
-    # Half precision has too few digits for the logarithms of small probabilities.
-    ours, theirs = (logits if logits.dtype.itemsize > 2 else logits.float() for logits in (student, teacher.detach()))
+    ours, theirs = _wide(student), _wide(teacher.detach())
     divergence = F.kl_div(
         F.log_softmax(ours.reshape(-1, classes) / temperature, dim=1),
         F.log_softmax(theirs.reshape(-1, classes) / temperature, dim=1),
@@ -48,3 +54,49 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -
         log_target=True,
     )
     return divergence * temperature**2
+
+
+class Features(Protocol):
+    """Sees the features of a student and of its teacher while they run: pairs of tensors that should be alike."""
+
+    def student(self, run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
+        """Run the student, and give its outputs and its features in order."""
+
+    def teacher(self, run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
+        """Run the teacher, and give its outputs and its features, in the order and in the shapes of the student's."""
+
+
+def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Measure how far a student's features are from its teacher's, relative to the size of the latter.
+
+    The mean over all pairs of E‖s − t‖² / E‖t‖², with s and t taken over the batch; 0 where the teacher is silent.
+
+    Args:
+        student: features, at least one.
+        teacher: features of the same shapes; no gradient flows into them.
+
+    Returns:
+        A scalar in float32 or wider; of several processes each has its part, and the whole is their sum.
+
+    Raises:
+        TaskError: there are none, or the shapes differ.
+
+    Example:
+        >>> feature_distance([torch.ones(2, 3)], [torch.full((2, 3), 2.0)]).item()
+        0.25
+    """
+    shapes = [[tuple(tensor.shape) for tensor in features] for features in (student, teacher)]
+    if not student or shapes[0] != shapes[1]:
+        raise TaskError(f"the student's features have shapes {shapes[0]}, the teacher's {shapes[1]}; must be equal.")
+    theirs = [_wide(tensor.detach()) for tensor in teacher]
+    sizes = totals(*torch.stack([tensor.square().sum() for tensor in theirs]).tolist())
+    parts = [
+        (_wide(ours) - target).square().sum() / (size or math.inf)
+        for ours, target, size in zip(student, theirs, sizes, strict=True)
+    ]
+    return torch.stack(parts).mean()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Half precision has too few digits for logarithms of small probabilities and for sums of squares."""
+    return tensor if tensor.dtype.itemsize > 2 else tensor.float()

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from idap.errors import TaskError
 from idap.progress import Progress, Silent
 from idap.training.batch import Batch, Outputs, describe, device_of, move
+from idap.training.processes import Draw, alone, process_count, process_rank, together, totals
 from idap.training.task import Split, Task, empty_split
 
 
@@ -34,7 +35,7 @@ def modes_kept(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 def evaluate(model: nn.Module, task: Task, *, split: Split = "val", progress: Progress | None = None) -> float:
-    """Measure the task's metric on one split.
+    """Measure the task's metric on one split; several processes measure some of the batches each.
 
     Args:
         model: run in evaluation mode without gradients; every module gets its mode back.
@@ -53,11 +54,17 @@ def evaluate(model: nn.Module, task: Task, *, split: Split = "val", progress: Pr
     meter = Meter(task, device, split=split)
     total = operator.length_hint(batches) or None
     # no_grad, not inference_mode: a model may keep a tensor for later, and training could not use an inference tensor.
-    with modes_kept(model), torch.no_grad(), (progress or Silent()).phase(f"evaluate {split}", total) as phase:
-        for loaded in batches:
-            batch = move(loaded, device)
-            meter.add(task.run(model, batch), batch)
+    phase_of = (progress or Silent()).phase(f"evaluate {split}", total)
+    with together(), modes_kept(model), torch.no_grad(), phase_of as phase:
+        for number, loaded in enumerate(Draw(seed=0).batches(batches)):
+            if number % process_count() == process_rank():
+                batch = move(loaded, device)
+                meter.add(task.run(model, batch), batch)
+            meter.seen += 1
             phase.advance()
+    if isinstance(task.metric, Metric) and meter.seen < process_count():
+        with alone():  # it could not compute a result in a process that has seen nothing
+            return evaluate(model, task, split=split)
     return meter.value()
 
 
@@ -81,8 +88,11 @@ def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: S
     device = device_of(model)
     error = power = 0.0
     seen = 0
-    with modes_kept(model), modes_kept(reference), torch.no_grad():
-        for loaded in task.batches(split):
+    with together(), modes_kept(model), modes_kept(reference), torch.no_grad():
+        for number, loaded in enumerate(Draw(seed=0).batches(task.batches(split))):
+            seen += 1
+            if number % process_count() != process_rank():
+                continue
             batch = move(loaded, device)
             ours = task.logits(task.run(model, batch)).float()
             theirs = task.logits(task.run(reference, batch)).float()
@@ -93,7 +103,7 @@ def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: S
                 )
             error += float((theirs - ours).square().sum())
             power += float(theirs.square().sum())
-            seen += 1
+    error, power = totals(error, power)
     if seen == 0:
         raise empty_split(split)
     if power == 0 or not math.isfinite(error + power):
@@ -111,6 +121,9 @@ class Meter:
         task: gives the metric.
         device: where the outputs are.
         split: named in errors.
+
+    Attributes:
+        seen: batches of the split so far, in whatever process.
     """
 
     def __init__(self, task: Task, device: torch.device, *, split: Split) -> None:
@@ -120,6 +133,10 @@ class Meter:
         if isinstance(task.metric, Metric):
             self._metric = task.metric.clone().to(device)
             self._metric.reset()
+            for part in self._metric.modules():  # it adds up over all processes when it is computed
+                if isinstance(part, Metric):
+                    part.sync_on_compute = process_count() > 1
+        self.seen = 0
         self._batches = 0
         self._sum = 0.0
         self._weight = 0
@@ -138,13 +155,13 @@ class Meter:
             self._task.update(self._metric, outputs, batch)
         elif not isinstance(self._task.metric, Metric):
             size = self._task.size(batch)
-            where = f"batch {self._batches} of the {self._split!r} split"
+            where = f"batch {self.seen} of the {self._split!r} split"
             self._sum += size * self._number(self._task.metric(outputs, batch), where)
             self._weight += size
         self._batches += 1
 
     def value(self) -> float:
-        """Give the metric over all batches so far.
+        """Give the metric over all batches so far, those of other processes included.
 
         Returns:
             A finite number.
@@ -152,13 +169,14 @@ class Meter:
         Raises:
             TaskError: there was no batch, or the metric is NaN, infinite or no number.
         """
-        if self._batches == 0:
+        batches, weighted, weight = totals(self._batches, self._sum, self._weight)
+        if batches == 0:
             raise empty_split(self._split)
         if self._metric is not None:
             return self._number(self._metric.compute(), f"the {self._split!r} split")
-        if self._weight == 0:
+        if weight == 0:
             raise TaskError(f"all batches of the {self._split!r} split have size 0; check size= of the task.")
-        return self._sum / self._weight
+        return weighted / weight
 
     def _number(self, value: object, where: str) -> float:
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -12,7 +12,7 @@ from torch import nn
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.errors import ConfigError
 from idap.rebalance.run import Rebalance
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
 from idap.zoo.data import cifar10, digits
 from idap.zoo.recipe_file import Table, read_changes, read_table, with_changes

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, cr
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.errors import ConfigError
 from idap.rebalance.run import Rebalance
-from idap.training.fit import Recovery
+from idap.training.recovery import Recovery
 
 GOALS = ("max_drop", "max_relative_drop", "worst_metric", "macs", "parameters", "size", "latency")
 NESTED = ("filters", "layers", "recovery", "final", "rebalance")

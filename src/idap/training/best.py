@@ -1,0 +1,99 @@
+"""Keep the best state of a model; last, try whether its batch norms can be estimated better."""
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from idap.errors import TaskError
+from idap.training.batch import device_of, move
+from idap.training.evaluate import modes_kept
+from idap.training.processes import Draw, align_, from_main
+from idap.training.task import Task
+
+Judge = Callable[[nn.Module], float]
+"""Scores a model, higher is better."""
+
+
+class Best:
+    """Keeps the best state of a model so far, on the CPU; does nothing without a judge.
+
+    Args:
+        model: judged at once.
+        judge: scores it; of several processes the first one's score counts.
+
+    Attributes:
+        value: the highest score; None without a judge.
+    """
+
+    def __init__(self, model: nn.Module, judge: Judge | None) -> None:
+        self._model, self._judge = model, judge
+        self._state: dict[str, Any] = {}
+        self.value: float | None = None
+        self.look()
+
+    def look(self) -> None:
+        """Judge the model as it is now; of equals, the later state is the better one."""
+        if self._judge is None:
+            return
+        with modes_kept(self._model):
+            value = from_main(float(self._judge(self._model)))
+        if math.isnan(value):
+            raise TaskError("the judge gave nan; expected a number that is higher for a better model.")
+        if self.value is None or value >= self.value:
+            self.value = value
+            self._state = {
+                name: kept.detach().to("cpu", copy=True) if isinstance(kept, Tensor) else copy.deepcopy(kept)
+                for name, kept in self._model.state_dict().items()
+            }
+
+    def restore(self) -> None:
+        """Bring the model back to its best state."""
+        if self._judge is not None:
+            self._model.load_state_dict(self._state)
+
+    def try_norms(self, task: Task, batches: int, draw: Draw) -> None:
+        """Estimate the batch norms of the best state anew, and keep that if it is no worse; see `reestimate_norms_`."""
+        if self._judge is not None and reestimate_norms_(self._model, task, batches, draw):
+            self.look()
+            self.restore()
+
+
+def reestimate_norms_(model: nn.Module, task: Task, batches: int, draw: Draw) -> bool:
+    """Estimate the statistics of batch norms anew, as plain averages over training batches, in place.
+
+    Training leaves them behind as averages over weights that have moved on since.
+
+    Args:
+        model: run in evaluation mode, but for its batch norms.
+        task: gives the training batches.
+        batches: how many, at most one pass.
+        draw: of the training batches.
+
+    Returns:
+        Whether there is a batch norm that keeps statistics.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [norm for norm in norms if norm.running_mean is not None]
+    if not norms or not batches:
+        return False
+    momenta = [norm.momentum for norm in norms]
+    device = device_of(model)
+    try:
+        with modes_kept(model), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average
+                norm.train()
+            for batch in islice(draw.batches(task.train), batches):
+                task.run(model, move(batch, device))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    align_(model)
+    return True

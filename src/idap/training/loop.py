@@ -1,0 +1,268 @@
+"""The loop of a training: one step after another, epoch by epoch."""
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from idap.errors import TaskError
+from idap.progress import Phase
+from idap.training.batch import Batch, device_of, move
+from idap.training.distill import Features, distillation_loss, feature_distance
+from idap.training.evaluate import modes_kept
+from idap.training.pace import Pace
+from idap.training.processes import Draw, align_tensors_, share, sum_gradients_, totals
+from idap.training.recovery import Recovery
+from idap.training.speed import Precision, channels_last, compiled, explained, has_convolutions
+from idap.training.task import Task, empty_split
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """What a training run did.
+
+    Args:
+        steps: optimiser steps taken.
+        first_loss: loss of the first step.
+        last_loss: loss of the last step.
+        best: the highest value the judge gave, which the model returned to; None without a judge.
+        losses: mean loss of each epoch, the last one possibly cut short.
+        seconds: wall-clock time, judging included.
+    """
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    best: float | None
+    losses: tuple[float, ...]
+    seconds: float
+
+
+class Loop:
+    """The state of one training.
+
+    Args:
+        model: in training mode.
+        task: gives the batches and the loss.
+        recovery: how to train.
+        pace: counts the steps.
+        phase: told of each step.
+        optimizer: of the model's parameters; None: the one that `recovery` describes.
+
+    Attributes:
+        first_loss: loss of the first step.
+        last_loss: loss of the last step.
+        means: mean loss of each epoch.
+
+    Raises:
+        TaskError: there is nothing to train, or the optimiser is of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        recovery: Recovery,
+        pace: Pace,
+        phase: Phase,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self._model, self._task, self._recovery, self._pace, self._phase = model, task, recovery, pace, phase
+        self._called = model  # to run it; perhaps compiled
+        self._teacher: nn.Module | None = None
+        self._features: Features | None = None
+        self._device = device_of(model)
+        self._precision = Precision(recovery.precision, self._device)
+        self._optimizer = _described(model, recovery) if optimizer is None else _of_model(model, optimizer)
+        self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self.first_loss = self.last_loss = math.nan
+        self.means: list[float] = []
+
+    def learn_from(self, teacher: nn.Module | None, features: Features | None) -> None:
+        """Train beside a teacher, as far as the settings give it a weight."""
+        self._features = features if self._recovery.features > 0 else None
+        self._teacher = teacher if self._recovery.distil > 0 or self._features is not None else None
+
+    def epoch(self, draw: Draw, lasting: ExitStack, *, expected: int | None) -> None:
+        """Train over all batches once, or up to the last step.
+
+        Args:
+            draw: gives the batches.
+            lasting: gets what lasts as long as the training.
+            expected: how many batches there are; None: any number.
+
+        Raises:
+            TaskError: there was no batch, or another number of them; a loss or gradient is not finite.
+        """
+        losses: list[float] = []
+        for loaded in draw.batches(self._task.train):
+            if len(losses) == expected:
+                raise _uneven(expected, "more")
+            part, weight = share(loaded, self._task.size)
+            batch = move(part, self._device)
+            if self._pace.done == 0:
+                self._settle(batch, lasting)
+            losses.append(self._step(batch, weight))
+            if self._pace.over:
+                break
+        if not losses:
+            raise empty_split("train")
+        if expected is not None and len(losses) < expected and not self._pace.over:
+            raise _uneven(expected, str(len(losses)))
+        self.means.append(sum(losses) / len(losses))
+
+    def report(self, best: float | None, seconds: float) -> FitReport:
+        """What was done, with the judge's highest score and the time that it took."""
+        return FitReport(
+            steps=self._pace.done,
+            first_loss=self.first_loss,
+            last_loss=self.last_loss,
+            best=best,
+            losses=tuple(self.means),
+            seconds=seconds,
+        )
+
+    def put_back_rates(self) -> None:
+        """Give the optimiser's groups the learning rates that they came with."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            _set_rate(group, rate)
+
+    def _settle(self, batch: Batch, lasting: ExitStack) -> None:
+        """See on the first batch how the model can be run."""
+        wanted = self._recovery.channels_last
+        if wanted is True or (wanted == "auto" and has_convolutions(self._model)):
+            with ExitStack() as trial:
+                for model in filter(None, (self._model, self._teacher)):
+                    trial.enter_context(channels_last(model))
+                refusal = self._refusal(batch)
+                if refusal is None:
+                    lasting.enter_context(trial.pop_all())
+            if refusal is not None and wanted is True:
+                raise TaskError(f"channels_last=True, but the model does not run that way: {refusal}. Leave it out.")
+        if self._recovery.compile:
+            self._called = compiled(self._model)
+
+    @torch.no_grad()
+    def _refusal(self, batch: Batch) -> str | None:
+        """Why the models can't run on a batch as they are now; None if they can."""
+        cuda = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices=cuda), modes_kept(self._model), self._precision.autocast():
+            for model in filter(None, (self._model, self._teacher)):
+                try:
+                    self._task.run(model, batch)
+                except RuntimeError as error:  # such as a view that the usual order of memory would allow
+                    return str(error).splitlines()[0]
+        return None
+
+    def _step(self, batch: Batch, weight: float) -> float:
+        rates = [self._pace.learning_rate(rate, self._recovery.warmup) for rate in self._rates]
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            _set_rate(group, rate)
+        self._optimizer.zero_grad()
+        compiles = self._called is not self._model and self._pace.done == 0
+        self.last_loss = explained(lambda: self._backward(batch, weight)) if compiles else self._backward(batch, weight)
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        sum_gradients_(parameters)
+        if self._recovery.clip_norm is not None:
+            self._finite("gradient norm", float(nn.utils.clip_grad_norm_(parameters, self._recovery.clip_norm)))
+        self._optimizer.step()
+        align_tensors_(self._model.buffers())
+        if self._pace.done == 0:
+            self.first_loss = self.last_loss
+        self._pace.advance()
+        self._phase.advance(f"loss {self.last_loss:.3f}")
+        return self.last_loss
+
+    def _backward(self, batch: Batch, weight: float) -> float:
+        """Compute the gradient of this process's part of the loss; give the loss of the whole batch."""
+        loss = self._loss(batch, weight)
+        (value,) = totals(loss.item())
+        self._finite("loss", value)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    def _loss(self, batch: Batch, weight: float) -> Tensor:
+        """The sum of these over all processes is the loss of the whole batch."""
+        ours: list[Tensor] = []
+        with self._precision.autocast():
+            if self._features is None:
+                outputs = self._task.run(self._called, batch)
+            else:
+                outputs, ours = self._features.student(lambda: self._task.run(self._called, batch))
+        outputs = self._precision.whole(outputs)
+        if self._teacher is None:
+            return weight * self._task.loss(outputs, batch)
+        target, theirs = self._taught(self._teacher, batch)
+        distil = self._recovery.distil
+        parts = []
+        if distil > 0:
+            logits = self._task.logits(outputs)
+            parts.append(distil * distillation_loss(logits, target, temperature=self._recovery.temperature))
+        if distil < 1:
+            parts.append((1 - distil) * self._task.loss(outputs, batch))
+        loss = weight * torch.stack(parts).sum()
+        return loss if self._features is None else loss + self._recovery.features * feature_distance(ours, theirs)
+
+    @torch.no_grad()
+    def _taught(self, teacher: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """The logits and the features of the teacher."""
+        theirs: list[Tensor] = []
+        with self._precision.autocast():
+            if self._features is None:
+                outputs = self._task.run(teacher, batch)
+            else:
+                outputs, theirs = self._features.teacher(lambda: self._task.run(teacher, batch))
+        return self._task.logits(self._precision.whole(outputs)), theirs
+
+    def _finite(self, what: str, number: float) -> None:
+        if not math.isfinite(number):
+            rate = self._pace.learning_rate(max(self._rates), self._recovery.warmup)
+            raise TaskError(
+                f"the {what} is {number} at {self._pace}, learning rate {rate:.3g}. "
+                "Lower lr, lengthen warmup or set clip_norm; at step 0, look for NaN in the inputs and in the weights."
+            )
+
+
+def _described(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:
+    """The optimiser that the settings describe."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise TaskError(f"no parameter of {type(model).__name__} requires a gradient. Call model.requires_grad_(True).")
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recovery.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if recovery.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recovery.lr, betas=(recovery.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=recovery.lr, momentum=recovery.momentum)
+
+
+def _of_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimiser, if it trains parameters of this model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    strangers = [parameter for parameter in held if id(parameter) not in own]
+    if strangers or not any(parameter.requires_grad for parameter in held):
+        found = f"a parameter of shape {tuple(strangers[0].shape)} that" if strangers else "no trainable parameter that"
+        raise TaskError(
+            f"the {type(optimizer).__name__} holds {found} {type(model).__name__} has. Build it from "
+            "model.parameters(); for a model that was cut, slice it with slice_optimizer."
+        )
+    return optimizer
+
+
+def _set_rate(group: dict[str, object], rate: float) -> None:
+    held = group["lr"]
+    if isinstance(held, Tensor):
+        held.fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _uneven(expected: int, found: str) -> TaskError:
+    return TaskError(
+        f"an epoch of the 'train' split gave {found} batches, expected {expected}, as it announced or gave before. "
+        "Give as many in every epoch, or say how long to train with steps or minutes instead of epochs."
+    )

@@ -1,0 +1,276 @@
+"""Several processes at work on one run: who is who, who does what, and how they come to one result.
+
+Every process runs the same program, reads the same batches in the same order, and works on its share of them. What is
+decided is decided alike everywhere, since it follows from sums over all. Alone, every function here does the obvious.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from idap.errors import IdapError, TaskError
+from idap.training.batch import Batch
+
+T = TypeVar("T")
+
+_ALONE = ContextVar("alone", default=False)
+
+CHUNK = 2**24
+"""Numbers sent at once."""
+
+
+@contextmanager
+def launched() -> Iterator[torch.device]:
+    """Join the other processes that a launcher started, if there are any, such as `accelerate launch`.
+
+    Yields:
+        The device on which this process is to work.
+    """
+    from accelerate import PartialState  # noqa: PLC0415 - slow to import, and needed by commands only
+
+    joined = dist.is_available() and dist.is_initialized()
+    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"))
+    try:
+        # Sums of squares are kept in float64, which mps does not have.
+        yield torch.device("cpu") if state.device.type == "mps" else state.device
+    finally:
+        if not joined:
+            state.destroy_process_group()
+
+
+def process_count() -> int:
+    """How many processes work together; 1 where `torch.distributed` is not initialised."""
+    if _ALONE.get() or not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size()
+
+
+def process_rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return process_rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let every process do all the work for itself for a while, as if there were no others."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def by_itself(call: Callable[[], T]) -> T:
+    """Call a function as if there were no other processes."""
+    with alone():
+        return call()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Fail in every process where one fails: the others would wait for it for ever.
+
+    Raises:
+        Exception: that of this process, or else that of the first other one.
+    """
+    if process_count() == 1:
+        yield
+        return
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    failures: list[Exception | None] = [None] * process_count()
+    dist.all_gather_object(failures, None if mine is None else _portable(mine))
+    if mine is not None:
+        raise mine
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def on_main(call: Callable[[], T]) -> T:
+    """Call a function in process 0 only, and give what it returns, or raise what it raises, in every process."""
+    found: list[Any] = [None]
+    with together():
+        if is_main():
+            found[0] = call()
+    if process_count() > 1:
+        dist.broadcast_object_list(found, src=0, device=_meeting_place())
+    value: T = found[0]
+    return value
+
+
+def from_main(value: float) -> float:
+    """Process 0's value of a number."""
+    if process_count() == 1:
+        return value
+    held = torch.tensor([value], dtype=torch.float64, device=_meeting_place())
+    dist.broadcast(held, src=0)
+    return float(held)
+
+
+def totals(*values: float) -> tuple[float, ...]:
+    """Sum numbers over all processes, in float64."""
+    if process_count() == 1:
+        return values
+    held = torch.tensor(values, dtype=torch.float64, device=_meeting_place())
+    dist.all_reduce(held)
+    return tuple(held.tolist())
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """This process's share of some items: every n-th one."""
+    return items[process_rank() :: process_count()]
+
+
+def share(batch: Batch, size: Callable[[Batch], int]) -> tuple[Batch, float]:
+    """Take this process's samples of a batch.
+
+    Tensors whose first dimension is the batch, nested in tuples, lists and dicts, are sliced; so are lists with one
+    item per sample. Where a process would have less than two samples, or nothing can be sliced, each takes them all.
+
+    Args:
+        batch: the whole batch.
+        size: counts its samples.
+
+    Returns:
+        The part, and its weight: a mean over the batch is the sum over all processes of weight times the part's mean.
+    """
+    count = process_count()
+    if count == 1:
+        return batch, 1.0
+    samples = size(batch)
+    part, sliced = _sliced(batch, samples, slice(process_rank(), None, count))
+    if not sliced or samples < 2 * count:
+        return batch, 1 / count
+    return part, len(range(process_rank(), samples, count)) / samples
+
+
+def _sliced(value: Any, samples: int, places: slice) -> tuple[Any, bool]:
+    if isinstance(value, Tensor):
+        fits = value.ndim > 0 and len(value) == samples
+        return (value[places], True) if fits else (value, False)
+    if isinstance(value, Mapping):
+        parts = {key: _sliced(part, samples, places) for key, part in value.items()}
+        return {key: part for key, (part, _) in parts.items()}, any(cut for _, cut in parts.values())
+    if isinstance(value, tuple | list):
+        found = [_sliced(part, samples, places) for part in value]
+        if any(cut for _, cut in found):
+            kept = [part for part, _ in found]
+            return (type(value)(*kept) if hasattr(value, "_fields") else type(value)(kept)), True
+        if len(value) == samples and not hasattr(value, "_fields"):
+            return value[places], True
+    return value, False
+
+
+class Draw:
+    """Hands out batches that are the same in every process, whatever else each draws from torch's random state.
+
+    Args:
+        seed: of the batches; None takes up torch's random state as it is now. Alone, batches draw from that state.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._state = torch.get_rng_state() if seed is None else torch.Generator().manual_seed(seed).get_state()
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Iterate a loader once."""
+        if process_count() == 1:
+            yield from loader
+            return
+        with self._drawing():
+            iterator = iter(loader)
+        while True:
+            try:
+                with self._drawing():
+                    batch = next(iterator)
+            except StopIteration:
+                return
+            yield batch
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        own = torch.get_rng_state()
+        torch.set_rng_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = torch.get_rng_state()
+            torch.set_rng_state(own)
+
+
+def align_(model: nn.Module) -> None:
+    """Give a model in every process the parameters and buffers that it has in process 0, in place."""
+    align_tensors_([*model.parameters(), *model.buffers()])
+
+
+def align_tensors_(tensors: Iterable[Tensor]) -> None:
+    """Give tensors in every process the values that they have in process 0, in place."""
+    if process_count() > 1:
+        for chunk in _chunks([tensor.detach() for tensor in tensors]):
+            flat = torch.cat([tensor.reshape(-1) for tensor in chunk]).to(_meeting_place())
+            dist.broadcast(flat, src=0)
+            _put_back(flat, chunk)
+
+
+def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum the gradients over all processes, in place; one that no process has stays None."""
+    if process_count() == 1:
+        return
+    has = torch.tensor([parameter.grad is not None for parameter in parameters], device=_meeting_place()).int()
+    dist.all_reduce(has)
+    held = [parameter for parameter, found in zip(parameters, has.tolist(), strict=True) if found]
+    for parameter in held:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for chunk in _chunks([parameter.grad for parameter in held if parameter.grad is not None]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in chunk]).to(_meeting_place())
+        dist.all_reduce(flat)
+        _put_back(flat, chunk)
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type in a row, up to so many numbers together."""
+    chunk: list[Tensor] = []
+    for tensor in tensors:
+        if chunk and (chunk[0].dtype != tensor.dtype or sum(map(Tensor.numel, chunk)) + tensor.numel() > CHUNK):
+            yield chunk
+            chunk = []
+        chunk.append(tensor)
+    if chunk:
+        yield chunk
+
+
+def _put_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, values in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(values.reshape(tensor.shape))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it can be sent to another process, else one that says the same."""
+    if isinstance(error, IdapError):
+        return type(error)(*map(str, error.args))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return TaskError(f"process {process_rank()} failed: {type(error).__name__}: {error}")
+    return error
+
+
+def _meeting_place() -> torch.device:
+    """Where tensors must be for the processes to exchange them."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,100 @@
+"""How to train: the settings of a recovery, checked when they are made."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from idap.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How to train.
+
+    Args:
+        epochs: passes over the training batches; a fraction stops within a pass, 0 trains nothing.
+        steps: optimiser steps instead of epochs; also for a loader whose passes differ or never end.
+        minutes: wall-clock time instead of epochs, judging included; at least one step is taken. What comes out
+            depends on the machine's speed.
+        optimizer: 'sgd' or 'adamw'.
+        lr: the highest learning rate.
+        momentum: of SGD; the first beta of AdamW.
+        weight_decay: for parameters of two and more dimensions; biases and norms are never decayed.
+        warmup: share of the way over which the learning rate rises, in [0, 1); afterwards it falls to 0 as a cosine.
+        temperature: softens the logits for distillation, above 0.
+        distil: weight of the distillation loss in [0, 1], the task's own loss has the rest; counts only with a teacher.
+        features: weight of the distance to the teacher's features, at least 0; see `idap.training.distill`.
+        clip_norm: the largest gradient norm, above 0; None: gradients are not clipped.
+        precision: 'float32' leaves the model's own; 'bf16' computes the forward pass in bfloat16 where that is
+            accurate enough (autocast), weights and losses stay; 'auto' does so on a GPU that has bfloat16.
+        channels_last: keep the weights of convolutions in this order of memory during training, which is faster;
+            'auto' where there are 2-d convolutions and the model runs that way.
+        compile: run the model through `torch.compile` during training; not together with `features`.
+        norm_batches: re-estimate the statistics of batch norms from so many training batches at the end, and keep
+            that if the judge finds it no worse; 0 leaves them as training made them.
+        seed: of torch's random state during training.
+
+    Raises:
+        ConfigError: a setting is out of range, or two exclude each other.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    minutes: float | None = None
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    temperature: float = 2.0
+    distil: float = 0.5
+    features: float = 0.0
+    clip_norm: float | None = 5.0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
+    compile: bool = False
+    norm_batches: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name in ("epochs", "steps", "minutes", "weight_decay", "features", "norm_batches"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be 0 or more and finite, got {value}.")
+        for name in ("lr", "temperature", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be above 0 and finite, got {value}.")
+        for name in ("momentum", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.distil <= 1:
+            raise ConfigError(f"distil must be in [0, 1], got {self.distil}.")
+        if self.steps is not None and self.minutes is not None:
+            raise ConfigError(f"steps={self.steps} and minutes={self.minutes:g} are both given; give one of them.")
+        if self.compile and self.features > 0:
+            raise ConfigError("compile and features exclude each other: compiled code hides its features. Drop one.")
+
+    def _check_choices(self) -> None:
+        for name, allowed in (("optimizer", ("sgd", "adamw")), ("precision", ("auto", "float32", "bf16"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be {_either(allowed)}, got {getattr(self, name)!r}.")
+        if self.channels_last not in ("auto", True, False):
+            raise ConfigError(f"channels_last must be 'auto', True or False, got {self.channels_last!r}.")
+        for name in ("steps", "norm_batches"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise ConfigError(f"{name} must be a whole number, got {value!r}.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to do."""
+        if self.steps is not None:
+            return self.steps > 0
+        return (self.epochs if self.minutes is None else self.minutes) > 0
+
+
+def _either(allowed: tuple[str, ...]) -> str:
+    *first, last = map(repr, allowed)
+    return f"{', '.join(first)} or {last}"

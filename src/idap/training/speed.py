@@ -1,0 +1,90 @@
+"""What makes training faster and leaves what is learned as it is: precision, order of memory, compilation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from idap.errors import TaskError
+from idap.training.batch import Outputs
+
+T = TypeVar("T")
+
+
+class Precision:
+    """The precision of forward passes.
+
+    Args:
+        wanted: as in `Recovery`.
+        device: where they run.
+    """
+
+    def __init__(self, wanted: Literal["auto", "float32", "bf16"], device: torch.device) -> None:
+        supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self._device, self.lowered = device, wanted == "bf16" or (wanted == "auto" and supported)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in bfloat16 what stands it, within the context."""
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.lowered)
+
+    def whole(self, outputs: Outputs) -> Outputs:
+        """The outputs of a forward pass in float32, so that losses are computed with all digits."""
+        return tree_map(_in_float32, outputs) if self.lowered else outputs
+
+
+def _in_float32(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+
+
+def has_convolutions(model: nn.Module) -> bool:
+    """Whether a model has convolutions over two dimensions, which `channels_last` makes faster."""
+    return any(
+        isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and isinstance(getattr(module, "weight", None), Tensor)
+        for module in model.modules()
+    )
+
+
+@contextmanager
+def channels_last(model: nn.Module) -> Iterator[None]:
+    """Keep the 4-d parameters and buffers of a model in this order of memory for a while.
+
+    Within the context the tensors' memory is another one; afterwards they have their own again, with the values that
+    they came to.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.ndim == 4}
+    held = [(tensor, tensor.data) for tensor in tensors.values()]
+    for tensor, data in held:
+        tensor.data = data.clone(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for tensor, data in held:
+            if not torch.equal(data, tensor.data):
+                data.copy_(tensor.data)
+            tensor.data = data
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """Compile a model's forward pass; that happens at the first call, see `explained`."""
+    return cast(nn.Module, torch.compile(model))
+
+
+def explained(call: Callable[[], T]) -> T:
+    """Make the first call of a compiled model.
+
+    Raises:
+        TaskError: it can't be compiled here; says why.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415 - slow to import, and rarely needed
+
+    try:
+        return call()
+    except TorchDynamoException as error:
+        why = " ".join(str(error).strip().partition("\n\n")[0].split())
+        raise TaskError(
+            f"compile=True, but the model can't be compiled here: {type(error).__name__}: {why}. "
+            "Leave compile out, or make sure that torch.compile works on this machine."
+        ) from error
