@@ -245,10 +245,7 @@ def test_what_is_compressed_again_has_one_plan_for_the_original(name: str) -> No
     both = chained(first, second)
     assert Plan.from_json(json.loads(json.dumps(both.to_json()))) == both
     rebuilt = apply_plan(model, both)
-    assert {k: t.shape for k, t in rebuilt.state_dict().items()} == {
-        k: t.shape for k, t in smaller.state_dict().items()
-    }
-    rebuilt.load_state_dict(smaller.state_dict())
+    rebuilt.load_state_dict(smaller.state_dict())  # strictly: the same names and shapes
     for mine, theirs in zip(outputs(rebuilt, args, {}), outputs(smaller, args, {}), strict=True):
         assert torch.equal(mine, theirs)
 
