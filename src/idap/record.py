@@ -29,7 +29,8 @@ class Removal:
 
     Attributes:
         name: of the group, branch or block.
-        kind: "channels", "neurons", "heads", "head width", "branch" or "block".
+        kind: "channels", "neurons", "heads", "head width", "branch", "block" or "projection" (a
+            block that became a linear map).
         units: the units removed, in the original's indices; empty for branches and blocks.
         left: units that the group has left; 0 for branches and blocks.
         divergence: lowest and highest divergence among what was removed.

@@ -152,7 +152,7 @@ def other(**changes: object) -> Plan:
         (other(attributes={"stem": {"out_channels": 2}}), "does not fit this model: it has no module 'stem'"),
         (other(attributes={"features.0": {"heads": 2}}), "module 'features.0' has no attribute 'heads'"),
         (other(replaced={"features.9": "zero"}), "does not fit this model: it has no module 'features.9'"),
-        (other(replaced={"features.1": "nothing"}), "can become 'identity' or 'zero', found 'nothing'"),
+        (other(replaced={"features.1": "nothing"}), "can become 'identity', 'zero' or 'projection', found 'nothing'"),
         (other(replaced={"": "identity"}), "a plan can't replace the whole model"),
     ],
 )

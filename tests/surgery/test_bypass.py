@@ -26,7 +26,7 @@ def test_zero_is_like_its_first_argument() -> None:
 
 def test_stand_ins_by_name() -> None:
     assert type(stand_in("identity")) is Pass and type(stand_in("zero")) is Zero
-    with pytest.raises(PlanError, match=r"can become 'identity' or 'zero', found 'gone'"):
+    with pytest.raises(PlanError, match=r"can become 'identity', 'zero' or 'projection', found 'gone'"):
         stand_in("gone")
 
 

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from idap.divergence.criteria import WITH_BLOCKS, opener_of
+from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, opener_of
 from idap.errors import BudgetError, ConfigError
 from idap.rebalance.run import Rebalance
+from idap.structure.projectable import Replacement
 from idap.training.recovery import Recovery
 
 GOALS = ("macs", "parameters", "size", "latency")
@@ -69,6 +70,10 @@ class LayerStage:
         removals: branches and blocks removed at most.
         short_list: how many of the lowest divergence are tried on calibration data before one is chosen.
         patience: give up after so many rejections in a row.
+        replacement: what takes the place of what is removed. "identity": the stream passes unchanged, so only branches
+            and blocks go whose input and output agree in shape. "auto": where they don't, a projection, that is a
+            linear map of the channels, fitted by least squares on calibration data and then trained. "projection":
+            such a map in place of every whole block.
         tune: which weights recover after a removal: "all", or "neighbours", those of the layers next to what went.
 
     Raises:
@@ -78,12 +83,14 @@ class LayerStage:
     removals: int = 5
     short_list: int = 3
     patience: int = 3
+    replacement: Replacement = "identity"
     tune: Literal["all", "neighbours"] = "all"
 
     def __post_init__(self) -> None:
         _at_least("layers.removals", self.removals, 0)
         _at_least("layers.short_list", self.short_list, 1)
         _at_least("layers.patience", self.patience, 1)
+        _one_of("layers.replacement", self.replacement, get_args(Replacement))
         _one_of("layers.tune", self.tune, ("all", "neighbours"))
 
 
@@ -197,6 +204,12 @@ class Config:
                 raise ConfigError(
                     f"order='interleaved' compares units with blocks, and criterion {name!r} scores no blocks; take "
                     f"one of {', '.join(map(repr, WITH_BLOCKS))}."
+                )
+            if self.layers.replacement != "identity" and name not in LIKE_PROJECTIONS:
+                raise ConfigError(
+                    f"order='interleaved' with layers.replacement={self.layers.replacement!r} compares units with "
+                    f"projections, which score as criterion {' or '.join(map(repr, LIKE_PROJECTIONS))} does, not as "
+                    f"{name!r}; take one of these."
                 )
             if self.ranking != "global":
                 raise ConfigError("order='interleaved' is one ranking over everything: it needs ranking='global'.")

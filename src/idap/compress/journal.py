@@ -12,6 +12,7 @@ from idap.progress import Status
 from idap.record import Removal, RunFolder, Step
 from idap.saving.checkpoint import load, save
 from idap.structure.blocks import Block
+from idap.structure.projected import PROJECTION
 from idap.training.processes import on_main
 
 COST_NAMES = {"macs": "MACs", "parameters": "parameters", "size": "file size", "latency": "latency"}
@@ -179,7 +180,11 @@ def describe(step: Step, metric_name: str, costs: Sequence[str] = ("macs", "para
 
 def _what(removed: Sequence[Removal]) -> str:
     counts: dict[str, int] = {}
-    parts = [f"{removal.kind} {removal.name}" for removal in removed if not removal.units]
+    parts = [
+        f"block {removal.name} for a projection" if removal.kind == PROJECTION else f"{removal.kind} {removal.name}"
+        for removal in removed
+        if not removal.units
+    ]
     groups = [removal for removal in removed if removal.units]
     for removal in groups:
         counts[removal.kind] = counts.get(removal.kind, 0) + len(removal.units)

@@ -18,6 +18,7 @@ from idap.graph.ir import Graph
 from idap.record import Removal
 from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
+from idap.surgery.bypass import LinearMap, Projection
 from idap.training.batch import device_of, move
 from idap.training.evaluate import modes_kept
 from idap.training.processes import mine, totals
@@ -82,7 +83,12 @@ def _candidate(
 
 
 def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:
-    """Whether removing a layer saves more than twice what is still wanted: filters come closer, and cost less."""
+    """Whether removing a layer saves more than twice what is still wanted: filters come closer, and cost less.
+
+    A projection that saves nothing does not come closer either.
+    """
+    if setting.structure.block(name).projected and setting.costs.block_macs(name, state.keep, state.removed) <= 0:
+        return True
     if not goal.targets or not setting.config.filters.steps:
         return False
     now = setting.shares(state)
@@ -100,12 +106,13 @@ def joined(structure: Structure, before: Sequence[str], new: Sequence[str]) -> t
 
 def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mapping[str, float]) -> str:
     """The candidate whose removal costs least calibration loss for what it saves."""
+    maps = {name: fitted.map for name, fitted in setting.projections(state, names).items()}
     with setting.progress.phase("layers: trial", len(names) + 1) as phase:
         before = calibration_loss(setting, state.model)
         phase.advance()
         price: dict[str, float] = {}
         for name in names:
-            loss = loss_without(setting, state, setting.structure.block(name))
+            loss = loss_without(setting, state, setting.structure.block(name), maps.get(name))
             saved = max(1e-12, costs[name])
             price[name] = (loss - before) / saved if loss > before else (loss - before) * saved
             phase.advance(name)
@@ -127,15 +134,20 @@ def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], An
     return total / max(1, samples)
 
 
-def loss_without(setting: Setting, state: State, block: Block) -> float:
-    """Mean calibration loss with one more branch or block bypassed; nothing is copied or traced."""
-    return calibration_loss(setting, state.model, partial(_run_without, setting, state, block))
+def loss_without(setting: Setting, state: State, block: Block, given: LinearMap | None = None) -> float:
+    """Mean calibration loss with one more branch or block bypassed, by a linear map if given; nothing is copied."""
+    way: nn.Module = nn.Identity()
+    if given is not None:
+        projected = setting.structure.projected(block.name, setting.structure.presence(state.keep))
+        way = Projection(projected)
+        way.take(given, projected)
+    return calibration_loss(setting, state.model, partial(_run_without, setting, state, block, way))
 
 
-def _run_without(setting: Setting, state: State, block: Block, batch: Any) -> Any:
-    """Run a model with a branch or block bypassed: its result is replaced by the stream that entered it."""
-    graph = setting.structure.graph
-    entry = Wiring(setting.structure, state.removed).sight(block.entry)
+def _run_without(setting: Setting, state: State, block: Block, way: nn.Module, batch: Any) -> Any:
+    """Run a model with a branch or block bypassed: its result is replaced by the stream, as it is or as it goes on."""
+    wiring = Wiring(setting.structure, state.removed)
+    graph, entry = wiring.graph, wiring.sight(block.entry)
     assert entry is not None  # otherwise it would have no divergence
     seen: list[Tensor] = []
 
@@ -147,7 +159,7 @@ def _run_without(setting: Setting, state: State, block: Block, batch: Any) -> An
             seen.append(_tensor(graph, entry.node, result).clone())
         if key == graph.nodes[block.exit].call:
             # In place, since code that works in place may not look at what a call returns.
-            _tensor(graph, block.exit, result).copy_(seen[-1])
+            _tensor(graph, block.exit, result).copy_(way.to(seen[-1])(seen[-1]))
         return result
 
     with intercept(state.model, handle):

@@ -13,6 +13,8 @@ from idap.structure.blocks import Block, Reach
 def neighbours(structure: Structure, block: Block, removed: Sequence[str]) -> frozenset[str]:
     """Names of the weights next to a block: those of the nearest layers before and behind it, and of norms between.
 
+    Those of the projection that takes its place are among them.
+
     Where the stream is a sum, the nearest layer is the last one of the branch that was added.
 
     Args:
@@ -23,6 +25,8 @@ def neighbours(structure: Structure, block: Block, removed: Sequence[str]) -> fr
     Returns:
         Canonical names of parameters; empty if the block lies between an input and an output.
     """
+    made = block.projected.tensors(block.name) if block.projected is not None else ()
+    structure = structure.after(removed)
     graph, reach = structure.graph, Reach(structure.graph)
     dead, skips, users = structure.dead_nodes(removed), structure.skips(removed), graph.users()
 
@@ -51,7 +55,7 @@ def neighbours(structure: Structure, block: Block, removed: Sequence[str]) -> fr
 
     before = _nearest(structure, [skips.get(block.entry, block.entry)], backward)
     behind = _nearest(structure, list(forward(graph.nodes[block.exit])), forward)
-    return before | behind
+    return before | behind | set(made)
 
 
 def _nearest(structure: Structure, start: list[str], onward: Callable[[Node], Iterator[str]]) -> frozenset[str]:

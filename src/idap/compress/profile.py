@@ -22,12 +22,13 @@ def profile(
     Args:
         model: the trained model; it is left exactly as it is.
         task: its data; the calibration split is measured on.
-        config: of its settings the criterion, the calibration batches, contracts, swap and seed count.
+        config: of its settings the criterion, the calibration batches, contracts, swap, `layers.replacement` and seed
+            count.
         progress: hears of the phases.
 
     Returns:
         What may be removed, and the divergence of each part (in the relative form for branches and blocks if the
-        criterion knows none).
+        criterion knows none; of a block that may become a projection what the best one leaves over).
 
     Raises:
         TaskError, TraceError, StructureError: the model and its data don't fit together.
@@ -51,6 +52,7 @@ def profile(
             timed=example,
         )
         keep = {group.name: tuple(range(group.size)) for group in structure.groups}
-        found = setting.divergence(State(model, keep, (), structure.plan({}), costs.cost(), 0.0))
+        state = State(model, keep, (), structure.plan({}), costs.cost(), 0.0)
+        found = setting.divergence(state)
         phase.advance("divergence")
     return structure, found

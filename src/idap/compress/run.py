@@ -35,6 +35,7 @@ from idap.saving.origin import checked_origin
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
+from idap.surgery.bypass import trial_map
 from idap.surgery.optimizer import hyperparameters, slice_optimizer
 from idap.surgery.verify import verify
 from idap.training.batch import Inputs, device_of
@@ -218,7 +219,9 @@ def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tup
     check_task(model, task, trains=config.recovery.trains or (config.final is not None and config.final.trains))
     phase.advance("task")
     example = few_samples(task.example(device_of(model)), TRACED_SAMPLES)
-    structure = analyze(trace(model, *example), contracts=config.contracts, swap=config.swap)
+    structure = analyze(
+        trace(model, *example), contracts=config.contracts, swap=config.swap, replacement=config.layers.replacement
+    )
     phase.advance("structure")
     return structure, example
 
@@ -257,7 +260,8 @@ def _try(
     removed: tuple[str, ...],
 ) -> None:
     plan = structure.plan(keep, removed)
-    verify(structure, original, apply_plan(original, plan), plan, example)
+    maps = {path: trial_map(projected) for path, projected in plan.projections.items()}
+    verify(structure, original, apply_plan(original, plan, maps), plan, example, maps=maps)
 
 
 def _least(
@@ -277,7 +281,9 @@ def _least(
     if config.layers.removals:
         blocks = [structure.block(name) for name in removable]
         inside = {inner for block in blocks for inner in block.contains}
-        removed = [block.name for block in blocks if block.name not in inside]
+        for block in blocks:  # a projection may cost more than a narrow block
+            free = block.projected is None or costs.block_macs(block.name, keep, removed) > 0
+            removed += [block.name] if free and block.name not in inside else []
     found = shares_of(costs.cost(keep, removed), whole)
     if config.latency is None:
         return found

@@ -1,8 +1,9 @@
 """One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from idap.compress.features import BlockOutputs
 from idap.compress.latencies import block_latencies, latency_share, unit_latencies
 from idap.compress.neighbours import only_training
 from idap.cost.count import Cost, CostModel
-from idap.divergence.criteria import WITH_BLOCKS, Criterion, opener_of
+from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, Criterion, opener_of
 from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
+from idap.errors import StructureError
 from idap.progress import Progress
+from idap.rebalance.projections import FittedMap, fit_projections
 from idap.rebalance.run import rebalance_
 from idap.record import RunFolder
 from idap.structure.analysis import Structure
@@ -105,13 +108,17 @@ class Setting:
     def divergence(self, state: State, *, units: bool = True, blocks: bool = True) -> Divergence:
         """The divergence of what may still go; of blocks in the relative form if the criterion knows none.
 
+        Of what may become a projection it is what the best one leaves over, E‖y - P(x)‖² / E‖y‖². With such candidates
+        all blocks are measured in the relative form, so that they can be compared.
+
         Args:
             state: what is left.
             units: measure units, which may cost much more than blocks.
             blocks: measure branches and blocks.
         """
         name, _ = opener_of(self.config.criterion)
-        knows_blocks = name in WITH_BLOCKS
+        comparable = WITH_BLOCKS if self.config.layers.replacement == "identity" else LIKE_PROJECTIONS
+        knows_blocks = name in comparable
         criteria: list[Criterion] = [self.config.criterion] if units or knows_blocks else []
         if blocks and not knows_blocks:
             criteria.append("relative")
@@ -120,8 +127,24 @@ class Setting:
         own = found.get(name, found.get("relative"))
         assert own is not None
         other = found.get("relative", own)
+        scores = dict((own if knows_blocks else other).blocks if blocks else {})
+        if blocks:
+            fits = self.projections(state, [block.name for block in self.structure.blocks])
+            scores |= {part: fitted.residual for part, fitted in fits.items()}
         unmeasured = dict.fromkeys([*own.unmeasured, *(part for part in other.unmeasured if part not in own.units)])
-        return Divergence(name, own.units, own.blocks or other.blocks, tuple(unmeasured))
+        return Divergence(name, own.units, scores, tuple(unmeasured))
+
+    def projections(self, state: State, names: Iterable[str]) -> dict[str, FittedMap]:
+        """The best linear maps in place of those of some blocks that may become projections and are still there."""
+        gone = {inner for name in state.removed for inner in (name, *self.structure.block(name).contains)}
+        blocks = [self.structure.block(name) for name in names if name not in gone]
+        wanted = [block.name for block in blocks if block.projected is not None]
+        present = self.structure.presence(state.keep)
+        fit_all = partial(
+            fit_projections, state.model, self.structure, self.passes(), wanted, present=present, removed=state.removed
+        )
+        with self.clock.on("measurement"):
+            return by_itself(fit_all)  # alike in every process
 
     def _measured(self, state: State, criteria: Sequence[Criterion]) -> dict[str, Divergence]:
         """Measure by several criteria; every process takes some of the calibration batches if there are enough."""
@@ -171,17 +194,25 @@ class Setting:
     def cut(self, state: State, keep: Keep, removed: Sequence[str]) -> tuple[nn.Module, Plan, float]:
         """Cut a copy of a state's model further, prove the cut, and rebalance what is left.
 
+        Projections that stand in for blocks which the state still has are fitted to these.
+
         Returns:
             The model, the plan from the original, and the largest relative difference from the masked original.
 
         Raises:
             VerificationError: the cut model is not the masked original; the state is as it was.
+            StructureError: a block that should become a projection can't be seen while the model runs.
         """
         with self.clock.on("cut"):
             plan = self.structure.plan(keep, tuple(removed))
-            model = apply_plan(state.model, plan.since(state.plan))
+            new = [path for path in plan.projections if path not in state.plan.projections]
+            maps = {path: fitted.map for path, fitted in self.projections(state, new).items()}
+            if len(maps) < len(new):
+                missing = min(set(new) - set(maps))
+                raise StructureError(f"block {missing!r} can't be seen while the model runs, so no projection fits it")
+            model = apply_plan(state.model, plan.since(state.plan), maps)
         with self.clock.on("proof"):
-            proof = verify(self.structure, state.model, model, plan, self.example, since=state.plan)
+            proof = verify(self.structure, state.model, model, plan, self.example, since=state.plan, maps=maps)
         if self.config.rebalance:
             at_once = merged(self.calibration)
             passes = self.passes([at_once]) if at_once is not None else self.passes()

@@ -1,6 +1,6 @@
 """Multiply-adds and parameters of a model under any plan, without building it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from idap.cost.macs import counted, macs_of, ref_name, tensors_of
 from idap.graph.ir import Node
 from idap.structure.analysis import Structure
+from idap.structure.blocks import Block
 from idap.structure.groups import Group
 from idap.structure.layout import Presence, count
+from idap.structure.projected import Kept
 
 Keep = Mapping[str, Sequence[int]]
 
@@ -44,6 +46,8 @@ class CostModel:
     def __init__(self, structure: Structure, batch: int, saved: Mapping[str, int] | None = None) -> None:
         self._structure = structure
         self._batch = batch
+        self._given = saved or {}
+        self._others: dict[tuple[str, ...], CostModel] = {}
         known = {name: max(1, prod(structure.graph.shapes[name])) for name in structure.layout.tensors}
         self._saved = {name: count // known[name] for name, count in (saved or {}).items() if name in known}
         self._unseen = {name: count for name, count in (saved or {}).items() if name not in known}
@@ -56,19 +60,25 @@ class CostModel:
                 self._touched[index].append(node)
 
     def cost(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> Cost:
-        """Cost of the model when groups keep only some units and some blocks are removed."""
+        """Cost of the model when groups keep only some units and some blocks are removed; projections count."""
+        return self._after(removed)._cost(keep, removed)
+
+    def _cost(self, keep: Keep | None, removed: Sequence[str]) -> Cost:
         present, gone = self._structure.presence(keep or {}), self._gone(removed)
         macs = sum(self._macs(node, present) for node in self._nodes if node.name not in gone)
         held = self._held(removed)
         elements = {name: prod(self._tensor_shape(name, present)) for name in held | self._saved.keys()}
         parameters = sum(elements[name] for name in held)
-        paths = self._replaced(removed)
-        size = sum(elements[name] * width for name, width in self._saved.items() if not name.startswith(paths))
-        size += sum(count for name, count in self._unseen.items() if not name.startswith(paths))
+        vanishes = self._vanishing(removed)
+        size = sum(elements[name] * width for name, width in self._saved.items() if not vanishes(name))
+        size += sum(count for name, count in self._unseen.items() if not vanishes(name))
         return Cost(macs // self._batch, parameters, size)
 
     def unit_macs(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> dict[str, float]:
         """Multiply-adds per sample that the next unit of each group would save."""
+        return self._after(removed)._unit_macs(keep, removed)
+
+    def _unit_macs(self, keep: Keep | None, removed: Sequence[str]) -> dict[str, float]:
         structure, keep = self._structure, keep or {}
         present, gone = structure.presence(keep), self._gone(removed)
         found = {}
@@ -81,6 +91,9 @@ class CostModel:
 
     def unit_parameters(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> dict[str, float]:
         """Parameters that the next unit of each group would save."""
+        return self._after(removed)._unit_parameters(keep, removed)
+
+    def _unit_parameters(self, keep: Keep | None, removed: Sequence[str]) -> dict[str, float]:
         structure, keep = self._structure, keep or {}
         present, held = structure.presence(keep), self._held(removed)
         found = {}
@@ -93,8 +106,24 @@ class CostModel:
         return found
 
     def block_macs(self, name: str, keep: Keep | None = None, removed: Sequence[str] = ()) -> int:
-        """Multiply-adds per sample that removing a branch or block would save."""
+        """Multiply-adds per sample that removing a branch or block would save, less those of a projection for it."""
         return self.cost(keep, removed).macs - self.cost(keep, [*removed, name]).macs
+
+    def _after(self, removed: Sequence[str]) -> "CostModel":
+        """Counts for the structure with projections in the places of those removed blocks that become such."""
+        structure = self._structure.after(removed)
+        if structure is self._structure:
+            return self
+        if structure.standing not in self._others:
+            new = {n: kept.shape for block in map(structure.block, structure.standing) for n, kept in _made(block)}
+            saved = {**self._given, **{name: prod(shape) * self._width(name) for name, shape in new.items()}}
+            self._others[structure.standing] = CostModel(structure, self._batch, saved if self._given else None)
+        return self._others[structure.standing]
+
+    def _width(self, name: str) -> int:
+        """Bytes of one number of a projection: those of what it replaces."""
+        path = name.rpartition(".")[0].rpartition(".")[0]
+        return next((w for n, w in self._saved.items() if n in self._parameters and n.startswith(f"{path}.")), 4)
 
     def _without_last(self, present: Presence, group: Group, keep: Keep) -> Presence:
         unit = keep.get(group.name, range(group.size))[-1]
@@ -108,12 +137,15 @@ class CostModel:
 
     def _held(self, removed: Sequence[str]) -> set[str]:
         """Parameters that the modules still hold, used or not; a removed module shares none with others."""
-        paths = self._replaced(removed)
-        return {name for name in self._parameters if not name.startswith(paths)}
+        vanishes = self._vanishing(removed)
+        return {name for name in self._parameters if not vanishes(name)}
 
-    def _replaced(self, removed: Sequence[str]) -> tuple[str, ...]:
-        """Beginnings of the names of tensors that vanish with removed blocks."""
-        return tuple(f"{path}." for name in removed for path in self._structure.block(name).replaced)
+    def _vanishing(self, removed: Sequence[str]) -> Callable[[str], bool]:
+        """Says of the name of a tensor whether it vanishes with removed blocks."""
+        blocks = [self._structure.block(name) for name in removed]
+        paths = tuple(f"{path}." for block in blocks for path in block.replaced)
+        made = {name for block in blocks for name, _ in _made(block)}
+        return lambda name: name.startswith(paths) and name not in made
 
     def _groups_of(self, node: Node) -> set[int]:
         layout = self._structure.layout
@@ -135,6 +167,11 @@ class CostModel:
 
     def _tensor_shape(self, name: str, present: Presence) -> tuple[int, ...]:
         return tuple(count(dim, present) for dim in self._structure.layout.tensors[name])
+
+
+def _made(block: Block) -> Iterable[tuple[str, Kept]]:
+    """The tensors of the projection that takes the place of a block."""
+    return block.projected.tensors(block.name).items() if block.projected is not None else ()
 
 
 def saved_tensors(model: nn.Module) -> dict[str, int]:

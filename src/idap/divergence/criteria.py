@@ -32,6 +32,9 @@ CRITERIA: Mapping[str, Callable[..., Scorer | Mapping[str, object]]] = {
 WITH_BLOCKS = ("relative", "fluctuation", "paper", "share")
 """Criteria that score branches and blocks too."""
 
+LIKE_PROJECTIONS = ("relative", "fluctuation")
+"""Those of them whose scores can be compared with what a projection leaves over: both are relative errors."""
+
 OF_THE_LOSS = ("taylor", "fisher")
 """Criteria that need labels: they go back from the loss."""
 

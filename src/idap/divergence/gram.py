@@ -60,9 +60,17 @@ class Rows:
         """
         if self.contraction.kind == "linear":
             last = x.movedim(self.contraction.input_dim, -1)
-            counted, count = valid(last), last.numel() // max(1, last.shape[-1])
-        else:
-            counted, count = None, len(x) * self._extent(x, weight)
+            return self._draw(valid(last), last.numel() // max(1, last.shape[-1]), seed)
+        return self._draw(None, len(x) * self._extent(x, weight), seed)
+
+    def choose_outputs(self, y: Tensor, valid: Callable[[Tensor], Tensor | None], seed: int) -> Tensor:
+        """The same from the output: its positions."""
+        last = y.movedim(self.contraction.output_dim, -1)
+        counted = valid(last) if self.contraction.kind == "linear" else None
+        return self._draw(counted, last.numel() // max(1, last.shape[-1]), seed)
+
+    def _draw(self, counted: Tensor | None, count: int, seed: int) -> Tensor:
+        """All of so many positions, or of those that count, or a random choice."""
         if counted is not None:
             count = len(counted)
         chosen = torch.arange(count)
@@ -75,7 +83,7 @@ class Rows:
         """The rows at chosen positions, shape (parts, rows, columns); columns in the order of the flat weight."""
         if self.contraction.kind == "linear":
             flat = x.movedim(self.contraction.input_dim, -1)
-            return _exact(flat.reshape(-1, flat.shape[-1])[chosen.to(x.device)]).unsqueeze(0)
+            return exact(flat.reshape(-1, flat.shape[-1])[chosen.to(x.device)]).unsqueeze(0)
         windows = self._windows(x, weight.shape[2:])  # (B, C, *out, *kernel)
         spatial = len(weight.shape) - 2
         out = windows.shape[2 : 2 + spatial]
@@ -83,7 +91,7 @@ class Rows:
         index: tuple[Any, ...] = (places[0], slice(None), *places[1:])
         taken = windows[index]  # (rows, C, *kernel)
         parts = x.shape[1] // weight.shape[1]
-        return _exact(taken.reshape(len(chosen), parts, -1).transpose(0, 1))
+        return exact(taken.reshape(len(chosen), parts, -1).transpose(0, 1))
 
     def _extent(self, x: Tensor, weight: Tensor) -> int:
         """Number of positions in the output for one sample of a convolution."""
@@ -93,7 +101,7 @@ class Rows:
     def outputs(self, y: Tensor, chosen: Tensor) -> Tensor:
         """The outputs at the same positions, shape (rows, outputs)."""
         flat = y.movedim(self.contraction.output_dim, -1)
-        return _exact(flat.reshape(-1, flat.shape[-1])[chosen.to(y.device)])
+        return exact(flat.reshape(-1, flat.shape[-1])[chosen.to(y.device)])
 
     def matrix(self, weight: Tensor, parts: int) -> Tensor:
         """The weight as matrices, shape (parts, outputs of a part, columns)."""
@@ -154,7 +162,8 @@ class Gram:
         return moments - mean.unsqueeze(2) * mean.unsqueeze(1)
 
 
-def _exact(x: Tensor) -> Tensor:
+def exact(x: Tensor) -> Tensor:
+    """The tensor in a precision that is fit for products."""
     return x if x.dtype == torch.float64 else x.float()
 
 

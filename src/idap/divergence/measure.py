@@ -109,7 +109,7 @@ def measure_all(
     for name, opener in map(opener_of, criteria):
         if openers.setdefault(name, opener) is not opener:
             raise ConfigError(f"two criteria are called {name!r}; give your own functions names of their own.")
-    keep = keep or {}
+    keep, structure = keep or {}, structure.after(removed)
     wiring = Wiring(structure, removed)
     watch = Watch(wiring)
     scene = Scene(model, structure, keep, tuple(removed), structure.presence(keep), wiring, watch, seed=seed)

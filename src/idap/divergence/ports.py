@@ -25,12 +25,13 @@ class Wiring:
         removed: the branches and blocks that are gone.
 
     Attributes:
-        graph: of the original.
+        graph: of the original, with projections in their places.
         gone: nodes that are no longer computed, or whose result is no longer needed.
         users: node -> the nodes that read its value, also through what is gone.
     """
 
     def __init__(self, structure: Structure, removed: Sequence[str] = ()) -> None:
+        structure = structure.after(removed)
         self.graph = structure.graph
         self._skips = structure.skips(removed)
         self.gone = structure.dead_nodes(removed) | set(self._skips)

@@ -40,7 +40,7 @@ class Scene:
 
     Attributes:
         model: the original, or what a plan made of it.
-        structure: of the original.
+        structure: of the original, with projections in their places.
         keep: group name -> units that the model still has; groups that are not named are whole.
         removed: branches and blocks that the model no longer has.
         present: labels that the model still has.
@@ -68,9 +68,13 @@ class Scene:
 
     @property
     def blocks(self) -> list[Block]:
-        """The branches and blocks that the model still has."""
+        """The branches and blocks that the model still has; not those that could only become projections.
+
+        How much the flow would change there, a fit alone can say (`idap.rebalance.projections`).
+        """
         gone = {name for other in self.removed for name in (other, *self.structure.block(other).contains)}
-        return [b for b in self.structure.blocks if b.name not in gone and b.exit not in self.wiring.gone]
+        left = [b for b in self.structure.blocks if b.name not in gone and b.exit not in self.wiring.gone]
+        return [block for block in left if block.projected is None]
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """What several criteria need is made for the first of them and shared by the others."""

@@ -217,7 +217,7 @@ class Watch:
 
     def result(self, call: CallKey, note: After) -> None:
         """Look at the result of a call."""
-        self._probes.append(_Note(call, note))
+        self._probes.append(Note(call, note))
 
     def sums(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Have statistics added up over processes."""
@@ -256,7 +256,7 @@ class Watch:
             if value is not None:
                 add(value, self.padding)
 
-        return _Note(sight.call, note)
+        return Note(sight.call, note)
 
 
 @dataclass
@@ -296,14 +296,18 @@ class Look:
 
 
 @dataclass(frozen=True)
-class _Note:
+class Note:
+    """Looks at the result of one call."""
+
     call: CallKey
     note: After
 
     def before(self) -> Mapping[CallKey, Before]:
+        """Nothing."""
         return {}
 
     def after(self) -> Mapping[CallKey, After]:
+        """Look."""
         return {self.call: self.note}
 
 

@@ -50,6 +50,12 @@ class Case:
         weight = next(tensor for i, tensor in enumerate(given) if i != at and tensor.dim() > 1)
         self.chosen.append(rows.choose(given[at], weight, lambda x: valid_positions(each.padding, x), number))
 
+    def choose_outputs(self, result: Tensor, each: Pass, number: int) -> None:
+        """Draw positions from a batch, of what the original gives where this layer stands in for other code."""
+        self.chosen.append(
+            self.consumer.rows.choose_outputs(result, lambda x: valid_positions(each.padding, x), number)
+        )
+
     def add(self, targets: Tensor, share: float) -> None:
         """Add the rows that were read and their targets, shape (rows, outputs), to the sums; hold this share out."""
         parts, rows = self.read.shape[:2]
@@ -75,6 +81,11 @@ class Case:
 def by_call(cases: Sequence[Case]) -> dict[CallKey, Case]:
     """The cases by the calls of their layers."""
     return {case.consumer.call: case for case in cases}
+
+
+def by_original(cases: Sequence[Case]) -> dict[CallKey, Case]:
+    """The cases by the calls of the original that give what they should."""
+    return {case.consumer.original: case for case in cases}
 
 
 def by_addition(cases: Sequence[Case]) -> dict[CallKey, Case]:

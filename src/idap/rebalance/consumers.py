@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from idap.divergence.gram import Rows
-from idap.divergence.observe import tensor_argument
+from idap.divergence.observe import is_result, tensor_argument
 from idap.divergence.ports import Stream, Wiring, stream_of
 from idap.graph.ir import CallKey, Graph, Node, Ref
 from idap.graph.rules.flow import arguments, base_name
 from idap.structure.analysis import Structure
+from idap.structure.standing import former
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Consumer:
     Attributes:
         node: the operator.
         call: in the running model.
+        original: the call that gives what this layer should give in the original; another one for a projection.
         rows: draws what it reads.
         weight: canonical name of its weight.
         bias: canonical name of its bias, "" if it has none.
@@ -31,6 +33,7 @@ class Consumer:
 
     node: str
     call: CallKey
+    original: CallKey
     rows: Rows
     weight: str
     bias: str
@@ -50,7 +53,7 @@ def consumers_of(structure: Structure, wiring: Wiring, changed: set[str], *, lim
     """The layers to correct, in the order in which they can be: one that is added where it is added.
 
     Args:
-        structure: of the original.
+        structure: of the original, with projections in their places.
         wiring: of what is left.
         changed: nodes whose value is not what it was.
         limit: rows drawn from one batch.
@@ -60,14 +63,17 @@ def consumers_of(structure: Structure, wiring: Wiring, changed: set[str], *, lim
     for node in graph.nodes.values():
         for name in node.inputs():
             readers[name] = readers.get(name, 0) + 1
+    projections = {block.exit: former(block) for block in map(structure.block, structure.standing)}
     found = []
     for contraction in structure.layout.contractions:
         node, weight = graph.nodes[contraction.node], graph.nodes[contraction.weight]
+        original = _in_original(graph, node.name, projections.get(node.name, node.name))
         rows = Rows(contraction, node, limit)
         place = tensor_argument(graph, node.name, contraction.input)
         alone = weight.op == "parameter" and readers[weight.name] == 1 and weight.target not in graph.aliases.values()
         if (
-            node.name in wiring.gone or node.call is None or place is None or not alone or not rows.paired
+            node.name in wiring.gone or node.call is None or original is None or place is None
+            or not alone or not rows.paired
             or (wiring.source(contraction.input) == contraction.input and contraction.input not in changed)
         ):  # fmt: skip
             continue
@@ -77,9 +83,16 @@ def consumers_of(structure: Structure, wiring: Wiring, changed: set[str], *, lim
         plain = not stream.affine or stream.affine == (norm,)
         addition, branch_at = _addition(wiring, node, stream) if plain and (bias or norm) else (None, 0)
         found.append(
-            Consumer(node.name, node.call, rows, weight.target, bias, norm, place, stream, addition, branch_at)
+            Consumer(
+                node.name, node.call, original, rows, weight.target, bias, norm, place, stream, addition, branch_at
+            )
         )
     return _ordered(graph, found)
+
+
+def _in_original(graph: Graph, name: str, before: str) -> CallKey | None:
+    """The call in the original that gives what a layer should give; None if that can't be seen."""
+    return graph.nodes[before].call if before == name or is_result(graph, before) else None
 
 
 def _ordered(graph: Graph, found: list[Consumer]) -> list[Consumer]:
@@ -101,6 +114,7 @@ def changed_nodes(structure: Structure, wiring: Wiring, shrunk: Mapping[str, obj
     """Nodes whose value is not what it was once these tensors have shrunk and some parts are gone."""
     graph = structure.graph
     touched = {node.name for node in graph.nodes.values() if node.target in shrunk}
+    touched |= {structure.block(name).exit for name in structure.standing}
     changed: set[str] = set(touched)
     for node in graph.nodes.values():
         sources = {wiring.source(name) for name in node.inputs()}

@@ -14,7 +14,7 @@ from idap.graph.calls import intercept
 from idap.graph.ir import CallKey
 from idap.graph.run import tensors_of
 from idap.progress import Progress, Silent
-from idap.rebalance.cases import Case, by_addition, by_call
+from idap.rebalance.cases import Case, by_addition, by_call, by_original
 from idap.rebalance.consumers import Consumer, changed_nodes, consumers_of
 from idap.rebalance.moments import RIDGES, Fit, fit
 from idap.rebalance.norms import Affine, affine_of, reestimate_norms_, running_mean
@@ -118,6 +118,7 @@ def rebalance_(
     if not passes:
         raise TaskError("there is no calibration batch to rebalance on.")
     found: list[Correction] = []
+    structure = structure.after(plan.removed)
     if setting.refits:
         wiring = Wiring(structure, plan.removed)
         changed = changed_nodes(structure, wiring, plan.tensors)
@@ -190,14 +191,16 @@ class _Walk:
     @torch.no_grad()
     def _targets(self, cases: Sequence[Case], passes: Sequence[Pass]) -> None:
         """Run the original and keep what it gives at the drawn positions."""
-        at, sums = by_call(cases), by_addition(cases)
+        at, sums = by_original(cases), by_addition(cases)
         for number, each in enumerate(passes):
 
             def handle(key: CallKey, func: Any, args: Any, kwargs: Any, number: int = number, each: Pass = each) -> Any:
                 case, added = at.get(key), sums.get(key)
-                if case is not None:
+                if case is not None and key == case.consumer.call:
                     case.choose(tensors_in(args, kwargs), each, number)
                 result = func(*args, **kwargs)
+                if case is not None and key != case.consumer.call:
+                    case.choose_outputs(result, each, number)
                 target = added or (case if case is not None and not case.through else None)
                 if target is not None and len(target.chosen) > number:
                     rows = target.consumer.rows.outputs(result, target.chosen[number])

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from idap.errors import CheckpointError
+from idap.errors import CheckpointError, PlanError
 from idap.progress import Phase, Progress, Silent
 from idap.record import unfinished, write_bytes, write_json
 from idap.saving.checkpoint import described_plan, digest, read_plan
@@ -123,6 +123,11 @@ def _checked(plan: Plan | str | Path) -> Plan:
         path = Path(plan)
         plan = read_plan(path) if path.is_dir() else read_plan(path.parent, path.name)
     plan.check_slots()
+    if plan.projections:
+        raise PlanError(
+            f"the plan replaces module {min(plan.projections)!r} by a projection, whose weights were fitted to data "
+            "and are in no checkpoint of the original; save the compressed model instead"
+        )
     for program in plan.programs.values():
         check_functions(program)
     return plan

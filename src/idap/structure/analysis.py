@@ -1,9 +1,10 @@
 """The structure of a model: what may be removed, what that takes, and what can't go and why."""
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -12,14 +13,17 @@ from idap.errors import PlanError, StructureError
 from idap.graph.ir import Graph
 from idap.graph.rules import Flow, flow_of
 from idap.structure.attributes import Demand, tied_dims
-from idap.structure.blocks import Block, find_blocks
+from idap.structure.blocks import Block
 from idap.structure.demands import demands_of, new_values
 from idap.structure.groups import Blocked, Group, blocked_dims, build_groups
 from idap.structure.layout import Layout, Presence, slots
 from idap.structure.ordinals import renumbered
 from idap.structure.plan import Called, Plan
+from idap.structure.projectable import Replacement, removable
+from idap.structure.projected import PROJECTION, Projected
 from idap.structure.rewrite import Rewriter
 from idap.structure.settle import Settled, settle
+from idap.structure.standing import with_projections
 
 Named = TypeVar("Named", Group, Block)
 
@@ -40,6 +44,7 @@ class Structure:
         demands: what the code says about sizes.
         rewriter: writes the code of modules anew that can't follow a cut.
         rewritten: paths of the modules whose code is written anew if all groups are cut.
+        standing: names of the blocks in whose place projections stand in this graph; see `after`.
     """
 
     graph: Graph
@@ -50,6 +55,7 @@ class Structure:
     demands: tuple[Demand, ...] = field(compare=False)
     rewriter: Rewriter = field(compare=False)
     rewritten: tuple[str, ...] = ()
+    standing: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
@@ -88,13 +94,39 @@ class Structure:
         """Which labels stay when the named groups keep only these units."""
         return self.layout.presence({self.group(name).index: units for name, units in keep.items()})
 
-    def skips(self, removed: Iterable[str]) -> dict[str, str]:
-        """Node -> node whose value it takes, for the removed branches and blocks."""
-        return {self.block(name).exit: self.block(name).entry for name in removed}
+    def after(self, removed: Iterable[str]) -> "Structure":
+        """The same structure with projections in the places of the removed blocks that become such.
 
-    def dead_nodes(self, removed: Iterable[str]) -> set[str]:
-        """Nodes that nothing depends on once these branches and blocks are removed."""
-        return set(self.graph.nodes) - self.graph.live(self.skips(removed))
+        They are layers of its graph like any other, with dims of the same labels. It is meant for looking at a model
+        that lost these blocks; plans are made by the structure that the model was analysed to.
+        """
+        blocks = [self.block(name) for name in removed]
+        inner = {name for block in blocks for name in block.contains}
+        new = {b.name for b in blocks if b.projected is not None} - inner - set(self.standing)
+        names = tuple(block.name for block in self.blocks if block.name in new)
+        if not names:
+            return self
+        if names not in self._after:
+            chosen = [self.block(name) for name in names]
+            graph, layout, groups = with_projections(self.graph, self.layout, self.groups, chosen)
+            standing = (*self.standing, *names)
+            self._after[names] = replace(self, graph=graph, layout=layout, groups=groups, standing=standing)
+        return self._after[names]
+
+    @cached_property
+    def _after(self) -> "dict[tuple[str, ...], Structure]":
+        return {}
+
+    def skips(self, removed: Iterable[str]) -> dict[str, str]:
+        """Node -> node whose value it takes, for the removed branches and blocks that leave the stream unchanged."""
+        blocks = [self.block(name) for name in removed]
+        inner = {name for block in blocks if block.projected is not None for name in block.contains}
+        return {b.exit: b.entry for b in blocks if b.projected is None and b.name not in inner}
+
+    def dead_nodes(self, removed: Collection[str]) -> set[str]:
+        """Nodes of `after` that nothing depends on once these branches and blocks are removed."""
+        graph = self.after(removed).graph
+        return set(graph.nodes) - graph.live(self.skips(removed))
 
     def plan(self, keep: Mapping[str, Sequence[int]], removed: Sequence[str] = ()) -> Plan:
         """Work out everything that a decision takes.
@@ -129,12 +161,28 @@ class Structure:
             programs=settled.programs,
             aliases=self.graph.aliases,
             unsaved=self.graph.unsaved,
+            projections={path: self.projected(path, present) for path, kind in outer.items() if kind == PROJECTION},
         )
+
+    def projected(self, name: str, present: Presence) -> Projected:
+        """The linear map that a block becomes, with the channels that are present where it enters and leaves.
+
+        Raises:
+            StructureError: there is no block of this name that becomes a projection.
+        """
+        block = self.block(name)
+        if block.projected is None:
+            raise StructureError(f"{block.kind} {name!r} is removed, and no projection takes its place")
+        inputs, outputs = (
+            tuple(np.flatnonzero(slots(self.layout.dims[node][0][block.projected.dim], present)).tolist())
+            for node in (block.entry, block.exit)
+        )
+        return replace(block.projected, inputs=inputs, outputs=outputs)
 
     def _holder(self, group: Group) -> str:
         """The smallest branch or block in which all of a group's units are written and read."""
         ports = {port.node for port in (*group.writers, *group.readers)}
-        holders = [block for block in self.blocks if ports and ports <= block.nodes]
+        holders = [block for block in self.blocks if ports and ports <= block.nodes and block.projected is None]
         if not holders:
             raise PlanError(
                 f"group {group.name!r} would lose all its {group.size} units, and no residual branch holds it whole "
@@ -182,6 +230,7 @@ def analyze(
     *,
     contracts: Sequence[str] | None = None,
     swap: bool = True,
+    replacement: Replacement = "identity",
     freeze_unknown: bool = False,
     required: bool = True,
 ) -> Structure:
@@ -192,6 +241,9 @@ def analyze(
         contracts: outputs whose shape must not change, such as ``logits``; None means all that the model returns.
         swap: where a module's own code can't come to the sizes of a cut, write that code anew; False leaves the
             groups whole that would need it.
+        replacement: what takes the place of removed blocks: "identity" offers those that map the stream to itself;
+            "auto" those too whose input and output differ in shape, which become linear maps of the channels;
+            "projection" makes such maps of all of them, of single branches nothing but the identity.
         freeze_unknown: leave alone what an operator without a rule touches, instead of raising.
         required: raise where there is nothing to prune; False returns the empty structure with its reasons.
 
@@ -211,7 +263,7 @@ def analyze(
         flow = flow_of(graph, freeze_unknown=freeze_unknown, contracts=contracts)
         rewriter = Rewriter(graph, enabled=swap)
         groups, layout, demands, rewritten = _expressible(flow, rewriter)
-        blocks = find_blocks(graph, layout)
+        blocks = removable(graph, layout, replacement)
         blocked = blocked_dims(flow, layout)
     structure = Structure(graph, groups, blocks, blocked, layout, demands, rewriter, rewritten)
     if required and not groups and not blocks:

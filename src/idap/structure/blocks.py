@@ -6,26 +6,30 @@ from dataclasses import dataclass, replace
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules.flow import arguments, base_name
 from idap.structure.layout import Layout
+from idap.structure.projected import Projected
 from idap.structure.remains import IDENTITY, Remains, alike
 
-_LISTS = ("Sequential", "ModuleList", "ModuleDict")
+LISTS = ("Sequential", "ModuleList", "ModuleDict")
 _COPIES = ("to", "_to_copy", "clone", "contiguous", "alias", "detach", "float", "type_as")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the network whose removal lets the flow pass unchanged.
+    """A part of the network whose removal lets the flow pass unchanged, or through a linear map.
 
     Attributes:
         name: path of the module that goes, or the range of modules for a branch spread over several.
-        kind: "branch" (what is added to the stream) or "block" (a module that maps the stream to itself).
+        kind: "branch" (what is added to the stream), "block" (a module that maps the stream to itself) or
+            "projection" (a module that becomes a linear map of the channels).
         entry: node that holds the stream before it.
-        exit: node that holds the stream behind it; it takes the value of `entry` when the part is removed.
+        exit: node that holds the stream behind it; it takes the value of `entry`, or that of the linear map, when the
+            part is removed.
         addition: for a branch the node of the addition (equal to `exit`); for a block that of its last addition.
-        branch: node added to the stream; "" for a block.
+        branch: node added to the stream; "" for others.
         nodes: all nodes that vanish.
-        replaced: module path -> "identity" or "zero", what the module becomes.
+        replaced: module path -> "identity", "zero" or "projection", what the module becomes.
         contains: names of the branches and blocks that vanish with it.
+        projected: the linear map of all channels that a projection becomes; None for others.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Block:
     nodes: frozenset[str]
     replaced: Mapping[str, str]
     contains: tuple[str, ...] = ()
+    projected: Projected | None = None
 
 
 class Reach:
@@ -112,11 +117,16 @@ def find_blocks(graph: Graph, layout: Layout) -> tuple[Block, ...]:
     residuals = [_branch_at(graph, reach, remains, node) for node in graph.nodes.values()]
     branches = [residual for residual in residuals if residual is not None]
     modules = [_block_at(graph, reach, remains, path, branches) for path in graph.modules]
-    blocks = _layers_of(graph, [block for block in modules if block is not None], [b.addition for b in branches])
+    blocks = layers_of(graph, [block for block in modules if block is not None], [b.addition for b in branches])
     whole = {block.nodes & frozenset(b.addition for b in branches) for block in blocks}
     found = [b.block for b in branches if b.block is not None and frozenset([b.addition]) not in whole] + blocks
+    return nested(graph, found)
+
+
+def nested(graph: Graph, blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Blocks of different names in the order of the network, each with those that vanish with it."""
     order = {name: place for place, name in enumerate(graph.nodes)}
-    found.sort(key=lambda block: (order[block.exit], len(block.nodes)))
+    found = sorted(blocks, key=lambda block: (order[block.exit], len(block.nodes)))
     unique = list(_unique_names(found))
     return tuple(replace(block, contains=tuple(_contained(block, unique))) for block in unique)
 
@@ -212,7 +222,7 @@ def _stream_runs_through(graph: Graph, place: str, entry: str, nodes: frozenset[
     return True
 
 
-def _layers_of(graph: Graph, blocks: Sequence[Block], additions: Sequence[str]) -> list[Block]:
+def layers_of(graph: Graph, blocks: Sequence[Block], additions: Sequence[str]) -> list[Block]:
     """Of modules that hold the same nodes only the outermost; no stages, which repeat blocks of one class."""
     kept = []
     for block in blocks:
@@ -220,7 +230,7 @@ def _layers_of(graph: Graph, blocks: Sequence[Block], additions: Sequence[str]) 
         if any(len(other.name) < len(block.name) for other in twins):
             continue
         parts = {_part_of(graph, block.name, addition) for addition in additions if addition in block.nodes} - {""}
-        listed = graph.modules[block.name].layer in _LISTS and len(parts) > 1
+        listed = graph.modules[block.name].layer in LISTS and len(parts) > 1
         if not listed and len({graph.modules[part].kind for part in parts}) == len(parts):
             kept.append(block)
     return kept
@@ -231,7 +241,7 @@ def _part_of(graph: Graph, path: str, node: str) -> str:
     found = path
     for name in graph.nodes[node].owner.removeprefix(path).lstrip(".").split("."):
         found = f"{found}.{name}" if name else found
-        if graph.modules[found].layer not in _LISTS:
+        if graph.modules[found].layer not in LISTS:
             break
     return "" if found == path else found
 

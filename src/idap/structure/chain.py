@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from idap.errors import PlanError
 from idap.structure.plan import Plan
+from idap.structure.projected import Projected
 
 _Held = TypeVar("_Held")
 _Slots = Mapping[int, tuple[int, ...]]
@@ -20,7 +21,8 @@ def chained(earlier: Plan, later: Plan) -> Plan:
         later: from that model to a still smaller one, in its own indices.
 
     Returns:
-        From the original to the smallest. Of a module whose code both wrote anew, the later code counts, which was made
+        From the original to the smallest. Projections that the later plan makes have the channels of the model that
+        they were made in. Of a module whose code both wrote anew, the later code counts, which was made
         from the earlier. `keep` has the names that the two analyses gave to groups, without those whose units they
         count differently.
 
@@ -53,6 +55,11 @@ def chained(earlier: Plan, later: Plan) -> Plan:
         attributes=_left(both, attributes),
         called={path: called for path, called in {**earlier.called, **later.called}.items() if path in replaced},
         programs=_left(both, {**earlier.programs, **later.programs}),
+        projections={
+            path: _cut(projected, path, later.tensors)
+            for path, projected in {**later.projections, **earlier.projections}.items()
+            if path in replaced
+        },
     )
 
 
@@ -63,10 +70,10 @@ def check_follows(earlier: Plan, later: Plan) -> None:
         PlanError: names the first tensor or module of which that is not so.
     """
     for name in later.shapes:
-        if name not in earlier.shapes or earlier.gone(name):
+        if name not in earlier.made and (name not in earlier.shapes or earlier.gone(name)):
             raise PlanError(f"the later plan speaks of tensor {name!r}, which the model of the earlier plan lacks")
-    for name in earlier.shapes:
-        if earlier.gone(name):
+    for name in (*earlier.shapes, *earlier.made):
+        if earlier.gone(name) and name not in earlier.made:
             continue
         expected, found = earlier.shape_after(name), later.shapes.get(name)
         tables = name in earlier.unsaved and name not in {**earlier.tensors, **later.tensors}  # may be made anew
@@ -84,6 +91,18 @@ def _moved(earlier: _Slots, later: _Slots) -> dict[int, tuple[int, ...]]:
     """The slots that both keep, in the indices of the earlier."""
     moved = {dim: tuple(earlier[dim][place] for place in kept) for dim, kept in later.items() if dim in earlier}
     return {**earlier, **later, **moved}
+
+
+def _cut(projected: Projected, path: str, later: Mapping[str, _Slots]) -> Projected:
+    """A projection of which a later plan keeps some channels; one that is made later has all that it was made with."""
+    (name, _) = next(iter(projected.tensors(path).items()))
+    cut = later.get(name, {})
+    outputs, inputs = projected.outputs, projected.inputs
+    return replace(
+        projected,
+        outputs=tuple(outputs[place] for place in cut.get(0, range(len(outputs)))),
+        inputs=tuple(inputs[place] for place in cut.get(1, range(len(inputs)))),
+    )
 
 
 def _units(earlier: _Units, later: _Units) -> dict[str, tuple[int, ...]]:

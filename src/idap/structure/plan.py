@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from idap.errors import PlanError
 from idap.structure.program import Program, checked_tuples
+from idap.structure.projected import LAYER, PROJECTION, Kept, Projected
 from idap.structure.strict import ascending, dimension, items, sequence, size, sizes, text, whole
 
 Size = int | tuple[int, ...]
@@ -35,11 +38,13 @@ class Plan:
         tensors: canonical tensor name -> dimension -> slots kept, ascending.
         shapes: canonical tensor name -> the shape the plan expects, for every tensor of the model.
         attributes: module path -> attribute -> its new value.
-        replaced: module path -> "identity" or "zero".
+        replaced: module path -> "identity", "zero" or "projection".
         called: replaced module -> how it is called, where that is not with the stream first, and for the stream alone.
         programs: module path -> its new code, where its own can't come to the sizes that are left.
         aliases: every other name of a tied tensor -> its canonical name.
         unsaved: canonical names of the buffers that the model does not save.
+        projections: module path -> the linear map that it becomes, for every module that becomes a projection. Its
+            tensors are in `tensors` and `shapes` only of a plan for a model that has it already.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -52,6 +57,7 @@ class Plan:
     programs: Mapping[str, Program] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     unsaved: tuple[str, ...] = ()
+    projections: Mapping[str, Projected] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
         return self  # a frozen value; models that remember their plan are copied often
@@ -64,9 +70,17 @@ class Plan:
         return any(name == path or name.startswith(f"{path}.") for path in self.replaced)
 
     def shape_after(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor once the plan is applied."""
-        kept = self.tensors.get(name, {})
-        return tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(self.shapes[name]))
+        """The shape of a tensor of the model, or of a projection, once the plan is applied."""
+        return self.kept(name).shape_after
+
+    def kept(self, name: str) -> Kept:
+        """What stays of a tensor of the model, or of a projection."""
+        return self.made.get(name) or Kept(self.shapes[name], self.tensors.get(name, {}))
+
+    @cached_property
+    def made(self) -> Mapping[str, Kept]:
+        """The tensors that projections add to the model, by name."""
+        return {n: kept for path, item in self.projections.items() for n, kept in item.tensors(path).items()}
 
     def check_slots(self) -> None:
         """Check that every dimension and slot that is cut exists, and that slots are named once and in order.
@@ -87,36 +101,44 @@ class Plan:
             PlanError: `earlier` removed something that this plan keeps.
         """
         self._check_follows(earlier)
+        held = [name for name in self.shapes if not earlier.gone(name)]
+        cut = {name: dims for name, dims in self.tensors.items() if not earlier.gone(name)}
+        attributes = {path: values for path, values in self.attributes.items() if not earlier.gone(path)}
+        for path in earlier.projections:
+            if path in self.projections:
+                cut |= {name: kept.slots for name, kept in self.projections[path].tensors(path).items()}
+                attributes[f"{path}.{LAYER}"] = self.projections[path].attributes
         tensors: dict[str, dict[int, tuple[int, ...]]] = {}
-        for name, dims in self.tensors.items():
-            if earlier.gone(name):
-                continue
-            before = earlier.tensors.get(name, {})
-            moved = {dim: _places(kept, before[dim]) if dim in before else kept for dim, kept in dims.items()}
-            tensors[name] = {dim: kept for dim, kept in moved.items() if len(kept) != earlier.shape_after(name)[dim]}
+        for name, dims in cut.items():
+            before = earlier.kept(name)
+            moved = {d: _places(kept, before.slots[d]) if d in before.slots else kept for d, kept in dims.items()}
+            tensors[name] = {d: kept for d, kept in moved.items() if len(kept) != before.shape_after[d]}
         return Plan(
             keep=self.keep,
             removed=self.removed,
             tensors={name: dims for name, dims in tensors.items() if dims},
-            shapes={name: earlier.shape_after(name) for name in self.shapes if not earlier.gone(name)},
-            attributes={path: values for path, values in self.attributes.items() if not earlier.gone(path)},
+            shapes={name: earlier.shape_after(name) for name in [*held, *earlier.made]},
+            attributes=attributes,
             replaced={path: kind for path, kind in self.replaced.items() if not earlier.gone(path)},
             called=self.called,
             programs=self.programs,
             aliases=self.aliases,
             unsaved=self.unsaved,
+            projections={path: item for path, item in self.projections.items() if not earlier.gone(path)},
         )
 
     def _check_follows(self, earlier: "Plan") -> None:
         """Everything that `earlier` removed must be removed here too."""
-        for path in earlier.replaced:
+        for path, kind in earlier.replaced.items():
             if not self.gone(path):
                 raise PlanError(f"the earlier plan removes module {path!r}, the later one keeps it")
-        for name, dims in earlier.tensors.items():
+            if path in self.replaced and (kind == PROJECTION) != (path in self.projections):
+                raise PlanError(f"the earlier plan makes module {path!r} {kind}, the later one {self.replaced[path]}")
+        lasting = {name: kept.slots for name, kept in earlier.made.items() if name in self.made}
+        lasting |= {name: dims for name, dims in earlier.tensors.items() if not self.gone(name)}
+        for name, dims in lasting.items():
             for dim, before in dims.items():
-                kept = self.tensors.get(name, {}).get(dim)
-                if self.gone(name):
-                    continue
+                kept = self.kept(name).slots.get(dim)
                 if kept is None:
                     raise PlanError(f"the earlier plan cuts dimension {dim} of {name!r}, the later one keeps it whole")
                 missing = sorted(set(kept) - set(before))
@@ -140,6 +162,7 @@ class Plan:
             "programs": {path: program.to_json() for path, program in self.programs.items()},
             "aliases": dict(self.aliases),
             "unsaved": list(self.unsaved),
+            "projections": {path: projected.to_json() for path, projected in self.projections.items()},
         }
 
     @classmethod
@@ -147,7 +170,7 @@ class Plan:
         """Read what `to_json` wrote.
 
         Raises:
-            PlanError: a part is missing or of the wrong type, or the parts contradict each other.
+            PlanError: a part is missing, of the wrong type or out of range, or the parts contradict each other.
         """
         try:
             plan = cls(
@@ -167,12 +190,28 @@ class Plan:
                 programs={path: Program.from_json(program) for path, program in items(data["programs"])},
                 aliases={name: text(first) for name, first in items(data["aliases"])},
                 unsaved=tuple(text(name) for name in sequence(data["unsaved"])),
+                projections={path: Projected.from_json(item) for path, item in items(data["projections"])},
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             found = f"{type(error).__name__}: {error}"
             raise PlanError(f"this is not a plan: {found}; it must come from Plan.to_json") from error
         plan.check_slots()
+        plan._check_projections()
         return plan
+
+    def _check_projections(self) -> None:
+        """What becomes a projection has its sizes, and these are no larger than what it replaces."""
+        expected = {path for path, kind in self.replaced.items() if kind == PROJECTION}
+        if expected != set(self.projections):
+            wrong = min(expected ^ set(self.projections))
+            raise PlanError(f"module {wrong!r} must be replaced by a projection and have its sizes, or neither")
+        for path, projected in self.projections.items():
+            most = sum(prod(shape) for name, shape in self.shapes.items() if name.startswith(f"{path}."))
+            if prod(projected.sizes) > most:
+                raise PlanError(
+                    f"the projection in place of {path!r} maps {projected.sizes[1]} to {projected.sizes[0]} channels, "
+                    f"which is more than the {most:,} numbers of the module that it replaces"
+                )
 
 
 def _called(call: Any) -> Called:

@@ -10,17 +10,18 @@ from idap.errors import PlanError
 from idap.graph.copies import forget_cached
 from idap.graph.provenance import sizes_held
 from idap.structure.plan import Plan
-from idap.surgery.bypass import stand_in
+from idap.surgery.bypass import LinearMap, Projection, stand_in
 from idap.surgery.rewritten import SETTINGS_ABOVE, original_class, rewrite_, rewritten_class
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None = None) -> nn.Module:
     """Cut a copy of a model.
 
     Args:
         model: the model that the plan was made for, or a freshly built one of the same architecture. It is left as it
             was, and the copy shares no memory with it. Kept tensors of the copy are new and contiguous.
         plan: from `Structure.plan` or a file.
+        maps: module path -> what the projection computes that replaces it; one without a map starts at zero.
 
     Returns:
         A module of the same class, smaller.
@@ -36,20 +37,20 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         >>> small[0].weight.shape, net[0].weight.shape
         (torch.Size([2, 4]), torch.Size([8, 4]))
     """
-    check_fit(model, plan)
+    check_fit(model, plan, maps)
     slices = _sliced(model, plan)
     # Handing the small tensors to deepcopy means that the large ones are never copied.
     memo: dict[int, object] = dict(slices)
     small = copy.deepcopy(model, memo)
-    _restructure(small, plan)
+    _restructure(small, plan, maps or {})
     return small
 
 
-def apply_plan_(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan_(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None = None) -> nn.Module:
     """Cut a model in place; see `apply_plan`. The plan is checked first: on an error the model is untouched."""
-    check_fit(model, plan)
+    check_fit(model, plan, maps)
     exchange_(model, _sliced(model, plan))
-    _restructure(model, plan)
+    _restructure(model, plan, maps or {})
     return model
 
 
@@ -70,8 +71,8 @@ def exchange_(model: nn.Module, others: Mapping[int, Tensor]) -> None:
                 held[:] = [others.get(id(item), item) for item in held]
 
 
-def check_fit(model: nn.Module, plan: Plan) -> None:
-    """Check that every tensor and module a plan speaks of is there, in the shape it expects.
+def check_fit(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None = None) -> None:
+    """Check that every tensor and module a plan speaks of is there, in the shape it expects, and maps with it.
 
     Raises:
         PlanError: names the first that isn't.
@@ -88,6 +89,9 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
             )
     plan.check_slots()
     _check_modules(model, plan)
+    for path, projected in plan.projections.items():
+        if maps is not None and path in maps:
+            maps[path].tensors(projected, path)
 
 
 def _check_modules(model: nn.Module, plan: Plan) -> None:
@@ -107,7 +111,7 @@ def _check_modules(model: nn.Module, plan: Plan) -> None:
     for path, kind in plan.replaced.items():
         if path == "":
             raise PlanError("a plan can't replace the whole model")
-        stand_in(kind)
+        stand_in(kind, plan.called.get(path), plan.projections.get(path))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -140,7 +144,7 @@ def cut_tensor(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
     return tensor.contiguous()
 
 
-def _restructure(model: nn.Module, plan: Plan) -> None:
+def _restructure(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap]) -> None:
     modules = dict(model.named_modules())
     for path, values in plan.attributes.items():
         for name, value in values.items():
@@ -153,6 +157,18 @@ def _restructure(model: nn.Module, plan: Plan) -> None:
                 setattr(above, name, value)
     for module in modules.values():
         forget_cached(module)
-    for path, kind in plan.replaced.items():
+    for path in plan.replaced:
         parent, _, name = path.rpartition(".")
-        modules[parent]._modules[name] = stand_in(kind, plan.called.get(path))
+        modules[parent]._modules[name] = _stand_in(modules[path], path, plan, maps.get(path))
+
+
+def _stand_in(old: nn.Module, path: str, plan: Plan, given: LinearMap | None) -> nn.Module:
+    projected = plan.projections.get(path)
+    new = stand_in(plan.replaced[path], plan.called.get(path), projected).train(old.training)
+    like = next((tensor for tensor in old.parameters() if tensor.is_floating_point()), None)
+    if projected is None or like is None:
+        return new
+    new.to(device=like.device, dtype=like.dtype)
+    if given is not None and isinstance(new, Projection):
+        new.take(given, projected)
+    return new

@@ -1,6 +1,7 @@
 """What stands in for a removed module."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from idap.errors import PlanError
 from idap.structure.plan import Called
+from idap.structure.projected import LAYER, PROJECTION, Projected
 from idap.structure.remains import IDENTITY, ZERO
 
 
@@ -44,6 +46,72 @@ class Zero(Pass):
         return torch.zeros_like(x)
 
 
+@dataclass(frozen=True)
+class LinearMap:
+    """What a projection computes, for all channels that the original has; zero for those that a model lacks.
+
+    Attributes:
+        weight: shape (outputs, inputs).
+        bias: shape (outputs,).
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def tensors(self, projected: Projected, path: str = "") -> dict[str, Tensor]:
+        """Weight and bias as those of a layer with all channels, by the names of `Projected.tensors`.
+
+        Raises:
+            PlanError: the map is of other sizes.
+        """
+        shapes = {name: kept.shape for name, kept in projected.tensors(path).items()}
+        if (tuple(self.weight.shape), tuple(self.bias.shape)) != (projected.sizes, projected.sizes[:1]):
+            raise PlanError(
+                f"a linear map with weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)} was given for "
+                f"{path or 'a projection'!r}, which has {projected.sizes[0]} outputs and {projected.sizes[1]} inputs "
+                "in the original"
+            )
+        given = (self.weight, self.bias)
+        return {name: tensor.reshape(shape) for (name, shape), tensor in zip(shapes.items(), given, strict=True)}
+
+
+class Projection(Pass):
+    """Returns a linear map of the stream's channels, which is learned: a 1x1 convolution or a linear layer.
+
+    Args:
+        projected: sizes and stride; it starts at zero.
+        takes: as for `Pass`.
+        gives: as for `Pass`.
+
+    Attributes:
+        map: the layer.
+    """
+
+    def __init__(self, projected: Projected, takes: int | str = 0, gives: Any = ("stream",)) -> None:
+        super().__init__(takes, gives)
+        inputs, outputs, stride = len(projected.inputs), len(projected.outputs), projected.stride
+        # A layer without weights draws no random numbers, so that the state of the generator stays as it was.
+        kinds = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+        given = {"kernel_size": 1, "stride": stride} if stride else {}
+        layer = kinds[len(stride)](inputs, outputs, device="meta", **given)
+        layer.weight = nn.Parameter(torch.zeros(layer.weight.shape))
+        layer.bias = nn.Parameter(torch.zeros(outputs))
+        self.add_module(LAYER, layer)
+
+    @torch.no_grad()
+    def take(self, given: LinearMap, projected: Projected) -> None:
+        """Compute this map from now on: of its channels those that `projected` keeps."""
+        weight, bias = given.tensors(projected).values()
+        outputs, inputs = list(projected.outputs), list(projected.inputs)
+        self.get_parameter(f"{LAYER}.weight").copy_(weight[outputs][:, inputs])
+        self.get_parameter(f"{LAYER}.bias").copy_(bias[outputs])
+
+    def stream(self, x: Tensor) -> Tensor:
+        """The stream with other channels, and in fewer places where it has a stride."""
+        mapped: Tensor = self.get_submodule(LAYER)(x)
+        return mapped
+
+
 def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int | str) -> Any:
     if isinstance(place, int):
         return args[place] if place < len(args) else next(iter(kwargs.values()))
@@ -65,17 +133,29 @@ def _filled(gives: Any, stream: Tensor, args: Sequence[Any], kwargs: Mapping[str
     raise PlanError(f"a stand-in can't return {gives!r}")
 
 
-def stand_in(kind: str, called: Called | None = None) -> nn.Module:
+def trial_map(projected: Projected) -> LinearMap:
+    """A map of random numbers, always the same ones, to try a cut with."""
+    draw = torch.Generator().manual_seed(0)
+    outputs, inputs = projected.sizes
+    weight = torch.randn(outputs, inputs, generator=draw) / inputs**0.5
+    return LinearMap(weight, torch.randn(outputs, generator=draw))
+
+
+def stand_in(kind: str, called: Called | None = None, projected: Projected | None = None) -> nn.Module:
     """The module that replaces a removed one.
 
     Args:
-        kind: "identity" or "zero".
+        kind: "identity", "zero" or "projection".
         called: how the removed module is called; None: with the stream first, and it returns the stream alone.
+        projected: of a projection what it maps.
 
     Raises:
-        PlanError: the kind is unknown.
+        PlanError: the kind is unknown, or it is a projection of which nothing is said, or the other way round.
     """
     kinds = {IDENTITY: Pass, ZERO: Zero}
-    if kind not in kinds:
-        raise PlanError(f"a removed module can become 'identity' or 'zero', found {kind!r}")
-    return kinds[kind]() if called is None else kinds[kind](called.takes, called.gives)
+    if kind not in (*kinds, PROJECTION):
+        raise PlanError(f"a removed module can become 'identity', 'zero' or 'projection', found {kind!r}")
+    if (kind == PROJECTION) != (projected is not None):
+        raise PlanError(f"a removed module becomes {kind!r} {'with' if projected else 'without'} sizes of a linear map")
+    given = () if called is None else (called.takes, called.gives)
+    return kinds[kind](*given) if projected is None else Projection(projected, *given)

@@ -23,6 +23,7 @@ from idap.graph.run import run, tensors_of
 from idap.structure.analysis import Structure
 from idap.structure.layout import Presence, count, slots
 from idap.structure.plan import Plan
+from idap.surgery.bypass import LinearMap
 from idap.surgery.compare import difference, outputs_of
 
 TOLERANCE = 1e-4
@@ -50,6 +51,7 @@ def verify(
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     *,
     since: Plan | None = None,
+    maps: Mapping[str, LinearMap] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Proof:
     """Compare a pruned model with the masked original on example inputs.
@@ -61,6 +63,8 @@ def verify(
         plan: what was to be cut, in the indices of the traced original.
         inputs: positional and keyword inputs of the shapes that were traced.
         since: the plan that had already been applied to `original`; None: it is the traced original.
+        maps: those that the cut was given for modules that became projections now; those of earlier ones are weights
+            of `original`.
         tolerance: largest relative difference allowed.
 
     Returns:
@@ -71,7 +75,7 @@ def verify(
     """
     args, kwargs = inputs
     leaves = tree_leaves((args, dict(kwargs)))
-    reference = masked_outputs(structure, original, plan, leaves, since=since)
+    reference = masked_outputs(structure, original, plan, leaves, since=since, maps=maps)
     try:
         found = outputs_of(pruned, args, dict(kwargs))
     except Exception as error:
@@ -100,9 +104,15 @@ def verify(
 
 
 def masked_outputs(
-    structure: Structure, original: nn.Module, plan: Plan, inputs: Sequence[Any], *, since: Plan | None = None
+    structure: Structure,
+    original: nn.Module,
+    plan: Plan,
+    inputs: Sequence[Any],
+    *,
+    since: Plan | None = None,
+    maps: Mapping[str, LinearMap] | None = None,
 ) -> list[Tensor]:
-    """Outputs of the original's graph with the removed slots masked and the removed branches skipped.
+    """Outputs of the original's graph with the removed slots masked and the removed branches skipped or projected.
 
     Of an output that is no contract only the slots that are kept are returned.
 
@@ -112,10 +122,19 @@ def masked_outputs(
         plan: what is masked and skipped.
         inputs: the leaves of the example inputs, in order.
         since: the plan that had already been applied to `original`.
+        maps: module path -> what a projection computes that `original` does not have yet.
     """
+    structure = structure.after(plan.removed)
     graph = structure.graph
     present = structure.presence(plan.keep)
-    tensors = {name: _masked(t, plan.tensors.get(name, {})) for name, t in _full_size(graph, original, since).items()}
+    fresh = {
+        name: tensor
+        for path, given in (maps or {}).items()
+        if path in plan.projections
+        for name, tensor in given.tensors(plan.projections[path], path).items()
+    }
+    full = _full_size(graph, original, Plan(shapes=graph.shapes) if since is None else since, fresh)
+    tensors = {name: _masked(tensor, plan.kept(name).slots) for name, tensor in full.items()}
     special = dict.fromkeys(_crossed(structure, present, every=True), _over_kept(structure, present))
     outputs = run(graph, tensors, inputs, special=special, skip_to=structure.skips(plan.removed))
     return [
@@ -124,17 +143,17 @@ def masked_outputs(
     ]
 
 
-def _full_size(graph: Graph, model: nn.Module, since: Plan | None) -> dict[str, Tensor]:
+def _full_size(graph: Graph, model: nn.Module, since: Plan, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's tensors in the traced original's shapes, zero where an earlier plan removed slots."""
     held = tensors_of(model)
-    device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
+    like = next((tensor for tensor in held.values() if tensor.is_floating_point()), torch.empty(0))
     full = {}
     for name, shape in graph.shapes.items():
-        if name not in held:
-            full[name] = torch.zeros(shape, device=device)  # lay in a removed block: nothing reads it
+        if name not in held:  # of a projection that is made now; or lay in a removed block, and nothing reads it
+            full[name] = fresh[name].to(like) if name in fresh else like.new_zeros(shape)
             continue
         small = held[name].detach()
-        for dim, kept in (since.tensors.get(name, {}) if since is not None else {}).items():
+        for dim, kept in since.kept(name).slots.items():
             wide = small.new_zeros([*small.shape[:dim], shape[dim], *small.shape[dim + 1 :]])
             small = wide.index_copy(dim, torch.tensor(kept, device=small.device), small)
         full[name] = small

@@ -1,0 +1,185 @@
+"""Fit the linear maps that can stand in for modules, in closed form from calibration data (method.md 3.2)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from idap.divergence.gram import exact
+from idap.divergence.observe import Pass, Probe, is_result, observe, result_of, sum_over_processes, tensors_in
+from idap.divergence.ports import Sight, Wiring
+from idap.divergence.watch import Look, Note, valid_positions
+from idap.errors import StructureError
+from idap.graph.ir import Graph
+from idap.rebalance.moments import RIDGES, Moments, fit
+from idap.structure.analysis import Structure
+from idap.structure.blocks import Block
+from idap.structure.layout import Presence, slots
+from idap.structure.projected import Projected
+from idap.surgery.bypass import LinearMap
+
+HELD_OUT = 0.25
+"""Share of the rows that decide on the ridge, and on which the residual is measured: the last ones of each batch."""
+
+
+@dataclass(frozen=True)
+class FittedMap:
+    """The linear map that comes closest to a module.
+
+    Attributes:
+        map: for all channels of the original; zero for those that the model lacks.
+        residual: E‖y - P(x)‖² / E‖y‖² on held-out rows, with x what enters the module and y what leaves it.
+        ridge: that the held-out rows preferred; infinite where a constant was best.
+    """
+
+    map: LinearMap
+    residual: float
+    ridge: float
+
+
+@torch.no_grad()
+def fit_projections(
+    model: nn.Module,
+    structure: Structure,
+    passes: Iterable[Pass],
+    names: Iterable[str],
+    *,
+    present: Presence,
+    removed: Sequence[str] = (),
+) -> dict[str, FittedMap]:
+    """Fit the maps of several blocks in one pass over the calibration data; only sums are kept, no activation.
+
+    Weights and bias minimise E‖y - W x - b‖² + ridge ‖W‖² with x at every s-th position where the map has stride s.
+    The ridge is the one of `RIDGES` that held-out rows prefer, so that few samples get a stronger one.
+
+    Args:
+        model: the original, or what a plan made of it; left as it was.
+        structure: of the original.
+        passes: the calibration batches.
+        names: blocks that the model still has and that may become projections.
+        present: labels that the model has.
+        removed: branches and blocks that it no longer has.
+
+    Returns:
+        The maps by name of the block, without those that run inside one opaque call or whose last part is gone.
+
+    Raises:
+        StructureError: the model does not run on this data as it was traced.
+    """
+    structure = structure.after(removed)
+    wiring = Wiring(structure, removed)
+    pairs = [pair for name in names if (pair := _pair(wiring, structure.block(name))) is not None]
+    if not pairs:
+        return {}
+
+    def begin(each: Pass) -> None:
+        for pair in pairs:
+            pair.padding = each.padding
+
+    observe(model, [probe for pair in pairs for probe in pair.probes()], passes, begin=begin)
+    everything = [moments for pair in pairs for moments in pair.sums]
+    sums = [{**vars(moments), "count": torch.tensor([moments.count])} for moments in everything]
+    sum_over_processes(sums)
+    for moments, total in zip(everything, sums, strict=True):
+        moments.count = float(total["count"])
+    return {pair.block.name: pair.fitted(structure, present) for pair in pairs if pair.sums}
+
+
+def _pair(wiring: Wiring, block: Block) -> "_Pair | None":
+    entry, leave = wiring.sight(block.entry), wiring.graph.nodes[block.exit]
+    seen = entry is not None and leave.call is not None and is_result(wiring.graph, block.exit)
+    if block.projected is None or entry is None or not seen or block.exit in wiring.gone:
+        return None
+    return _Pair(wiring.graph, block, block.projected, entry)
+
+
+@dataclass
+class _Pair:
+    """What enters and what leaves a module, as sums."""
+
+    graph: Graph
+    block: Block
+    projected: Projected
+    entry: Sight
+    padding: Tensor | None = None
+    sums: list[Moments] = field(default_factory=list)
+    _seen: int = 0
+    _entered: Tensor | None = None
+
+    def probes(self) -> list[Probe]:
+        """Where to look."""
+        leave = self.graph.nodes[self.block.exit].call
+        assert leave is not None  # see `_pair`
+        return [self._at_entry(), Note(leave, self._left)]
+
+    def _at_entry(self) -> Probe:
+        place = self.entry.argument
+        if place is None:
+            return Note(self.entry.call, lambda result: self._enter(result_of(self.graph, self.entry.node, result)))
+        return Look(self.entry.call, lambda args, kwargs: self._enter(tensors_in(args, kwargs)[place]))
+
+    def _enter(self, x: Tensor | None) -> None:
+        self._entered = None if x is None else x.detach()  # no copy: a module that overwrites its input is not offered
+
+    def _left(self, result: Any) -> None:
+        y, x = result_of(self.graph, self.block.exit, result), self._entered
+        self._entered = None
+        if x is None or y is None:
+            return
+        x, y = self._last(x[self._places]), self._last(y.detach())
+        if x.shape[:-1] != y.shape[:-1]:
+            raise StructureError(
+                f"module {self.block.name!r} gives {tuple(y.shape[1:-1])} positions for samples of which a linear map "
+                f"with stride {self.projected.stride} gives {tuple(x.shape[1:-1])}; trace the model on inputs like the "
+                "calibration data."
+            )
+        counted = valid_positions(self.padding, x)
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        if counted is not None:
+            x, y = x[counted.to(x.device)], y[counted.to(y.device)]
+        self._add(x, y)
+
+    @property
+    def _places(self) -> tuple[slice, ...]:
+        """Every s-th position of each spatial dimension."""
+        return (slice(None), slice(None), *(slice(None, None, step) for step in self.projected.stride))
+
+    def _last(self, x: Tensor) -> Tensor:
+        return exact(x.movedim(self.projected.dim, -1))
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows to the sums to learn from, and the last of them to those that judge."""
+        before, self._seen = self._seen, self._seen + len(x)
+        judge = ceil(self._seen * HELD_OUT - 1e-9) - ceil(before * HELD_OUT - 1e-9)  # of batches of one row some judge
+        cut = len(x) - judge
+        new = [Moments.of(a.unsqueeze(0), b.unsqueeze(0)) for a, b in ((x[:cut], y[:cut]), (x[cut:], y[cut:]))]
+        self.sums = [old + more for old, more in zip(self.sums, new, strict=True)] if self.sums else new
+
+    def fitted(self, structure: Structure, present: Presence) -> FittedMap:
+        """The map, once all data have gone by."""
+        learned, held_out = self.sums
+        outputs, inputs = learned.y.shape[1], learned.x.shape[1]
+        weight, bias = learned.x.new_zeros(1, outputs, inputs), learned.x.new_zeros(1, outputs)
+        found = fit(learned, held_out, weight, bias, ridges=RIDGES, shift=True)
+        if found is None:
+            return FittedMap(self._full(structure, present, weight[0], bias[0]), 1.0, float("nan"))
+        residual = found.after / max(found.before, 1e-30)
+        return FittedMap(self._full(structure, present, found.weight[0], found.bias[0]), residual, found.ridge)
+
+    def _full(self, structure: Structure, present: Presence, weight: Tensor, bias: Tensor) -> LinearMap:
+        """Weight and bias with zeros where the model lacks channels."""
+        dims, at = structure.layout.dims, self.projected.dim
+        rows, columns = (
+            torch.from_numpy(np.flatnonzero(slots(dims[node][0][at], present))).to(weight.device)
+            for node in (self.block.exit, self.block.entry)
+        )
+        outputs, inputs = self.projected.sizes
+        wide = weight.new_zeros(len(weight), inputs).index_copy(1, columns, weight)
+        return LinearMap(
+            weight.new_zeros(outputs, inputs).index_copy(0, rows, wide),
+            bias.new_zeros(outputs).index_copy(0, rows, bias),
+        )
