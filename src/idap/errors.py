@@ -9,6 +9,7 @@
     ├── VerificationError         the pruned model does not equal the masked original
     ├── ExportError               a model can't be brought into another form, or differs in it
     ├── TaskError                 the data, the loss or the metric cannot be used
+    │   └── DivergedError         a loss or a gradient stopped being a finite number during training
     ├── ConfigError               a setting or a recipe is wrong
     │   └── BudgetError           the goals cannot be met by any compression
     ├── RunFolderError            a run folder cannot be written, or holds another run
@@ -52,6 +53,10 @@ class ExportError(IdapError):
 
 class TaskError(IdapError):
     """The data, the loss or the metric of a task cannot be used."""
+
+
+class DivergedError(TaskError):
+    """A loss or a gradient stopped being a finite number during training."""
 
 
 class ConfigError(IdapError):

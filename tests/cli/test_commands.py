@@ -232,6 +232,13 @@ class TestCompress:
         assert "latency, batch of 16" in result.stdout
         assert "Every goal was reached." in result.stdout
         assert (tmp_path / "runs/build_model/model/model.safetensors").is_file()
+        exported = idap("export", "runs/build_model", "--to", "pt2", "--out", "small.pt2")  # it knows its recipe
+        assert exported.exit_code == 0, exported.stderr
+        timed = idap("bench", "runs/build_model", "--batch", "1", "--batch", "8", "--repeats", "3", "--json")
+        assert timed.exit_code == 0, timed.stderr
+        found = json.loads(timed.stdout)
+        assert [(row["engine"], row["batch"]) for row in found["rows"]] == [("eager", 1), ("eager", 8)]
+        assert found["size"][1] < found["size"][0]
 
     def test_json_alone_on_the_standard_output(self, script, tmp_path):
         result = compress(script, "--json", "--run-dir", "out")

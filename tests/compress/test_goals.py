@@ -107,11 +107,34 @@ def test_latency_by_the_clock():
     assert 0.3 < found < 3
 
 
-def test_more_samples_for_latency_than_a_batch_holds():
-    with pytest.raises(
-        ConfigError, match=r"^latency_batch is 33, but the batches of the calibration data hold 32 samp"
-    ):
-        compress(NET, task(), config(macs=None, latency=0.9, latency_batch=33))
+def test_latency_is_that_of_the_batch_that_is_asked_for(monkeypatch):
+    seen = []
+    real = latencies.measure_latency
+
+    def noted(models, args, kwargs, **settings):
+        seen.append(len(args[0]))
+        return real(models, args, kwargs, **settings)
+
+    monkeypatch.setattr(latencies, "measure_latency", noted)
+    compress(NET, task(), config(macs=None, latency=0.999, latency_batch=40, cost="macs", **FREE))
+    assert set(seen) == {40}  # more than a batch of the data holds
+
+
+def test_a_recovery_that_breaks_ends_early_and_is_judged_as_it_is(tmp_path):
+    listener, calls = Noting(), []
+
+    def loss(outputs, batch):
+        calls.append(None)
+        value = nn.functional.cross_entropy(outputs, batch[1])
+        return value * float("inf") if len(calls) % 11 == 0 else value
+
+    result = compress(NET, dataclasses.replace(task(), loss=loss), config(rebalance=None), progress=listener)
+    told = [
+        line for line in listener.lines if "ended early, and the best state before that is kept: the loss is " in line
+    ]
+    assert told
+    assert all("inf at step" in line for line in told)
+    assert result.steps
 
 
 @pytest.mark.parametrize("fixed", [0.0, 0.2, 0.45])

@@ -138,7 +138,8 @@ def _run(
         fit(model, task, training, progress=progress, title="train")
     progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
     with progress.phase("compress", None):
-        result = compress(model, task, config, run_dir=run_dir, resume=resume, progress=progress)
+        about = recipe.subject()
+        result = compress(model, task, config, run_dir=run_dir, resume=resume, recipe=about, progress=progress)
     return result, compare(model, result, task, progress)
 
 

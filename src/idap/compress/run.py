@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from idap.compress.latencies import latency_share
 from idap.compress.layers import layer_stage
 from idap.compress.outcome import concluded
 from idap.compress.result import Result
-from idap.compress.samples import calibration_batches, few_samples, samples_in
+from idap.compress.samples import calibration_batches, few_samples
 from idap.compress.state import Setting, State
 from idap.cost.count import Cost, CostModel, saved_tensors
 from idap.divergence.criteria import opener_of
@@ -36,6 +36,7 @@ from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.surgery.bypass import trial_map
+from idap.surgery.compare import batch_size, resized_inputs
 from idap.surgery.optimizer import hyperparameters, slice_optimizer
 from idap.surgery.verify import verify
 from idap.training.batch import Inputs, device_of
@@ -58,6 +59,7 @@ def compress(
     optimizer: torch.optim.Optimizer | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
+    recipe: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Compress a trained model in two stages, filters and then layers, within a budget.
@@ -73,6 +75,7 @@ def compress(
         resume: go on with the run in `run_dir` that was stopped, at whatever moment; a run that was never begun there
             begins. Decisions that were taken are recalled, not taken again, and the result is that of a run that was
             not stopped.
+        recipe: how model and task are built, kept in `run_dir` for whoever builds them again, as `idap export` does.
         progress: hears of every phase and every decision.
 
     In a distributed run (`torch.distributed` initialised) every process calls this with the same arguments: all decide
@@ -94,6 +97,8 @@ def compress(
     if optimizer is not None:
         setting = replace(setting, optimizer=_slicer(optimizer, model, setting))
         settings["optimizer"] = hyperparameters(optimizer)
+    if recipe is not None:
+        settings["recipe"] = dict(recipe)
     past = [] if folder is None else on_main(partial(_begun, folder, settings, resume=resume))
     journal = Journal(setting, state.metric, past)
     start, state = state, _stages(setting, state, removable, journal)
@@ -171,10 +176,10 @@ def _prepare(
         with clock.on("judging"):
             baseline = evaluate(original, task)
         phase.advance("baseline")
-    costs = CostModel(structure, samples_in(example), saved_tensors(model))
+    costs = CostModel(structure, batch_size(*example) or 1, saved_tensors(model))
     keep = {group.name: tuple(range(group.size)) for group in structure.groups}
     whole = costs.cost(keep)
-    timed = _timed(model, task, config)
+    timed = resized_inputs(*task.example(device_of(model)), config.latency_batch)
     with clock.on("latency"):
         least = _least(original, structure, costs, config, removable, timed)
     budget = budget_of(config, baseline, higher_is_better=task.higher_is_better, least=least)
@@ -196,18 +201,6 @@ def _prepare(
     latency = 1.0 if config.latency is not None else None
     state = State(original, keep, (), structure.plan(keep), whole, baseline, latency=latency)
     return setting, state, removable, _settings(model, config, structure, baseline, whole)
-
-
-def _timed(model: nn.Module, task: Task, config: Config) -> Inputs:
-    """The inputs whose latency counts."""
-    example = task.example(device_of(model))
-    found = samples_in(example)
-    if config.latency is not None and config.latency_batch > found:
-        raise ConfigError(
-            f"latency_batch is {config.latency_batch}, but the batches of the calibration data hold {found} samples; "
-            "make them larger, or latency_batch smaller."
-        )
-    return few_samples(example, config.latency_batch)
 
 
 def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tuple[Structure, Inputs]:

@@ -276,8 +276,11 @@ class Setting:
                 features=features,
                 optimizer=None if self.optimizer is None else self.optimizer(model, plan),
                 judge=judge,
+                salvage=True,
                 progress=self.progress,
                 title=title,
             )
+        if report.diverged:
+            self.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
         assert report.best is not None  # there was a judge
         return sign * report.best

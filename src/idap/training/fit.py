@@ -2,17 +2,22 @@
 
 A plain loop that never wraps the user's model. Of several processes each computes the gradient of its samples, and the
 sum, which is the gradient of the whole batch, moves the same weights everywhere.
+
+In a distributed run (`torch.distributed` initialised) every process is given the same task, with whole batches; each
+trains on its share of every batch, and all end with the same weights. The loss is taken for a mean over the samples.
+Batch norms see their own process's share, and keep the statistics of process 0.
 """
 
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 
-from idap.errors import ConfigError, TaskError
+from idap.errors import ConfigError, DivergedError, TaskError
 from idap.progress import Progress, Silent
 from idap.training.batch import device_of
 from idap.training.best import Best, Judge
@@ -34,17 +39,14 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
     features: Features | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     judge: Judge | None = None,
+    salvage: bool = False,
     progress: Progress | None = None,
     title: str = "recovery",
 ) -> FitReport:
     """Train a model in place.
 
-    The same seed on the same device gives the same weights where the loader draws from torch's global random state, as
-    a `DataLoader` without a generator does, and where the end is not set in minutes. That state is put back at the end.
-
-    In a distributed run (`torch.distributed` initialised) every process is given the same task, with whole batches;
-    each trains on its share of every batch, and all end with the same weights. The loss is taken for a mean over the
-    samples. Batch norms see their own process's share, and keep the statistics of process 0.
+    The same seed on the same device gives the same weights if the loader draws from torch's global random state, as a
+    `DataLoader` without a generator does, and the end is not set in minutes. That state is put back.
 
     Args:
         model: trained in place, in training mode; every module gets its mode back, gradients are cleared.
@@ -56,11 +58,12 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
             of its groups has is the highest one, and is put back at the end.
         judge: scores the model, higher is better, before training and after each epoch; the best state is kept, the
             later one of equals.
+        salvage: where a loss or gradient is not finite, end there with the judge's best state, and report it.
         progress: told of each step.
         title: what the progress bar is called.
 
     Returns:
-        A `FitReport`.
+        What was done.
 
     Raises:
         TaskError: nothing to train or train on, a teacher elsewhere, an epoch of another length, a model that can't be
@@ -77,14 +80,26 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
         loop = Loop(model, task, recovery, pace, phase, optimizer=optimizer)
         loop.learn_from(teacher, features)
         lasting.callback(loop.put_back_rates)
-        while recovery.trains and not pace.over:
-            loop.epoch(draw, lasting, expected=batches)
-            best.look()
+        epoch = partial(loop.epoch, draw, lasting, expected=batches)
+        diverged = _trained(epoch, best, pace if recovery.trains else None, salvage=salvage and judge is not None)
         best.restore()
         if recovery.trains:
             best.try_norms(task, recovery.norm_batches, draw)
         align_(model)  # a model may change buffers while it is judged
-    return loop.report(best.value, time.perf_counter() - started)
+    return loop.report(best.value, time.perf_counter() - started, diverged)
+
+
+def _trained(epoch: Callable[[], None], best: Best, pace: Pace | None, *, salvage: bool) -> str:
+    """Train to the end, if there is anything to do; what ended it early."""
+    try:
+        while pace is not None and not pace.over:
+            epoch()
+            best.look()
+    except DivergedError as error:
+        if not salvage:
+            raise
+        return str(error)
+    return ""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from idap.errors import TaskError
+from idap.errors import DivergedError, TaskError
 from idap.progress import Phase
 from idap.training.batch import Batch, device_of, move
 from idap.training.distill import Features, distillation_loss, feature_distance
@@ -30,6 +30,7 @@ class FitReport:
         best: the highest value the judge gave, which the model returned to; None without a judge.
         losses: mean loss of each epoch, the last one possibly cut short.
         seconds: wall-clock time, judging included.
+        diverged: what ended it early; "" if nothing did.
     """
 
     steps: int
@@ -38,6 +39,7 @@ class FitReport:
     best: float | None
     losses: tuple[float, ...]
     seconds: float
+    diverged: str = ""
 
 
 class Loop:
@@ -114,8 +116,8 @@ class Loop:
             raise _uneven(expected, str(len(losses)))
         self.means.append(sum(losses) / len(losses))
 
-    def report(self, best: float | None, seconds: float) -> FitReport:
-        """What was done, with the judge's highest score and the time that it took."""
+    def report(self, best: float | None, seconds: float, diverged: str) -> FitReport:
+        """What was done, with the judge's highest score, the time that it took, and what ended it early."""
         return FitReport(
             steps=self._pace.done,
             first_loss=self.first_loss,
@@ -123,6 +125,7 @@ class Loop:
             best=best,
             losses=tuple(self.means),
             seconds=seconds,
+            diverged=diverged,
         )
 
     def put_back_rates(self) -> None:
@@ -220,7 +223,7 @@ class Loop:
     def _finite(self, what: str, number: float) -> None:
         if not math.isfinite(number):
             rate = self._pace.learning_rate(max(self._rates), self._recovery.warmup)
-            raise TaskError(
+            raise DivergedError(
                 f"the {what} is {number} at {self._pace}, learning rate {rate:.3g}. "
                 "Lower lr, lengthen warmup or set clip_norm; at step 0, look for NaN in the inputs and in the weights."
             )

@@ -15,7 +15,7 @@ from idap.rebalance.run import Rebalance
 from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
 from idap.zoo.data import cifar10, digits
-from idap.zoo.recipe_file import Table, read_changes, read_table, with_changes
+from idap.zoo.recipe_file import Table, absolute, read_changes, read_table, with_changes
 from idap.zoo.resolve import build_model
 from idap.zoo.script import PREFIX, call_object, is_script
 from idap.zoo.sections import (
@@ -84,6 +84,11 @@ class Recipe:
                 f"{self.where}: data.name gave {type(splits).__name__} without {error.name!r}; expected train, val, "
                 "test (or None) and num_classes, as idap.zoo.data.Splits has them."
             ) from error
+
+    def subject(self) -> Table:
+        """The sections that say how model and task are built, with paths that hold in any working folder."""
+        sections = {"model": self.network, "data": self.data, "task": self.purpose}
+        return absolute({name: section.given() for name, section in sections.items() if section is not None})
 
     def config(self) -> Config:
         """Fill the goals and settings of the compression.

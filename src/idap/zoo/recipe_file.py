@@ -72,6 +72,27 @@ def with_changes(table: Table, changes: Changes) -> Table:
     return changed
 
 
+def absolute(table: Table) -> Table:
+    """The same table with paths that hold in any working folder.
+
+    Example:
+        >>> absolute({"model": {"build": "idap:digits_vit", "weights": "/tmp/digits.safetensors"}})
+        {'model': {'build': 'idap:digits_vit', 'weights': '/tmp/digits.safetensors'}}
+    """
+
+    def settled(name: str, value: Any) -> Any:
+        if name in _PATHS and isinstance(value, str):
+            return str(Path(value).absolute())
+        if name in _SPECS and is_script(value) and ".py:" in value:
+            return f"{PREFIX}{Path(value.removeprefix(PREFIX)).absolute()}"
+        return value
+
+    return {
+        section: {key: settled(f"{section}.{key}", value) for key, value in values.items()}
+        for section, values in table.items()
+    }
+
+
 def _key(name: str) -> tuple[str, str]:
     section, _, key = name.strip().partition(".")
     return section, key
