@@ -215,6 +215,16 @@ def test_a_pace_is_halved_after_a_rejection():
     assert straight.reject(now, 30, 70) == "25.0% of the cost"
 
 
+def test_without_training_several_cuts_are_corrected_like_one():
+    """Corrections do not pile up: the last cut is made of the original, whatever lay between."""
+    settings = {"max_drop": None, "macs": 0.5, "recovery": Recovery(epochs=0), "layers": LayerStage(removals=0)}
+    result = compress(NET, task(), config(filters=FilterStage(schedule="even", steps=3), **settings))
+    assert len(result.steps) == 3
+    setting, start, _ = prepare(**settings)
+    model, _, _ = setting.cut(start, {**start.keep, **result.plan.keep}, ())
+    assert_close(result.model.state_dict(), model.state_dict())
+
+
 # ----------------------------------------------------------------------------------------------------- neighbours
 
 

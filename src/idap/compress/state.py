@@ -1,5 +1,6 @@
 """One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -194,7 +195,9 @@ class Setting:
     def cut(self, state: State, keep: Keep, removed: Sequence[str]) -> tuple[nn.Module, Plan, float]:
         """Cut a copy of a state's model further, prove the cut, and rebalance what is left.
 
-        Projections that stand in for blocks which the state still has are fitted to these.
+        Projections that stand in for blocks which the state still has are fitted to these. Where nothing is trained
+        between the cuts, each of them begins with the original anew: corrections of corrected weights lose more than
+        one correction does (docs/results.md).
 
         Returns:
             The model, the plan from the original, and the largest relative difference from the masked original.
@@ -203,6 +206,8 @@ class Setting:
             VerificationError: the cut model is not the masked original; the state is as it was.
             StructureError: a block that should become a projection can't be seen while the model runs.
         """
+        if not self.config.recovery.trains:
+            state = self._untouched()
         with self.clock.on("cut"):
             plan = self.structure.plan(keep, tuple(removed))
             new = [path for path in plan.projections if path not in state.plan.projections]
@@ -221,6 +226,11 @@ class Setting:
                 rebalance_(model, self.original, self.structure, plan, passes, settings, progress=self.progress)
             align_(model)
         return model, plan, proof.error
+
+    def _untouched(self) -> State:
+        """The original as a state that was never judged."""
+        keep = {group.name: tuple(range(group.size)) for group in self.structure.groups}
+        return State(self.original, keep, (), self.structure.plan(keep), self.whole, math.nan)
 
     def next_state(
         self, state: State, keep: Keep, removed: Sequence[str], title: str, *, tuned: frozenset[str] = frozenset()
