@@ -24,6 +24,21 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert "every goal was reached" in capsys.readouterr().out
 
 
+def test_the_python_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "compress.md").read_text("utf-8"), flags=re.DOTALL)
+    for long, short in (("epochs=8", "epochs=1"), ("epochs=2", "epochs=0.3"), ("max_drop=0.02", "max_drop=0.5")):
+        assert long in code
+        code = code.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(compile(code, "compress.md", "exec"), found)
+    result = found["result"]
+    assert isinstance(result, idap.Result)
+    assert result.reached
+    assert result.size[1] <= 0.6 * result.size[0]
+    assert "every goal was reached" in capsys.readouterr().out
+
+
 def test_every_file_that_the_readme_names_is_there():
     links = re.findall(r"\]\(([^)]+)\)", README)
     paths = re.findall(r"`((?:src|recipes|docs)/[^`*]+)`", README)

@@ -1,0 +1,82 @@
+"""What do several cuts cost that one cut does not, without any training, inside blocks and with residual streams?
+
+Each step measures, ranks, cuts and corrects anew. "original": each cut begins with the original's weights, as
+`compress` does where nothing is trained in between. "piled up": each begins with what the last correction left.
+
+python benchmarks/repeated.py --data DATA
+"""
+
+import argparse
+from functools import partial
+
+import torch
+
+from benchmarks.harness import RESULTS, Rows
+from benchmarks.subjects import Subject, add_data_argument, build
+from idap import Config, FilterStage, LayerStage, Recovery, analyze, classification, compress, trace
+from idap.graph.labels import Dim
+
+NETWORK, MACS, CALIBRATION, TEST = "resnet20", 0.5, 512, 20
+KEYS = ("network", "groups", "schedule", "weights", "seed")
+SCHEDULES = {
+    "one shot": {"schedule": "one-shot", "steps": 1},
+    "3 even steps": {"schedule": "even", "steps": 3},
+    "growing": {},
+}
+HARDLY = Recovery(steps=1, lr=1e-12)
+"""Training that changes nothing, but lets the next cut begin with what the last one left."""
+
+
+def streams(subject: Subject) -> list[str]:
+    """Names of the groups that residual streams carry."""
+    structure = analyze(trace(subject.model, (torch.randn(2, 3, 32, 32),)))
+    dims: list[Dim] = [dim for block in structure.blocks for dim in structure.layout.dims[block.entry][0]]
+    carried = {group for dim in dims for group in structure.layout.groups_in(dim)}
+    return [group.name for group in structure.groups if group.index in carried]
+
+
+def measured(subject: Subject, whole: list[str], schedule: str, weights: str, seed: int) -> dict[str, object]:
+    """One row."""
+    calibration = subject.calibration(CALIBRATION, seed)
+    test = subject.test[:TEST]
+    task = classification(calibration, test[:1], num_classes=10, calibration=calibration)
+    filters = FilterStage(**SCHEDULES[schedule], keep=dict.fromkeys(whole, 1.0))
+    recovery = Recovery(epochs=0) if weights == "original" else HARDLY
+    config = Config(
+        max_drop=None,
+        macs=MACS,
+        filters=filters,
+        layers=LayerStage(removals=0),
+        recovery=recovery,
+        final=Recovery(epochs=0),
+        calibration_batches=len(calibration),
+    )
+    result = compress(subject.model, task, config)
+    return {
+        "accuracy": round(subject.quality(result.model, test), 2),
+        "images": sum(len(labels) for _, labels in test),
+        "macs_ratio": round(result.macs[0] / result.macs[1], 4),
+        "steps": len(result.steps),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_argument(parser)
+    parser.add_argument("--seeds", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    about = {"question": "What do several cuts cost that one cut does not, without any training?"}
+    rows = Rows(RESULTS / "repeated.json", KEYS, about)
+    subject = build(NETWORK, options.data)
+    kept = {"inside blocks": streams(subject), "all": []}
+    for seed in range(options.seeds):
+        for schedule in SCHEDULES:
+            for groups, whole in kept.items():
+                for weights in ("original", "piled up") if schedule != "one shot" else ("original",):
+                    key = {"network": NETWORK, "groups": groups, "schedule": schedule, "weights": weights, "seed": seed}
+                    rows.measure(key, partial(measured, subject, whole, schedule, weights, seed))
+
+
+if __name__ == "__main__":
+    main()
