@@ -182,7 +182,7 @@ def test_what_is_alike(how, expected):
         groups += [group(0, f"enc.{layer}.fc"), group(0, f"enc.{layer}.q:heads", "heads")]
         groups += [
             group(0, f"enc.{layer}.q:heads#2", "heads"),
-            group(0, f"enc.{layer}.q:head-width", "head width", layer),
+            group(0, f"enc.{layer}.q:head-width", "head width", 8 + layer),
         ]
     groups.append(group(0, "dec.0.fc"))
     assert alike_groups(groups, how) == expected

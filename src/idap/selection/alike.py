@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
-
 from idap.selection.units import Part, Ranking
 from idap.structure.groups import Group
 
@@ -64,10 +62,10 @@ def tied(ranking: Ranking, alike: Sequence[Sequence[str]]) -> Ranking:
     ranking = replace(ranking, alike=tuple(map(tuple, alike)))
     free, parts = _free(ranking), []
     for members in ranking.classes:
-        key = -np.inf
+        key = float("-inf")
         for bundle in _bundles(ranking, free, members):
             key = max(key, sum(part.key for part in bundle) / len(bundle))
-            parts += [part._replace(key=float(key)) for part in bundle]
+            parts += [part._replace(key=key) for part in bundle]
     parts += [part for part in ranking.parts if part.unit is None]
     return replace(ranking, parts=tuple(sorted(parts, key=lambda part: part.key)))
 

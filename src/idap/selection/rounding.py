@@ -36,7 +36,7 @@ def rounded(ranking: Ranking, keep: Keep, multiples: Mapping[str, int] | int) ->
     """
     if multiples == 1 and not ranking.alike:
         return dict(keep)
-    numbers = {}
+    numbers: dict[str, int] = {}
     for members in ranking.classes:
         multiple = _multiple(multiples, members)
         left = _nearest(ranking, members, max(len(keep[name]) for name in members), multiple)
