@@ -55,6 +55,18 @@ MODELS = {
         | {"num_decoder_layers": 3, "decoder_start_token_id": 0, "use_cache": False},
     ),
     "vit": ("ViTForImageClassification", "ViTConfig", {**STREAM, "image_size": 16, "patch_size": 8}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**WORDS, **STREAM, "num_hidden_layers": 1, "num_key_value_heads": 2, "num_local_experts": 2}
+        | {"experts_implementation": "batched_mm", "use_cache": False},
+    ),
+    "swin": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+        | {"window_size": 2, "mlp_ratio": 3.0},
+    ),
     "opt": (
         "OPTForCausalLM",
         "OPTConfig",
@@ -71,7 +83,7 @@ def made(name):
         torch.manual_seed(0)
         kind, config, options = MODELS[name]
         model = getattr(transformers, kind)(getattr(transformers, config)(**options)).eval()
-        inputs = {"pixel_values": PIXELS} if name == "vit" else {"input_ids": TOKENS}
+        inputs = {"pixel_values": PIXELS} if name in ("vit", "swin") else {"input_ids": TOKENS}
         if name == "t5":
             inputs["decoder_input_ids"] = TOKENS[:, :7]
         structure = analyze(trace(model, (), inputs), contracts=("logits",))
@@ -147,6 +159,13 @@ PLAIN = {
             ),
         },
     ),
+    "mixtral-heads": (
+        "mixtral",
+        (is_shared_head,),
+        (),
+        {"num_key_value_heads": (2, 1), "num_attention_heads": (4, 2), "head_dim": (None, 8)},
+    ),
+    "swin-ratio": ("swin", (lambda group: group.name.endswith("mlp.fc1"),), (), {"mlp_ratio": (3.0, 1.5)}),
     "t5-heads": (
         "t5",
         (is_inner, is_shared_head),
@@ -362,6 +381,10 @@ def test_what_is_no_model_of_transformers_or_has_another_plan_is_refused(tmp_pat
         ConfigError, match=r"^no example inputs for BertForSequenceClassification are known; pass inputs="
     ):
         save_pretrained(small, plan, tmp_path / "small")
+    with pytest.raises(
+        ConfigError, match=r"^BertForSequenceClassification does not run on the example inputs: .*Pass "
+    ):
+        save_pretrained(small, plan, tmp_path / "small", inputs=((), {"pixel_values": PIXELS}))
     assert save_pretrained(small, plan, tmp_path / "small", inputs=((TOKENS,), {})).plain
     (tmp_path / "small" / "config.json").write_text('{"architectures": ["AutoConfig"]}')
     with pytest.raises(ConfigError, match=r"names the model 'AutoConfig', which transformers [\d.]+ does not have; "):
@@ -375,6 +398,23 @@ def test_without_transformers_it_says_what_to_install(tmp_path, monkeypatch):
         ConfigError, match=r"this needs transformers, which is missing\. Run: pip install 'idap\[text\]'$"
     ):
         save_pretrained(small, plan, tmp_path)
+
+
+def test_code_written_anew_needs_inputs_of_its_size_and_none_in_a_plain_folder(tmp_path):
+    model, structure, inputs = made("llama")
+    queries = [group.name for group in structure.groups if group.name.endswith("#2")]
+    plan = structure.plan(dict.fromkeys(queries, (0,)))
+    small = apply_plan(model, plan)
+    assert plan.programs
+    with pytest.raises(
+        ConfigError, match=r"RewrittenModuleError: .* Pass inputs=\(args, kwargs\), of the kind and size"
+    ):
+        save_pretrained(small, plan, tmp_path / "small")
+    saved = save_pretrained(small, plan, tmp_path / "small", inputs=((), inputs))
+    assert saved.changed == {"num_attention_heads": (4, 2)}
+    again = load_pretrained(tmp_path / "small")
+    assert_same(again, small, inputs)
+    assert again(TOKENS[:, :3]).logits.shape == (2, 3, VOCABULARY)
 
 
 def test_a_selection_that_is_alike_gives_a_plain_folder(tmp_path):

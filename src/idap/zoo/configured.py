@@ -9,21 +9,17 @@ import importlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from idap.errors import RewrittenModuleError
 from idap.structure.plan import Plan
 from idap.surgery.rewritten import original_class
+from idap.zoo.fields import Edit, Fields, Pairs, Path, told
 from idap.zoo.same import Inputs, output_difference, shaken_difference, switch_apart, ties, tolerance
 from idap.zoo.shortened import Shortened, shortened
-
-Path = tuple[str | int, ...]
-Edit = Mapping[Path, Any]
-"""Fields of a configuration, by the keys that lead to them, and their new values."""
 
 TRIALS = 64
 """Configurations built at most, on the meta device."""
@@ -57,7 +53,7 @@ class Distance:
     """
 
     total: int
-    pairs: tuple[tuple[int, int], ...]
+    pairs: Pairs
     first: str
 
 
@@ -67,7 +63,7 @@ def configured(model: Any, plan: Plan, inputs: Inputs) -> Configured | str:
     Args:
         model: a cut model of transformers, whose configuration is still the original's. It is not changed.
         plan: that led to it.
-        inputs: on which the outputs are compared.
+        inputs: on which the outputs are compared; the model runs on them.
 
     Returns:
         The model built from that configuration, or why there is none, as a sentence without its full stop.
@@ -84,7 +80,9 @@ def configured(model: Any, plan: Plan, inputs: Inputs) -> Configured | str:
         found = _proved(search, candidate, model, inputs)
         if not isinstance(found, str):
             built, error = found
-            changed = {".".join(map(str, path)): (search.value(path), value) for path, value in candidate.items()}
+            changed = {
+                ".".join(map(str, path)): (search.fields.value(path), value) for path, value in candidate.items()
+            }
             return Configured(built, changed, error)
         reason = reason or found
     return reason
@@ -97,12 +95,13 @@ class _Search:
         self.kind = original_class(type(model))
         self.original = model.config
         self.start = model.config.to_dict()
-        self.sub_configs = tuple(model.config.sub_configs)
-        self._common = importlib.import_module("transformers").PreTrainedConfig().to_dict().keys()
         self.short = short
         self.wanted = {name: tuple(tensor.shape) for name, tensor in short.tensors(model).items()}
-        self.head_dims = {value for m in model.modules() if isinstance(value := vars(m).get("head_dim"), int)}
+        common = importlib.import_module("transformers").PreTrainedConfig().to_dict()
+        widths = {value for m in model.modules() if isinstance(value := vars(m).get("head_dim"), int)}
+        self.fields = Fields(self.start, tuple(model.config.sub_configs), common, short.lists, widths)
         self.refusal = ""
+        self._last = ""  # why no model could be built
         self._seen: dict[str, Distance | None] = {}
         self._pairs: dict[tuple[int, int], None] = {}  # all sizes that had to change
 
@@ -118,18 +117,7 @@ class _Search:
             for key in path[:-1]:
                 held = held[key]
             held[path[-1]] = copy.deepcopy(value)
-        config = type(self.original).from_dict(fields)
-        config._attn_implementation = self.original._attn_implementation
-        if getattr(self.original, "_experts_implementation", None) is not None:
-            config._experts_implementation = self.original._experts_implementation
-        return config
-
-    def value(self, path: Path) -> Any:
-        """The value of a field before any change."""
-        held: Any = self.start
-        for key in path:
-            held = held[key] if isinstance(key, int) else held.get(key)
-        return held
+        return type(self.original).from_dict(fields)
 
     def is_over(self) -> bool:
         return len(self._seen) >= TRIALS
@@ -147,8 +135,7 @@ class _Search:
                 built = self.kind._from_config(self.config(edit))  # type: ignore[attr-defined]
         except Exception as error:  # any class may refuse a configuration in its own way
             line = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
-            if not self.refusal and all(type(self.value(path)) is int for path in edit):
-                self.refusal = f"the configuration refuses {_told(edit)}: {line or type(error).__name__}"
+            self._last = line or type(error).__name__
             return None
         found = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
         return _apart(found, self.wanted)
@@ -157,121 +144,52 @@ class _Search:
         """Change one field after the other as long as the tensors come nearer to those wanted."""
         best: dict[Path, Any] = {}
         nearest = self.distance(best)
-        assert nearest is not None  # the original's own configuration
+        if nearest is None:
+            return {}, Distance(1, (), f"the original's own configuration can't be built: {self._last}")
         refused: list[Edit] = []
         trying = True
         while trying and nearest.total:
             trying = False
             self._pairs |= dict.fromkeys(nearest.pairs)
-            for edit in self._edits(best, nearest.pairs, refused):
+            for edit in self.fields.edits(best, nearest.pairs, refused):
                 if self.is_over():
                     break
                 tried = best | dict(edit)
                 distance = self.distance(tried)
                 if distance is None:
                     refused.append(edit)
+                    if not self.refusal and len(edit) == 1 and self._is_size(edit, nearest.pairs):
+                        self.refusal = f"the configuration refuses {told(edit)}: {self._last}"
                 elif distance.total < nearest.total:
                     best, nearest, trying = tried, distance, True
                     refused.clear()
                     break
-        return {path: value for path, value in best.items() if value != self.value(path)}, nearest
+        return self._needed(best, nearest), nearest
+
+    def _needed(self, edit: Edit, nearest: Distance) -> dict[Path, Any]:
+        """An edit without what changes nothing: fields of one edit may have been tried together."""
+        needed = {path: value for path, value in edit.items() if value != self.fields.value(path)}
+        for path in [path for path, value in needed.items() if not isinstance(value, list)]:
+            fewer = {other: value for other, value in needed.items() if other != path}
+            distance = self.distance(fewer)
+            if distance is not None and distance.total == nearest.total:
+                needed = fewer
+        return needed
 
     def equals(self, edit: Edit) -> Iterator[dict[Path, Any]]:
         """Configurations with the tensors wanted, that given first: what tensors don't show, outputs do."""
         yield dict(edit)
-        singles = list(_by_share(self._ints({}), list(self._pairs)))
-        pairs = (one | two for one, two in itertools.combinations(singles, 2) if not set(one) & set(two))
-        for other in itertools.chain(singles, pairs):
+        for other in self.fields.unseen(edit, list(self._pairs)):
             if self.is_over():
                 return
-            distance = self.distance(dict(edit) | other)
+            tried = dict(edit) | dict(other)
+            distance = self.distance(tried)
             if distance is not None and distance.total == 0:
-                yield dict(edit) | other
+                yield tried
 
-    def _edits(self, done: Edit, pairs: Sequence[tuple[int, int]], refused: Sequence[Edit]) -> Iterator[Edit]:
-        """What may be tried next, the most plausible first."""
-        for before, stays in self.short.lists:
-            yield from self._shorter(done, before, stays)
-        ints = self._ints(done)
-        for size, wanted in pairs:
-            yield from ({path: wanted} for path, value in ints.items() if value == size)
-        shares = list(_by_share(ints, pairs))
-        yield from shares
-        # A stream and its heads may have to change together for the configuration to accept either.
-        yield from ({**one, **two} for one in list(refused) for two in shares if not set(one) & set(two))
-        for size, wanted in pairs:
-            yield from self._unset(done, size, wanted)
-
-    def _shorter(self, done: Edit, before: int, stays: Sequence[int]) -> Iterator[Edit]:
-        """A number of layers, with what the configuration lists for each of them."""
-        for level in self._levels():
-            fields = self._fields(level)
-            lists = {
-                (*level, key): [value[place] for place in stays]
-                for key, value in fields.items()
-                if isinstance(value, list) and len(value) == before > 1
-            }
-            for key, value in fields.items():
-                path = (*level, key)
-                if type(value) is int and value == before and path not in done:
-                    yield {path: len(stays), **lists}
-                    if lists:
-                        yield {path: len(stays)}
-            if lists:
-                yield lists
-
-    def _unset(self, done: Edit, size: int, wanted: int) -> Iterator[Edit]:
-        """Fields that hold None, as long as their value follows from another field."""
-        for level in self._levels():
-            fields = self._fields(level)
-            if self.head_dims and fields.get("head_dim") is None and (*level, "head_dim") not in done:
-                yield from ({(*level, "head_dim"): width} for width in sorted(self.head_dims))
-            for key, value in fields.items():
-                if value is None and (*level, key) not in done:
-                    yield {(*level, key): wanted}
-
-    def _levels(self) -> list[Path]:
-        """Where fields are: in the configuration, and in those that it holds."""
-        return [(), *((name,) for name in self.sub_configs if isinstance(self.start.get(name), dict))]
-
-    def _fields(self, level: Path) -> dict[str, Any]:
-        """Those in which models of one kind may differ, without those that every configuration has."""
-        fields: dict[str, Any] = self.start if not level else self.start[level[0]]
-        return {key: value for key, value in fields.items() if key not in self._common and not _is_id(key)}
-
-    def _ints(self, done: Edit) -> dict[Path, int]:
-        """All whole numbers, alone and in lists, with what is changed already."""
-        found: dict[Path, int] = {}
-        for level in self._levels():
-            for key, value in self._fields(level).items():
-                path = (*level, key)
-                now = done.get(path, value)
-                if type(now) is int:
-                    found[path] = now
-                elif isinstance(now, list):
-                    found |= {(*path, place): item for place, item in enumerate(now) if type(item) is int}
-        return {path: done.get(path, value) for path, value in found.items()}
-
-
-def _told(edit: Edit) -> str:
-    return ", ".join(f"{'.'.join(map(str, path))}={value}" for path, value in edit.items())
-
-
-def _is_id(key: str) -> bool:
-    """Whether a field names something rather than counting it."""
-    return key.endswith(("_id", "_ids"))
-
-
-def _by_share(ints: Mapping[Path, int], pairs: Sequence[tuple[int, int]]) -> Iterator[dict[Path, Any]]:
-    """Fields that divide a size, in proportion to it: numbers of heads, widths of a head."""
-    seen = set()
-    for size, wanted in pairs:
-        for path, value in ints.items():
-            if value > 1 and size % value == 0 and size != value and value * wanted % size == 0:
-                new = value * wanted // size
-                if new != value and (path, new) not in seen:
-                    seen.add((path, new))
-                    yield {path: new}
+    def _is_size(self, edit: Edit, pairs: Pairs) -> bool:
+        """Whether an edit changes a field that says one of some sizes."""
+        return all(self.fields.value(path) in [size for size, _ in pairs] for path in edit)
 
 
 def _apart(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> Distance:
@@ -332,9 +250,11 @@ def _proved(search: _Search, edit: Edit, model: Any, inputs: Inputs) -> tuple[An
         if error <= 100 * tolerance(model.dtype):
             built.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()})
             error = output_difference(built, model, inputs)
-    except RewrittenModuleError as found:
-        return f"the model does not run on the example inputs, so nothing could be proved ({found}); pass inputs"
+    except Exception as failure:  # tensors may fit where the code does not
+        return f"a configuration with {told(edit) or 'no change'} can't run: {type(failure).__name__}: {failure}"
     if not error <= tolerance(model.dtype):
-        told = _told(edit) or "no change"
-        return f"a configuration with {told} gives tensors of the same shapes, and other outputs (error {error:.2g})"
+        with_this = told(edit) or "no change"
+        return (
+            f"a configuration with {with_this} gives tensors of the same shapes, and other outputs (error {error:.2g})"
+        )
     return built, error

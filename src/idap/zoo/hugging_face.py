@@ -79,13 +79,14 @@ def save_pretrained(
         What was written, why, and how to load it.
 
     Raises:
-        ConfigError: transformers is missing, the model is none of its models, or what it takes is not known.
+        ConfigError: transformers is missing, the model is none of its models, or it does not run on the inputs.
         CheckpointError: the folder holds something else or can't be written, or the plan is not that of the model.
     """
     _check_model(model, plan)
     folder = Path(folder)
     _check_folder(folder)
     inputs = inputs or example_inputs(model)
+    _check_runs(model, inputs)
     found = configured(model, plan, inputs)
     if isinstance(found, str):
         call = f"idap.zoo.hugging_face.load_pretrained({str(folder)!r})"
@@ -188,6 +189,16 @@ def _check_model(model: Any, plan: Plan) -> None:
                 f"the plan is not that of this model: it makes tensor {name!r} {plan.shape_after(name)}, the model's "
                 f"is {tuple(tensor.shape)}; pass the compressed model and its own plan"
             )
+
+
+def _check_runs(model: Any, inputs: Inputs) -> None:
+    try:
+        output_difference(model, model, inputs)
+    except Exception as error:
+        raise ConfigError(
+            f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}. Pass "
+            "inputs=(args, kwargs), of the kind and size with which it was compressed."
+        ) from error
 
 
 def _check_folder(folder: Path) -> None:
