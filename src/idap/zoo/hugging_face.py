@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from idap.errors import CheckpointError, ConfigError
 from idap.record import write_bytes, write_json
-from idap.saving.checkpoint import PLAN, load, save
+from idap.saving.checkpoint import load, save
+from idap.saving.reading import PLAN
 from idap.structure.plan import Plan
 from idap.surgery.rewritten import original_class
 from idap.zoo.configured import Configured, configured
