@@ -17,7 +17,7 @@ def test_the_python_about_hugging_face_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed; make installs it")
     (code,) = re.findall(r"```python\n(.*?)```", (PAGES / "hugging_face.md").read_text(encoding="utf-8"), re.DOTALL)
     smaller = (
-        ("epochs=8", "epochs=0.05"),
+        ("epochs=20", "epochs=0.05"),
         ("epochs=2", "epochs=0.05"),
         ("max_drop=0.02", "max_drop=1.0"),
         ('"patch_size": 2', '"patch_size": 4'),

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from idap.structure.plan import Plan
+from idap.surgery.compare import Inputs
 from idap.surgery.rewritten import original_class
 from idap.zoo.fields import Edit, Fields, Pairs, Path, told
-from idap.zoo.same import Inputs, output_difference, shaken_difference, switch_apart, ties, tolerance
+from idap.zoo.same import output_difference, same_code, switch_apart, ties, tolerance
 from idap.zoo.shortened import Shortened, shortened
 
 TRIALS = 64
@@ -70,7 +71,7 @@ def configured(model: Any, plan: Plan, inputs: Inputs) -> Configured | str:
     """
     short = shortened(model)
     if short.left:
-        return f"{short.left} is gone, and a configuration can leave out whole layers of a list only"
+        return f"{short.left} stands in for what was removed, and a configuration can leave out whole layers only"
     search = _Search(model, short)
     edit, distance = search.down()
     if distance.total:
@@ -246,15 +247,12 @@ def _proved(search: _Search, edit: Edit, model: Any, inputs: Inputs) -> tuple[An
         if differs:
             return f"the layer {new} of the configuration has another {differs}"
     try:
-        error = shaken_difference(built, model, search.short.name, inputs)
-        if error <= 100 * tolerance(model.dtype):
-            built.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()})
-            error = output_difference(built, model, inputs)
+        alike = same_code(built, model, search.short.name, inputs)
+        built.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()})
+        error = output_difference(built, model, inputs)
     except Exception as failure:  # tensors may fit where the code does not
         return f"a configuration with {told(edit) or 'no change'} can't run: {type(failure).__name__}: {failure}"
-    if not error <= tolerance(model.dtype):
+    if not alike or not error <= tolerance(model.dtype):
         with_this = told(edit) or "no change"
-        return (
-            f"a configuration with {with_this} gives tensors of the same shapes, and other outputs (error {error:.2g})"
-        )
+        return f"a configuration with {with_this} gives tensors of the same shapes, and other outputs"
     return built, error

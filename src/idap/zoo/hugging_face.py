@@ -25,9 +25,10 @@ from idap.record import write_bytes, write_json
 from idap.saving.checkpoint import load, save
 from idap.saving.reading import PLAN
 from idap.structure.plan import Plan
+from idap.surgery.compare import Inputs
 from idap.surgery.rewritten import original_class
 from idap.zoo.configured import Configured, configured
-from idap.zoo.same import Inputs, output_difference, tolerance
+from idap.zoo.same import output_difference, tolerance
 from idap.zoo.transformers import transformers_inputs
 
 NOTE, ORIGINAL, CONFIG = "idap.json", "original", "config.json"
