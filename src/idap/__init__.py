@@ -26,6 +26,7 @@ if typing.TYPE_CHECKING:
     from idap.training.fit import fit
     from idap.training.recovery import Recovery
     from idap.training.task import Task, classification
+    from idap.zoo.hugging_face import save_pretrained
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "measure_latency",
     "output_error",
     "save",
+    "save_pretrained",
     "slice_optimizer",
     "trace",
     "verify",
@@ -99,6 +101,7 @@ _HOMES = {
     "fit": "idap.training.fit",
     "Task": "idap.training.task",
     "classification": "idap.training.task",
+    "save_pretrained": "idap.zoo.hugging_face",
 }
 
 

@@ -200,3 +200,22 @@ def test_metric_is_measured_after_rebalancing():
     keep = {group.name: tuple(range(group.size // 2)) for group in setting.structure.groups}
     state = setting.next_state(start, keep, (), "x")
     assert state.metric == pytest.approx(evaluate(state.model, task()))
+
+
+@pytest.mark.parametrize("ranking", ["global", "uniform"])
+def test_groups_that_are_alike_end_with_the_same_number(ranking):
+    stage = FilterStage(steps=9, first_share=0.3, alike="layers", multiples={"blocks.1.*": 2}, keep={"blocks.2.*": 0.3})
+    setting, end, journal = cut_once(filters=stage, criterion="magnitude", ranking=ranking)
+    widths = {name: len(units) for name, units in end.keep.items()}
+    inner = {name: width for name, width in widths.items() if name.startswith("blocks.")}
+    assert len(inner) == 3 and len(set(inner.values())) == 1
+    assert 6 <= next(iter(inner.values())) < 20 and next(iter(inner.values())) % 2 == 0
+    assert end.cost.macs <= 0.5 * setting.costs.cost().macs
+    assert all(step.error < 1e-4 for step in journal.steps)
+
+
+def test_a_step_that_may_take_little_still_takes_one_of_each_group_alike():
+    stage = FilterStage(steps=1, first_share=0.011, growth=0.0, alike="layers", keep={"stem": 1.0})
+    setting, end, _ = cut_once(filters=stage, criterion=largest_first, cost_power=0.0, macs=None, max_drop=1.0)
+    gone = {group.name: group.size - len(end.keep[group.name]) for group in setting.structure.groups}
+    assert sorted(gone.values()) == [0, 1, 1, 1]

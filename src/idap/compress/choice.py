@@ -15,8 +15,10 @@ from idap.compress.state import Keep, Setting, State
 from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError
 from idap.record import Removal
+from idap.selection.alike import alike_groups, shortest, tied
 from idap.selection.power import best_power
 from idap.selection.reach import reach
+from idap.selection.rounding import rounded
 from idap.selection.units import Ranking, ScoredBlock, rank_uniform, rank_units
 from idap.structure.analysis import Structure
 from idap.surgery.apply import apply_plan
@@ -103,10 +105,13 @@ def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
                     f"filters.{setting} names {pattern!r}, which fits no group of this model; there are "
                     f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
                 )
-    return {
+    least = {
         group.name: max(1, round(group.size * matching(stage.keep, group.name, stage.min_keep)))
         for group in structure.groups
     }
+    for members in alike_groups(structure.groups, stage.alike):
+        least |= dict.fromkeys(members, max(least[name] for name in members))
+    return least
 
 
 def rank(setting: Setting, state: State, candidates: Candidates, power: float) -> Ranking:
@@ -118,14 +123,15 @@ def rank(setting: Setting, state: State, candidates: Candidates, power: float) -
         )
     costs = candidates.costs
     plain = {name: values.tolist() for name, values in candidates.scores.items()}
+    there = [group for group in setting.structure.groups if costs.get(group.name, 0.0) > 0]
+    alike = alike_groups(there, setting.config.filters.alike)
     if setting.config.ranking == "uniform":
         plain = {name: values for name, values in plain.items() if costs.get(name, 0.0) > 0}
-        return rank_uniform(plain, state.keep, floors=floors)
+        return tied(rank_uniform(plain, state.keep, floors=floors), alike)
     ranking = rank_units(plain, state.keep, costs, floors=floors, power=power, blocks=candidates.blocks)
     allowed = set(ranking.blocks[: max(0, setting.config.layers.removals - len(state.removed))])
-    return replace(
-        ranking, parts=tuple(part for part in ranking.parts if part.unit is not None or part.name in allowed)
-    )
+    parts = tuple(part for part in ranking.parts if part.unit is not None or part.name in allowed)
+    return tied(replace(ranking, parts=parts), alike)
 
 
 def matching(settings: Mapping[str, float], name: str, default: float) -> float:
@@ -145,14 +151,15 @@ def _cut(setting: Setting, state: State, ranking: Ranking, aim: Budget, share: f
         state: before the step.
         ranking: of what may go.
         aim: targets of the step.
-        share: of the units that may go at most.
+        share: of the units that may go at most; where groups are alike, one bundle may go in any case.
         last: the aim is that of the stage, so that widths are rounded where the step gets there.
     """
     stage = setting.config.filters
     units = sum(len(units) for units in state.keep.values())
-    most = min(len(ranking), max(1, round(share * units)))
+    most = min(len(ranking), max(1, round(share * units), shortest(ranking)))
     if not aim.targets:
-        return Cut(ranking.keep(most), joined(setting.structure, state.removed, ranking.removed(most)))
+        keep = rounded(ranking, ranking.keep(most), 1)
+        return Cut(keep, joined(setting.structure, state.removed, ranking.removed(most)))
     multiples = {
         group.name: int(matching(stage.multiples, group.name, stage.multiple)) for group in setting.structure.groups
     }

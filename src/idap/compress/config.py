@@ -33,6 +33,9 @@ class FilterStage:
         multiple: in the end, the number of units left of each group is a multiple of this where that is possible
             (8, 16 or 32 suit the hardware); groups no larger stay whole.
         multiples: the same for some groups only, by name or pattern.
+        alike: which groups end with the same number of units, so that a configuration with one number for all layers
+            can say it: "layers", those of one kind and size at the same place of repeated layers; "model", all of one
+            kind and size; "none". They lose a unit each at a time, and the mean of the scores counts.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -47,9 +50,11 @@ class FilterStage:
     keep: Mapping[str, float] = field(default_factory=dict)
     multiple: int = 1
     multiples: Mapping[str, int] = field(default_factory=dict)
+    alike: Literal["none", "layers", "model"] = "none"
 
     def __post_init__(self) -> None:
         _one_of("filters.schedule", self.schedule, ("growing", "even", "one-shot"))
+        _one_of("filters.alike", self.alike, ("none", "layers", "model"))
         _at_least("filters.multiple", self.multiple, 1)
         for pattern, share in self.keep.items():
             _between(f"filters.keep[{pattern!r}]", share, 0, 1, closed=True, open_low=False)

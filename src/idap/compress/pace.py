@@ -47,7 +47,7 @@ class Pace:
             What is tried next; "" if it would be too little to be worth trying.
         """
         if self._stage.schedule == "growing":
-            self._factor *= taken / max(1, round(self._units() * units)) / 2
+            self._factor *= min(1.0, taken / max(1, round(self._units() * units))) / 2
             smaller = self._units()
         else:
             self._factor /= 2

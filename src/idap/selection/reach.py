@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from idap.errors import BudgetError
 from idap.selection.rounding import neighbours, rounded
-from idap.selection.units import Keep, Part, Ranking
+from idap.selection.units import Keep, Ranking
 
 CostOf = Callable[[Keep, tuple[str, ...]], float]
 REPAIRS = 50
@@ -186,9 +186,9 @@ class _Search:
 def _repair(search: _Search, places: Sequence[int], count: int) -> Choice:
     """The best choice found from the first `count` places, whose last part was too big."""
     search.allow(2 * REPAIRS // 5)
-    _skip(search, search.ranking.parts, places, count)
+    _skip(search, places, count)
     search.allow(2 * REPAIRS // 5)
-    _give_back(search, search.ranking.parts, places[:count])
+    _give_back(search, places[:count])
     search.allow(REPAIRS // 5)
     best = None
     while best is not search.best() and not search.is_close(search.best()):
@@ -197,11 +197,11 @@ def _repair(search: _Search, places: Sequence[int], count: int) -> Choice:
     return search.best()
 
 
-def _skip(search: _Search, parts: Sequence[Part], places: Sequence[int], count: int) -> None:
+def _skip(search: _Search, places: Sequence[int], count: int) -> None:
     """Leave the part that was too big, and those of its group behind it, and take what follows instead."""
     taken, rest = list(places[: count - 1]), list(places[count - 1 :])
     while not search.is_over():
-        _, rest = _apart(parts, rest, rest[0])
+        _, rest = _apart(search.ranking, rest, rest[0])
         if not search.is_met([*taken, *rest]):
             return
         number = search.bisect(taken, rest)
@@ -210,12 +210,12 @@ def _skip(search: _Search, parts: Sequence[Part], places: Sequence[int], count: 
         taken, rest = taken + rest[: number - 1], rest[number - 1 :]
 
 
-def _give_back(search: _Search, parts: Sequence[Part], places: Sequence[int]) -> None:
+def _give_back(search: _Search, places: Sequence[int]) -> None:
     """Keep to the part that was too big and to its group, and give back what isn't needed besides, last ones first."""
     taken: list[int] = []
     rest = list(places)
     while rest and not search.is_over():
-        needed, rest = _apart(parts, rest, rest[-1])
+        needed, rest = _apart(search.ranking, rest, rest[-1])
         taken += needed
         rest = rest[: search.bisect(taken, rest)]
         if search.is_close(search.look([*taken, *rest])):
@@ -224,32 +224,35 @@ def _give_back(search: _Search, parts: Sequence[Part], places: Sequence[int]) ->
 
 def _exchange(search: _Search, best: Choice) -> None:
     """Let one group keep a step more and another a step less than in the best choice, most promising pair first."""
-    more: list[tuple[float, str, int]] = []
-    fewer: list[tuple[float, str, int]] = []
-    for name in best.keep:
-        for number in neighbours(search.ranking, best.keep, search.multiples, name):
+    more: list[tuple[float, dict[str, int]]] = []
+    fewer: list[tuple[float, dict[str, int]]] = []
+    for members in search.ranking.classes:
+        for numbers in neighbours(search.ranking, best.keep, search.multiples, members):
             if search.is_over():
                 return
-            change = search.beside(best, {name: number}).cost - best.cost
-            (more if number > len(best.keep[name]) else fewer).append((change, name, number))
+            change = search.beside(best, numbers).cost - best.cost
+            grows = any(number > len(best.keep[name]) for name, number in numbers.items())
+            (more if grows else fewer).append((change, numbers))
     room = search.target - best.cost
     pairs = [
-        (costs + saves, {one: up, other: down})
-        for costs, one, up in more
-        for saves, other, down in fewer
-        if one != other and 0 < costs + saves <= room
+        (costs + saves, up | down)
+        for costs, up in more
+        for saves, down in fewer
+        if not up.keys() & down.keys() and 0 < costs + saves <= room
     ]
     for _, changes in sorted(pairs, key=lambda pair: -pair[0]):
         if search.is_over() or search.is_close(search.beside(best, changes)):
             return
 
 
-def _apart(parts: Sequence[Part], places: Sequence[int], chosen: int) -> tuple[list[int], list[int]]:
-    """The place of a part, with those of its whole group if it is a unit, and the other places."""
+def _apart(ranking: Ranking, places: Sequence[int], chosen: int) -> tuple[list[int], list[int]]:
+    """The place of a part, with those of its whole group and of groups alike if it is a unit, and the other places."""
+    parts = ranking.parts
     part = parts[chosen]
     if part.unit is None:
         return [chosen], [place for place in places if place != chosen]
-    mine = {place for place in places if parts[place].unit is not None and parts[place].name == part.name}
+    names = ranking.class_of(part.name)
+    mine = {place for place in places if parts[place].unit is not None and parts[place].name in names}
     return sorted(mine), [place for place in places if place not in mine]
 
 

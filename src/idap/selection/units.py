@@ -21,11 +21,13 @@ class Part(NamedTuple):
         name: of the group, or of the block.
         unit: its number in the group, None for a block.
         score: not divided by the cost.
+        key: by which it is ranked: what goes first has the lowest.
     """
 
     name: str
     unit: int | None
     score: float
+    key: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ class Ranking:
         before: group name -> units present before any removal.
         sizes: group name -> number of units of the original, for the groups that have scores.
         contains: block name -> blocks that go with it.
+        alike: groups that keep the same number of units, see `tied`.
     """
 
     parts: tuple[Part, ...]
     before: Keep
     sizes: Mapping[str, int] = field(default_factory=dict)
     contains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    alike: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -89,6 +93,16 @@ class Ranking:
         for name, unit in zip(self.groups, self.units, strict=True):
             found.setdefault(name, []).append(unit)
         return {name: tuple(units) for name, units in found.items()}
+
+    @cached_property
+    def classes(self) -> tuple[tuple[str, ...], ...]:
+        """All groups; those that are alike together."""
+        return tuple(dict.fromkeys(map(self.class_of, self.before)))
+
+    def class_of(self, name: str) -> tuple[str, ...]:
+        """A group and those that are alike."""
+        members = next((names for names in self.alike if name in names), (name,))
+        return tuple(other for other in members if other in self.before)
 
     def keep(self, count: int) -> dict[str, tuple[int, ...]]:
         """What is left of every group when the first `count` parts of the ranking are gone."""
@@ -281,7 +295,7 @@ def _sorted(
 ) -> Ranking:
     order = np.argsort(np.asarray(keys, dtype=np.float64), kind="stable")
     sizes = {name: len(values) for name, values in scores.items()}
-    return Ranking(tuple(parts[place] for place in order), present, sizes, contains)
+    return Ranking(tuple(parts[place]._replace(key=keys[place]) for place in order), present, sizes, contains)
 
 
 def _not_finite(what: str) -> str:
