@@ -1,4 +1,4 @@
-"""Tables of compress_cifar.json, ablation.json and rows.json, from as many rows as there are."""
+"""Tables of the result files with places of their own in docs/results.md, from as many rows as there are."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -115,3 +115,28 @@ def kinds(rows: Sequence[Row]) -> list[str]:
             )
         )
     return found
+
+
+def repeated(rows: Sequence[Row]) -> list[str]:
+    """Several cuts beside one, from the original's weights or from corrected ones."""
+    found = head("groups", "steps", "from the original's weights", "from what the last correction left")
+    for groups, schedule in dict.fromkeys((row["groups"], row["schedule"]) for row in rows):
+        mine = [row for row in rows if (row["groups"], row["schedule"]) == (groups, schedule)]
+        cells = []
+        for weights in ("original", "piled up"):
+            some = [row for row in mine if row["weights"] == weights]
+            cells.append(mean(some, lambda row: row["accuracy"]) if some else "")
+        found.append(line(groups, schedule, *cells))
+    return [*found, ""]
+
+
+def latencies(rows: Sequence[Row]) -> list[str]:
+    """Multiply-adds and latency that are left, and their quotient."""
+    found = head("network", "batch", "ranked by", "MACs left", "latency left", "efficiency", "original, ms", "cut, ms")
+    for row in rows:
+        shares = [f"{row[name]:.2f}" for name in ("macs", "latency", "efficiency")]
+        found.append(line(row["network"], row["batch"], row["ranking"], *shares, row["original_ms"], row["cut_ms"]))
+    for ranking in dict.fromkeys(row["ranking"] for row in rows):
+        values = [row["efficiency"] for row in rows if row["ranking"] == ranking]
+        found += ["", f"Median efficiency, ranked by {ranking}: {statistics.median(values):.2f} ({len(values)} rows)."]
+    return [*found, ""]

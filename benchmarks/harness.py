@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _circumstances() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_hidden, sys.argv[1:])]),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": {
             "processors": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -80,6 +80,13 @@ def _circumstances() -> dict[str, Any]:
             "device": device or "cpu",
         },
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _hidden(argument: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.compression_tables import ablation, contest, head, kinds, line
+from benchmarks.compression_tables import ablation, contest, head, kinds, latencies, line, repeated
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -23,6 +23,8 @@ OWN: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[str]]] = {
     "compress_cifar": contest,
     "ablation": ablation,
     "rows": kinds,
+    "repeated": repeated,
+    "latency": latencies,
 }
 """Result files whose tables have a place of their own on the page."""
 Rows = Sequence[Mapping[str, Any]]
