@@ -13,8 +13,7 @@ import torch
 
 from benchmarks.harness import RESULTS, Rows
 from benchmarks.subjects import Subject, add_data_argument, build
-from idap import Config, FilterStage, LayerStage, Recovery, analyze, classification, compress, trace
-from idap.graph.labels import Dim
+from idap import Config, FilterStage, LayerStage, Recovery, classification, compress
 
 NETWORK, MACS, CALIBRATION, TEST = "resnet20", 0.5, 512, 20
 KEYS = ("network", "groups", "schedule", "weights", "seed")
@@ -27,20 +26,12 @@ HARDLY = Recovery(steps=1, lr=1e-12)
 """Training that changes nothing, but lets the next cut begin with what the last one left."""
 
 
-def streams(subject: Subject) -> list[str]:
-    """Names of the groups that residual streams carry."""
-    structure = analyze(trace(subject.model, (torch.randn(2, 3, 32, 32),)))
-    dims: list[Dim] = [dim for block in structure.blocks for dim in structure.layout.dims[block.entry][0]]
-    carried = {group for dim in dims for group in structure.layout.groups_in(dim)}
-    return [group.name for group in structure.groups if group.index in carried]
-
-
-def measured(subject: Subject, whole: list[str], schedule: str, weights: str, seed: int) -> dict[str, object]:
+def measured(subject: Subject, streams: str, schedule: str, weights: str, seed: int) -> dict[str, object]:
     """One row."""
     calibration = subject.calibration(CALIBRATION, seed)
     test = subject.test[:TEST]
     task = classification(calibration, test[:1], num_classes=10, calibration=calibration)
-    filters = FilterStage(**SCHEDULES[schedule], keep=dict.fromkeys(whole, 1.0))
+    filters = FilterStage(**SCHEDULES[schedule], streams=streams)
     recovery = Recovery(epochs=0) if weights == "original" else HARDLY
     config = Config(
         max_drop=None,
@@ -69,13 +60,13 @@ def main() -> None:
     about = {"question": "What do several cuts cost that one cut does not, without any training?"}
     rows = Rows(RESULTS / "repeated.json", KEYS, about)
     subject = build(NETWORK, options.data)
-    kept = {"inside blocks": streams(subject), "all": []}
+    kept = {"inside blocks": "keep", "all": "cut"}
     for seed in range(options.seeds):
         for schedule in SCHEDULES:
-            for groups, whole in kept.items():
+            for groups, streams in kept.items():
                 for weights in ("original", "piled up") if schedule != "one shot" else ("original",):
                     key = {"network": NETWORK, "groups": groups, "schedule": schedule, "weights": weights, "seed": seed}
-                    rows.measure(key, partial(measured, subject, whole, schedule, weights, seed))
+                    rows.measure(key, partial(measured, subject, streams, schedule, weights, seed))
 
 
 if __name__ == "__main__":

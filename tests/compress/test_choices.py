@@ -18,7 +18,7 @@ from idap.divergence.criteria import CRITERIA
 from idap.divergence.scene import Scene
 from idap.errors import ConfigError
 from idap.rebalance.run import Rebalance
-from idap.selection.power import best_power
+from idap.selection.best import best_of
 from idap.training.batch import default_padding, merged
 from idap.training.evaluate import evaluate
 from idap.training.recovery import Recovery
@@ -102,7 +102,7 @@ def test_a_floor_that_makes_the_target_impossible_is_an_error_before_any_work():
 
 def test_auto_takes_the_power_with_the_lowest_calibration_loss(monkeypatch):
     seen = []
-    real = best_power
+    real = best_of
 
     def noted(powers, loss):
         losses = {power: loss(keep) for power, keep in powers.items()}
@@ -110,12 +110,61 @@ def test_auto_takes_the_power_with_the_lowest_calibration_loss(monkeypatch):
         seen.append((losses, chosen))
         return chosen
 
-    monkeypatch.setattr(choice, "best_power", noted)
+    monkeypatch.setattr(choice, "best_of", noted)
     cut_once(cost_power="auto", criterion="relative")
     assert seen
     for losses, chosen in seen:
-        assert set(losses) == {0.0, 0.5, 1.0}
+        assert {way.power for way in losses} == {0.0, 0.5, 1.0}
         assert losses[chosen] == min(losses.values())
+
+
+def stream(setting):
+    """The group that the residual stream of the tiny net carries."""
+    (name,) = setting.structure.streams
+    assert name == "stem"
+    return name
+
+
+def test_streams_stay_whole_on_request():
+    setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, streams="keep"))
+    assert len(end.keep[stream(setting)]) == 12
+    assert end.cost.macs <= 0.5 * setting.whole.macs
+    setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, streams="cut"))
+    assert len(end.keep[stream(setting)]) < 12
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_auto_cuts_streams_where_that_costs_less_loss(monkeypatch, better):
+    seen = []
+
+    def chosen(ways, loss):
+        seen.append({way.streams: setting_costs(cut) for way, cut in ways.items()})
+        return next(way for way in ways if way.streams is better)
+
+    def setting_costs(cut):
+        return sum(map(len, cut.keep.values())), len(cut.keep["stem"])
+
+    monkeypatch.setattr(choice, "best_of", chosen)
+    _, end, _ = cut_once(criterion=largest_first, cost_power=0.0, filters=FilterStage(schedule="one-shot"))
+    assert (len(end.keep["stem"]) < 12) is better
+    assert seen[0][False][1] == 12
+
+
+def test_ways_are_compared_at_the_same_cost(monkeypatch):
+    costs = []
+
+    def noted(ways, loss):
+        costs.append([setting.costs.cost(cut.keep, cut.removed).macs for cut in ways.values()])
+        return next(iter(ways))
+
+    monkeypatch.setattr(choice, "best_of", noted)
+    setting, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.3, "cost_power": "auto"}))
+    filter_stage(setting, start, setting.budget, Journal(setting, start.metric))
+    assert costs
+    for macs in costs:
+        assert len(macs) > 1
+        assert max(macs) == macs[0]
+        assert min(macs) >= macs[0] - 130  # a unit of the stream
 
 
 def test_latency_as_the_cost():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from idap.compress import run as running
-from idap.compress.choice import Candidates, rank
+from idap.compress.choice import Candidates, Way, rank
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal, describe
@@ -100,12 +100,14 @@ def test_after_a_rejection_the_last_accepted_state_goes_on(scripted):
 
 
 def test_a_step_stops_at_the_target_and_goes_no_further():
-    setting, start, _ = prepare(max_drop=None, macs=0.8, filters=FilterStage(steps=9, first_share=0.6))
+    setting, start, _ = prepare(max_drop=None, macs=0.8, filters=FilterStage(steps=9, first_share=0.6, streams="cut"))
     journal = Journal(setting, start.metric)
     end = filter_stage(setting, start, setting.budget, journal)
     assert len(journal.steps) == 1
     assert end.cost.macs <= 0.8 * start.cost.macs
-    ranking = rank(setting, start, Candidates.of(setting, start, setting.divergence(start).units, {}), 0.0)
+    ranking = rank(
+        setting, start, Candidates.of(setting, start, setting.divergence(start).units, {}), Way(0.0, streams=True)
+    )
     last = sum(len(removal.units) for removal in journal.steps[0].removed)
     assert setting.costs.cost(ranking.keep(last)).macs == end.cost.macs
     assert setting.costs.cost(ranking.keep(last - 1)).macs > 0.8 * start.cost.macs
@@ -130,7 +132,7 @@ def test_floors_hold_to_the_end():
 def test_a_goal_of_parameters_ranks_by_parameters():
     setting, start, _ = prepare(macs=None, parameters=0.5, cost_power=1.0)
     scores = setting.divergence(start).units
-    ranking = rank(setting, start, Candidates.of(setting, start, scores, {}), 1.0)
+    ranking = rank(setting, start, Candidates.of(setting, start, scores, {}), Way(1.0, streams=True))
     costs = setting.costs.unit_parameters()
     values = [float(scores[name][u]) / costs[name] for name, u in zip(ranking.groups, ranking.units, strict=True)]
     assert values == sorted(values)

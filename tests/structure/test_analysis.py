@@ -130,3 +130,14 @@ def test_a_plan_that_does_not_fit_names_the_first_tensor(mlp: Structure) -> None
         )
     with pytest.raises(PlanError, match=r"it has no tensor '2\.weight' \(expected shape \(5, 6\)\)"):
         apply_plan(nn.Sequential(nn.Linear(4, 6)), plan)
+
+
+def test_streams_are_what_enters_blocks():
+    from idap.zoo.nets import cifar_resnet20
+
+    net = cifar_resnet20().eval()
+    found = analyze(trace(net, (torch.randn(2, 3, 32, 32),)))
+    inside = {f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)}
+    assert {group.name for group in found.groups} - found.streams == inside
+    plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    assert analyze(trace(plain, (torch.randn(2, 4),))).streams == frozenset()

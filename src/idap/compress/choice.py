@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,12 +17,24 @@ from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError
 from idap.record import Removal
 from idap.selection.alike import alike_groups, shortest, tied
-from idap.selection.power import best_power
+from idap.selection.best import best_of
 from idap.selection.reach import reach
 from idap.selection.rounding import rounded
 from idap.selection.units import Ranking, ScoredBlock, rank_uniform, rank_units
 from idap.structure.analysis import Structure
 from idap.surgery.apply import apply_plan
+
+
+class Way(NamedTuple):
+    """How to rank.
+
+    Attributes:
+        power: p in score / cost^p.
+        streams: whether the channels of residual streams may go too.
+    """
+
+    power: float
+    streams: bool
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ class Cut:
 def best_cut(
     setting: Setting, state: State, candidates: Candidates, aim: Budget, share: float, *, last: bool
 ) -> tuple[Ranking, Cut]:
-    """The ranking, and what stays after a step; of several powers of the cost that with the lowest calibration loss.
+    """The ranking, and what stays after a step; of several ways to rank, that with the lowest calibration loss.
 
     Args:
         setting: of the run.
@@ -77,18 +90,38 @@ def best_cut(
         share: of the units that may go at most.
         last: the aim is that of the stage, so that widths are rounded where the step gets there.
     """
-    powers = setting.config.powers if setting.config.ranking == "global" else (0.0,)
-    rankings = {power: rank(setting, state, candidates, power) for power in powers}
-    choices = {power: _cut(setting, state, ranking, aim, share, last=last) for power, ranking in rankings.items()}
-    if len(choices) == 1:
-        return rankings[powers[0]], choices[powers[0]]
+    ways = _ways(setting)
+    rankings = {way: rank(setting, state, candidates, way) for way in ways}
+    cuts = {ways[0]: _cut(setting, state, rankings[ways[0]], aim, share, last=last)}
+    cost = setting.costs.cost(cuts[ways[0]].keep, cuts[ways[0]].removed)
+    saved = {name: left for name, left in shares_of(cost, setting.whole).items() if name in (aim.targets or ("macs",))}
+    # The others go as far down as the first, so that their losses can be compared.
+    level = replace(aim, targets=saved or {"macs": cost.macs / setting.whole.macs})
+    for way in ways[1:]:
+        cut = _cut(setting, state, rankings[way], level, 1.0, last=last)
+        left = shares_of(setting.costs.cost(cut.keep, cut.removed), setting.whole)
+        if level.shortfall(left) <= 0:
+            cuts[way] = cut
+    if len(cuts) == 1:
+        return rankings[ways[0]], cuts[ways[0]]
 
     def loss(cut: Cut) -> float:
         model, _, _ = setting.cut(state, cut.keep, cut.removed)
         return calibration_loss(setting, model)
 
-    chosen = best_power(choices, loss)
-    return rankings[chosen], choices[chosen]
+    chosen = best_of(cuts, loss)
+    return rankings[chosen], cuts[chosen]
+
+
+def _ways(setting: Setting) -> list[Way]:
+    """The ways to rank that are tried: powers of the cost, with and without the streams."""
+    config = setting.config
+    everywhere = config.ranking == "global"
+    powers = config.powers if everywhere else (0.0,)
+    streams = setting.structure.streams
+    both = everywhere and streams and len(streams) < len(setting.structure.groups)
+    choices = {"cut": (True,), "keep": (False,), "auto": (True, False) if both else (True,)}
+    return [Way(power, cut) for cut in choices[config.filters.streams] for power in powers]
 
 
 def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
@@ -114,7 +147,7 @@ def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
     return least
 
 
-def rank(setting: Setting, state: State, candidates: Candidates, power: float) -> Ranking:
+def rank(setting: Setting, state: State, candidates: Candidates, way: Way) -> Ranking:
     """Rank what may go by score / cost^power."""
     floors = least_units(setting.structure, setting.config.filters)
     if not candidates.scores and setting.structure.groups:
@@ -122,13 +155,14 @@ def rank(setting: Setting, state: State, candidates: Candidates, power: float) -
             f"criterion {opener_of(setting.config.criterion)[0]!r} could score no group of this model; take another."
         )
     costs = candidates.costs
-    plain = {name: values.tolist() for name, values in candidates.scores.items()}
+    whole = () if way.streams else setting.structure.streams
+    plain = {name: values.tolist() for name, values in candidates.scores.items() if name not in whole}
     there = [group for group in setting.structure.groups if costs.get(group.name, 0.0) > 0]
     alike = alike_groups(there, setting.config.filters.alike)
     if setting.config.ranking == "uniform":
         plain = {name: values for name, values in plain.items() if costs.get(name, 0.0) > 0}
         return tied(rank_uniform(plain, state.keep, floors=floors), alike)
-    ranking = rank_units(plain, state.keep, costs, floors=floors, power=power, blocks=candidates.blocks)
+    ranking = rank_units(plain, state.keep, costs, floors=floors, power=way.power, blocks=candidates.blocks)
     allowed = set(ranking.blocks[: max(0, setting.config.layers.removals - len(state.removed))])
     parts = tuple(part for part in ranking.parts if part.unit is not None or part.name in allowed)
     return tied(replace(ranking, parts=parts), alike)

@@ -22,6 +22,8 @@ class FilterStage:
     Args:
         schedule: "growing" removes a growing share of the remaining units in each step; "even" comes to the targets in
             T steps of equal cost; "one-shot" comes there in one. A step that is rejected is halved in all of them.
+        streams: "keep" leaves the channels of residual streams whole, "cut" ranks them with the others; "auto" tries
+            both at each step, down to the same cost, and takes the one with the lower calibration loss.
         steps: T, the number of accepted steps at most.
         first_share: rho_0, share of the remaining units that the first step removes, in (0, 1).
         growth: alpha; step t removes rho_0 (1 + t/T)^alpha.
@@ -42,6 +44,7 @@ class FilterStage:
     """
 
     schedule: Literal["growing", "even", "one-shot"] = "growing"
+    streams: Literal["auto", "cut", "keep"] = "auto"
     steps: int = 10
     first_share: float = 0.1
     growth: float = 1.5
@@ -53,6 +56,7 @@ class FilterStage:
     alike: Literal["none", "layers", "model"] = "none"
 
     def __post_init__(self) -> None:
+        _one_of("filters.streams", self.streams, ("auto", "cut", "keep"))
         _one_of("filters.schedule", self.schedule, ("growing", "even", "one-shot"))
         _one_of("filters.alike", self.alike, ("none", "layers", "model"))
         _at_least("filters.multiple", self.multiple, 1)

@@ -80,6 +80,13 @@ class Structure:
         """
         return _by_name("block or branch", name, self.blocks)
 
+    @cached_property
+    def streams(self) -> frozenset[str]:
+        """Names of the groups whose units residual streams carry: they enter a branch or block."""
+        dims = [dim for block in self.blocks for dim in self.layout.dims[block.entry][0]]
+        carried = {index for dim in dims for index in self.layout.groups_in(dim)}
+        return frozenset(group.name for group in self.groups if group.index in carried)
+
     @property
     def prunable(self) -> float:
         """Share of all parameters that have at least one dimension that can shrink, in [0, 1]."""
