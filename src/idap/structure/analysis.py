@@ -11,11 +11,12 @@ import numpy as np
 
 from idap.errors import PlanError, StructureError
 from idap.graph.ir import Graph
-from idap.graph.rules import Flow, flow_of
-from idap.structure.attributes import Demand, tied_dims
+from idap.graph.rules import flow_of
+from idap.structure.attributes import Demand
 from idap.structure.blocks import Block
-from idap.structure.demands import demands_of, new_values
-from idap.structure.groups import Blocked, Group, blocked_dims, build_groups
+from idap.structure.demands import new_values
+from idap.structure.expressible import expressible
+from idap.structure.groups import Blocked, Group, blocked_dims
 from idap.structure.layout import Layout, Presence, slots
 from idap.structure.ordinals import renumbered
 from idap.structure.plan import Called, Plan
@@ -26,9 +27,6 @@ from idap.structure.settle import Settled, settle
 from idap.structure.standing import with_projections
 
 Named = TypeVar("Named", Group, Block)
-
-TRIALS = 4
-"""How many random cuts must be expressible: one of all groups at once, the others of about half of them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -269,7 +267,7 @@ def analyze(
     with _collector_paused():
         flow = flow_of(graph, freeze_unknown=freeze_unknown, contracts=contracts)
         rewriter = Rewriter(graph, enabled=swap)
-        groups, layout, demands, rewritten = _expressible(flow, rewriter)
+        groups, layout, demands, rewritten = expressible(flow, rewriter)
         blocks = removable(graph, layout, replacement)
         blocked = blocked_dims(flow, layout)
     structure = Structure(graph, groups, blocks, blocked, layout, demands, rewriter, rewritten)
@@ -292,51 +290,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if paused:
             gc.enable()
-
-
-def _expressible(
-    flow: Flow, rewriter: Rewriter
-) -> tuple[tuple[Group, ...], Layout, tuple[Demand, ...], tuple[str, ...]]:
-    """Groups, of which every cut can be expressed by the code: what it can't express is tied or frozen.
-
-    Returns:
-        The groups, where their units lie, what the code demands, and the modules that get new code.
-    """
-    given_up: set[tuple[str, str]] = set()
-    flow.labels.because("the code counts it with a number that also counts something else")
-    for one, other in list(tied_dims(demands_of(flow.graph, flow), flow)):
-        flow.labels.unify(one, other)
-    while True:
-        groups, layout = build_groups(flow)
-        demands = [d for d in demands_of(flow.graph, layout) if (d.node, d.place) not in given_up]
-        unmet, rewritten = _try_cuts(demands, groups, layout, rewriter)
-        if not unmet:
-            return groups, layout, tuple(demands), rewritten
-        for demand, reason in unmet.items():
-            flow.labels.because(reason)
-            shared = [other for other in demands if other.attributes & demand.attributes]
-            for dim in [dim for other in (demand, *shared) for dim in other.dims(layout)]:
-                flow.labels.freeze_dim(dim)
-        given_up |= {(demand.node, demand.place) for demand in unmet}
-
-
-def _try_cuts(
-    demands: Sequence[Demand], groups: Sequence[Group], layout: Layout, rewriter: Rewriter
-) -> tuple[dict[Demand, str], tuple[str, ...]]:
-    """Cut on trial and see which demands the code can't meet, and why; and which modules get new code."""
-    rewritten: dict[str, None] = {}
-    for seed in range(TRIALS):
-        random = np.random.default_rng(seed)
-        kept = {
-            group.index: random.permutation(group.size)[: random.integers(1, max(2, group.size))]
-            for group in groups
-            if seed == 0 or random.random() < 0.5
-        }
-        settled = settle(demands, layout, layout.presence(kept), rewriter, known=rewritten)
-        if settled.unmet:
-            return {demand: demand.why(settled.values, settled.closed) for demand in settled.unmet}, ()
-        rewritten |= dict.fromkeys(settled.programs)
-    return {}, tuple(rewritten)
 
 
 def _checked(group: Group, units: Sequence[int]) -> tuple[int, ...]:
