@@ -1,6 +1,7 @@
 """`idap bench`: latency, memory and size of a compressed model beside the original, on this machine."""
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ def bench_command(  # noqa: PLR0913 - one argument per option
     """
     outcome = Outcome(command="idap bench", where=str(folder), as_json=as_json, debug=debug)
     console = Console(highlight=False, stderr=as_json)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says on the standard error that it stopped
     with outcome.reported():
         from idap.deploy.bench import bench  # noqa: PLC0415 - torch is slow to import
         from idap.saving.checkpoint import load  # noqa: PLC0415 - as above
@@ -90,10 +92,10 @@ def _document(found: "Bench") -> dict[str, Any]:
 def _show(console: Console, found: "Bench") -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine")
-    for name in ("batch", "original", "compressed", "ratio", "memory"):
-        table.add_column(name, justify="right")
+    for name in ("batch", "original, ms", "compressed, ms", "ratio", "memory, MB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in found.rows:
-        memory = "" if row.memory is None else " → ".join(f"{count / 1e6:.1f} MB" for count in row.memory)
+        memory = "" if row.memory is None else " → ".join(f"{count / 1e6:.1f}" for count in row.memory)
         table.add_row(row.engine, str(row.batch), *map(_time, row.latency), f"{row.ratio:.2f}", memory)
     console.print(table)
     layout = ", channels last" if found.channels_last else ""
@@ -112,5 +114,10 @@ def _show(console: Console, found: "Bench") -> None:
 
 
 def _time(latency: "Latency") -> str:
-    low, high = (f"{seconds * 1000:.2f}" for seconds in latency.spread)
-    return f"{latency.median * 1000:.2f} ms ({low} to {high})"
+    low, high = (_digits(seconds) for seconds in latency.spread)
+    return f"{_digits(latency.median)} ({low} to {high})"
+
+
+def _digits(seconds: float) -> str:
+    """Milliseconds with three digits that count."""
+    return f"{1000 * seconds:.2f}" if seconds < 0.1 else f"{1000 * seconds:.0f}"
