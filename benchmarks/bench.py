@@ -22,7 +22,6 @@ from idap.graph.trace import trace
 from idap.record import Step
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
-from idap.training.evaluate import evaluate
 from idap.training.task import Task
 
 NONE = Recovery(epochs=0)
@@ -37,7 +36,7 @@ class Protocol:
     Attributes:
         device: where models run.
         train: images that the recovery learns from; None: all but val.
-        val: images that decide which epoch is kept.
+        val: training images by which `compress` decides, and learning rates are compared.
         calibration: images that scores and corrections are computed from.
         batch: images of a batch.
         recovery: of every row.
@@ -125,7 +124,6 @@ class Bench:
         return {
             "before": before,
             "after": self.accuracy(model),
-            "val": round(100 * evaluate(model, self.task), 2),
             "macs": cost.macs,
             "macs_ratio": round(whole.macs / cost.macs, 4),
             "parameters": cost.parameters,

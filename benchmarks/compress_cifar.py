@@ -5,8 +5,8 @@
 
 Every row is one network, one share of the multiply-adds, one method, one seed: cut without training, judge, recover,
 judge again. The recovery is the same for all rows: images, augmentation, optimiser, schedule, distillation from the
-original, the epoch that is best on val. Val is 2,000 training images that the recovery does not see; test images are
-only reported on. Rows already in the results are not measured again.
+original. No epoch is chosen: the public weights know all training images by heart, and test images are only reported
+on. Rows already in the results are not measured again.
 
 Methods:
     idap: ...               `idap.compress` with its defaults, both stages or one, in both orders; "inside blocks":

@@ -25,7 +25,7 @@ from benchmarks.subjects import ROOT, read_cifar10  # makes torchvision importab
 from idap import Recovery, fit
 from idap.cost.latency import measure_latency
 from idap.record import write_json
-from idap.training.evaluate import evaluate, modes_kept
+from idap.training.evaluate import modes_kept
 from idap.training.task import Task, classification
 from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD, TensorLoader, crop_and_flip, normalise
 
@@ -154,7 +154,7 @@ def cifar_task(
     Args:
         data: the folder of the data sets.
         train: images to learn from, cropped and mirrored at random; None: all that are not in val.
-        val: images that decide which epoch is kept, drawn from the training images, unaugmented.
+        val: images by which `compress` decides and rates are compared, of the training images, unaugmented.
         calibration: the first so many images to learn from, unaugmented.
         batch: images of a batch.
         seed: draws them all.
@@ -184,7 +184,10 @@ def cifar_task(
 def recover(
     model: nn.Module, teacher: nn.Module, task: Task, recovery: Recovery
 ) -> tuple[dict[str, float], list[float]]:
-    """Train a cut model beside the original, the same way for every row; the state that is best on val is kept.
+    """Train a cut model beside the original, the same way for every row; the last state counts.
+
+    No epoch is chosen: public weights were trained on all training images, so images held out of these say how well a
+    network remembers them, and test images are only reported on.
 
     Weights are laid out with the channels last meanwhile, which convolutions on a CPU are faster with.
 
@@ -194,7 +197,7 @@ def recover(
     with timed() as clock:
         for each in (model, teacher):
             each.to(memory_format=torch.channels_last)
-        report = fit(model, task, recovery, teacher=teacher, judge=lambda judged: evaluate(judged, task))
+        report = fit(model, task, recovery, teacher=teacher)
         for each in (model, teacher):
             each.to(memory_format=torch.contiguous_format)
     return clock.row(), [round(loss, 4) for loss in report.losses]
