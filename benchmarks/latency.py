@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks.harness import RESULTS, Rows
 from idap import CostModel, analyze, apply_plan, measure, measure_latency, trace
 from idap.compress.latencies import unit_latencies
+from idap.divergence.observe import Pass
 from idap.selection.reach import reach
 from idap.selection.units import rank_units
 from idap.structure.analysis import Structure
@@ -59,9 +60,10 @@ def example(name: str, batch: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor
 def cut(model: nn.Module, structure: Structure, name: str, *, by_seconds: bool) -> tuple[nn.Module, float, float]:
     """The network at half of its multiply-adds, the share that is left, and the seconds that the choice took."""
     begun = time.perf_counter()
-    scores = {
-        key: values.tolist() for key, values in measure(model, structure, [], criterion="magnitude").units.items()
-    }
+    args, kwargs = example(name, 2)
+    once = [Pass(lambda network: network(*args, **kwargs), lambda _: torch.zeros(()))]
+    found = measure(model, structure, once, criterion="magnitude").units
+    scores = {group: values.tolist() for group, values in found.items()}
     whole = {group.name: tuple(range(group.size)) for group in structure.groups}
     costs = CostModel(structure, 2)
     prices = costs.unit_macs()
