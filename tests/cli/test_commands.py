@@ -240,6 +240,12 @@ class TestCompress:
         assert [(row["engine"], row["batch"]) for row in found["rows"]] == [("eager", 1), ("eager", 8)]
         assert found["size"][1] < found["size"][0]
 
+    def test_every_goal_is_an_option(self, script):
+        result = compress(script, "--parameters", "70%", "--size", "0.75", "--latency", "2")
+        assert result.exit_code == 2
+        assert "goals.latency is" in text(result.stderr)
+        assert compress(script, "--parameters", "70%", "--size", "0.75").exit_code == 0
+
     def test_json_alone_on_the_standard_output(self, script, tmp_path):
         result = compress(script, "--json", "--run-dir", "out")
         assert result.exit_code == 0

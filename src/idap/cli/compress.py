@@ -15,14 +15,17 @@ from idap.cli.options import (
     DataPath,
     Debug,
     Json,
+    LatencyShare,
     Macs,
     MaxDrop,
     ModelSpec,
     Overrides,
+    Parameters,
     Quiet,
     RecipeFile,
     Resume,
     RunDir,
+    Size,
     TaskSpec,
     TensorBoardDir,
     WeightsPath,
@@ -54,6 +57,9 @@ def compress_command(  # noqa: PLR0913 - one argument per option
     weights: WeightsPath = None,
     max_drop: MaxDrop = None,
     macs: Macs = None,
+    parameters: Parameters = None,
+    size: Size = None,
+    latency: LatencyShare = None,
     run_dir: RunDir = None,
     resume: Resume = False,
     tensorboard: TensorBoardDir = None,
@@ -69,8 +75,8 @@ def compress_command(  # noqa: PLR0913 - one argument per option
     """
     where = str(recipe) if recipe is not None else model or "the command line"
     outcome = Outcome(command="idap compress", where=where, as_json=as_json, debug=debug)
-    goals = {"goals.max_drop": max_drop, "goals.macs": macs}
-    settings = [*(overrides or []), *(f"{name}={value}" for name, value in goals.items() if value is not None)]
+    goals = {"max_drop": max_drop, "macs": macs, "parameters": parameters, "size": size, "latency": latency}
+    settings = [*(overrides or []), *(f"goals.{name}={value}" for name, value in goals.items() if value is not None)]
     replaced = {"model.build": model, "task.build": task, "data.path": data, "model.weights": weights}
     with outcome.reported():
         if recipe is None and (model is None or task is None):

@@ -31,6 +31,13 @@ MaxDrop = Annotated[
 Macs = Annotated[
     str | None, typer.Option("--macs", metavar="SHARE", help="Share of the multiply-adds that may stay: 0.5 or 50%.")
 ]
+Parameters = Annotated[
+    str | None, typer.Option("--parameters", metavar="SHARE", help="Share of the parameters that may stay.")
+]
+Size = Annotated[str | None, typer.Option("--size", metavar="SHARE", help="Share of the file size that may stay.")]
+LatencyShare = Annotated[
+    str | None, typer.Option("--latency", metavar="SHARE", help="Share of the latency, measured here, that may stay.")
+]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", metavar="PATH", help="New folder for the run; runs/NAME if left out.")
 ]
