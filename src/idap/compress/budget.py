@@ -44,13 +44,8 @@ class Budget:
         return max((shares[name] / wanted - 1 for name, wanted in self.targets.items() if name in shares), default=0.0)
 
     def part_way(self, start: Shares, share: float) -> "Budget":
-        """The same budget with targets that are only `share` of the way from `start` to the real ones."""
-        return self.between(
-            start, {name: start[name] - share * (start[name] - end) for name, end in self.targets.items()}
-        )
-
-    def between(self, start: Shares, targets: Shares) -> "Budget":
-        """The same budget with other targets, but none lower than its own nor higher than `start`."""
+        """The same budget with targets that lie `share` of the way from `start` to the real ones, and none lower."""
+        targets = {name: start[name] - share * (start[name] - end) for name, end in self.targets.items()}
         return replace(
             self, targets={name: max(end, min(start[name], targets[name])) for name, end in self.targets.items()}
         )

@@ -93,6 +93,8 @@ def best_cut(
     ways = _ways(setting)
     rankings = {way: rank(setting, state, candidates, way) for way in ways}
     cuts = {ways[0]: _cut(setting, state, rankings[ways[0]], aim, share, last=last)}
+    if len(ways) == 1:
+        return rankings[ways[0]], cuts[ways[0]]
     cost = setting.costs.cost(cuts[ways[0]].keep, cuts[ways[0]].removed)
     saved = {name: left for name, left in shares_of(cost, setting.whole).items() if name in (aim.targets or ("macs",))}
     # The others go as far down as the first, so that their losses can be compared.

@@ -6,7 +6,7 @@ from idap.compress.budget import Budget
 from idap.compress.config import Config
 from idap.compress.run import looked_at
 from idap.compress.samples import calibration_batches
-from idap.compress.state import Setting, State
+from idap.compress.state import Setting
 from idap.cost.count import CostModel
 from idap.divergence.measure import Divergence
 from idap.progress import Progress, Silent
@@ -51,8 +51,6 @@ def profile(
             calibration=calibration_batches(task, config),
             timed=example,
         )
-        keep = {group.name: tuple(range(group.size)) for group in structure.groups}
-        state = State(model, keep, (), structure.plan({}), costs.cost(), 0.0)
-        found = setting.divergence(state)
+        found = setting.divergence(setting.untouched())
         phase.advance("divergence")
     return structure, found

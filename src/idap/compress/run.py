@@ -177,8 +177,7 @@ def _prepare(
             baseline = evaluate(original, task)
         phase.advance("baseline")
     costs = CostModel(structure, batch_size(*example) or 1, saved_tensors(model))
-    keep = {group.name: tuple(range(group.size)) for group in structure.groups}
-    whole = costs.cost(keep)
+    whole = costs.cost()
     timed = resized_inputs(*task.example(device_of(model)), config.latency_batch)
     with clock.on("latency"):
         least = _least(original, structure, costs, config, removable, timed)
@@ -198,8 +197,7 @@ def _prepare(
         timed=timed,
         clock=clock,
     )
-    latency = 1.0 if config.latency is not None else None
-    state = State(original, keep, (), structure.plan(keep), whole, baseline, latency=latency)
+    state = setting.untouched(baseline)
     return setting, state, removable, _settings(model, config, structure, baseline, whole)
 
 

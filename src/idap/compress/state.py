@@ -207,7 +207,7 @@ class Setting:
             StructureError: a block that should become a projection can't be seen while the model runs.
         """
         if not self.config.recovery.trains:
-            state = self._untouched()
+            state = self.untouched()
         with self.clock.on("cut"):
             plan = self.structure.plan(keep, tuple(removed))
             new = [path for path in plan.projections if path not in state.plan.projections]
@@ -227,10 +227,15 @@ class Setting:
             align_(model)
         return model, plan, proof.error
 
-    def _untouched(self) -> State:
-        """The original as a state that was never judged."""
+    def untouched(self, metric: float = math.nan) -> State:
+        """The original as a state.
+
+        Args:
+            metric: of it; NaN where nobody asks.
+        """
         keep = {group.name: tuple(range(group.size)) for group in self.structure.groups}
-        return State(self.original, keep, (), self.structure.plan(keep), self.whole, math.nan)
+        latency = 1.0 if "latency" in self.budget.targets else None
+        return State(self.original, keep, (), self.structure.plan(keep), self.whole, metric, latency=latency)
 
     def next_state(
         self, state: State, keep: Keep, removed: Sequence[str], title: str, *, tuned: frozenset[str] = frozenset()
