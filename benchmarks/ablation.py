@@ -4,8 +4,9 @@
     python benchmarks/ablation.py --data DATA --tiny      # the same rows from a few images, to try the script
 
 ResNet-20 on CIFAR-10 at half of the multiply-adds. Every row is `idap.compress` with its defaults but for one setting,
-without training in between; then the same recovery for all, 5,000 images twice. Three seeds draw the calibration
-images and those of the recovery, and their order. Rows already in the results are not measured again.
+without training in between; then the same recovery for all, 5,000 images twice. 2,000 test images decide, also of the
+best state of the recovery; the others are reported on. Three seeds draw the calibration images and those of the
+recovery, and their order. Rows already in the results are not measured again.
 
 Questions, each with the defaults as the row to compare with:
     stages         filters only and layers only, against both; layers only stops at the first block below the target
@@ -41,7 +42,7 @@ from idap.compress.config import FilterStage, LayerStage
 SHARE = 1 / 2
 KEYS = ("question", "setting", "seed")
 DEFAULT = "defaults"
-FULL = Protocol(device="cpu", train=5000, recovery=Recovery(epochs=2, lr=0.01, distil=0.9))
+FULL = Protocol(device="cpu", train=5000, recovery=Recovery(epochs=2, lr=0.005, distil=0.9, precision="bf16"))
 TINY = Protocol(device="cpu", train=128, val=64, calibration=128, batch=64, recovery=FULL.recovery)
 
 

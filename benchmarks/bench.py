@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import Clock, Rows, cifar_task, latencies, recover, timed
+from benchmarks.harness import Clock, Recovered, Rows, cifar_task, latencies, recover, reported, timed
 from benchmarks.subjects import Subject, build
 from idap import Recovery
 from idap.compress.config import Config, FilterStage
@@ -22,6 +22,7 @@ from idap.graph.trace import trace
 from idap.record import Step
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
+from idap.training.evaluate import evaluate
 from idap.training.task import Task
 
 NONE = Recovery(epochs=0)
@@ -35,11 +36,12 @@ class Protocol:
 
     Attributes:
         device: where models run.
-        train: images that the recovery learns from; None: all but val.
-        val: training images by which `compress` decides, and learning rates are compared.
+        train: images that the recovery learns from; None: all.
+        val: images by which `compress` decides, and by which the state of a recovery and its learning rate are chosen.
         calibration: images that scores and corrections are computed from.
         batch: images of a batch.
         recovery: of every row.
+        rates: learning rates, each row's recovery is made with each; none: that of `recovery`.
     """
 
     device: str
@@ -48,6 +50,7 @@ class Protocol:
     calibration: int = 512
     batch: int = 128
     recovery: Recovery
+    rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Cut:
         model: that was cut.
         plan: that did it.
         cost: of the model.
-        rate: its learning rate where it doesn't take that of the protocol.
+        rates: learning rates to try besides those of the protocol.
         steps: every decision, where the method takes several.
         clock: what it took, where that is not all that the method did.
     """
@@ -66,7 +69,7 @@ class Cut:
     model: nn.Module
     plan: Plan
     cost: Cost
-    rate: float | None = None
+    rates: tuple[float, ...] = ()
     steps: tuple[Step, ...] = ()
     clock: Clock | None = None
 
@@ -116,26 +119,40 @@ class Bench:
             cut = method(self, share, rows)
         model, whole, cost = cut.model, self.costs.cost(), cut.cost
         before = self.accuracy(model)
-        recovery = replace(self.protocol.recovery, seed=self.seed)
-        if cut.rate is not None:
-            recovery = replace(recovery, lr=cut.rate)
-        taken, losses = recover(model, self.model, self.task, recovery)
+        known = 100 * evaluate(model, self.task)
+        best, tried = self.recovered(model, cut.rates)
         sizes = {group.name: group.size for group in self.structure.groups}
+        sample = self.subject.test[0][0][:1].to(self.protocol.device)
         return {
             "before": before,
-            "after": self.accuracy(model),
+            "deciding": [round(known, 2), round(100 * best.quality, 2)],
+            "after": self.accuracy(best.model),
             "macs": cost.macs,
             "macs_ratio": round(whole.macs / cost.macs, 4),
             "parameters": cost.parameters,
             "parameters_ratio": round(whole.parameters / cost.parameters, 4),
-            "latency_ms": latencies(self.model, model.eval(), self.subject.test[0][0][:1].to(self.protocol.device)),
+            "latency_ms": latencies(self.model, best.model.eval(), sample),
             "compression": (cut.clock or clock).row(),
-            "recovery": {**taken, "lr": recovery.lr},
-            "losses": losses,
+            "recovery": {**best.clock.row(), "rates": tried},
+            "losses": list(best.losses),
             "left": {name: len(units) for name, units in cut.plan.keep.items() if len(units) < sizes[name]},
             "removed": list(cut.plan.removed),
             "stages": stages(cut.steps),
         }
+
+    def recovered(self, model: nn.Module, more: Sequence[float]) -> tuple[Recovered, dict[str, list[float]]]:
+        """The recovery with the learning rate that the deciding images prefer; points on these and the rest by rate."""
+        own = replace(self.protocol.recovery, seed=self.seed)
+        tried: dict[str, list[float]] = {}
+        best: Recovered | None = None
+        for rate in sorted({*(self.protocol.rates or (own.lr,)), *more}):
+            found = recover(model, self.model, self.task, replace(own, lr=rate))
+            tried[f"{rate:g}"] = [round(100 * found.quality, 2), self.accuracy(found.model)]
+            if best is None or found.quality > best.quality:
+                best = found
+        if best is None:
+            raise RuntimeError("a protocol without a learning rate.")
+        return best, tried
 
 
 Method = Callable[[Bench, float, Rows], Cut]
@@ -144,7 +161,8 @@ Method = Callable[[Bench, float, Rows], Cut]
 def cifar_bench(network: str, data: Path, protocol: Protocol, seed: int) -> Bench:
     """A network of `subjects` with CIFAR-10 as the protocol divides it."""
     sizes = {"train": protocol.train, "val": protocol.val, "calibration": protocol.calibration}
-    return Bench(build(network, data), cifar_task(data, **sizes, batch=protocol.batch, seed=seed), protocol, seed)
+    task = cifar_task(data, **sizes, batch=protocol.batch, seed=seed)
+    return Bench(reported(build(network, data), protocol.val), task, protocol, seed)
 
 
 def stages(steps: Sequence[Step]) -> dict[str, Any]:

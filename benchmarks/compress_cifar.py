@@ -5,8 +5,9 @@
 
 Every row is one network, one share of the multiply-adds, one method, one seed: cut without training, judge, recover,
 judge again. The recovery is the same for all rows: images, augmentation, optimiser, schedule, distillation from the
-original. No epoch is chosen: the public weights know all training images by heart, and test images are only reported
-on. Rows already in the results are not measured again.
+original, the learning rates that are tried. The public weights know all training images by heart, so 2,000 test images
+decide, of the learning rates and of the states before training and after each epoch; the other 8,000 are reported on.
+Rows already in the results are not measured again.
 
 Methods:
     idap: ...               `idap.compress` with its defaults, both stages or one, in both orders; "inside blocks":
@@ -15,13 +16,11 @@ Methods:
                             residual blocks, ranked globally, cut to the same cost; as it comes, and rebalanced by us
     random, uniform L2      likewise; uniform takes the same share of each layer
     small: ...              a network of the same cost that learns from random weights: of the shape that idap found, or
-                            uniformly narrow; with the same recovery, and with a learning rate for random weights
+                            uniformly narrow; learning rates for random weights are tried too
 """
 
 import argparse
-import copy
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench import Bench, Cut, Method, Protocol, cifar_bench, ours
-from benchmarks.harness import RESULTS, Rows, recover
+from benchmarks.harness import RESULTS, Rows
 from benchmarks.subjects import add_data_argument
 from idap import Recovery
 from idap.compress.config import FilterStage, LayerStage
@@ -41,18 +40,20 @@ from idap.selection.reach import reach
 from idap.selection.units import rank_uniform, rank_units
 from idap.surgery.apply import apply_plan
 from idap.training.batch import merged, move
-from idap.training.evaluate import evaluate
 
 SHARES = {"1/2.1": 1 / 2.1, "1/3": 1 / 3}
 FLOOR = 1 / 16
 """Share of each group that Torch-Pruning's rows always leave."""
+RANDOM_RATES = (0.05, 0.1)
+"""Tried besides the others for networks that begin with random weights."""
 KEYS = ("network", "target", "method", "seed", "protocol")
 
 
-CPU_RECOVERY = Recovery(epochs=2, lr=0.01, distil=0.9)
+CPU_RECOVERY = Recovery(epochs=2, distil=0.9, precision="bf16")
+RATES = (0.003, 0.01)
 PROTOCOLS = {
-    "cpu": Protocol(device="cpu", train=10_000, recovery=CPU_RECOVERY),
-    "gpu": Protocol(device="cuda", train=None, recovery=replace(CPU_RECOVERY, epochs=40)),
+    "cpu": Protocol(device="cpu", train=10_000, recovery=CPU_RECOVERY, rates=RATES),
+    "gpu": Protocol(device="cuda", train=None, recovery=replace(CPU_RECOVERY, epochs=40), rates=RATES),
 }
 
 
@@ -91,7 +92,7 @@ def to_cost(bench: Bench, scores: dict[str, list[float]], share: float, *, unifo
     return reach(ranking, lambda keep, _: bench.costs.cost(keep).macs, target).keep
 
 
-def small(shape: str | None, *, rate: float | None = None) -> Method:
+def small(shape: str | None) -> Method:
     """A method that takes random weights in the shape that another method's row found; None: uniformly narrow."""
 
     def cut(bench: Bench, share: float, rows: Rows) -> Cut:
@@ -107,7 +108,7 @@ def small(shape: str | None, *, rate: float | None = None) -> Method:
             plan = bench.structure.plan({name: range(count) for name, count in left.items()}, found["removed"])
         model = apply_plan(bench.model, plan)
         forget(model, bench.seed)
-        return Cut(model, plan, bench.costs.cost(plan.keep, plan.removed), rate)
+        return Cut(model, plan, bench.costs.cost(plan.keep, plan.removed), RANDOM_RATES)
 
     return cut
 
@@ -142,8 +143,6 @@ METHODS: dict[str, Method] = {
     "torch-pruning taylor, rebalanced": peer("taylor", rebalanced=True),
     "small: idap's shape": small(BOTH),
     "small: narrow": small(None),
-    "small: idap's shape, lr 0.1": small(BOTH, rate=0.1),
-    "small: narrow, lr 0.1": small(None, rate=0.1),
     "random": peer("random"),
     "random, rebalanced": peer("random", rebalanced=True),
     "uniform L2": peer("magnitude_l2", ranking="uniform"),
@@ -151,22 +150,6 @@ METHODS: dict[str, Method] = {
 }
 FIRST = 13
 """So many methods are measured at both costs before the others."""
-LR_METHOD = "torch-pruning fpgm, rebalanced"
-CHOSEN = {
-    "row": f"resnet20 at 1/3, {LR_METHOD}",
-    "val": {"0.0025": 79.75, "0.005": 80.60, "0.01": 81.95, "0.02": 81.50, "0.05": 80.70, "0.1": 75.85},
-}
-"""Accuracy on val by learning rate, what `--choose-rate` printed."""
-
-
-def choose_rate(bench: Bench, rates: Sequence[float]) -> None:
-    """Print val accuracy after the recovery with each learning rate, for one method that is not ours."""
-    cut = METHODS[LR_METHOD](bench, SHARES["1/3"], Rows(Path("nowhere"), KEYS, {}))
-    for rate in rates:
-        model = copy.deepcopy(cut.model)
-        recovery = replace(bench.protocol.recovery, lr=rate, seed=bench.seed)
-        _, losses = recover(model, bench.model, bench.task, recovery)
-        print(f"lr {rate:g}: val {100 * evaluate(model, bench.task):.2f}, losses {losses}", flush=True)
 
 
 def main() -> None:
@@ -178,7 +161,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path)
-    parser.add_argument("--choose-rate", nargs="+", type=float, metavar="LR", help="only compare learning rates on val")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     protocol = PROTOCOLS[options.protocol]
@@ -186,15 +168,11 @@ def main() -> None:
     about = {
         "question": "How much accuracy is left of CIFAR-10 ResNets at equal cost and after an equal recovery?",
         "protocol": asdict(protocol),
-        "lr": CHOSEN,
         "memory": "peak_gib is the most resident memory of the whole process (VmHWM, set back before each part)",
     }
     rows = Rows(options.results or RESULTS / name, KEYS, about)
     for network in options.networks:
         bench = cifar_bench(network, options.data, protocol, options.seed)
-        if options.choose_rate:
-            choose_rate(bench, options.choose_rate)
-            continue
         key = {"network": network, "seed": options.seed, "protocol": options.protocol}
         rows.measure({**key, "target": "original", "method": "original"}, bench.original)
         names = [method for method in METHODS if method in options.methods]

@@ -3,6 +3,7 @@
 A script that imports more of idap than this file and `subjects` imports one of them first.
 """
 
+import copy
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.subjects import ROOT, read_cifar10  # makes torchvision importable
+from benchmarks.subjects import ROOT, Subject, read_cifar10  # makes torchvision importable
 from idap import Recovery, fit
 from idap.cost.latency import measure_latency
 from idap.record import write_json
-from idap.training.evaluate import modes_kept
+from idap.training.evaluate import evaluate, modes_kept
 from idap.training.task import Task, classification
 from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD, TensorLoader, crop_and_flip, normalise
 
@@ -149,24 +150,25 @@ def cifar_task(
     seed: int,
     scale: Scale = (IMAGENET_MEAN, IMAGENET_STD),
 ) -> Task:
-    """CIFAR-10 without its test images: what a row learns from, what decides, and what divergence is measured on.
+    """CIFAR-10: what a row learns from, what decides, and what divergence is measured on.
+
+    Public weights know every training image by heart, so those can't tell how much a network lost: some test images
+    decide, the same for every seed, and nothing is reported on these.
 
     Args:
         data: the folder of the data sets.
-        train: images to learn from, cropped and mirrored at random; None: all that are not in val.
-        val: images by which `compress` decides and rates are compared, of the training images, unaugmented.
+        train: images to learn from, cropped and mirrored at random; None: all training images.
+        val: so many test images decide, `divided` says which.
         calibration: the first so many images to learn from, unaugmented.
         batch: images of a batch.
         seed: draws them all.
         scale: mean and deviation of each colour, that the network was trained with.
     """
     images, labels = read_cifar10(data, "train")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    deciding, learnt = order[:val], order[val:] if train is None else order[val : val + train]
+    held, answers = read_cifar10(data, "test")
+    deciding, _ = divided(len(answers), val)
+    learnt = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:train]
     scaled = partial(normalise, mean=scale[0], std=scale[1])
-
-    def plain(places: Tensor) -> TensorLoader:
-        return TensorLoader((scaled(images[places]), labels[places]), batch)
 
     return classification(
         train=TensorLoader(
@@ -175,32 +177,58 @@ def cifar_task(
             shuffle=True,
             augment=lambda pixels: scaled(crop_and_flip(pixels)),
         ),
-        val=plain(deciding),
-        calibration=plain(learnt[:calibration]),
+        val=TensorLoader((scaled(held[deciding]), answers[deciding]), batch),
+        calibration=TensorLoader((scaled(images[learnt[:calibration]]), labels[learnt[:calibration]]), batch),
         num_classes=10,
     )
 
 
-def recover(
-    model: nn.Module, teacher: nn.Module, task: Task, recovery: Recovery
-) -> tuple[dict[str, float], list[float]]:
-    """Train a cut model beside the original, the same way for every row; the last state counts.
+def divided(count: int, val: int) -> tuple[Tensor, Tensor]:
+    """Places of the test images that decide, and of those that are reported on."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:val], order[val:].sort().values
 
-    No epoch is chosen: public weights were trained on all training images, so images held out of these say how well a
-    network remembers them, and test images are only reported on.
+
+def reported(subject: Subject, val: int) -> Subject:
+    """A classifier of images that is judged on the test images that do not decide."""
+    images, labels = (torch.cat(parts) for parts in zip(*subject.test, strict=True))
+    _, places = divided(len(labels), val)
+    size = len(subject.test[0][0])
+    return replace(subject, test=list(zip(images[places].split(size), labels[places].split(size), strict=True)))
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a training made of a cut model.
+
+    Attributes:
+        model: the best state by the deciding images, the untrained one among them.
+        quality: of that state on the deciding images.
+        losses: mean of each epoch.
+        clock: what it took.
+    """
+
+    model: nn.Module
+    quality: float
+    losses: tuple[float, ...]
+    clock: Clock
+
+
+def recover(model: nn.Module, teacher: nn.Module, task: Task, recovery: Recovery) -> Recovered:
+    """Train a copy of a cut model beside the original, the same way for every row, and keep its best state.
 
     Weights are laid out with the channels last meanwhile, which convolutions on a CPU are faster with.
-
-    Returns:
-        What it took, and the mean loss of each epoch.
     """
+    trained = copy.deepcopy(model)
     with timed() as clock:
-        for each in (model, teacher):
+        for each in (trained, teacher):
             each.to(memory_format=torch.channels_last)
-        report = fit(model, task, recovery, teacher=teacher)
-        for each in (model, teacher):
+        report = fit(trained, task, recovery, teacher=teacher, judge=partial(evaluate, task=task))
+        for each in (trained, teacher):
             each.to(memory_format=torch.contiguous_format)
-    return clock.row(), [round(loss, 4) for loss in report.losses]
+    if report.best is None:
+        raise RuntimeError("a training with a judge ended without a score.")
+    return Recovered(trained, report.best, tuple(round(loss, 4) for loss in report.losses), clock)
 
 
 def latencies(original: nn.Module, model: nn.Module, sample: Tensor) -> dict[str, dict[str, Any]]:

@@ -1,11 +1,15 @@
-"""Rows are measured once and survive a stop; all rows learn from the same images, none of which decides."""
+"""Rows are measured once and survive a stop; all rows learn from the same images, none of which decides or is
+reported on."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks.harness import Rows, cifar_task, latencies, timed
+from benchmarks.harness import Rows, cifar_task, latencies, recover, reported, timed
+from benchmarks.subjects import build
+from idap import Recovery
+from idap.training.evaluate import evaluate
 from idap.zoo.nets import cifar_resnet20
 
 
@@ -64,20 +68,31 @@ def test_latencies_compare_the_same_inputs():
     assert found["64"]["processor"]["original"] > found["1"]["processor"]["original"]
 
 
-def test_images_that_decide_are_not_learnt(real_data):
+def test_images_that_decide_are_neither_learnt_nor_reported(real_data):
+    subject = build("resnet20", real_data)
     task, again, other = (
         cifar_task(real_data, train=300, val=100, calibration=64, batch=32, seed=seed) for seed in (0, 0, 1)
     )
-    learnt, deciding = task.train.tensors[0], task.val.tensors[0]
-    assert (len(learnt), len(deciding)) == (300, 100)
-    assert torch.equal(deciding, again.val.tensors[0])
-    assert not torch.equal(deciding, other.val.tensors[0])
-    first = deciding[:, :, 16, 16]
-    pixels = (learnt[:, :, 16, 16].float() / 255 - torch.tensor((0.485, 0.456, 0.406))) / torch.tensor(
-        (0.229, 0.224, 0.225)
-    )
-    assert torch.allclose(pixels[:64], task.calibration.tensors[0][:, :, 16, 16], atol=1e-5)
-    same = (pixels[:, None] - first[None]).abs().amax(2) < 1e-6
-    for row, column in same.nonzero().tolist():  # a pixel in common is chance; an image is not
-        scaled = (learnt[row].float() / 255 - 0.45) / 0.225
-        assert (scaled - deciding[column]).abs().mean() > 0.05
+    deciding = task.val.tensors[0]
+    assert (len(task.train.tensors[0]), len(deciding), len(task.calibration.tensors[0])) == (300, 100, 64)
+    assert torch.equal(deciding, other.val.tensors[0])
+    assert torch.equal(task.calibration.tensors[0], again.calibration.tensors[0])
+    assert not torch.equal(task.calibration.tensors[0], other.calibration.tensors[0])
+    told = torch.cat([images for images, _ in reported(subject, 100).test])
+    assert len(told) == 9_900
+    known = {image.numpy().tobytes() for image in told}
+    assert not any(image.numpy().tobytes() in known for image in deciding)
+    whole = {image.numpy().tobytes() for images, _ in subject.test for image in images}
+    assert known < whole
+    assert all(image.numpy().tobytes() in whole for image in deciding)
+
+
+class TestRecover:
+    def test_the_state_that_the_deciding_images_prefer_is_kept(self, real_data):
+        task = cifar_task(real_data, train=64, val=64, calibration=32, batch=32, seed=0)
+        model = cifar_resnet20().eval()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        found = recover(model, build("resnet20", real_data).model, task, Recovery(epochs=1, lr=0.1))
+        assert found.quality >= evaluate(model, task)
+        assert found.quality == evaluate(found.model, task)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
