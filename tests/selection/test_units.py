@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idap.errors import StructureError
-from idap.selection.units import fewest_for_target, rank_units
+from idap.selection.units import rank_units
 
 NAMES = ("a", "b", "c")
 
@@ -67,25 +67,6 @@ def test_what_stays_in_a_group_is_never_worse_than_what_goes(problem):
             assert max((scores[name][u] for u in gone), default=-1) <= min(scores[name][u] for u in kept[name])
 
 
-@given(problems(), st.floats(0, 50), st.integers(0, 30))
-def test_bisection_finds_what_a_linear_search_finds(problem, target, most):
-    _, _, costs, _, _ = problem
-    ranking = rank(problem)
-
-    def cost_of(keep):
-        return sum(costs[name] * len(units) for name, units in keep.items()) ** 0.5
-
-    counts = range(min(most, len(ranking)) + 1)
-    expected = next((count for count in counts if cost_of(ranking.keep(count)) <= target), counts[-1])
-    assert fewest_for_target(ranking, cost_of, target, most=most) == expected
-
-
-def test_a_target_that_is_met_exactly_is_met():
-    ranking = rank_units({"a": [1.0, 2.0, 3.0, 4.0]}, {"a": (0, 1, 2, 3)}, {"a": 1.0}, floors={})
-    counts = [fewest_for_target(ranking, lambda keep: len(keep["a"]), target, most=9) for target in (4, 3, 2.5, 1, 0)]
-    assert counts == [0, 1, 2, 3, 3]
-
-
 def test_power_weighs_the_cost():
     scores, present, costs = {"cheap": [2.0, 5.0], "dear": [3.0, 9.0]}, {"cheap": (0, 1), "dear": (0, 1)}, {}
     costs = {"cheap": 1.0, "dear": 4.0}
@@ -111,7 +92,6 @@ def test_nothing_to_rank():
     ranking = rank_units({}, {"a": (0, 1)}, {}, floors={})
     assert len(ranking) == 0
     assert ranking.keep(5) == {"a": (0, 1)}
-    assert fewest_for_target(ranking, lambda keep: 1.0, 0.0, most=5) == 0
 
 
 def test_equal_scores_go_in_the_order_of_the_network():

@@ -16,6 +16,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from idap.cost.count import saved_tensors
 from idap.errors import CheckpointError
 from idap.record import write_json
 from idap.saving.origin import origin, remember_
@@ -147,17 +148,14 @@ def _entry(name: str, tensor: Tensor) -> Entry:
 
 def _owned(model: nn.Module) -> dict[str, Tensor]:
     """Every saved tensor once, under its first name."""
-    first: dict[int, str] = {}
-    found = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
+    state = model.state_dict(keep_vars=True)
+    for name, held in state.items():
+        if not isinstance(held, Tensor):
             raise CheckpointError(
-                f"{name!r} in the model's state is {type(tensor).__name__}, not a tensor, and can't be saved without "
+                f"{name!r} in the model's state is {type(held).__name__}, not a tensor, and can't be saved without "
                 "pickle; let get_extra_state return a tensor, or keep it out of the state"
             )
-        if first.setdefault(id(tensor), name) == name:
-            found[name] = tensor
-    return found
+    return {name: state[name] for name in saved_tensors(model)}
 
 
 def _with_aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

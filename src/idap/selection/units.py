@@ -1,7 +1,7 @@
 """Which units and blocks go next: one ranking over all groups."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -224,28 +224,6 @@ def rank_uniform(
         parts += mine
         keys += [(gone + place + 1) / size for place in range(len(mine))]
     return _sorted(parts, keys, present, scores, {})
-
-
-def fewest_for_target(ranking: Ranking, cost_of: Callable[[Keep], float], target: float, *, most: int) -> int:
-    """Find how many units of a ranking without blocks must go to come down to a cost; `reach` does more.
-
-    Args:
-        ranking: from `rank_units`.
-        cost_of: cost of what is left; it falls as units go.
-        target: the cost wanted.
-        most: never more units than this.
-
-    Returns:
-        The smallest number whose cost is at most `target`, or `most` if even that is above it.
-    """
-    low, high = 0, min(most, len(ranking))
-    while low < high:
-        middle = (low + high) // 2
-        if cost_of(ranking.keep(middle)) <= target:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 def _removable(
