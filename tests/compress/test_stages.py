@@ -307,3 +307,32 @@ def test_a_classification_without_calibration_data_uses_training_data():
     own = classification(batches(64, 1), batches(64, 2), num_classes=3, calibration=batches(64, 9))
     setting, _, _, _ = running._prepare(NET, own, config(), None, Silent())
     assert_close(setting.calibration[0], batches(64, 9)[0], rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- whole blocks only
+
+
+class Twice(nn.Module):
+    """A block of two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        x = x + F.gelu(self.first(x))
+        return x + F.gelu(self.second(x))
+
+
+def test_single_branches_stay_where_only_whole_blocks_may_go():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), Twice(), Twice(), nn.Linear(12, 3)).eval()
+
+    def removable(parts):
+        settings = config(layers=LayerStage(parts=parts), recovery=Recovery(epochs=0), macs=0.6, max_drop=None)
+        setting, _, names, _ = running._prepare(model, task(), settings, None, Silent())
+        return {name: setting.structure.block(name).kind for name in names}
+
+    every = removable("all")
+    assert set(every.values()) == {"branch", "block"}
+    assert removable("blocks") == {name: kind for name, kind in every.items() if kind == "block"}

@@ -83,6 +83,8 @@ class LayerStage:
             and blocks go whose input and output agree in shape. "auto": where they don't, a projection, that is a
             linear map of the channels, fitted by least squares on calibration data and then trained. "projection":
             such a map in place of every whole block.
+        parts: "all", or "blocks": whole blocks only, never a single branch of one. A configuration of transformers
+            can say how many layers there are, not that one of them lacks its attention.
         tune: which weights recover after a removal: "all", or "neighbours", those of the layers next to what went.
 
     Raises:
@@ -93,6 +95,7 @@ class LayerStage:
     short_list: int = 3
     patience: int = 3
     replacement: Replacement = "identity"
+    parts: Literal["all", "blocks"] = "all"
     tune: Literal["all", "neighbours"] = "all"
 
     def __post_init__(self) -> None:
@@ -100,6 +103,7 @@ class LayerStage:
         _at_least("layers.short_list", self.short_list, 1)
         _at_least("layers.patience", self.patience, 1)
         _one_of("layers.replacement", self.replacement, get_args(Replacement))
+        _one_of("layers.parts", self.parts, ("all", "blocks"))
         _one_of("layers.tune", self.tune, ("all", "neighbours"))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from idap.compress.budget import budget_of, shares_of
 from idap.compress.choice import least_units
 from idap.compress.clock import Clock
-from idap.compress.config import Config
+from idap.compress.config import Config, LayerStage
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
@@ -171,7 +171,7 @@ def _prepare(
         original = apply_plan(model, Plan(shapes=structure.graph.shapes))  # a copy: the teacher
         align_(original)
         with clock.on("proof"):
-            removable = _proved(original, structure, example, progress)
+            removable = _proved(original, structure, example, progress, config.layers)
         phase.advance("proof")
         with clock.on("judging"):
             baseline = evaluate(original, task)
@@ -217,11 +217,14 @@ def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tup
     return structure, example
 
 
-def _proved(original: nn.Module, structure: Structure, example: Inputs, progress: Progress) -> list[str]:
+def _proved(
+    original: nn.Module, structure: Structure, example: Inputs, progress: Progress, layers: LayerStage
+) -> list[str]:
     """Try the structure on the real model before hours of work: every group cut at once, every block removed singly.
 
     Returns:
-        The branches and blocks that may be removed; those whose removal could not be proved are reported.
+        The branches and blocks that may be removed, of the kinds that are wanted; those whose removal could not be
+        proved are reported.
 
     Raises:
         VerificationError: a group's cut is not what was planned; names the group.
@@ -235,6 +238,8 @@ def _proved(original: nn.Module, structure: Structure, example: Inputs, progress
         raise
     removable = []
     for block in structure.blocks:
+        if layers.parts == "blocks" and block.kind == "branch":
+            continue
         try:
             _try(original, structure, example, {}, (block.name,))
             removable.append(block.name)
