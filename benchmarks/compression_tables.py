@@ -140,3 +140,15 @@ def latencies(rows: Sequence[Row]) -> list[str]:
         values = [row["efficiency"] for row in rows if row["ranking"] == ranking]
         found += ["", f"Median efficiency, ranked by {ranking}: {statistics.median(values):.2f} ({len(values)} rows)."]
     return [*found, ""]
+
+
+def phases(rows: Sequence[Row]) -> list[str]:
+    """Shares of a run's time by kind of work."""
+    kinds_of_work = list(dict.fromkeys(kind for row in rows for kind in row["seconds"]))
+    found = head("recovery after each change", "seconds", *kinds_of_work, "work of our own")
+    for row in rows:
+        whole = sum(row["seconds"].values())
+        shares = [f"{100 * row['seconds'].get(kind, 0.0) / whole:.1f} %" for kind in kinds_of_work]
+        title = f"{row['images']:,} images" if row["images"] else "none"
+        found.append(line(title, f"{whole:.0f}", *shares, f"**{100 * row['own_share']:.1f} %**"))
+    return [*found, ""]

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.compression_tables import ablation, contest, head, kinds, latencies, line, repeated
+from benchmarks.compression_tables import ablation, contest, head, kinds, latencies, line, phases, repeated
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -25,6 +25,7 @@ OWN: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[str]]] = {
     "rows": kinds,
     "repeated": repeated,
     "latency": latencies,
+    "phases": phases,
 }
 """Result files whose tables have a place of their own on the page."""
 Rows = Sequence[Mapping[str, Any]]

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.ablation import QUESTIONS
 from benchmarks.bench import stages
-from benchmarks.compression_tables import ablation, contest, kinds, mean
+from benchmarks.compression_tables import ablation, contest, kinds, mean, phases
 from benchmarks.report import put
 from idap.record import Removal, Step
 
@@ -88,6 +88,17 @@ def test_only_accepted_steps_count():
         "filters": {"steps": 2, "units": {"channels": 4}, "parts": []},
         "layers": {"steps": 1, "units": {}, "parts": ["layer1.1"]},
     }
+
+
+def test_kinds_of_work_are_shares_of_the_whole():
+    rows = [
+        {"images": 0, "seconds": {"cut": 1.0, "rebalance": 3.0}, "own_share": 0.25},
+        {"images": 5000, "seconds": {"recovery": 6.0, "cut": 2.0}, "own_share": 0.25},
+    ]
+    titles, _, first, second, *_ = phases(rows)
+    assert titles == "| recovery after each change | seconds | cut | rebalance | recovery | work of our own |"
+    assert first == "| none | 4 | 25.0 % | 75.0 % | 0.0 % | **25.0 %** |"
+    assert second == "| 5,000 images | 8 | 25.0 % | 0.0 % | 75.0 % | **25.0 %** |"
 
 
 class TestPut:
