@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from idap.cli.failure import state_of
 from idap.cli.main import app
+from idap.cli.tables import Comparison
 
 SCRIPT = """
 import torch
@@ -81,7 +83,7 @@ class TestHelp:
         ("words", "expected"),
         [
             ([], ["demo", "inspect", "compress", "export", "Begin with idap demo", "2 wrong input"]),
-            (["demo"], ["--fast", "--seed", "--out", "Example: idap demo --fast"]),
+            (["demo"], ["--fast", "--seed", "--out", "idap demo --fast"]),
             (["inspect"], ["--input-shape", "--json", "--members", "idap inspect idap:digits_vit"]),
             (
                 ["compress"],
@@ -352,17 +354,20 @@ class TestCompress:
             result = compress(script)
         assert result.exit_code == 130
         assert "Stopped. runs/build_model holds 1 finished step, 1 accepted" in text(result.stderr)
-        assert "Go on with the same command and --run-dir runs/build_model --resume." in text(result.stderr)
-        resumed = compress(script, "--resume")
-        assert resumed.exit_code == 0, resumed.stderr
-        assert "(recalled)" in text(resumed.output)
-        assert "every decision in runs/build_model." in text(resumed.output)
+        assert "Go on with: idap resume runs/build_model" in text(result.stderr)
+        shutil.copytree("runs/build_model", "runs/copy")
+        for resumed in (compress(script, "--resume"), idap("resume", "runs/copy")):
+            assert resumed.exit_code == 0, resumed.stderr
+            assert "(recalled)" in text(resumed.output)
+        assert "every decision in runs/copy." in text(resumed.output)
+        first, second = (Path("runs", name, "model/model.safetensors").read_bytes() for name in ("build_model", "copy"))
+        assert first == second
 
     @pytest.mark.parametrize(
         ("files", "expected"),
         [
             ({}, "Nothing was written to run."),
-            ({"run.json": "{}"}, "run holds the settings of the run and no finished step. Go on with the same command"),
+            ({"run.json": "{}"}, "run holds the settings of the run and no finished step. Go on with: idap resume run"),
             (
                 {"run.json": "{}", "steps.jsonl": '{"index": 0, "accepted": false}\n'},
                 "run holds 1 finished step, 0 accepted.",
@@ -385,6 +390,10 @@ class TestCompress:
         assert expected in state_of(Path("run"))
 
 
+def numbers():
+    return Comparison(parameters=(2, 1), macs=(2, 1), metric_name="accuracy", val=(0.9, 0.8))
+
+
 class TestDemo:
     @pytest.mark.parametrize(("reached", "code"), [(True, 0), (False, 1)])
     def test_options_are_handed_on(self, monkeypatch, tmp_path, reached, code):
@@ -395,10 +404,13 @@ class TestDemo:
         def fake(console, progress, **options):
             seen.update(options)
             console.print("the demo")
-            return reached
+            return [demo.Played("net", reached, "done", numbers())]
 
         monkeypatch.setattr(demo, "run_demo", fake)
         result = idap("demo", "--fast", "--seed", "3", "--out", "here")
         assert result.exit_code == code
         assert "the demo" in result.stdout
+        found = json.loads(idap("demo", "--fast", "--seed", "3", "--out", "here", "--json").stdout)
+        assert [each["network"] for each in found] == ["net"] and found[0]["reached"] is reached
+        assert idap("demo", "--fast", "--seed", "3", "--out", "here", "--quiet").output == ""
         assert {name: str(value) for name, value in seen.items()} == {"fast": "True", "seed": "3", "out": "here"}

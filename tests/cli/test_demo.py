@@ -34,7 +34,10 @@ def hurried(monkeypatch):
 
 def test_the_whole_story(hurried, tmp_path):
     console = Console(record=True, width=100)
-    assert demo.run_demo(console, Silent(), seed=1, out=tmp_path / "runs")
+    played = demo.run_demo(console, Silent(), seed=1, out=tmp_path / "runs")
+    assert [each.reached for each in played] == [True, True]
+    about = played[0].to_json()
+    assert about["network"] == "a residual CNN" and about["macs"]["after"] <= 0.5 * about["macs"]["before"]
     text = " ".join(console.export_text().split())
     assert "1078 to train on, 359 that decide, 360 looked at once" in text
     assert text.count("loaded into a freshly built original: the outputs are the same") == 2

@@ -1,21 +1,19 @@
 """`idap apply`: cut a checkpoint on disk as a plan says, tensor by tensor."""
 
-import json
 from typing import TYPE_CHECKING
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from idap.cli.failure import Outcome
-from idap.cli.options import Checkpoint, Debug, Json, PlanFile, Quiet, ShardSize, SmallFolder
-from idap.cli.progress import listener
+from idap.cli.options import Checkpoint, Debug, Json, PlanFile, Quiet, ShardSize, SmallFolder, Verbose
 from idap.errors import ConfigError
 
 if TYPE_CHECKING:
     from idap.saving.stream import Applied
 
+EXAMPLES = ("idap apply runs/resnet/model/plan.json --checkpoint original/ --out small/ --max-shard-size 2GB",)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -26,30 +24,28 @@ def apply_command(
     out: SmallFolder,
     max_shard_size: ShardSize = "5GB",
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Apply a plan to a safetensors checkpoint on disk, without building the model or loading it whole.
+    """Cut a checkpoint on disk as a plan says, without building the model.
 
+    Files are read and written a piece of a tensor at a time, so a model of any size fits into memory.
     The result is read by idap.load and a freshly built original. Layers that the plan removes become stand-ins without
     weights; the others keep their names and numbers, so nothing is renumbered. Small files beside the weights
     (config.json, tokenizer) are copied as they are and describe the original. A run that was stopped leaves no
     half-written file: run the same command again.
     """
-    outcome = Outcome(command="idap apply", where=str(plan), as_json=as_json, debug=debug)
+    outcome = Outcome(command="idap apply", where=str(plan), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     outcome.stopped = f"{out} is not complete; run the same command again."
     with outcome.reported():
         size = _bytes(max_shard_size)
         from idap.saving.stream import apply_to_checkpoint  # noqa: PLC0415 - torch is slow to import
 
-        # With --json, the standard output belongs to the document.
-        console = Console(highlight=False, stderr=as_json)
-        progress = listener(console, quiet=quiet)
-        applied = apply_to_checkpoint(plan, checkpoint, out, max_shard_size=size, progress=progress)
-    if as_json:
-        typer.echo(json.dumps(applied.to_json(), indent=1))
-    elif not quiet:
-        _show(console, applied)
+        applied = apply_to_checkpoint(plan, checkpoint, out, max_shard_size=size, progress=outcome.progress())
+        outcome.document = applied.to_json()
+        if not (as_json or quiet):
+            _show(outcome.console, applied)
 
 
 def _bytes(text: str) -> int:

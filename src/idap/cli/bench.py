@@ -1,16 +1,13 @@
 """`idap bench`: latency, memory and size of a compressed model beside the original, on this machine."""
 
-import json
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from idap.cli.export import model_folder, recipe_of_run
 from idap.cli.failure import Outcome
 from idap.cli.options import (
     Batches,
@@ -26,13 +23,19 @@ from idap.cli.options import (
     RunOrModel,
     TaskSpec,
     Threads,
+    Verbose,
 )
-from idap.cli.progress import listener
 from idap.cli.subject import model_and_inputs, recipe_of
 
 if TYPE_CHECKING:
     from idap.cost.latency import Latency
     from idap.deploy.bench import Bench
+
+
+EXAMPLES = (
+    "idap bench runs/net --batch 1 --batch 16",
+    "idap bench small --model idap:digits_vit --engine eager --engine onnxruntime",
+)
 
 
 def bench_command(  # noqa: PLR0913 - one argument per option
@@ -48,6 +51,7 @@ def bench_command(  # noqa: PLR0913 - one argument per option
     channels_last: ChannelsLast = False,
     repeats: Repeats = 50,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -55,12 +59,14 @@ def bench_command(  # noqa: PLR0913 - one argument per option
 
     Both run in one process and take turns, so that both see the same machine: compare the ratios, not the seconds.
     """
-    outcome = Outcome(command="idap bench", where=str(folder), as_json=as_json, debug=debug)
-    console = Console(highlight=False, stderr=as_json)
+    outcome = Outcome(
+        command="idap bench", where=str(folder), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug
+    )
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says on the standard error that it stopped
     with outcome.reported():
         from idap.deploy.bench import bench  # noqa: PLC0415 - torch is slow to import
         from idap.saving.checkpoint import load  # noqa: PLC0415 - as above
+        from idap.zoo.runs import model_folder, recipe_of_run  # noqa: PLC0415 - as above
 
         place = model_folder(folder)
         recipe = recipe_of(model, task, data) if model is not None else recipe_of_run(folder)
@@ -76,12 +82,11 @@ def bench_command(  # noqa: PLR0913 - one argument per option
             threads=threads,
             channels_last=channels_last,
             repeats=repeats,
-            progress=listener(console, quiet=quiet or as_json),
+            progress=outcome.progress(),
         )
-    if as_json:
-        typer.echo(json.dumps(_document(found), indent=1))
-    elif not quiet:
-        _show(console, found)
+        outcome.document = _document(found)
+        if not (as_json or quiet):
+            _show(outcome.console, found)
 
 
 def _document(found: "Bench") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`idap compress`: both stages, from a recipe or from a model and a task."""
 
-import json
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -28,9 +27,9 @@ from idap.cli.options import (
     Size,
     TaskSpec,
     TensorBoardDir,
+    Verbose,
     WeightsPath,
 )
-from idap.cli.progress import listener
 from idap.cli.tables import Comparison, comparison_table
 from idap.errors import ConfigError
 from idap.progress import Progress
@@ -45,6 +44,10 @@ if TYPE_CHECKING:
     from idap.training.task import Task
     from idap.zoo.recipe import Recipe
 
+EXAMPLES = (
+    "idap compress recipes/digits_resnet.toml --set goals.macs=40%",
+    "idap compress --model python:net.py:build --task python:net.py:task --max-drop 0.01 --macs 0.5",
+)
 LATENCY_REPEATS = 30
 
 
@@ -65,16 +68,17 @@ def compress_command(  # noqa: PLR0913 - one argument per option
     tensorboard: TensorBoardDir = None,
     overrides: Overrides = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compress a trained model: remove filters, then layers, within a budget of accuracy.
 
     The run folder keeps every decision, the accepted models and the result, which idap.load reads. A run that was
-    stopped, even killed, goes on with the same command and --resume, to the same result.
+    stopped, even killed, goes on with `idap resume`, to the same result.
     """
     where = str(recipe) if recipe is not None else model or "the command line"
-    outcome = Outcome(command="idap compress", where=where, as_json=as_json, debug=debug)
+    outcome = Outcome(command="idap compress", where=where, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     goals = {"max_drop": max_drop, "macs": macs, "parameters": parameters, "size": size, "latency": latency}
     settings = [*(overrides or []), *(f"goals.{name}={value}" for name, value in goals.items() if value is not None)]
     replaced = {"model.build": model, "task.build": task, "data.path": data, "model.weights": weights}
@@ -84,23 +88,40 @@ def compress_command(  # noqa: PLR0913 - one argument per option
         from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
 
         read = read_recipe(recipe, settings, replaced=replaced)
-        from idap.training.processes import is_main, launched, on_main  # noqa: PLC0415 - as above
-
-        with launched() as device:
-            wanted, speaks = run_dir or read.run_dir, is_main()
-            outcome.run_dir = run_dir = on_main(lambda: _folder(wanted, read.name, resume=resume))
-            # With --json, the standard output belongs to the document.
-            console = Console(highlight=False, stderr=as_json)
-            progress = listener(console, quiet=quiet or not speaks)
-            board = tensorboard if speaks else None
-            with nullcontext(progress) if board is None else _board(board, run_dir, progress) as listening:
-                result, numbers = _run(read, run_dir, listening, device, resume=resume)
-            if as_json and speaks:
-                typer.echo(json.dumps(_document(result, numbers, run_dir), indent=1))
-            elif not quiet and speaks:
-                _show(console, result, numbers, run_dir)
-    if not result.reached:
+        reached = carried_out(outcome, read, run_dir or read.run_dir, resume=resume, tensorboard=tensorboard)
+    if not reached:
         raise typer.Exit(GOAL_MISSED)
+
+
+def carried_out(
+    outcome: Outcome, recipe: "Recipe", wanted: Path | None, *, resume: bool, tensorboard: Path | None
+) -> bool:
+    """Compress as a recipe says, and show what came of it; several processes work together if they were launched.
+
+    Args:
+        outcome: of the command.
+        recipe: says everything.
+        wanted: the run folder; None takes one in `runs/`.
+        resume: go on with the run in it.
+        tensorboard: folder of logs; None writes none.
+
+    Returns:
+        Whether every goal was reached.
+    """
+    from idap.training.processes import is_main, launched, on_main  # noqa: PLC0415 - torch is slow to import
+
+    with launched() as device:
+        speaks = is_main()
+        outcome.run_dir = run_dir = on_main(lambda: _folder(wanted, recipe.name, resume=resume))
+        progress = outcome.progress(speaks=speaks)
+        board = tensorboard if speaks else None
+        with nullcontext(progress) if board is None else _board(board, run_dir, progress) as listening:
+            result, numbers = _run(recipe, run_dir, listening, device, resume=resume)
+        if speaks:
+            outcome.document = _document(result, numbers, run_dir)
+        if speaks and not (outcome.as_json or outcome.quiet):
+            _show(outcome.console, result, numbers, run_dir)
+    return result.reached
 
 
 def _folder(wanted: Path | None, name: str, *, resume: bool) -> Path:
@@ -144,7 +165,7 @@ def _run(
         fit(model, task, training, progress=progress, title="train")
     progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
     with progress.phase("compress", None):
-        about = recipe.subject()
+        about = recipe.table()
         result = compress(model, task, config, run_dir=run_dir, resume=resume, recipe=about, progress=progress)
     return result, compare(model, result, task, progress)
 

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.text import Text
 from torch import nn
 
 from idap.cli.compress import compare
-from idap.cli.tables import comparison_table
+from idap.cli.tables import Comparison, comparison_table
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.compress.result import Result
 from idap.compress.run import compress
@@ -48,6 +49,28 @@ class Act:
     recovery: Recovery
 
 
+@dataclass(frozen=True)
+class Played:
+    """What came of one network.
+
+    Attributes:
+        title: of the network.
+        reached: whether every goal was.
+        message: what was reached.
+        numbers: before and after.
+    """
+
+    title: str
+    reached: bool
+    message: str
+    numbers: Comparison
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as dicts and lists."""
+        about = {"network": self.title, "reached": self.reached, "message": self.message}
+        return about | self.numbers.to_json()
+
+
 def acts(*, fast: bool, seed: int) -> tuple[Act, ...]:
     """The networks with their settings, which were tuned on the validation data."""
     short = 0.5 if fast else 1.0
@@ -72,7 +95,7 @@ def acts(*, fast: bool, seed: int) -> tuple[Act, ...]:
 
 def run_demo(
     console: Console, progress: Progress, *, fast: bool = False, seed: int = 0, out: Path | None = None
-) -> bool:
+) -> list["Played"]:
     """Train, compress, compare, save and reload two small networks.
 
     Args:
@@ -83,7 +106,7 @@ def run_demo(
         out: where the runs are kept, a new or empty folder; None keeps them in a temporary one.
 
     Returns:
-        Whether every goal was reached.
+        What came of each network.
 
     Raises:
         CheckpointError: a saved model did not give the same outputs after loading.
@@ -98,17 +121,17 @@ def run_demo(
     )
     with tempfile.TemporaryDirectory(prefix="idap-demo-") as temporary:
         folder = out or Path(temporary)
-        reached = [
+        played = [
             _perform(act, task, folder / act.folder, console, progress, seed) for act in acts(fast=fast, seed=seed)
         ]
         if out is not None:
             console.print(
                 f"\nThe runs are in {out}; idap.load(folder/'model', freshly_built) loads a model.", markup=False
             )
-    return all(reached)
+    return played
 
 
-def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Progress, seed: int) -> bool:
+def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Progress, seed: int) -> "Played":
     console.print()
     console.rule(Text(f"{act.title} ({act.build.__name__})", style="bold"), align="left", characters="─")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -126,7 +149,8 @@ def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Pro
     with progress.phase("compress", None):
         result = compress(model, task, config, run_dir=folder, progress=progress)
     console.print()
-    console.print(comparison_table(compare(model, result, task, progress)))
+    numbers = compare(model, result, task, progress)
+    console.print(comparison_table(numbers))
     console.print(
         Text(f"{result.message[:1].upper()}{result.message[1:]}.", style="green" if result.reached else "yellow")
     )
@@ -138,7 +162,7 @@ def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Pro
     console.print(
         "Saved as safetensors + plan.json and loaded into a freshly built original: the outputs are the same."
     )
-    return result.reached
+    return Played(act.title, result.reached, result.message, numbers)
 
 
 @torch.no_grad()

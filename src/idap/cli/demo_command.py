@@ -1,24 +1,43 @@
 """`idap demo`: the whole story on embedded data."""
 
 import typer
-from rich.console import Console
 
 from idap.cli.failure import GOAL_MISSED, Outcome
-from idap.cli.options import Debug, Fast, Out, Seed
-from idap.cli.progress import listener
+from idap.cli.options import Debug, Fast, Json, Out, Quiet, Seed, Verbose
+from idap.cli.terminal import nowhere
+
+EXAMPLES = ("idap demo", "idap demo --fast --out runs/demo")
 
 
-def demo_command(*, fast: Fast = False, seed: Seed = 0, out: Out = None, debug: Debug = False) -> None:
+def demo_command(
+    *,
+    fast: Fast = False,
+    seed: Seed = 0,
+    out: Out = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Train two small networks on handwritten digits, compress them, and show what happened.
 
     A residual network and a vision transformer lose half of their multiply-adds for at most one point of accuracy.
     Needs no download and about two minutes.
     """
-    console = Console(highlight=False)
-    outcome = Outcome(command="idap demo", where="the embedded digits", debug=debug, run_dir=out)
+    outcome = Outcome(
+        command="idap demo",
+        where="the embedded digits",
+        as_json=as_json,
+        quiet=quiet,
+        verbose=verbose,
+        debug=debug,
+        stopped="Nothing was kept." if out is None else f"{out} holds what was finished; choose another --out.",
+    )
     with outcome.reported():
         from idap.cli.demo import run_demo  # noqa: PLC0415 - torch is slow to import
 
-        reached = run_demo(console, listener(console), fast=fast, seed=seed, out=out)
-    if not reached:
+        console = nowhere() if quiet else outcome.console
+        played = run_demo(console, outcome.progress(), fast=fast, seed=seed, out=out)
+        outcome.document = [each.to_json() for each in played]
+    if not all(each.reached for each in played):
         raise typer.Exit(GOAL_MISSED)

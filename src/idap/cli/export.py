@@ -1,11 +1,9 @@
 """`idap export`: a compressed model as a file that runs without its Python code."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 
 from idap.cli.failure import Outcome
@@ -23,10 +21,10 @@ from idap.cli.options import (
     RunOrModel,
     StaticBatch,
     TaskSpec,
+    Verbose,
 )
 from idap.cli.subject import model_and_inputs, recipe_of
-from idap.errors import ConfigError, RunFolderError
-from idap.record import CHECKPOINTS, RUN, RunFolder
+from idap.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +33,10 @@ if TYPE_CHECKING:
     from idap.surgery.finalize import Finalized
     from idap.zoo.recipe import Recipe
 
+EXAMPLES = (
+    "idap export runs/net --out net.onnx",
+    "idap export small --model idap:digits_vit --to pt2 --finalize --out small.pt2",
+)
 _FORMS = ("onnx", "pt2", "safetensors")
 
 
@@ -51,6 +53,7 @@ def export_command(  # noqa: PLR0913 - one argument per option
     static_batch: StaticBatch = False,
     opset: Opset = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -58,53 +61,22 @@ def export_command(  # noqa: PLR0913 - one argument per option
 
     What was written is read back and compared with the model on fresh inputs; on a mismatch there is no file.
     """
-    outcome = Outcome(command="idap export", where=str(folder), as_json=as_json, debug=debug)
+    outcome = Outcome(
+        command="idap export", where=str(folder), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug
+    )
     with outcome.reported():
         if to not in _FORMS:
             raise ConfigError(f"--to is {', '.join(_FORMS[:-1])} or {_FORMS[-1]}, found {to!r}.")
+        from idap.zoo.runs import model_folder, recipe_of_run  # noqa: PLC0415 - torch is slow to import
+
         place = model_folder(folder)
         recipe = recipe_of(model, task, data) if model is not None else recipe_of_run(folder)
         spec = model or (recipe.network.build if recipe is not None else "")
         small, args, kwargs, report = _loaded(place, spec, recipe, input_shape or [], finalized=finalize)
         done = _written(small, args, kwargs, out, to=to, dynamic=not static_batch, opset=opset)
-    if as_json:
-        found = asdict(done) | {"finalized": None if report is None else asdict(report)}
-        typer.echo(json.dumps(found, indent=1, default=str))
-    elif not quiet:
-        _show(done, report)
-
-
-def model_folder(folder: Path) -> Path:
-    """The folder that holds a model: the one that is named, or the result of the run in it."""
-    from idap.saving.reading import PLAN  # noqa: PLC0415 - imports torch
-
-    result = RunFolder(folder).model
-    if (folder / PLAN).exists():
-        return folder
-    if (result / PLAN).exists():
-        return result
-    if (folder / RUN).exists():
-        steps = sorted(each for each in (folder / CHECKPOINTS).glob("*") if (each / PLAN).exists())
-        advice = f"name an accepted state of it, such as {steps[-1]}" if steps else "it has no accepted state either"
-        raise RunFolderError(f"the run in {folder} has no result yet; {advice}.")
-    raise RunFolderError(f"{folder} holds neither a run ({RUN}) nor a compressed model ({PLAN}).")
-
-
-def recipe_of_run(folder: Path) -> "Recipe":
-    """The recipe that a run was begun with."""
-    from idap.zoo.recipe import make_recipe  # noqa: PLC0415 - imports torch
-
-    file = folder / RUN
-    try:
-        noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunFolderError(f"{file} can't be read: {error}") from error
-    if "recipe" not in noted:
-        raise ConfigError(
-            f"{folder} does not say how its original is built; say it: --model python:net.py:build, or --model and the "
-            "recipe."
-        )
-    return make_recipe(noted["recipe"], str(file))
+        outcome.document = asdict(done) | {"finalized": None if report is None else asdict(report)}
+        if not (as_json or quiet):
+            _show(outcome.console, done, report)
 
 
 def _loaded(
@@ -133,8 +105,7 @@ def _written(
     return export(model, args, out, kwargs=kwargs, to=to, dynamic_batch=dynamic, opset=opset)
 
 
-def _show(done: "Exported", report: "Finalized | None") -> None:
-    console = Console(highlight=False)
+def _show(console: Console, done: "Exported", report: "Finalized | None") -> None:
     if report is not None:
         console.print(
             f"Finalized: {len(report.folded)} batch norms folded, {len(report.kept)} kept; {len(report.silenced)} "

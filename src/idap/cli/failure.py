@@ -1,12 +1,15 @@
-"""What a command does when it fails: one panel, or one JSON document, and an exit code."""
+"""What a command does when it ends, well or not: its document, one panel, and an exit code."""
 
 import json
 import os
+import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, Group
@@ -14,48 +17,86 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from idap.errors import IdapError, RunFolderError
+from idap.cli.terminal import silence, terminal
+from idap.errors import ConfigError, IdapError, RunFolderError
 from idap.record import RUN, RunFolder, read_steps
 
-OK, GOAL_MISSED, USER_ERROR, UNEXPECTED, STOPPED = 0, 1, 2, 3, 130
+if TYPE_CHECKING:
+    from idap.progress import Progress
+
+OK, GOAL_MISSED, USER_ERROR, UNEXPECTED, STOPPED, NO_READER = 0, 1, 2, 3, 130, 141
 
 
 @dataclass
 class Outcome:
-    """What is known about a command while it runs, for the case that it fails.
+    """What is known about a command while it runs, and how it speaks.
 
     Attributes:
         command: as the user types it, such as "idap inspect".
         where: what it works on.
-        as_json: whether errors are a JSON document on the standard output.
+        as_json: whether the standard output is one JSON document, of the result or of the error.
+        quiet: whether only errors are shown.
+        verbose: whether the standard error tells how long each part takes.
         debug: whether tracebacks are shown.
         run_dir: the run folder, once it is known.
         stopped: what is said after an interruption; "" says what the run folder holds.
-        errors: the console for errors.
+        document: the result for machines; written when the command ends well and `as_json` is set.
     """
 
     command: str
     where: str
     as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
     debug: bool = False
     run_dir: Path | None = None
     stopped: str = ""
-    errors: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    document: Any = None
+    console: Console = field(init=False)
+    errors: Console = field(init=False)
+
+    def __post_init__(self) -> None:
+        # With --json, the standard output belongs to the document.
+        self.console = terminal(stderr=self.as_json)
+        self.errors = terminal(stderr=True)
+
+    def progress(self, *, speaks: bool = True) -> "Progress":
+        """Who hears of the work: bars, lines or nobody; with `verbose` also of the seconds of every phase.
+
+        Args:
+            speaks: False in all but the first of several processes.
+        """
+        from idap.cli.progress import listener  # noqa: PLC0415 - commands that only list need neither
+        from idap.cli.timed import Timed  # noqa: PLC0415 - as above
+
+        shown = listener(self.console, quiet=self.quiet or not speaks)
+        return Timed(shown, self.errors) if self.verbose and speaks else shown
 
     @contextmanager
     def reported(self) -> Iterator[None]:
-        """Turn every exception into something a person, or a machine, can act on.
+        """Turn every exception into something a person, or a machine, can act on; in the end write the document.
 
         Raises:
-            typer.Exit: with code 2 for the user's errors, 3 for unexpected ones, 130 after Ctrl-C.
+            typer.Exit: with code 2 for the user's errors, 3 for unexpected ones, 130 after Ctrl-C, 141 where nobody
+                reads any more.
         """
+        began = time.perf_counter()
         try:
-            yield
+            if self.quiet and self.verbose:
+                raise ConfigError("--quiet and --verbose contradict each other; leave one out.")
+            # What user code or a library prints must not come before the document.
+            with redirect_stdout(sys.stderr) if self.as_json else nullcontext():
+                yield
+            if self.as_json and self.document is not None:
+                typer.echo(json.dumps(self.document, indent=1, default=str))
         except typer.Exit:
             raise
         except KeyboardInterrupt as error:
-            self.errors.print(f"\nStopped. {self.stopped or state_of(self.run_dir)}", markup=False, soft_wrap=True)
+            self._stop(self.stopped or state_of(self.run_dir))
             raise typer.Exit(STOPPED) from error
+        except BrokenPipeError as error:
+            silence(sys.stdout)
+            raise typer.Exit(NO_READER) from error
         except IdapError as error:
             self._show(error, title=(type(error).__doc__ or "").strip().rstrip("."), advice="")
             raise typer.Exit(USER_ERROR) from error
@@ -66,6 +107,20 @@ class Outcome:
                 advice="It is a mistake in idap, or in code that idap called. Run again with --debug and report it.",
             )
             raise typer.Exit(UNEXPECTED) from error
+        finally:
+            if self.verbose and not self.quiet:
+                self._sum_up(time.perf_counter() - began)
+
+    def _stop(self, state: str) -> None:
+        if self.as_json:
+            _write_error("KeyboardInterrupt", f"Stopped. {state}", self.where)
+        self.errors.print(f"\nStopped. {state}", markup=False, soft_wrap=True)
+
+    def _sum_up(self, seconds: float) -> None:
+        libraries = [name for name in ("torch", "torchvision", "timm", "transformers") if name in sys.modules]
+        versions = "".join(f", {name} {getattr(sys.modules[name], '__version__', '?')}" for name in libraries)
+        python = ".".join(map(str, sys.version_info[:3]))
+        self.errors.print(f"{self.command}: {seconds:.1f} s; Python {python}{versions}.", markup=False, soft_wrap=True)
 
     def _show(self, error: Exception, *, title: str, advice: str) -> None:
         if self.debug:
@@ -74,16 +129,48 @@ class Outcome:
         rank = os.environ.get("RANK", "0")
         if rank != "0":  # of several processes; most errors are those of all, and the first one shows them
             self.errors.print(f"process {rank}: {message}", markup=False, soft_wrap=True)
-            return
-        if self.as_json:
-            document = {"error": {"kind": type(error).__name__, "message": message, "where": self.where}}
-            typer.echo(json.dumps(document, indent=1))
-            return
-        facts = Table.grid(padding=(0, 2))
-        facts.add_row(Text("in", style="dim"), Text(self.where))
-        facts.add_row(Text("help", style="dim"), Text(f"{self.command} --help, or --debug for the traceback"))
-        parts = Group(Text(message), *([Text(advice)] if advice else []), Text(""), facts)
-        self.errors.print(Panel(parts, title=Text(title), title_align="left", border_style="red"))
+        elif self.as_json:
+            _write_error(type(error).__name__, message, self.where)
+        else:
+            show_error(self.errors, title, message, advice=advice, where=self.where, command=self.command)
+
+
+def show_error(errors: Console, title: str, message: str, *, advice: str, where: str, command: str) -> None:
+    """Draw the panel: what, where, how to fix.
+
+    Args:
+        errors: console of the standard error.
+        title: kind of the error.
+        message: what was found, what was expected, and the way out.
+        advice: one more line; "" for none.
+        where: what the command worked on.
+        command: whose help is named.
+    """
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row(Text("in", style="dim"), Text(where))
+    facts.add_row(Text("help", style="dim"), Text(f"{command} --help, or --debug for the traceback"))
+    parts = Group(Text(message), *([Text(advice)] if advice else []), Text(""), facts)
+    errors.print(Panel(parts, title=Text(title), title_align="left", border_style="red"))
+
+
+def report_usage(error: Any, words: list[str]) -> None:
+    """Report words that are no command: the same panel, or the same document, as for every other error.
+
+    Args:
+        error: of the parser; knows its message and, mostly, the command.
+        words: that were typed after `idap`.
+    """
+    context = getattr(error, "ctx", None)
+    command = "idap" if context is None else context.command_path
+    message, where = str(error.format_message()), " ".join(["idap", *words])
+    if "--json" in words:
+        _write_error("UsageError", message, where)
+    else:
+        show_error(terminal(stderr=True), "Wrong usage", message, advice="", where=where, command=command)
+
+
+def _write_error(kind: str, message: str, where: str) -> None:
+    typer.echo(json.dumps({"error": {"kind": kind, "message": message, "where": where}}, indent=1))
 
 
 def state_of(run_dir: Path | None) -> str:
@@ -96,7 +183,7 @@ def state_of(run_dir: Path | None) -> str:
         steps = read_steps(run_dir)
     except RunFolderError as error:
         return f"It came in the middle of writing: {error}."
-    again = f"Go on with the same command and --run-dir {run_dir} --resume."
+    again = f"Go on with: idap resume {run_dir}"
     if not steps:
         return f"{run_dir} holds the settings of the run and no finished step. {again}"
     accepted = [step for step in steps if step["accepted"]]

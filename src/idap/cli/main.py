@@ -1,60 +1,101 @@
-"""The `idap` command and its subcommands. Torch is imported when a command runs, not to show help."""
+"""The `idap` command and its subcommands. A command's module, and with it torch, is imported when it runs."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
-from idap.cli.apply import apply_command
-from idap.cli.bench import bench_command
-from idap.cli.compress import compress_command
-from idap.cli.demo_command import demo_command
-from idap.cli.export import export_command
-from idap.cli.inspect import inspect_command
+from idap.cli.lazy import CONTEXT, Lazy, LazyGroup
 
-_EXIT_CODES = "Exit codes: 0 done · 1 a goal was not reached · 2 wrong input · 3 unexpected error · 130 stopped."
+EXIT_CODES = {
+    0: "done",
+    1: "a goal was not reached",
+    2: "wrong input",
+    3: "unexpected error",
+    130: "stopped with Ctrl-C",
+    141: "the reader of the output went away",
+}
+
+START, WORK, RESULT, KNOW = "Begin here", "Compress", "Use the result", "Look up"
+
+COMMANDS = (
+    Lazy(
+        "demo",
+        "idap.cli.demo_command:demo_command",
+        "Train two small networks on handwritten digits, compress them, and show what happened.",
+        START,
+    ),
+    Lazy(
+        "inspect",
+        "idap.cli.inspect:inspect_command",
+        "Show what can be removed from a model, what can't and why, and what each part costs.",
+        START,
+    ),
+    Lazy(
+        "compress",
+        "idap.cli.compress:compress_command",
+        "Compress a trained model: remove filters, then layers, within a budget of accuracy.",
+        WORK,
+    ),
+    Lazy("resume", "idap.cli.resume:resume_command", "Go on with a run that was stopped, or killed.", WORK),
+    Lazy(
+        "evaluate",
+        "idap.cli.evaluate:evaluate_command",
+        "Measure the metric of a compressed model and of its original.",
+        RESULT,
+    ),
+    Lazy(
+        "bench",
+        "idap.cli.bench:bench_command",
+        "Time a compressed model and its original in turn, on this machine.",
+        RESULT,
+    ),
+    Lazy(
+        "export",
+        "idap.cli.export:export_command",
+        "Write a compressed model as ONNX, as a torch.export program or as plain weights.",
+        RESULT,
+    ),
+    Lazy(
+        "apply",
+        "idap.cli.apply:apply_command",
+        "Cut a checkpoint on disk as a plan says, without building the model.",
+        RESULT,
+    ),
+    Lazy("list", "idap.cli.listing:list_command", "List models, data sets, criteria and recipes by name.", KNOW),
+    Lazy(
+        "completion",
+        "idap.cli.completion:completion_command",
+        "Print the script that completes commands, options and names in a shell.",
+        KNOW,
+    ),
+)
+
+
+class IdapGroup(LazyGroup):
+    """All commands of idap."""
+
+    lazy = COMMANDS
+
 
 app = typer.Typer(
     name="idap",
+    cls=IdapGroup,
     help="Make trained neural networks smaller and faster by removing what their information flow does not need.",
-    epilog=f"Begin with [bold]idap demo[/bold].  {_EXIT_CODES}",
+    epilog="Begin with [bold]idap demo[/bold].  Exit codes: "
+    + " · ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()),
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=False,  # `idap completion` does it, with names that hold a colon
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
-app.command("demo", epilog="Example: [bold]idap demo --fast[/bold]")(demo_command)
-app.command(
-    "inspect",
-    epilog="Examples: [bold]idap inspect idap:digits_vit[/bold]  ·  "
-    "[bold]idap inspect python:net.py:build --input-shape 1,3,32,32[/bold]",
-)(inspect_command)
-app.command(
-    "compress",
-    epilog="Examples: [bold]idap compress recipes/digits_resnet.toml --set goals.macs=40%[/bold]  ·  "
-    "[bold]idap compress --model python:net.py:build --task python:net.py:task --max-drop 0.01 --macs 0.5[/bold]",
-)(compress_command)
-app.command(
-    "export",
-    epilog="Examples: [bold]idap export runs/net --model net.toml --out net.onnx[/bold]  ·  "
-    "[bold]idap export small --model idap:digits_vit --to pt2 --finalize --out small.pt2[/bold]",
-)(export_command)
-app.command(
-    "bench",
-    epilog="Examples: [bold]idap bench runs/net --model net.toml --batch 1 --batch 16[/bold]  ·  "
-    "[bold]idap bench small --model idap:digits_vit --engine eager --engine onnxruntime[/bold]",
-)(bench_command)
-app.command(
-    "apply",
-    epilog="Example: [bold]idap apply runs/resnet/model/plan.json --checkpoint original/ --out small/ "
-    "--max-shard-size 2GB[/bold]",
-)(apply_command)
 
 
 def _show_version(wanted: bool) -> None:
     if not wanted:
         return
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - slow to import
+
     try:
         typer.echo(f"idap {version('idap')}")
     except PackageNotFoundError:
@@ -73,4 +114,10 @@ def _options(
 
 def run() -> None:
     """Run the command; the entry point of the installed script."""
+    from os import environ  # noqa: PLC0415
+
+    if "_IDAP_COMPLETE" in environ:
+        from idap.cli.completion import prepare  # noqa: PLC0415 - only a shell asks
+
+        prepare()
     app(prog_name="idap")

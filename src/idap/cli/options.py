@@ -5,18 +5,55 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
+from idap.cli import names
+from idap.cli.lazy import OUTPUT
+
+GOALS, RUN = "Goals", "The run"
+"""Headings in the help."""
+
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but errors.", rich_help_panel=OUTPUT)
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        metavar="",
+        help="Say on the standard error how long each part takes, and with what.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", metavar="", help="Show the traceback of an error.", envvar="IDAP_DEBUG", rich_help_panel=OUTPUT
+    ),
+]
 
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="RECIPE", help="A TOML file; see recipes/.", show_default=False)
+    Path | None, typer.Argument(metavar="RECIPE", help="A TOML file; idap list recipes lists some.", show_default=False)
 ]
 ModelSpec = Annotated[
-    str | None, typer.Option("--model", metavar="SPEC", help="The model, such as python:net.py:build or timm:NAME.")
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="SPEC",
+        help="The model, such as python:net.py:build or timm:NAME.",
+        autocompletion=names.models,
+    ),
 ]
 TaskSpec = Annotated[
-    str | None, typer.Option("--task", metavar="SPEC", help="The task, python:FILE.py:NAME: a Task, or a function.")
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="SPEC",
+        help="The task, python:FILE.py:NAME: a Task, or a function.",
+        autocompletion=names.scripts,
+    ),
 ]
 DataPath = Annotated[
     Path | None, typer.Option("--data", metavar="PATH", help="The data, instead of the recipe's.", show_default=False)
@@ -26,25 +63,46 @@ WeightsPath = Annotated[
 ]
 MaxDrop = Annotated[
     str | None,
-    typer.Option("--max-drop", metavar="NUMBER", help="Largest loss of the metric: 0.01 is a point of accuracy."),
+    typer.Option(
+        "--max-drop",
+        metavar="NUMBER",
+        help="Largest loss of the metric: 0.01 is a point of accuracy.",
+        rich_help_panel=GOALS,
+    ),
 ]
 Macs = Annotated[
-    str | None, typer.Option("--macs", metavar="SHARE", help="Share of the multiply-adds that may stay: 0.5 or 50%.")
+    str | None,
+    typer.Option(
+        "--macs", metavar="SHARE", help="Share of the multiply-adds that may stay: 0.5 or 50%.", rich_help_panel=GOALS
+    ),
 ]
 Parameters = Annotated[
-    str | None, typer.Option("--parameters", metavar="SHARE", help="Share of the parameters that may stay.")
+    str | None,
+    typer.Option("--parameters", metavar="SHARE", help="Share of the parameters that may stay.", rich_help_panel=GOALS),
 ]
-Size = Annotated[str | None, typer.Option("--size", metavar="SHARE", help="Share of the file size that may stay.")]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", metavar="SHARE", help="Share of the file size that may stay.", rich_help_panel=GOALS),
+]
 LatencyShare = Annotated[
-    str | None, typer.Option("--latency", metavar="SHARE", help="Share of the latency, measured here, that may stay.")
+    str | None,
+    typer.Option(
+        "--latency", metavar="SHARE", help="Share of the latency, measured here, that may stay.", rich_help_panel=GOALS
+    ),
 ]
 RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="PATH", help="New folder for the run; runs/NAME if left out.")
+    Path | None,
+    typer.Option(
+        "--run-dir", metavar="PATH", help="New folder for the run; runs/NAME if left out.", rich_help_panel=RUN
+    ),
 ]
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", metavar="", help="Go on with the run in --run-dir (or runs/NAME) that was stopped or killed."
+        "--resume",
+        metavar="",
+        help="Go on with the run in --run-dir (or runs/NAME), or begin it; `idap resume RUN` needs no recipe.",
+        rich_help_panel=RUN,
     ),
 ]
 TensorBoardDir = Annotated[
@@ -54,6 +112,7 @@ TensorBoardDir = Annotated[
         metavar="PATH",
         help="Log the run for TensorBoard, in a new folder of this one.",
         show_default=False,
+        rich_help_panel=RUN,
     ),
 ]
 Overrides = Annotated[
@@ -67,6 +126,7 @@ Spec = Annotated[
         help="A model (python:FILE.py:NAME, idap:NAME, torchvision:NAME, timm:NAME, transformers:TYPE) or a recipe "
         "(FILE.toml).",
         show_default=False,
+        autocompletion=names.models,
     ),
 ]
 InputShapes = Annotated[
@@ -98,7 +158,10 @@ WithDivergence = Annotated[
 CriterionName = Annotated[
     str | None,
     typer.Option(
-        "--criterion", metavar="NAME", help="What is measured: relative, innovation, paper, taylor, magnitude, ..."
+        "--criterion",
+        metavar="NAME",
+        help="What is measured: relative, innovation, paper, ...; idap list criteria lists all.",
+        autocompletion=names.criteria,
     ),
 ]
 ProfileFile = Annotated[
@@ -120,9 +183,18 @@ OriginalSpec = Annotated[
         metavar="SPEC",
         help="The model that was compressed, such as python:net.py:build, or its recipe (FILE.toml); the run's own "
         "recipe if left out.",
+        autocompletion=names.models,
     ),
 ]
-ExportTo = Annotated[str, typer.Option("--to", metavar="FORM", help="onnx, pt2 (torch.export) or safetensors.")]
+ExportTo = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="FORM",
+        help="onnx, pt2 (torch.export) or safetensors.",
+        autocompletion=names.one_of(("onnx", "pt2", "safetensors")),
+    ),
+]
 ExportFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.", show_default=False)]
 Finalize = Annotated[
     bool, typer.Option("--finalize", metavar="", help="Fold batch norms and take out dropout first; see idap.finalize.")
@@ -134,12 +206,16 @@ Opset = Annotated[
     int | None, typer.Option("--opset", help="Version of the ONNX operators; torch's choice if left out.")
 ]
 Batches = Annotated[
-    list[int] | None, typer.Option("--batch", metavar="SAMPLES", help="Samples of a pass; may be repeated. [1]")
+    list[int] | None,
+    typer.Option("--batch", metavar="SAMPLES", help="Samples of a pass; may be repeated; 1 if left out."),
 ]
 Engines = Annotated[
     list[str] | None,
     typer.Option(
-        "--engine", metavar="NAME", help="eager, compile (torch.compile) or onnxruntime; may be repeated. [eager]"
+        "--engine",
+        metavar="NAME",
+        help="eager, compile (torch.compile) or onnxruntime; may be repeated; eager if left out.",
+        autocompletion=names.one_of(("eager", "compile", "onnxruntime")),
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="COUNT", help="Threads of the CPU.")]
@@ -161,4 +237,54 @@ SmallFolder = Annotated[
 ]
 ShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file: 5GB, 500MB or a number of bytes.")
+]
+RunToResume = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)]
+RunOrModelOrNone = Annotated[
+    Path | None,
+    typer.Argument(metavar="FOLDER", help="A run folder, or a folder with plan.json.", show_default=False),
+]
+EvaluatedRecipe = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="The recipe that says model and data; the run's own if left out."),
+]
+EvaluatedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="SPEC",
+        help="The original, such as python:net.py:build; with --task it needs no recipe.",
+        autocompletion=names.models,
+    ),
+]
+SplitName = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        metavar="NAME",
+        help="val, the data that decided, or test.",
+        autocompletion=names.one_of(("val", "test")),
+    ),
+]
+OnlyNumbers = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", metavar="", help="Print only the numbers, one per line.", rich_help_panel=OUTPUT),
+]
+OnlyNames = Annotated[
+    bool, typer.Option("--quiet", "-q", metavar="", help="Print only the names, one per line.", rich_help_panel=OUTPUT)
+]
+ListKind = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="KIND", help="models, data, criteria or recipes.", show_default=False, autocompletion=names.kinds
+    ),
+]
+ListWords = Annotated[list[str] | None, typer.Argument(metavar="WORD", help="Words to look for.", show_default=False)]
+ShellName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="SHELL",
+        help="bash, zsh or fish.",
+        show_default=False,
+        autocompletion=names.one_of(("bash", "zsh", "fish")),
+    ),
 ]

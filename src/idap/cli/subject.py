@@ -19,12 +19,14 @@ def recipe_of(spec: str, task: str | None = None, data: Path | None = None) -> "
     Raises:
         ConfigError: the recipe is wrong.
     """
+    if not spec.endswith(".toml") and task is None:
+        return None
     from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - imports torch
 
     replaced = {"task.build": task, "data.path": data}
     if spec.endswith(".toml"):
         return read_recipe(spec, replaced=replaced)
-    return None if task is None else read_recipe(None, replaced={**replaced, "model.build": spec})
+    return read_recipe(None, replaced={**replaced, "model.build": spec})
 
 
 def model_and_inputs(spec: str, recipe: "Recipe | None", shapes: list[str], *, weights: bool = True) -> "Subject":

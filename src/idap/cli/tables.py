@@ -1,5 +1,6 @@
 """The closing table: what a model was before and what it is after."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,9 +57,9 @@ def comparison_table(numbers: Comparison, title: str = "") -> Table:
     if numbers.latency is not None:
         label = f"latency, batch of {numbers.batch}"
         table.add_row(label, *(f"{seconds * 1000:.2f} ms" for seconds in numbers.latency), _share(numbers.latency))
-    table.add_row(f"{numbers.metric_name} (validation)", *_metric(numbers.metric_name, numbers.val))
+    table.add_row(f"{numbers.metric_name} (validation)", *metric_cells(numbers.metric_name, numbers.val))
     if numbers.test is not None:
-        table.add_row(f"{numbers.metric_name} (test)", *_metric(numbers.metric_name, numbers.test))
+        table.add_row(f"{numbers.metric_name} (test)", *metric_cells(numbers.metric_name, numbers.test))
     return table
 
 
@@ -74,8 +75,15 @@ def _share(pair: tuple[float, float]) -> str:
     return f"{(after - before) / before:+.1%}".replace("-", "−") if before else ""
 
 
-def _metric(name: str, pair: tuple[float, float]) -> tuple[str, str, str]:
-    before, after = pair
-    if name == "accuracy":
-        return f"{before:.2%}", f"{after:.2%}", f"{(after - before) * 100:+.2f} points".replace("-", "−")
-    return f"{before:.4g}", f"{after:.4g}", f"{after - before:+.4g}".replace("-", "−")
+def metric_cells(name: str, values: Sequence[float]) -> list[str]:
+    """Write values of a metric, and of two the change.
+
+    >>> metric_cells("accuracy", [0.975, 0.97]), metric_cells("perplexity", [12.345678])
+    (['97.50%', '97.00%', '−0.50 points'], ['12.35'])
+    """
+    accuracy = name == "accuracy"
+    cells = [f"{value:.2%}" if accuracy else f"{value:.4g}" for value in values]
+    if len(values) == 2:
+        change = values[1] - values[0]
+        cells.append((f"{change * 100:+.2f} points" if accuracy else f"{change:+.4g}").replace("-", "−"))
+    return cells

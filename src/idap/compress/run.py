@@ -75,7 +75,8 @@ def compress(
         resume: go on with the run in `run_dir` that was stopped, at whatever moment; a run that was never begun there
             begins. Decisions that were taken are recalled, not taken again, and the result is that of a run that was
             not stopped.
-        recipe: how model and task are built, kept in `run_dir` for whoever builds them again, as `idap export` does.
+        recipe: how model, task and `config` are made, kept in `run_dir` for whoever makes them again, as `idap resume`
+            and `idap export` do.
         progress: hears of every phase and every decision.
 
     In a distributed run (`torch.distributed` initialised) every process calls this with the same arguments: all decide

@@ -5,16 +5,19 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from idap.errors import TaskError
 from idap.progress import Progress, Silent
 from idap.training.batch import Batch, Outputs, describe, device_of, move
 from idap.training.processes import Draw, alone, process_count, process_rank, together, totals
-from idap.training.task import Split, Task, empty_split
+from idap.training.task import Split, Task, empty_split, from_torchmetrics
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @contextmanager
@@ -62,7 +65,7 @@ def evaluate(model: nn.Module, task: Task, *, split: Split = "val", progress: Pr
                 meter.add(task.run(model, batch), batch)
             meter.seen += 1
             phase.advance()
-    if isinstance(task.metric, Metric) and meter.seen < process_count():
+    if from_torchmetrics(task.metric) and meter.seen < process_count():
         with alone():  # it could not compute a result in a process that has seen nothing
             return evaluate(model, task, split=split)
     return meter.value()
@@ -130,11 +133,11 @@ class Meter:
         self._task = task
         self._split = split
         self._metric: Metric | None = None
-        if isinstance(task.metric, Metric):
+        if from_torchmetrics(task.metric):
             self._metric = task.metric.clone().to(device)
             self._metric.reset()
             for part in self._metric.modules():  # it adds up over all processes when it is computed
-                if isinstance(part, Metric):
+                if from_torchmetrics(part):
                     part.sync_on_compute = process_count() > 1
         self.seen = 0
         self._batches = 0
@@ -153,7 +156,7 @@ class Meter:
         """
         if self._metric is not None and self._task.update is not None:
             self._task.update(self._metric, outputs, batch)
-        elif not isinstance(self._task.metric, Metric):
+        elif not from_torchmetrics(self._task.metric):
             size = self._task.size(batch)
             where = f"batch {self.seen} of the {self._split!r} split"
             self._sum += size * self._number(self._task.metric(outputs, batch), where)

@@ -3,14 +3,14 @@
 A batch may be anything a loader yields. Only the functions of a `Task` look inside it.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from idap.errors import ConfigError, TaskError
 from idap.training.batch import (
@@ -25,6 +25,10 @@ from idap.training.batch import (
     describe,
     move,
 )
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+    from typing_extensions import TypeIs
 
 Split = Literal["train", "val", "test", "calibration"]
 
@@ -60,22 +64,22 @@ class Task:
     test: Iterable[Batch] | None = field(default=None, repr=False)
     calibration: Iterable[Batch] | None = field(default=None, repr=False)
     loss: Callable[[Outputs, Batch], Tensor]
-    metric: Metric | Callable[[Outputs, Batch], float | Tensor]
+    metric: "Metric | Callable[[Outputs, Batch], float | Tensor]"
     metric_name: str
     higher_is_better: bool = True
-    update: Callable[[Metric, Outputs, Batch], None] | None = None
+    update: "Callable[[Metric, Outputs, Batch], None] | None" = None
     inputs: Callable[[Batch], Inputs] = default_inputs
     logits: Callable[[Outputs], Tensor] = default_logits
     size: Callable[[Batch], int] = default_size
     padding: Callable[[Batch], Tensor | None] = default_padding
 
     def __post_init__(self) -> None:
-        if isinstance(self.metric, Metric) and self.update is None:
+        if from_torchmetrics(self.metric) and self.update is None:
             raise TaskError(
                 f"metric {self.metric_name!r} is a torchmetrics {type(self.metric).__name__} and nothing feeds it. "
                 "Pass update=lambda metric, outputs, batch: metric.update(predictions, targets) to the task."
             )
-        if not isinstance(self.metric, Metric) and self.update is not None:
+        if not from_torchmetrics(self.metric) and self.update is not None:
             raise TaskError(
                 f"update= feeds a torchmetrics metric, but metric {self.metric_name!r} is {describe(self.metric)}, "
                 "which is called as metric(outputs, batch). Leave update= out."
@@ -131,6 +135,16 @@ class Task:
         for batch in self.batches("calibration"):
             return self.inputs(move(batch, device))
         raise empty_split("calibration" if self.calibration is not None else "train")
+
+
+def from_torchmetrics(value: object) -> "TypeIs[Metric]":
+    """Whether something is a metric of torchmetrics, which is not imported for that: whoever made one has done it.
+
+    >>> from_torchmetrics(lambda outputs, batch: 0.5)
+    False
+    """
+    library = sys.modules.get("torchmetrics")
+    return library is not None and isinstance(value, library.Metric)
 
 
 def classification(

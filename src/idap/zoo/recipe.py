@@ -85,9 +85,12 @@ class Recipe:
                 "test (or None) and num_classes, as idap.zoo.data.Splits has them."
             ) from error
 
-    def subject(self) -> Table:
-        """The sections that say how model and task are built, with paths that hold in any working folder."""
-        sections = {"model": self.network, "data": self.data, "task": self.purpose}
+    def table(self) -> Table:
+        """Everything that the recipe says, as section -> key -> value, with paths that hold in any working folder.
+
+        `make_recipe` makes the same recipe of it; a run keeps it, so that `idap resume` needs nothing else.
+        """
+        sections = {"model": self.network, "data": self.data, "task": self.purpose, **self.settings}
         return absolute({name: section.given() for name, section in sections.items() if section is not None})
 
     def config(self) -> Config:

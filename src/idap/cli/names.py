@@ -1,0 +1,84 @@
+"""What a shell may complete an argument to; asked for by the completion script, never by a command that runs."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+Completer = Callable[[str], list[tuple[str, str]]]
+"""What was typed so far -> values with a line about each; none leave it to the shell, which knows files."""
+
+
+def one_of(values: Iterable[str]) -> Completer:
+    """Complete to one of a few words.
+
+    >>> one_of(["val", "test"])("")
+    [('val', ''), ('test', '')]
+    """
+    pairs = [(value, "") for value in values]
+
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        return [pair for pair in pairs if pair[0].startswith(incomplete)]
+
+    return complete
+
+
+def models(incomplete: str) -> list[tuple[str, str]]:
+    """Complete to the name of a model: first where it comes from, then which one it is.
+
+    >>> models("idap:digits")[0][0]
+    'idap:digits_resnet'
+    """
+    from idap.zoo import catalogue  # noqa: PLC0415 - needed when a shell asks
+
+    scheme, colon, _ = incomplete.partition(":")
+    if not colon:
+        found = [(f"{name}:", about) for name, about in catalogue.SCHEMES.items() if name.startswith(incomplete)]
+        # A shell is told what it may show; so it is told of files too.
+        return found + files(incomplete, ".toml") if incomplete else found
+    if scheme == "python":
+        return [(f"python:{name}", about) for name, about in files(incomplete.removeprefix("python:"), ".py")]
+    if scheme not in catalogue.SCHEMES:
+        return []
+    return [(each.name, each.about) for each in catalogue.models([scheme]) if each.name.startswith(incomplete)]
+
+
+def scripts(incomplete: str) -> list[tuple[str, str]]:
+    """Complete to a Python file of one's own, as in `python:tasks.py`."""
+    return [(name, about) for name, about in [*models(incomplete)] if name.startswith("python:")]
+
+
+def criteria(incomplete: str) -> list[tuple[str, str]]:
+    """Complete to a criterion.
+
+    >>> criteria("inn")[0][0]
+    'innovation'
+    """
+    from idap.zoo import catalogue  # noqa: PLC0415 - needed when a shell asks
+
+    return [(each.name, each.about) for each in catalogue.criteria() if each.name.startswith(incomplete)]
+
+
+def kinds(incomplete: str) -> list[tuple[str, str]]:
+    """Complete to something that `idap list` lists."""
+    from idap.zoo import catalogue  # noqa: PLC0415 - needed when a shell asks
+
+    return [(name, about) for name, (_, about) in catalogue.LISTS.items() if name.startswith(incomplete)]
+
+
+def files(incomplete: str, ending: str) -> list[tuple[str, str]]:
+    """Complete to a folder, or to a file with an ending.
+
+    Args:
+        incomplete: beginning of a path.
+        ending: such as ".toml".
+    """
+    folder, _, name = incomplete.rpartition("/")
+    place = Path(folder or ("/" if incomplete.startswith("/") else "."))
+    if not place.is_dir():
+        return []
+    before = f"{folder}/" if "/" in incomplete else ""
+    found = [each for each in sorted(place.iterdir()) if each.name.startswith(name) and not each.name.startswith(".")]
+    return [
+        (f"{before}{each.name}{'/' if each.is_dir() else ''}", "")
+        for each in found
+        if each.is_dir() or each.suffix == ending
+    ]

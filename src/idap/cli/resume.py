@@ -1,0 +1,47 @@
+"""`idap resume`: go on with a run that was stopped, knowing everything from its folder."""
+
+import typer
+
+from idap.cli.compress import carried_out
+from idap.cli.failure import GOAL_MISSED, Outcome
+from idap.cli.options import Debug, Json, Quiet, RunToResume, TensorBoardDir, Verbose
+from idap.errors import ConfigError, RunFolderError
+from idap.record import RUN
+
+EXAMPLES = ("idap resume runs/digits_resnet",)
+
+
+def resume_command(
+    run: RunToResume,
+    *,
+    tensorboard: TensorBoardDir = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run that was stopped, or killed.
+
+    The folder knows the recipe it was begun with: model, data, goals and settings. Decisions that were taken are
+    recalled, not taken again, and the result is that of a run that was not stopped. A run that is finished shows its
+    result again.
+    """
+    outcome = Outcome(
+        command="idap resume", where=str(run), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, run_dir=run
+    )
+    with outcome.reported():
+        if not (run / RUN).is_file():
+            raise RunFolderError(
+                f"{run} holds no run ({RUN}), so there is nothing to go on with; begin one with "
+                f"idap compress RECIPE --run-dir {run}."
+            )
+        from idap.zoo.runs import recipe_of_run, settings_of_run  # noqa: PLC0415 - torch is slow to import
+
+        if "recipe" not in settings_of_run(run):
+            raise ConfigError(
+                f"{run} was begun from Python and knows no recipe; go on there: idap.compress(model, task, config, "
+                f"run_dir={str(run)!r}, resume=True)."
+            )
+        reached = carried_out(outcome, recipe_of_run(run), run, resume=True, tensorboard=tensorboard)
+    if not reached:
+        raise typer.Exit(GOAL_MISSED)
