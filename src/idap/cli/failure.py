@@ -97,6 +97,9 @@ class Outcome:
         except BrokenPipeError as error:
             silence(sys.stdout)
             raise typer.Exit(NO_READER) from error
+        except SystemExit as error:  # of user code, which may end a script of its own but not a command
+            self._show(error, title="User code ended the process", advice="Take its exit() out of what idap calls.")
+            raise typer.Exit(UNEXPECTED) from error
         except IdapError as error:
             self._show(error, title=(type(error).__doc__ or "").strip().rstrip("."), advice="")
             raise typer.Exit(USER_ERROR) from error
@@ -122,7 +125,7 @@ class Outcome:
         python = ".".join(map(str, sys.version_info[:3]))
         self.errors.print(f"{self.command}: {seconds:.1f} s; Python {python}{versions}.", markup=False, soft_wrap=True)
 
-    def _show(self, error: Exception, *, title: str, advice: str) -> None:
+    def _show(self, error: BaseException, *, title: str, advice: str) -> None:
         if self.debug:
             self.errors.print("".join(traceback.format_exception(error)), markup=False, soft_wrap=True)
         message = str(error) if isinstance(error, IdapError) else f"{type(error).__name__}: {error}"
@@ -132,10 +135,17 @@ class Outcome:
         elif self.as_json:
             _write_error(type(error).__name__, message, self.where)
         else:
-            show_error(self.errors, title, message, advice=advice, where=self.where, command=self.command)
+            show_error(
+                self.errors,
+                title,
+                message,
+                advice=advice,
+                where=self.where,
+                help_line=f"{self.command} --help, or --debug for the traceback",
+            )
 
 
-def show_error(errors: Console, title: str, message: str, *, advice: str, where: str, command: str) -> None:
+def show_error(errors: Console, title: str, message: str, *, advice: str, where: str, help_line: str) -> None:
     """Draw the panel: what, where, how to fix.
 
     Args:
@@ -144,11 +154,11 @@ def show_error(errors: Console, title: str, message: str, *, advice: str, where:
         message: what was found, what was expected, and the way out.
         advice: one more line; "" for none.
         where: what the command worked on.
-        command: whose help is named.
+        help_line: where more is to be read.
     """
     facts = Table.grid(padding=(0, 2))
     facts.add_row(Text("in", style="dim"), Text(where))
-    facts.add_row(Text("help", style="dim"), Text(f"{command} --help, or --debug for the traceback"))
+    facts.add_row(Text("help", style="dim"), Text(help_line))
     parts = Group(Text(message), *([Text(advice)] if advice else []), Text(""), facts)
     errors.print(Panel(parts, title=Text(title), title_align="left", border_style="red"))
 
@@ -166,7 +176,7 @@ def report_usage(error: Any, words: list[str]) -> None:
     if "--json" in words:
         _write_error("UsageError", message, where)
     else:
-        show_error(terminal(stderr=True), "Wrong usage", message, advice="", where=where, command=command)
+        show_error(terminal(stderr=True), "Wrong usage", message, advice="", where=where, help_line=f"{command} --help")
 
 
 def _write_error(kind: str, message: str, where: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typer.core import TyperCommand, TyperGroup
 from idap.cli.failure import NO_READER, STOPPED, USER_ERROR, report_usage
 from idap.cli.terminal import settle_streams, silence, terminal
 
+COMPLETE = "_IDAP_COMPLETE"
+"""Environment variable by which a shell asks what may come next."""
 OUTPUT = "Output"
 """Heading of the options that every command has."""
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -129,6 +132,8 @@ class LazyGroup(TyperGroup):
             code = NO_READER
         except typer.Abort:
             code = STOPPED
+        except SystemExit as end:  # how rich answers a closed pipe while help is printed; or a shell was answered
+            code = end.code if COMPLETE in os.environ else NO_READER
         except Exception as error:
             if not hasattr(error, "format_message"):  # no error of the parser
                 raise

@@ -1,10 +1,11 @@
 """The `idap` command and its subcommands. A command's module, and with it torch, is imported when it runs."""
 
+import os
 from typing import Annotated
 
 import typer
 
-from idap.cli.lazy import CONTEXT, Lazy, LazyGroup
+from idap.cli.lazy import COMPLETE, CONTEXT, Lazy, LazyGroup
 
 EXIT_CODES = {
     0: "done",
@@ -114,9 +115,7 @@ def _options(
 
 def run() -> None:
     """Run the command; the entry point of the installed script."""
-    from os import environ  # noqa: PLC0415
-
-    if "_IDAP_COMPLETE" in environ:
+    if COMPLETE in os.environ:
         from idap.cli.completion import prepare  # noqa: PLC0415 - only a shell asks
 
         prepare()

@@ -1,5 +1,6 @@
 """What a shell may complete an argument to; asked for by the completion script, never by a command that runs."""
 
+import ast
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -35,10 +36,24 @@ def models(incomplete: str) -> list[tuple[str, str]]:
         # A shell is told what it may show; so it is told of files too.
         return found + files(incomplete, ".toml") if incomplete else found
     if scheme == "python":
-        return [(f"python:{name}", about) for name, about in files(incomplete.removeprefix("python:"), ".py")]
+        return [(f"python:{name}", about) for name, about in _own(incomplete.removeprefix("python:"))]
     if scheme not in catalogue.SCHEMES:
         return []
     return [(each.name, each.about) for each in catalogue.models([scheme]) if each.name.startswith(incomplete)]
+
+
+def _own(incomplete: str) -> list[tuple[str, str]]:
+    """A Python file, then what it defines; the file is read, not run."""
+    file, colon, name = incomplete.rpartition(":")
+    if not colon:
+        found = files(incomplete, ".py")
+        return [(path if path.endswith("/") else f"{path}:", about) for path, about in found]
+    try:
+        defined = ast.parse(Path(file).read_text(encoding="utf-8")).body
+    except (OSError, ValueError, SyntaxError):
+        return []  # while somebody types, a file may be missing or half-written
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [(f"{file}:{each.name}", "") for each in defined if isinstance(each, kinds) and each.name.startswith(name)]
 
 
 def scripts(incomplete: str) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ The models of torchvision, timm and transformers are found in the source files o
 tenth of the time that importing them would; what is found equals what they list themselves.
 """
 
+import difflib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,7 +130,9 @@ def chosen(kind: str, words: Sequence[str] = ()) -> list[Entry]:
         ['taylor', 'fisher']
     """
     if kind not in LISTS:
-        raise ConfigError(f"there is no list of {kind!r}; there are {', '.join(LISTS)}.")
+        near = difflib.get_close_matches(kind, LISTS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(LISTS)}."
+        raise ConfigError(f"there is no list of {kind!r}; {advice}")
     low = [word.lower() for word in words]
     return [entry for entry in LISTS[kind][0]() if all(word in f"{entry.name} {entry.about}".lower() for word in low)]
 

@@ -1,0 +1,175 @@
+"""What holds for every command: help that teaches, switches that all have, one way to end."""
+
+import importlib
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from idap.cli import main
+from idap.cli.lazy import Lazy, examples_of
+from idap.errors import RunFolderError
+from tests.cli.test_commands import plain_terminal, text  # noqa: F401 - a fixture
+
+COMMANDS = {each.name: each for each in main.COMMANDS}
+GROUP = typer.main.get_command(main.app)
+CALLS = {  # a call of each command, and what it calls when it works
+    "demo": ([], "idap.cli.demo:run_demo"),
+    "inspect": (["idap:digits_vit"], "idap.zoo.resolve:build_model"),
+    "compress": (["r.toml"], "idap.zoo.recipe:read_recipe"),
+    "resume": (["run"], "idap.zoo.runs:settings_of_run"),
+    "evaluate": (["run"], "idap.zoo.runs:settings_of_run"),
+    "bench": (["run"], "idap.zoo.runs:model_folder"),
+    "export": (["run", "--out", "a.onnx"], "idap.zoo.runs:model_folder"),
+    "apply": (["plan.json", "--checkpoint", "big", "--out", "small"], "idap.saving.stream:apply_to_checkpoint"),
+    "list": (["models"], "idap.zoo.catalogue:chosen"),
+    "completion": (["bash"], "idap.cli.completion:script"),
+}
+SHOWN = pytest.mark.parametrize("name", COMMANDS)
+
+
+def idap(*words):
+    return CliRunner().invoke(main.app, list(words), prog_name="idap")
+
+
+def module_of(command: Lazy):
+    return importlib.import_module(command.place.partition(":")[0])
+
+
+@pytest.fixture
+def failing(monkeypatch, tmp_path):
+    """A call of a command that ends with an error in the middle of its work."""
+    Path("run").mkdir()
+    Path("run/run.json").write_text("{}")
+
+    def call(name, error, *words):
+        def fail(*args, **kwargs):
+            raise error
+
+        arguments, target = CALLS[name]
+        place, _, attribute = target.partition(":")
+        monkeypatch.setattr(importlib.import_module(place), attribute, fail)
+        return idap(name, *arguments, *words)
+
+    return call
+
+
+@SHOWN
+def test_the_list_says_what_the_command_says(name):
+    if isinstance(getattr(module_of(COMMANDS[name]), COMMANDS[name].place.partition(":")[2]), typer.Typer):
+        return
+    assert COMMANDS[name].load().help.partition("\n")[0].replace("\\[", "[") == COMMANDS[name].about
+    assert COMMANDS[name].about in text(idap("--help").stdout)
+
+
+@SHOWN
+def test_every_example_of_the_help_is_a_command_line(name):
+    examples = examples_of(module_of(COMMANDS[name]))
+    shown = text(idap(name, "--help").stdout)
+    assert examples
+    for example in examples:
+        assert example in shown
+        first, second, *rest = shlex.split(example)
+        assert (first, second) == ("idap", name)
+        with typer.Context(GROUP, info_name="idap") as context:
+            COMMANDS[name].load().make_context(name, rest, parent=context)  # an unknown option or a wrong value raises
+
+
+def test_an_example_with_an_unknown_option_would_be_seen():
+    with pytest.raises(Exception, match="No such option") as caught, typer.Context(GROUP, info_name="idap") as context:
+        COMMANDS["list"].load().make_context("list", ["--jsn"], parent=context)
+    assert caught.value.exit_code == 2
+
+
+@SHOWN
+def test_all_have_the_same_switches(name):
+    options = {option for parameter in COMMANDS[name].load().params for option in parameter.opts}
+    expected = {"--json", "--debug"} | ({"--quiet", "-q", "--verbose", "-v"} if name != "completion" else set())
+    assert expected <= options
+
+
+@SHOWN
+def test_every_command_is_tried_here(name):
+    assert name in CALLS, f"say in CALLS how {name} is called"
+
+
+@SHOWN
+def test_an_error_of_the_user(name, failing):
+    result = failing(name, RunFolderError("the run is gone; bring it back."))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the run is gone; bring it back. in " in text(result.stderr)
+    assert f"help idap {name} --help" in text(result.stderr)
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in failing(name, RunFolderError("gone"), "--debug").stderr
+
+
+@SHOWN
+def test_an_error_for_machines(name, failing):
+    result = failing(name, RunFolderError("the run is gone"), "--json")
+    assert (result.exit_code, result.stderr) == (2, "")
+    assert json.loads(result.stdout)["error"]["kind"] == "RunFolderError"
+    assert json.loads(result.stdout)["error"]["message"] == "the run is gone"
+
+
+@SHOWN
+@pytest.mark.parametrize("error", [KeyError("boo"), SystemExit(0)], ids=["KeyError", "SystemExit"])
+def test_what_nobody_expected(name, failing, error):
+    result = failing(name, error)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert type(error).__name__ in result.stderr
+
+
+@SHOWN
+def test_interrupted(name, failing):
+    result = failing(name, KeyboardInterrupt())
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("\nStopped. ")
+    found = json.loads(failing(name, KeyboardInterrupt(), "--json").stdout)
+    assert found["error"]["kind"] == "KeyboardInterrupt" and found["error"]["message"].startswith("Stopped. ")
+
+
+@SHOWN
+def test_the_traceback_by_environment(name, failing, monkeypatch):
+    monkeypatch.setenv("IDAP_DEBUG", "1")
+    assert "Traceback" in failing(name, RunFolderError("gone")).stderr
+
+
+@SHOWN
+def test_words_that_are_wrong(name):
+    result = idap(name, "--jsonn")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "No such option: --jsonn" in text(result.stderr)
+    assert f"in idap {name} --jsonn help idap {name} --help" in text(result.stderr)
+    result = idap(name, "--jsonn", "--json")
+    assert (result.exit_code, result.stderr) == (2, "")
+    assert json.loads(result.stdout)["error"]["kind"] == "UsageError"
+
+
+def test_no_command_at_all():
+    result = idap()
+    assert result.exit_code == 2
+    assert "Begin with idap demo" in text(result.output)
+    assert json.loads(idap("lst", "--json").stdout)["error"]["where"] == "idap lst --json"
+
+
+def test_quiet_and_verbose_contradict_each_other():
+    result = idap("list", "-q", "-v")
+    assert result.exit_code == 2 and "--quiet and --verbose contradict each other" in text(result.stderr)
+
+
+def test_interrupted_before_the_command_is_there(monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lazy, "load", stop)
+    result = idap("list")
+    assert (result.exit_code, result.stderr) == (130, "\nStopped. Nothing was written.\n")
+
+
+def test_the_exit_codes_are_told():
+    shown = text(idap("--help").stdout)
+    for code, meaning in main.EXIT_CODES.items():
+        assert f"{code} {meaning}" in shown
