@@ -173,7 +173,7 @@ def _model_types() -> dict[str, str]:
     found: dict[str, str] = {}
     for text in _sources("transformers", "models/auto/*.py"):
         if "\nCONFIG_MAPPING_NAMES" in text:
-            found |= re.findall(r'"([^"]+)"[,:] "((?!Auto)\w+Config)"', text)
+            found |= re.findall(r'"([^"]+)"[,:] "((?!AutoConfig")\w+Config)"', text)
     return found
 
 
