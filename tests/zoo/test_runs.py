@@ -88,7 +88,7 @@ def test_where_the_model_is(run):
         model_folder(run)
     (run / "checkpoints/step-003").mkdir(parents=True)
     (run / "checkpoints/step-003/plan.json").touch()
-    with pytest.raises(RunFolderError, match="such as .*step-003"):
+    with pytest.raises(RunFolderError, match=r"such as .*step-003"):
         model_folder(run)
     (run / "model").mkdir()
     (run / "model/plan.json").touch()
