@@ -96,6 +96,8 @@ class Outcome:
             raise typer.Exit(STOPPED) from error
         except BrokenPipeError as error:
             silence(sys.stdout)
+            if self.run_dir is not None:
+                self.errors.print(f"Nobody reads any more. {state_of(self.run_dir)}", markup=False, soft_wrap=True)
             raise typer.Exit(NO_READER) from error
         except SystemExit as error:  # of user code, which may end a script of its own but not a command
             self._show(error, title="User code ended the process", advice="Take its exit() out of what idap calls.")
