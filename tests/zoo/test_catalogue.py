@@ -45,6 +45,7 @@ def test_transformers_is_read_as_it_lists_itself():
 
 
 def test_a_package_that_is_missing_has_no_models(monkeypatch):
+    monkeypatch.setattr(catalogue, "PathFinder", catalogue.importlib.util)
     monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda package: None)
     assert catalogue.models(["timm", "transformers"]) == []
     assert len(catalogue.models()) == len(catalogue.OWN_MODELS)

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from idap.saving.stream import Applied
 
 EXAMPLES = ("idap apply runs/resnet/model/plan.json --checkpoint original/ --out small/ --max-shard-size 2GB",)
+DOCUMENT = {
+    "folder": "where the result is",
+    "files": "names of the files with weights",
+    "tensors": "how many they hold",
+    "dropped": "names of the tensors that were left out",
+    "size": "`before` and `after`: bytes of the weights",
+    "subnormal": "tensor -> subnormal numbers that were written as zeros",
+    "copied": "other files that were copied",
+    "left_out": "other files that were not",
+}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -36,6 +36,15 @@ EXAMPLES = (
     "idap bench runs/net --batch 1 --batch 16",
     "idap bench small --model idap:digits_vit --engine eager --engine onnxruntime",
 )
+DOCUMENT = {
+    "rows": "for each engine and batch size: `engine`, `batch`, `latency` and `memory` of both models, and `ratio`: "
+    "the latency of the compressed model as a share of the original's",
+    "size": "bytes of the tensors in a saved file: of the original, of the compressed model",
+    "subnormal": "weights of both so near to 0 that processors compute with them slowly",
+    "threads": "of the CPU",
+    "device": "where they ran",
+    "channels_last": "whether images were laid out with their channels last",
+}
 
 
 def bench_command(  # noqa: PLR0913 - one argument per option

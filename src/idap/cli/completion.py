@@ -10,6 +10,7 @@ from idap.cli.options import Debug, Json, ShellName
 from idap.errors import ConfigError
 
 EXAMPLES = ("idap completion bash", "idap completion zsh")
+DOCUMENT = {"shell": "which one", "script": "its script"}
 SHELLS = ("bash", "zsh", "fish")
 BASH = """\
 _idap_completion() {

@@ -48,6 +48,21 @@ EXAMPLES = (
     "idap compress recipes/digits_resnet.toml --set goals.macs=40%",
     "idap compress --model python:net.py:build --task python:net.py:task --max-drop 0.01 --macs 0.5",
 )
+DOCUMENT = {
+    "reached": "whether every goal was reached",
+    "message": "what was reached, or why not",
+    "parameters": "`before` and `after`: number of parameters",
+    "macs": "`before` and `after`: multiply-adds for one sample",
+    "metric_name": "what `val` and `test` are",
+    "val": "`before` and `after`: the metric on the data that decided",
+    "test": "`before` and `after`: the metric on data that was looked at once; null where there is none",
+    "latency": "`before` and `after`: median seconds of one forward pass",
+    "batch": "samples of that pass",
+    "output_error": "squared difference of the outputs over the original's squared outputs, on the validation data",
+    "run_dir": "folder of the run",
+    "model": "folder of the result, for `idap.load`",
+    "steps": "the decisions, as in `steps.jsonl`",
+}
 LATENCY_REPEATS = 30
 
 

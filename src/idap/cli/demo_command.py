@@ -7,6 +7,18 @@ from idap.cli.options import Debug, Fast, Json, Out, Quiet, Seed, Verbose
 from idap.cli.terminal import nowhere
 
 EXAMPLES = ("idap demo", "idap demo --fast --out runs/demo")
+DOCUMENT = {
+    "network": "which one; the document is a list with an item for each network",
+    "reached": "whether every goal was reached",
+    "message": "what was reached, or why not",
+    "parameters": "`before` and `after`: number of parameters",
+    "macs": "`before` and `after`: multiply-adds for one sample",
+    "metric_name": "what `val` and `test` are",
+    "val": "`before` and `after`: the metric on the data that decided",
+    "test": "`before` and `after`: the metric on data that was looked at once; null where there is none",
+    "latency": "`before` and `after`: median seconds of one forward pass; null where it was not measured",
+    "batch": "samples of that pass",
+}
 
 
 def demo_command(

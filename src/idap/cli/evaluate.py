@@ -37,6 +37,15 @@ EXAMPLES = (
     "idap evaluate small --model python:net.py:build --task python:net.py:task --weights net.safetensors",
     "idap evaluate --recipe recipes/cifar10_resnet20.toml --data DATA --weights cifar10_resnet20.safetensors",
 )
+DOCUMENT = {
+    "split": "the data: val or test",
+    "metric": "name of what was measured",
+    "higher_is_better": "how to read it",
+    "original": "its value; null where the original was not measured",
+    "compressed": "its value; null where no compressed model was named",
+    "folder": "that held the compressed model; null where none was named",
+    "note": "why the original was not measured; empty where it was",
+}
 _SPLITS = ("val", "test")
 _TRAINED = (
     "The original was trained by its recipe and its weights were not kept; give weights with --weights to measure it."

@@ -37,6 +37,18 @@ EXAMPLES = (
     "idap export runs/net --out net.onnx",
     "idap export small --model idap:digits_vit --to pt2 --finalize --out small.pt2",
 )
+DOCUMENT = {
+    "file": "what was written",
+    "to": "onnx, pt2 or safetensors",
+    "bytes": "its size",
+    "difference": "the largest difference from the model over the model's largest output",
+    "batches": "batch sizes at which the file was run; empty for weights, which are compared bit by bit",
+    "dynamic_batch": "whether the file takes batches of any size",
+    "inputs": "the file's own names of its inputs",
+    "outputs": "the file's own names of its outputs",
+    "opset": "of an ONNX file; null for others",
+    "finalized": "`folded`, `kept`, `silenced`, `gone` and `difference` with --finalize; null without",
+}
 _FORMS = ("onnx", "pt2", "safetensors")
 
 

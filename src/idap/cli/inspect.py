@@ -35,6 +35,23 @@ EXAMPLES = (
     "idap inspect python:net.py:build --input-shape 1,3,32,32",
     "idap inspect recipes/digits_resnet.toml --divergence",
 )
+DOCUMENT = {
+    "model": "class of the model",
+    "macs": "multiply-adds for one sample",
+    "parameters": "number of parameters",
+    "prunable": "share of the parameters that have a dimension that can shrink",
+    "groups": "of units: `name`, `kind`, `size`, `macs_share`, `members`, `crosses`",
+    "blocks": "that can go whole: `name`, `kind`, `macs_share`, `contains`",
+    "blocked": "dimensions that can't shrink: `tensor`, `dim`, `size`, `reason`",
+    "rewritten": "modules whose forward is written anew when their groups are cut",
+}
+DOCUMENT_OF_DIVERGENCE = {
+    "criterion": "what was measured",
+    "batches": "number of calibration batches",
+    "groups": "`name`, `kind`, and `units`: the score of each",
+    "parts": "branches and blocks: `name`, `kind`, `divergence`, and `inside`: the sum over their units",
+    "unmeasured": "what nothing could be seen of",
+}
 
 
 def inspect_command(  # noqa: PLR0913 - one argument per option

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from idap.zoo.catalogue import Entry
 
 EXAMPLES = ("idap list", "idap list models timm resnet", "idap list criteria --json")
+DOCUMENT = {
+    "name": "as it is written; the document is a list with an item for each name",
+    "about": "a line about it",
+    "count": "without a kind: how many names the kind has",
+}
 
 
 def list_command(

@@ -2,11 +2,13 @@
 
 import typer
 
-from idap.cli.compress import carried_out
+from idap.cli.compress import DOCUMENT, carried_out
 from idap.cli.failure import GOAL_MISSED, Outcome
 from idap.cli.options import Debug, Json, Quiet, RunToResume, TensorBoardDir, Verbose
 from idap.errors import ConfigError, RunFolderError
 from idap.record import RUN
+
+__all__ = ["DOCUMENT", "EXAMPLES", "resume_command"]
 
 EXAMPLES = ("idap resume runs/digits_resnet",)
 

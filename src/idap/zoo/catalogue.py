@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from idap.errors import ConfigError
@@ -178,7 +179,8 @@ def _model_types() -> dict[str, str]:
 
 
 def _sources(package: str, pattern: str) -> Iterator[str]:
-    spec = importlib.util.find_spec(package)
+    # Where packages usually lie first: other finders may import things, and an answer is wanted at once.
+    spec = PathFinder.find_spec(package) or importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return
     for file in sorted(Path(spec.origin).parent.glob(pattern)):
