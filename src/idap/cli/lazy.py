@@ -125,7 +125,7 @@ class LazyGroup(TyperGroup):
         args = words[0] if words else settings.get("args")
         standalone = settings.pop("standalone_mode", True)
         try:
-            code = super().main(*words, standalone_mode=False, **settings)
+            code = super().main(*words, **settings | {"standalone_mode": False})
             sys.stdout.flush()
         except BrokenPipeError:
             silence(sys.stdout)
