@@ -70,7 +70,13 @@ class Outcome:
         from idap.cli.timed import Timed  # noqa: PLC0415 - as above
 
         shown = listener(self.console, quiet=self.quiet or not speaks)
-        return Timed(shown, self.errors) if self.verbose and speaks else shown
+        if not (self.verbose and speaks):
+            return shown
+        # On a terminal the lines go above the bars; elsewhere the output stays what it is without them.
+        return Timed(shown, shown.say if self.console.is_terminal else self._tell)
+
+    def _tell(self, line: str) -> None:
+        self.errors.print(line, markup=False, soft_wrap=True)
 
     @contextmanager
     def reported(self) -> Iterator[None]:
@@ -125,7 +131,7 @@ class Outcome:
         libraries = [name for name in ("torch", "torchvision", "timm", "transformers") if name in sys.modules]
         versions = "".join(f", {name} {getattr(sys.modules[name], '__version__', '?')}" for name in libraries)
         python = ".".join(map(str, sys.version_info[:3]))
-        self.errors.print(f"{self.command}: {seconds:.1f} s; Python {python}{versions}.", markup=False, soft_wrap=True)
+        self._tell(f"{self.command}: {seconds:.1f} s; Python {python}{versions}.")
 
     def _show(self, error: BaseException, *, title: str, advice: str) -> None:
         if self.debug:

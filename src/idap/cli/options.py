@@ -23,7 +23,7 @@ Verbose = Annotated[
         "--verbose",
         "-v",
         metavar="",
-        help="Say on the standard error how long each part takes, and with what.",
+        help="Say how long each part takes, and with which versions.",
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -26,7 +26,7 @@ _ALL = """\
 |---|---|
 | `--json` | The standard output is one JSON document and nothing else; progress goes to the standard error. |
 | `--quiet`, `-q` | Nothing but errors; `list` prints only names, `evaluate` only numbers. A `--json` document stays. |
-| `--verbose`, `-v` | The standard error also tells how long each part took, and with which versions. |
+| `--verbose`, `-v` | Also how long each part took, and with which versions; on the standard error, or above the bars. |
 | `--debug` | An error shows its traceback; so does `IDAP_DEBUG=1` in the environment. |
 
 Results go to the standard output, errors to the standard error. Colours follow `NO_COLOR` and `FORCE_COLOR`, the width

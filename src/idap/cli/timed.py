@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 from idap.progress import Phase, Progress, Status
 
 
@@ -14,19 +12,20 @@ class Timed:
 
     Args:
         shown: the listener.
-        errors: where the times go; the standard error, so that the output stays what it is without them.
+        tell: takes a line about time.
         clock: gives the time in seconds.
 
     Example:
         >>> from idap.progress import Silent
-        >>> import sys
-        >>> with Timed(Silent(), Console(file=sys.stdout), iter([0.0, 2.5]).__next__).phase("train", 3):
+        >>> with Timed(Silent(), print, iter([0.0, 2.5]).__next__).phase("train", 3):
         ...     pass
         train: 2.50 s
     """
 
-    def __init__(self, shown: Progress, errors: Console, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._shown, self._errors, self._clock = shown, errors, clock
+    def __init__(
+        self, shown: Progress, tell: Callable[[str], None], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._shown, self._tell, self._clock = shown, tell, clock
         self._depth = 0
 
     @contextmanager
@@ -39,8 +38,7 @@ class Timed:
                 yield phase
         finally:
             self._depth -= 1
-        line = f"{'  ' * self._depth}{title}: {self._clock() - began:.2f} s"
-        self._errors.print(line, markup=False, highlight=False, soft_wrap=True, style="dim")
+        self._tell(f"{'  ' * self._depth}{title}: {self._clock() - began:.2f} s")
 
     def say(self, line: str) -> None:
         """Hand one line on."""
