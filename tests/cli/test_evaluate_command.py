@@ -93,6 +93,7 @@ def test_a_run_knows_everything(small):
         ([], "the command line does not say what model and data are; say it: --recipe FILE"),
         (["small"], "small does not say what model and data are"),
         (["small", *TASK, "--split", "train"], "--split is val or test, found 'train'"),
+        (["nowhere"], "nowhere holds neither a run (run.json) nor a compressed model"),
         (["nowhere", *TASK], "nowhere holds neither a run (run.json) nor a compressed model"),
         (["small", "--model", "idap:digits_vit", *TASK[2:]], "the plan does not fit this model"),
         (["--recipe", "trains.toml"], "trains its model first ([train]), so there is nothing to measure yet"),

@@ -21,7 +21,7 @@ CALLS = {  # a call of each command, and what it calls when it works
     "inspect": (["idap:digits_vit"], "idap.zoo.resolve:build_model"),
     "compress": (["r.toml"], "idap.zoo.recipe:read_recipe"),
     "resume": (["run"], "idap.zoo.runs:settings_of_run"),
-    "evaluate": (["run"], "idap.zoo.runs:settings_of_run"),
+    "evaluate": (["run"], "idap.zoo.runs:model_folder"),
     "bench": (["run"], "idap.zoo.runs:model_folder"),
     "export": (["run", "--out", "a.onnx"], "idap.zoo.runs:model_folder"),
     "apply": (["plan.json", "--checkpoint", "big", "--out", "small"], "idap.saving.stream:apply_to_checkpoint"),

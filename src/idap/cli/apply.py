@@ -88,9 +88,9 @@ def _show(console: Console, applied: "Applied") -> None:
         count = sum(applied.subnormal.values())
         console.print(f"{count} subnormal numbers in {len(applied.subnormal)} tensors were written as zeros.")
     if applied.left_out:
-        console.print(f"Not copied: {', '.join(applied.left_out)}.", markup=False, soft_wrap=True)
+        console.print(f"Not copied: {', '.join(applied.left_out)}.", markup=False, soft_wrap=not console.is_terminal)
     files = applied.files[0] if len(applied.files) == 1 else f"{len(applied.files)} files"
-    console.print(f"The weights are in {applied.folder} ({files}).", markup=False, soft_wrap=True)
+    console.print(f"The weights are in {applied.folder} ({files}).", markup=False, soft_wrap=not console.is_terminal)
 
 
 def _short(count: float) -> str:

@@ -36,6 +36,8 @@ EXAMPLES = (
     "idap bench runs/net --batch 1 --batch 16",
     "idap bench small --model idap:digits_vit --engine eager --engine onnxruntime",
 )
+NARROW = 80
+"""Characters of a terminal below which quartiles and memory are left to --json."""
 DOCUMENT = {
     "rows": "for each engine and batch size: `engine`, `batch`, `latency` and `memory` of both models, and `ratio`: "
     "the latency of the compressed model as a share of the original's",
@@ -105,29 +107,34 @@ def _document(found: "Bench") -> dict[str, Any]:
 
 def _show(console: Console, found: "Bench") -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("engine")
-    for name in ("batch", "original, ms", "compressed, ms", "ratio", "memory, MB"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("engine", no_wrap=True)
+    narrow = console.width < NARROW
+    for name in ("batch", "original, ms", "compressed, ms", "ratio", *([] if narrow else ["memory, MB"])):
+        table.add_column(name, justify="right")
     for row in found.rows:
+        cells = [row.engine, str(row.batch), *(_time(each, spread=not narrow) for each in row.latency)]
         memory = "" if row.memory is None else " → ".join(f"{count / 1e6:.1f}" for count in row.memory)
-        table.add_row(row.engine, str(row.batch), *map(_time, row.latency), f"{row.ratio:.2f}", memory)
+        table.add_row(*cells, f"{row.ratio:.2f}", *([] if narrow else [memory]))
     console.print(table)
     layout = ", channels last" if found.channels_last else ""
     threads = f"{found.threads} {'thread' if found.threads == 1 else 'threads'}"
     sizes = " → ".join(f"{count / 1e6:.2f} MB" for count in found.size)
     console.print(
-        f"Medians (and quartiles) of one forward pass on {found.device}, {threads}{layout}. Weights: {sizes}.",
-        soft_wrap=True,
+        f"Medians{'' if narrow else ' (and quartiles)'} of one forward pass on {found.device}, {threads}{layout}. "
+        f"Weights: {sizes}.",
+        soft_wrap=not console.is_terminal,
     )
     if found.subnormal[1]:
         console.print(
             f"{found.subnormal[1]:,} weights of the compressed model are subnormal, which makes processors slow; save "
             "it again to have them written as 0.",
-            soft_wrap=True,
+            soft_wrap=not console.is_terminal,
         )
 
 
-def _time(latency: "Latency") -> str:
+def _time(latency: "Latency", *, spread: bool) -> str:
+    if not spread:
+        return _digits(latency.median)
     low, high = (_digits(seconds) for seconds in latency.spread)
     return f"{_digits(latency.median)} ({low} to {high})"
 

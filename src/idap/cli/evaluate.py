@@ -114,10 +114,12 @@ def evaluate_command(  # noqa: PLR0913 - one argument per option
 
 def _recipe(folder: Path | None, recipe: Path | None, replaced: "dict[str, str | Path | None]") -> "Recipe":
     from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
-    from idap.zoo.runs import recipe_of_run, settings_of_run  # noqa: PLC0415 - as above
+    from idap.zoo.runs import model_folder, recipe_of_run, settings_of_run  # noqa: PLC0415 - as above
 
     if recipe is not None or (replaced["model.build"] is not None and replaced["task.build"] is not None):
         return read_recipe(recipe, replaced=replaced)
+    if folder is not None:
+        model_folder(folder)
     if folder is None or "recipe" not in settings_of_run(folder):
         raise ConfigError(
             f"{folder or 'the command line'} does not say what model and data are; say it: --recipe FILE, or both "
@@ -169,4 +171,4 @@ def _show(console: Console, found: Measured, *, quiet: bool) -> None:
     table.add_row(f"{found.metric} ({found.split})", *metric_cells(found.metric, list(known.values())))
     console.print(table)
     if found.note:
-        console.print(found.note, markup=False, soft_wrap=True)
+        console.print(found.note, markup=False, soft_wrap=not console.is_terminal)

@@ -122,7 +122,7 @@ def _show(console: Console, done: "Exported", report: "Finalized | None") -> Non
         console.print(
             f"Finalized: {len(report.folded)} batch norms folded, {len(report.kept)} kept; {len(report.silenced)} "
             f"dropouts and stand-ins silenced; {len(report.gone)} modules taken out.",
-            soft_wrap=True,
+            soft_wrap=not console.is_terminal,
         )
     facts = [f"{done.bytes / 1e6:.2f} MB"]
     if done.opset is not None:
@@ -130,11 +130,11 @@ def _show(console: Console, done: "Exported", report: "Finalized | None") -> Non
     if done.batches:
         facts += ["any batch size" if done.dynamic_batch else f"batches of {done.batches[0]}"]
         facts += [f"inputs {', '.join(done.inputs)}", f"outputs {', '.join(done.outputs)}"]
-    console.print(f"{done.file}: {'; '.join(facts)}.", markup=False, soft_wrap=True)
+    console.print(f"{done.file}: {'; '.join(facts)}.", markup=False, soft_wrap=not console.is_terminal)
     checked = (
         f"Run at batch sizes {', '.join(map(str, done.batches))}: differs from the model by at most "
         f"{done.difference:.1g} of its largest output."
         if done.batches
         else "Read back: equal to the model, bit by bit."
     )
-    console.print(checked, markup=False, soft_wrap=True)
+    console.print(checked, markup=False, soft_wrap=not console.is_terminal)

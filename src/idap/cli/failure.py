@@ -76,7 +76,7 @@ class Outcome:
         return Timed(shown, shown.say if self.console.is_terminal else self._tell)
 
     def _tell(self, line: str) -> None:
-        self.errors.print(line, markup=False, soft_wrap=True)
+        self.errors.print(line, markup=False, soft_wrap=not self.errors.is_terminal)
 
     @contextmanager
     def reported(self) -> Iterator[None]:
@@ -103,7 +103,7 @@ class Outcome:
         except BrokenPipeError as error:
             silence(sys.stdout)
             if self.run_dir is not None:
-                self.errors.print(f"Nobody reads any more. {state_of(self.run_dir)}", markup=False, soft_wrap=True)
+                self._tell(f"Nobody reads any more. {state_of(self.run_dir)}")
             raise typer.Exit(NO_READER) from error
         except SystemExit as error:  # of user code, which may end a script of its own but not a command
             self._show(error, title="User code ended the process", advice="Take its exit() out of what idap calls.")
@@ -125,7 +125,7 @@ class Outcome:
     def _stop(self, state: str) -> None:
         if self.as_json:
             _write_error("KeyboardInterrupt", f"Stopped. {state}", self.where)
-        self.errors.print(f"\nStopped. {state}", markup=False, soft_wrap=True)
+        self._tell(f"\nStopped. {state}")
 
     def _sum_up(self, seconds: float) -> None:
         libraries = [name for name in ("torch", "torchvision", "timm", "transformers") if name in sys.modules]
