@@ -187,12 +187,14 @@ class TestMistakes:
             ("filters.steps=true", "filters.steps is true, expected a whole number."),
             ("goals.macs=half", "goals.macs is the text 'half', expected a number."),
             ("data.augment=1", "data.augment is the number 1, expected true or false."),
+            ("data.size=big", "data.size is the text 'big', expected a whole number, or [height, width]."),
+            ("data.labels=good", "data.labels is the text 'good', expected a list of texts"),
             ("data.mean=0.5", "data.mean is the number 0.5, expected a list of numbers."),
             ("model.build=3", "model.build is the number 3, expected text in quotes."),
             ("compress.criterion=best", "there is no criterion 'best'; there are relative,"),
             ("model.build=2020-01-01", "model.build is the date or time 2020-01-01, expected text in quotes."),
-            ("data.name=imagenet", "data.name is 'imagenet', expected digits, cifar10 or python:file.py:function."),
-            ("data.name=cifar10", "data.path is missing: give the folder of the two files, or pass --data PATH."),
+            ("data.name=imagenet", "data.name is 'imagenet', expected digits, cifar10, mnist, fashion_mnist, imagefolder, csv,"),
+            ("data.name=cifar10", "data.path is missing: give the folder of the two files, or pass --data cifar10:PATH."),
             ("task.build=python:a:b", "[task] brings its own data; leave [data], and --data, out"),
             ("goals.max_drop=1", 'it would allow anything; for 1 points write 0.01 or "1%".'),
             ("recovery.lr=-1", "r.toml: [recovery] lr must be above 0 and finite, got -1.0."),
@@ -203,7 +205,7 @@ class TestMistakes:
     def test_each_is_named(self, recipe, override, text):
         assert text in refusal(recipe, PLAIN, override)
 
-    @pytest.mark.parametrize("key", ["goals.macs", "filters.first_share", "compress.filters_share"])
+    @pytest.mark.parametrize("key", ["goals.macs", "filters.first_share", "compress.filters_share", "data.val_share"])
     def test_a_share_is_no_percentage(self, recipe, key):
         message = refusal(recipe, PLAIN, f"{key}=40")
         assert (
@@ -287,7 +289,7 @@ class TestBuilding:
         assert images.shape == (2, 3)
         with pytest.raises(ConfigError, match=r"data\.seed does not suit python:.*, which takes path, batch_size"):
             recipe(text + "seed = 3").task()
-        with pytest.raises(ConfigError, match=r"gave list without 'train'; expected train, val, test"):
+        with pytest.raises(ConfigError, match=r"gave list without 'train'; expected an idap\.Task, or train, val, test"):
             recipe(text.replace("splits", "no_splits")).task()
 
     def test_a_task_that_is_none(self, recipe):
