@@ -10,16 +10,27 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print no
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
 
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="RECIPE", help="A TOML file; see recipes/.", show_default=False)
+    Path | None,
+    typer.Argument(metavar="RECIPE", help="A TOML file, or a name that idap recipe list shows.", show_default=False),
 ]
 ModelSpec = Annotated[
-    str | None, typer.Option("--model", metavar="SPEC", help="The model, such as python:net.py:build or timm:NAME.")
+    str | None,
+    typer.Option(
+        "--model", metavar="SPEC", help="The model: python:net.py:build, timm:NAME, torchvision:NAME or hf:FOLDER."
+    ),
 ]
 TaskSpec = Annotated[
     str | None, typer.Option("--task", metavar="SPEC", help="The task, python:FILE.py:NAME: a Task, or a function.")
 ]
 DataPath = Annotated[
-    Path | None, typer.Option("--data", metavar="PATH", help="The data, instead of the recipe's.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="NAME:PATH",
+        help="The data: digits, imagefolder:PATH, csv:PATH, text:PATH, masks:PATH, cifar10:PATH, mnist:PATH, "
+        "python:FILE.py:FUNCTION, or another path for the recipe's.",
+        show_default=False,
+    ),
 ]
 WeightsPath = Annotated[
     Path | None, typer.Option("--weights", metavar="PATH", help="The weights, instead of the recipe's.")

@@ -1,6 +1,6 @@
 """Images in folders, one folder per class: `PATH/train/CLASS/*.jpg`, and the same below val and test."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from idap.errors import TaskError
 from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD, Splits
-from idap.zoo.layout import check_count, existing, parts_in, split_off
+from idap.zoo.layout import check_count, existing, parts_in, with_val
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Sample = tuple[Path, int]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CROP = 0.875
 """Side of the middle that is seen, as a share of the shorter side; ImageNet models are judged so."""
@@ -30,19 +31,19 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
     """Images with their labels, read when they are asked for.
 
     Args:
-        files: of the images.
-        labels: one for each.
+        samples: file and label of each image.
         change: makes a tensor of an image.
     """
 
-    def __init__(self, files: Sequence[Path], labels: Sequence[int], change: "Callable[[Image], Tensor]") -> None:
-        self.files, self.labels, self.change = files, labels, change
+    def __init__(self, samples: Sequence[Sample], change: "Callable[[Image], Tensor]") -> None:
+        self.samples, self.change = samples, change
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.samples)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        return self.change(read_image(self.files[place])), self.labels[place]
+        file, label = self.samples[place]
+        return self.change(read_image(file)), label
 
 
 def imagefolder(  # noqa: PLR0913 - one argument per key of a recipe
@@ -82,26 +83,20 @@ def imagefolder(  # noqa: PLR0913 - one argument per key of a recipe
     folder = existing(path, "a folder with train/CLASS/*.jpg")
     parts = parts_in(folder, Path.is_dir, "a folder of classes")
     classes = class_names(folder)
-    listed = {part: _listed(where, classes, part) for part, where in parts.items()}
-    for files, _ in listed.values():
-        check_images(files)
-    notes: list[str] = []
+    listed: Mapping[str, Sequence[Sample]] = {part: _listed(where, classes, part) for part, where in parts.items()}
+    for samples in listed.values():
+        check_images([file for file, _ in samples])
+    listed, notes = with_val(listed, val_share, seed, "images")
     plain, changed = _Middle(size, mean, std), _Crop(size, mean, std)
-    files, labels = listed["train"]
-    if "val" not in listed:
-        rest, chosen, told = split_off(len(files), val_share, seed, "images")
-        notes.append(told)
-        listed["val"] = _taken(listed["train"], chosen)
-        files, labels = _taken(listed["train"], rest)
     made = partial(image_loader, batch_size=batch_size, workers=workers)
     return Splits(
-        train=made(FolderImages(files, labels, changed if augment else plain), shuffle=True),
-        val=made(FolderImages(*listed["val"], plain)),
-        test=made(FolderImages(*listed["test"], plain)) if "test" in listed else None,
-        calibration=made(FolderImages(files, labels, plain), shuffle=True),
+        train=made(FolderImages(listed["train"], changed if augment else plain), shuffle=True),
+        val=made(FolderImages(listed["val"], plain)),
+        test=made(FolderImages(listed["test"], plain)) if "test" in listed else None,
+        calibration=made(FolderImages(listed["train"], plain), shuffle=True),
         num_classes=len(classes),
         shape=(3, size, size),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -229,10 +224,9 @@ def _shown(image: "Image", x: float, y: float, width: float, height: float, to: 
     return to_tensor(image.resize((to.size, to.size), Resampling.BILINEAR, box=box), to.mean, to.std)
 
 
-def _listed(folder: Path, classes: Sequence[str], part: str) -> tuple[list[Path], list[int]]:
+def _listed(folder: Path, classes: Sequence[str], part: str) -> list[Sample]:
     """The images of a part with their labels."""
-    files: list[Path] = []
-    labels: list[int] = []
+    samples: list[Sample] = []
     for each in _visible(folder):
         if each.is_dir() and each.name not in classes:
             raise TaskError(
@@ -248,16 +242,10 @@ def _listed(folder: Path, classes: Sequence[str], part: str) -> tuple[list[Path]
                 f"class {name!r} has no images in {part}: {folder / name} {what}; expected {', '.join(SUFFIXES[:4])}, "
                 "... there. Add some, or take the class out of every part."
             )
-        files += found
-        labels += [label] * len(found)
-    if not files:
+        samples += [(file, label) for file in found]
+    if not samples:
         raise TaskError(f"{folder} holds no images; expected {', '.join(SUFFIXES[:4])}, ... in a folder per class.")
-    return files, labels
-
-
-def _taken(listed: tuple[list[Path], list[int]], places: Sequence[int]) -> tuple[list[Path], list[int]]:
-    files, labels = listed
-    return [files[place] for place in places], [labels[place] for place in places]
+    return samples
 
 
 def _visible(folder: Path) -> Iterator[Path]:

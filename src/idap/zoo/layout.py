@@ -1,12 +1,15 @@
 """Where the parts of a data set lie: train, validation and test, by the names that people give them."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from idap.errors import ConfigError, TaskError
+
+T = TypeVar("T")
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -103,6 +106,23 @@ def split_off(count: int, share: float, seed: int, what: str) -> tuple[list[int]
         "longer train"
     )
     return sorted(order[taken:]), sorted(order[:taken]), told
+
+
+def with_val(
+    parts: Mapping[str, Sequence[T]], share: float, seed: int, what: str
+) -> tuple[dict[str, Sequence[T]], tuple[str, ...]]:
+    """Give samples by part a val part, split off train where there is none, and say so; arguments as for `split_off`.
+
+    Example:
+        >>> parts, notes = with_val({"train": ["a", "b", "c", "d"]}, 0.25, 0, "rows")
+        >>> len(parts["train"]), len(parts["val"]), len(notes)
+        (3, 1, 1)
+    """
+    if "val" in parts:
+        return dict(parts), ()
+    train = parts["train"]
+    rest, chosen, told = split_off(len(train), share, seed, what)
+    return {**parts, "train": [train[place] for place in rest], "val": [train[place] for place in chosen]}, (told,)
 
 
 def check_share(name: str, share: float) -> float:

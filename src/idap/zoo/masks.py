@@ -21,7 +21,7 @@ from idap.training.task import Task
 from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD
 from idap.zoo.images import decoded as decoded_image
 from idap.zoo.images import image_loader, image_size, opened, read_image, to_tensor, visible_images
-from idap.zoo.layout import check_count, existing, parts_in, split_off
+from idap.zoo.layout import check_count, existing, parts_in, with_val
 
 Pair = tuple[Path, Path]
 PEEKED = 50
@@ -107,26 +107,21 @@ def masks(  # noqa: PLR0913 - one argument per key of a recipe
             a mask holds a number that is no class.
         ConfigError: a setting is out of range.
     """
-    listed, notes = _listed(path), []
+    listed = _listed(path)
     count = check_count("classes", mask_classes(path, ignore=ignore) if classes is None else classes, 2)
-    if classes is None:
-        notes.append(f"the masks of train hold {count} classes")
+    told = () if classes is not None else (f"the masks of train hold {count} classes",)
     shape = _shape(size, listed)
     _peek(listed, count, ignore)
-    if "val" not in listed:
-        rest, chosen, told = split_off(len(listed["train"]), val_share, seed, "images")
-        notes.append(told)
-        listed["val"] = [listed["train"][place] for place in chosen]
-        listed["train"] = [listed["train"][place] for place in rest]
+    pairs, taken = with_val(listed, val_share, seed, "images")
     made = partial(FolderMasks, classes=count, size=shape, ignore=ignore, scale=(mean, std))
     loader = partial(image_loader, batch_size=batch_size, workers=workers)
     parts = {
-        "train": loader(made(listed["train"], mirror=augment), shuffle=True),
-        "val": loader(made(listed["val"], mirror=False)),
-        "test": loader(made(listed["test"], mirror=False)) if "test" in listed else None,
-        "calibration": loader(made(listed["train"], mirror=False), shuffle=True),
+        "train": loader(made(pairs["train"], mirror=augment), shuffle=True),
+        "val": loader(made(pairs["val"], mirror=False)),
+        "test": loader(made(pairs["test"], mirror=False)) if "test" in pairs else None,
+        "calibration": loader(made(pairs["train"], mirror=False), shuffle=True),
     }
-    return segmentation(parts, num_classes=count, ignore=ignore, notes=tuple(notes))
+    return segmentation(parts, num_classes=count, ignore=ignore, notes=(*told, *taken))
 
 
 def _peek(listed: Mapping[str, list[Pair]], classes: int, ignore: int) -> None:

@@ -28,6 +28,7 @@ from idap.zoo.sections import (
     in_recipe,
     read_sections,
 )
+from idap.zoo.shipped import recipe_path
 from idap.zoo.sources import SOURCES, Source, called
 
 Made = TypeVar("Made")
@@ -195,9 +196,10 @@ def read_recipe(
     relative to the working folder.
 
     Args:
-        path: a TOML file; None: the arguments say everything.
+        path: a TOML file, or the name of a recipe that idap brings; None: the arguments say everything.
         overrides: `section.key=value`, with the value as in TOML; text may go without quotes.
-        replaced: `section.key` -> text taken as it is, such as the path of `data.path`; None leaves what the file says.
+        replaced: `section.key` -> text taken as it is, such as the path of `data.path`, which may name the data too
+            (`csv:reviews.tsv`); None leaves what the file says.
 
     Returns:
         The recipe.
@@ -207,7 +209,8 @@ def read_recipe(
         BudgetError: a goal is impossible.
     """
     changes = read_changes(overrides, replaced or {})
-    table = {} if path is None else read_table(Path(path), without=changes.keys())
+    path = None if path is None else recipe_path(path)
+    table = {} if path is None else read_table(path, without=changes.keys())
     return make_recipe(with_changes(table, changes), "the command line" if path is None else str(path))
 
 

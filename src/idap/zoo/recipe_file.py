@@ -11,6 +11,7 @@ from idap.errors import ConfigError
 from idap.zoo import pretrained
 from idap.zoo.script import PREFIX, is_script
 from idap.zoo.sections import nearest_key
+from idap.zoo.shipped import shipped_recipes
 from idap.zoo.sources import named_data
 
 Table = dict[str, Any]
@@ -18,7 +19,12 @@ Changes = Mapping[tuple[str, str], Any]
 
 _PATHS = ("model.weights", "data.path", "output.run_dir")
 _SPECS = ("model.build", "task.build", "data.name")
-_OPTIONS = {"model.weights": "--weights PATH", "data.path": "--data PATH", "output.run_dir": "--run-dir PATH"}
+_OPTIONS = {
+    "model.build": "--model SPEC",
+    "model.weights": "--weights PATH",
+    "data.path": "--data PATH",
+    "output.run_dir": "--run-dir PATH",
+}
 _FOLDERS = ("data.tokenizer",)
 """Folders, or names on the hub."""
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -158,7 +164,8 @@ def _parse(path: Path) -> Table:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"there is no recipe {path}. Recipes are TOML files; those of idap lie in recipes/."
+            f"there is no recipe {path}. Recipes are TOML files; idap brings {', '.join(shipped_recipes())}, and "
+            "writes one: idap recipe new."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} can't be read: {error}.") from error

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from idap.errors import ConfigError, TaskError
 from idap.training.task import Task, classification
-from idap.zoo.layout import check_count, split_off
+from idap.zoo.layout import check_count, with_val
 from idap.zoo.rows import Columns, Row, read_parts
 from idap.zoo.tokens import check_tokens, load_tokenizer
 
@@ -104,16 +105,11 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
         raise ConfigError(
             'which tokenizer is meant is not said: set data.tokenizer to a folder of transformers, such as "bert/".'
         )
-    parts, columns = _parts(path, text, pair, label, split)
-    names = _ordered(parts["train"], labels, labels_like)
-    for rows in parts.values():
-        _check_labels(rows, names)
-    notes = [str(columns), f"labels are {', '.join(f'{place} = {name!r}' for place, name in enumerate(names))}"]
-    if "val" not in parts:
-        rest, chosen, told = split_off(len(parts["train"]), val_share, seed, "rows")
-        notes.append(told)
-        parts["val"] = [parts["train"][place] for place in chosen]
-        parts["train"] = [parts["train"][place] for place in rest]
+    rows, columns = _parts(path, text, pair, label, split)
+    names = _ordered(rows["train"], labels, labels_like)
+    _check_labels(rows, names)
+    told = (str(columns), f"labels are {', '.join(f'{place} = {name!r}' for place, name in enumerate(names))}")
+    parts, taken = with_val(rows, val_share, seed, "rows")
     loaded = load_tokenizer(tokenizer)
     read = {part: _encoded(rows, names, loaded, max_length) for part, rows in parts.items()}
     check_tokens(max(max(row) for part in read.values() for row in part.encoded["input_ids"]), vocabulary)
@@ -121,7 +117,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     loader = partial(DataLoader, batch_size=batch_size, collate_fn=padded)
     test = loader(read["test"]) if "test" in read else None
     train, val = loader(read["train"], shuffle=True), loader(read["val"])
-    return replace(classification(train, val, test=test, num_classes=len(names)), notes=tuple(notes))
+    return replace(classification(train, val, test=test, num_classes=len(names)), notes=(*told, *taken))
 
 
 def label_names(
@@ -168,8 +164,8 @@ def _ordered(rows: Sequence[Row], labels: Sequence[str] | None, like: Sequence[s
     return sorted(found)
 
 
-def _check_labels(rows: Sequence[Row], names: Sequence[str]) -> None:
-    for row in rows:
+def _check_labels(parts: Mapping[str, Sequence[Row]], names: Sequence[str]) -> None:
+    for row in chain.from_iterable(parts.values()):
         if row.label not in names:
             raise TaskError(
                 f"{row.where}: label {row.label!r} is not in train, whose labels are "
