@@ -193,8 +193,14 @@ class TestMistakes:
             ("model.build=3", "model.build is the number 3, expected text in quotes."),
             ("compress.criterion=best", "there is no criterion 'best'; there are relative,"),
             ("model.build=2020-01-01", "model.build is the date or time 2020-01-01, expected text in quotes."),
-            ("data.name=imagenet", "data.name is 'imagenet', expected digits, cifar10, mnist, fashion_mnist, imagefolder, csv,"),
-            ("data.name=cifar10", "data.path is missing: give the folder of the two files, or pass --data cifar10:PATH."),
+            (
+                "data.name=imagenet",
+                "data.name is 'imagenet', expected digits, cifar10, mnist, fashion_mnist, imagefolder, csv,",
+            ),
+            (
+                "data.name=cifar10",
+                "data.path is missing: give the folder of the two files, or pass --data cifar10:PATH.",
+            ),
             ("task.build=python:a:b", "[task] brings its own data; leave [data], and --data, out"),
             ("goals.max_drop=1", 'it would allow anything; for 1 points write 0.01 or "1%".'),
             ("recovery.lr=-1", "r.toml: [recovery] lr must be above 0 and finite, got -1.0."),
@@ -289,7 +295,9 @@ class TestBuilding:
         assert images.shape == (2, 3)
         with pytest.raises(ConfigError, match=r"data\.seed does not suit python:.*, which takes path, batch_size"):
             recipe(text + "seed = 3").task()
-        with pytest.raises(ConfigError, match=r"gave list without 'train'; expected an idap\.Task, or train, val, test"):
+        with pytest.raises(
+            ConfigError, match=r"gave list without 'train'; expected an idap\.Task, or train, val, test"
+        ):
             recipe(text.replace("splits", "no_splits")).task()
 
     def test_a_task_that_is_none(self, recipe):

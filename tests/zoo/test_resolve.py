@@ -116,7 +116,7 @@ class TestModels:
         fake = types.ModuleType("torchvision.models")
         fake.list_models = lambda: ["resnet18", "vgg11"]
         fake.get_model = lambda name: nn.Identity()
-        fake.get_model_builder = lambda name: lambda: nn.Identity()
+        fake.get_model_builder = lambda name: nn.Identity
         monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
         monkeypatch.setitem(sys.modules, "torchvision.models", fake)
         model = build_model("torchvision:resnet18")

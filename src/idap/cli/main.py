@@ -11,6 +11,7 @@ from idap.cli.compress import compress_command
 from idap.cli.demo_command import demo_command
 from idap.cli.export import export_command
 from idap.cli.inspect import inspect_command
+from idap.cli.recipe import recipe_app
 
 _EXIT_CODES = "Exit codes: 0 done · 1 a goal was not reached · 2 wrong input · 3 unexpected error · 130 stopped."
 
@@ -50,6 +51,7 @@ app.command(
     epilog="Example: [bold]idap apply runs/resnet/model/plan.json --checkpoint original/ --out small/ "
     "--max-shard-size 2GB[/bold]",
 )(apply_command)
+app.add_typer(recipe_app, name="recipe")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,6 +1,5 @@
 """Models of transformers with the head that a task needs: from a folder, or by a name on the hub."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +59,7 @@ def build_pretrained(
     if not trained:
         made: nn.Module = _attempt(spec, lambda: builder.from_config(config))
         return made
-    with _quiet():
+    with _quiet(library):
         model, report = _attempt(
             spec,
             lambda: builder.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True),
@@ -128,15 +127,18 @@ def _attempt(spec: str, call: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from logging what is an error here, or is wanted."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet(library: ModuleType) -> Iterator[None]:
+    """Keep transformers from logging what is an error here, or is wanted, and from drawing bars."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _few(names: Mapping[Any, Any]) -> str:
