@@ -8,14 +8,7 @@ from typer.testing import CliRunner
 from idap.cli.main import app
 from idap.zoo.recipe import read_recipe
 
-QUICK = [
-    "train.epochs=0.2",
-    "compress.calibration_batches=1",
-    "filters.steps=1",
-    "layers.removals=0",
-    "recovery.epochs=0",
-    "final.epochs=0.2",
-]
+QUICK = ["train.epochs=0.2", "filters.steps=1", "layers.removals=0", "recovery.epochs=0", "final.epochs=0.2"]
 
 
 def run(*words, answers=None):

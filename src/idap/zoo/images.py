@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from idap.errors import TaskError
 from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD, Splits
-from idap.zoo.layout import check_count, existing, parts_in, with_val
+from idap.zoo.layout import check_colours, check_count, existing, parts_in, with_val
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,6 +80,7 @@ def imagefolder(  # noqa: PLR0913 - one argument per key of a recipe
         ConfigError: a setting is out of range.
     """
     check_count("size", size)
+    check_colours(mean, std)
     folder = existing(path, "a folder with train/CLASS/*.jpg")
     parts = parts_in(folder, Path.is_dir, "a folder of classes")
     classes = class_names(folder)

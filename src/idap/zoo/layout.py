@@ -147,6 +147,19 @@ def check_count(name: str, count: int, least: int = 1) -> int:
     return count
 
 
+def check_colours(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse scales that are not one number for each of red, green and blue.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise ConfigError(f"{name} has {len(values)} numbers, expected 3: of red, green and blue.")
+    if min(std) <= 0:
+        raise ConfigError(f"std must be above 0, got {list(std)}.")
+
+
 def _stem(path: Path) -> str:
     return path.name.partition(".")[0]
 

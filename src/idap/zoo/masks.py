@@ -21,7 +21,7 @@ from idap.training.task import Task
 from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD
 from idap.zoo.images import decoded as decoded_image
 from idap.zoo.images import image_loader, image_size, opened, read_image, to_tensor, visible_images
-from idap.zoo.layout import check_count, existing, parts_in, with_val
+from idap.zoo.layout import check_colours, check_count, existing, parts_in, with_val
 
 Pair = tuple[Path, Path]
 PEEKED = 50
@@ -110,6 +110,7 @@ def masks(  # noqa: PLR0913 - one argument per key of a recipe
     listed = _listed(path)
     count = check_count("classes", mask_classes(path, ignore=ignore) if classes is None else classes, 2)
     told = () if classes is not None else (f"the masks of train hold {count} classes",)
+    check_colours(mean, std)
     shape = _shape(size, listed)
     _peek(listed, count, ignore)
     pairs, taken = with_val(listed, val_share, seed, "images")

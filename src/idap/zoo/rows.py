@@ -95,9 +95,8 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         empty = False
         yield row
     if empty:
-        raise TaskError(
-            f"{file} holds no rows; expected {'one object per line' if suffix == '.jsonl' else 'a header'}."
-        )
+        expected = "one object per line" if suffix == ".jsonl" else "a header and rows below it"
+        raise TaskError(f"{file} holds no rows; expected {expected}.")
 
 
 def read_text(file: Path) -> str:
