@@ -54,7 +54,9 @@ def read_changes(overrides: Sequence[str], replaced: Mapping[str, str | Path | N
     }
     named = named_data(str(replaced.get("data.path") or ""))
     if named is not None:
-        given |= {("data", key): value for key, value in named.items()}
+        # What names data without a path takes away the file's, not one that is said beside it.
+        said = {key: value for key, value in named.items() if value is not None or ("data", key) not in changes}
+        given |= {("data", key): value for key, value in said.items()}
     return changes | given
 
 
