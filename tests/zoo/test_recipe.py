@@ -173,6 +173,66 @@ class TestPaths:
         assert recipe(text, data="there").data.path == "there"
 
 
+class TestDataByName:
+    def test_name_and_path_in_one(self, recipe, tmp_path):
+        text = PLAIN.replace('"digits"', '"cifar10:set"')
+        read = recipe(text)
+        assert (read.data.name, read.data.path) == ("cifar10", str(tmp_path / "set"))
+        assert recipe(PLAIN, "data.name=cifar10:set").data.path == "set"
+
+    def test_the_path_stands_once(self, recipe):
+        text = PLAIN.replace('"digits"', '"cifar10:set"\npath = "other"')
+        assert "data.name is 'cifar10:set', and data.path is" in refusal(recipe, text)
+
+    def test_the_command_line_may_name_the_data(self, recipe):
+        text = PLAIN.replace('"digits"', '"cifar10:${NOT_SET}/set"')
+        assert recipe(text, data="digits").data.given() == {"name": "digits"}
+        read = recipe(text, data="csv:reviews.tsv")
+        assert (read.data.name, read.data.path) == ("csv", "reviews.tsv")
+        assert recipe(text, data="elsewhere").data.given() == {"name": "cifar10", "path": "elsewhere"}
+
+    def test_a_folder_called_like_data_is_a_path(self, recipe, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "digits").mkdir()
+        text = PLAIN.replace('"digits"', '"cifar10:set"')
+        assert recipe(text, data="digits").data.given() == {"name": "cifar10", "path": "digits"}
+
+    @pytest.mark.parametrize(
+        ("overrides", "text"),
+        [
+            (["data.name=imagefolders:x"], "did you mean imagefolder?"),
+            (["data.name=digits:x"], "data.path does not suit digits, which takes seed, batch_size"),
+            (["data.name=csv:x", "data.size=3"], "data.size does not suit csv, which takes path, tokenizer, text,"),
+            (
+                ["data.name=text"],
+                "data.path is missing: give a text file, or a folder of them, or pass --data text:PATH",
+            ),
+            (["data.name=text:x", "data.metric=bits"], "data.metric is the text 'bits', expected 'perplexity' or"),
+            (["data.name=text:x", "data.metric=token_accuracy", "goals.max_drop=5"], "the metric lies between 0 and 1"),
+            (["data.name=csv:x", "data.val_share=40"], 'for 40 percent write 0.4 or "40%"'),
+        ],
+    )
+    def test_what_does_not_suit(self, recipe, overrides, text):
+        assert text in refusal(recipe, PLAIN, *overrides)
+
+    def test_perplexity_may_rise_by_more_than_one(self, recipe):
+        assert recipe(PLAIN, "data.name=text:x", "goals.max_drop=5").config().max_drop == 5
+        assert recipe(PLAIN, "data.name=csv:x", "data.val_share=40%").data.val_share == 0.4
+
+    def test_folders_of_transformers_are_relative_to_the_recipe(self, recipe, tmp_path):
+        (tmp_path / "bert").mkdir()
+        text = PLAIN.replace('"idap:digits_resnet"', '"hf:bert"').replace('"digits"', '"csv:x"\ntokenizer = "bert"')
+        read = recipe(text)
+        assert (read.network.build, read.data.tokenizer) == (f"hf:{tmp_path / 'bert'}", str(tmp_path / "bert"))
+        assert recipe(text.replace("hf:bert", "hf:gpt2")).network.build == "hf:gpt2"  # a name on the hub
+
+    def test_the_model_has_as_many_outputs_as_the_data_has_classes(self, recipe):
+        assert recipe(PLAIN).classes() == 10
+        assert recipe(PLAIN, "model.classes=7").model().head.out_features == 7
+        assert recipe(PLAIN, "model.build=python:mine.py:build_model").classes() is None
+        assert recipe(PLAIN).subject()["model"] == {"build": "idap:digits_resnet", "classes": 10}
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("override", "text"),
@@ -248,8 +308,14 @@ class TestMistakes:
         assert "(the nearest is goals.macs)" in refusal(recipe, PLAIN, "macs=0.5")
 
     def test_a_missing_file(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"there is no recipe .*r\.toml"):
+        with pytest.raises(ConfigError, match=r"there is no recipe .*r\.toml.*idap brings cifar10_resnet20, digits"):
             read_recipe(tmp_path / "r.toml")
+
+    def test_a_recipe_of_idap_by_its_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert read_recipe("digits_resnet").name == read_recipe("digits_resnet.toml").name == "digits_resnet"
+        (tmp_path / "digits_resnet.toml").write_text(PLAIN + "max_drop = 0.5")
+        assert read_recipe("digits_resnet.toml").config().max_drop == 0.5  # a file goes before a name
 
     def test_a_file_that_is_no_text(self, tmp_path):
         (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
