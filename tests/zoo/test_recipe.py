@@ -205,7 +205,7 @@ class TestDataByName:
             (["data.name=csv:x", "data.size=3"], "data.size does not suit csv, which takes path, tokenizer, text,"),
             (
                 ["data.name=text"],
-                "data.path is missing: give a text file, or a folder of them, or pass --data text:PATH",
+                "data.path is missing: give a text file, or a folder of them, or pass --data text:",
             ),
             (["data.name=text:x", "data.metric=bits"], "data.metric is the text 'bits', expected 'perplexity' or"),
             (["data.name=text:x", "data.metric=token_accuracy", "goals.max_drop=5"], "the metric lies between 0 and 1"),

@@ -87,6 +87,7 @@ class DataSection(Section):
     """`NAME`, `NAME:PATH`, or `python:FILE.py:FUNCTION`, which returns an `idap.Task` or something like
     `idap.zoo.data.Splits`."""
     path: str | None = None
+    """The file or folder, where `name` does not hold it."""
     batch_size: int | None = None
     workers: int | None = None
     val_size: int | None = None

@@ -23,8 +23,8 @@ _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.", "model.")
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a file of weights into a model, in place and strictly.
 
-    Names may carry the prefix of a wrapper: `module.` of DataParallel, `_orig_mod.` of torch.compile, `model.`. Tied tensors may be stored once. Counters of batches that a
-    norm has seen may be missing, older files do not have them.
+    Names may carry the prefix of a wrapper: `module.` of DataParallel, `_orig_mod.` of torch.compile, `model.`. Tied
+    tensors may be stored once. Counters of batches that a norm has seen may be missing, older files do not have them.
 
     Args:
         model: changed only if everything fits.
@@ -117,7 +117,8 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pa
             break
     if problems:
         raise CheckpointError(
-            f"{path} does not fit the model: it {'; it '.join(problems)}. {_advice(tensors, wanted, missing, unexpected)}"
+            f"{path} does not fit the model: it {'; it '.join(problems)}. "
+            f"{_advice(tensors, wanted, missing, unexpected)}"
         )
 
 
