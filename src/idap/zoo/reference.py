@@ -2,10 +2,12 @@
 
 import dataclasses
 import inspect
+import operator
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +159,7 @@ def _kind(hint: Any, name: str) -> str:
 def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
-    return typing.Union[tuple(each for each in typing.get_args(hint) if each is not types.NoneType)]
+    return reduce(operator.or_, (each for each in typing.get_args(hint) if each is not types.NoneType))
 
 
 def _default(value: Any) -> str:

@@ -90,7 +90,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
         val_share: share of the training rows that decides, where nothing else is there to.
         seed: of that choice.
         labels_like: names of the model's classes; their order is taken where they are the labels of train.
-        vocabulary: number of tokens that the model knows.
+        vocabulary: tokens that the model knows.
 
     Returns:
         A `Task` with cross-entropy and accuracy; batches are dicts of int64 `(B, T)`, with labels `(B,)`.
@@ -102,9 +102,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     check_count("batch_size", batch_size)
     check_count("max_length", max_length)
     if tokenizer is None:
-        raise ConfigError(
-            'which tokenizer is meant is not said: set data.tokenizer to a folder of transformers, such as "bert/".'
-        )
+        raise ConfigError("which tokenizer is meant is not said: set data.tokenizer to a folder of transformers.")
     rows, columns = _parts(path, text, pair, label, split)
     names = _ordered(rows["train"], labels, labels_like)
     _check_labels(rows, names)
@@ -115,8 +113,8 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     check_tokens(max(max(row) for part in read.values() for row in part.encoded["input_ids"]), vocabulary)
     padded = Padded(_fill(loaded, read["train"]), max_length if pad_to_max else None)
     loader = partial(DataLoader, batch_size=batch_size, collate_fn=padded)
-    test = loader(read["test"]) if "test" in read else None
     train, val = loader(read["train"], shuffle=True), loader(read["val"])
+    test = loader(read["test"]) if "test" in read else None
     return replace(classification(train, val, test=test, num_classes=len(names)), notes=(*told, *taken))
 
 
