@@ -58,6 +58,14 @@ def test_a_language_model(tmp_path):
     assert not model.config.use_cache
 
 
+def test_a_model_of_images(tmp_path):
+    shape = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**shape, intermediate_size=32, num_labels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    model = build_model(f"hf:{tmp_path}", head="image", classes=3)
+    assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3)
+
+
 def test_half_precision_is_read_as_float32(tmp_path, classifier):
     transformers.BertForSequenceClassification.from_pretrained(classifier).half().save_pretrained(tmp_path)
     assert build_model(f"hf:{tmp_path}", head="sequence").classifier.weight.dtype == torch.float32

@@ -18,7 +18,7 @@ from tests.zoo import tiny
 from tests.zoo.test_data import write_delta
 
 QUICK = (
-    *("compress.calibration_batches=1", "filters.steps=1", "layers.removals=0"),
+    *("compress.calibration_batches=1", "filters.steps=1", "filters.streams=keep", "layers.removals=0"),
     *("recovery.epochs=0", "final.epochs=0.5", "goals.macs=75%", "goals.max_drop=none"),
 )
 SCRIPT = """
