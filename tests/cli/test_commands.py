@@ -323,7 +323,7 @@ class TestCompress:
     def test_nothing_to_do(self, words):
         result = idap("compress", *words)
         assert result.exit_code == 2
-        assert "a recipe, or both --model and --task" in text(result.stderr)
+        assert "a recipe, or --model and either --data or --task" in text(result.stderr)
 
     def test_what_nobody_expected(self, script, monkeypatch):
         def fail(*args, **kwargs):

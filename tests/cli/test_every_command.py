@@ -15,6 +15,7 @@ from idap.errors import RunFolderError
 from tests.cli.test_commands import plain_terminal, text  # noqa: F401 - a fixture
 
 COMMANDS = {each.name: each for each in main.COMMANDS}
+GROUPS = {"recipe": ("new", "list", "show")}  # commands that have commands of their own
 GROUP = typer.main.get_command(main.app)
 CALLS = {  # a call of each command, and what it calls when it works
     "demo": ([], "idap.cli.demo:run_demo"),
@@ -27,16 +28,29 @@ CALLS = {  # a call of each command, and what it calls when it works
     "apply": (["plan.json", "--checkpoint", "big", "--out", "small"], "idap.saving.stream:apply_to_checkpoint"),
     "list": (["models"], "idap.zoo.catalogue:chosen"),
     "completion": (["bash"], "idap.cli.completion:script"),
+    "recipe new": (["--data", "digits"], "idap.zoo.new_recipe:compose_recipe"),
+    "recipe list": ([], "idap.cli.recipe:shipped_recipes"),
+    "recipe show": (["digits_resnet"], "idap.cli.recipe:shipped_recipes"),
 }
-SHOWN = pytest.mark.parametrize("name", COMMANDS)
+LEAVES = [f"{name} {inner}".strip() for name in COMMANDS for inner in GROUPS.get(name, ("",))]
+SHOWN = pytest.mark.parametrize("name", LEAVES)
+PLAIN = {"completion", "recipe new", "recipe list", "recipe show"}
+"""Commands that say so little that neither less nor more can be asked for."""
 
 
 def idap(*words):
     return CliRunner().invoke(main.app, list(words), prog_name="idap")
 
 
-def module_of(command: Lazy):
-    return importlib.import_module(command.place.partition(":")[0])
+def module_of(name: str):
+    return importlib.import_module(COMMANDS[name.split(maxsplit=1)[0]].place.partition(":")[0])
+
+
+def loaded(name: str):
+    """The command that runs, also one of a group."""
+    first, _, inner = name.partition(" ")
+    command = COMMANDS[first].load()
+    return command.commands[inner] if inner else command
 
 
 @pytest.fixture
@@ -52,30 +66,35 @@ def failing(monkeypatch, tmp_path):
         arguments, target = CALLS[name]
         place, _, attribute = target.partition(":")
         monkeypatch.setattr(importlib.import_module(place), attribute, fail)
-        return idap(name, *arguments, *words)
+        return idap(*name.split(), *arguments, *words)
 
     return call
 
 
-@SHOWN
+def test_groups_are_known():
+    found = {name: tuple(each.load().commands) for name, each in COMMANDS.items() if hasattr(each.load(), "commands")}
+    assert found == GROUPS
+    assert all(COMMANDS[name].about in text(idap("--help").stdout) for name in GROUPS)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in GROUPS])
 def test_the_list_says_what_the_command_says(name):
-    if isinstance(getattr(module_of(COMMANDS[name]), COMMANDS[name].place.partition(":")[2]), typer.Typer):
-        return
     assert COMMANDS[name].load().help.partition("\n")[0].replace("\\[", "[") == COMMANDS[name].about
     assert COMMANDS[name].about in text(idap("--help").stdout)
 
 
 @SHOWN
 def test_every_example_of_the_help_is_a_command_line(name):
-    examples = examples_of(module_of(COMMANDS[name]))
-    shown = text(idap(name, "--help").stdout)
+    words = name.split()
+    examples = [line for line in examples_of(module_of(name)) if shlex.split(line)[1 : 1 + len(words)] == words]
+    shown = text(idap(*words, "--help").stdout)
     assert examples
     for example in examples:
         assert example in shown
-        first, second, *rest = shlex.split(example)
-        assert (first, second) == ("idap", name)
+        rest = shlex.split(example.partition(" > ")[0])[1 + len(words) :]
+        assert shlex.split(example)[0] == "idap"
         with typer.Context(GROUP, info_name="idap") as context:
-            COMMANDS[name].load().make_context(name, rest, parent=context)  # an unknown option or a wrong value raises
+            loaded(name).make_context(words[-1], rest, parent=context)  # an unknown option or a wrong value raises
 
 
 def test_an_example_with_an_unknown_option_would_be_seen():
@@ -86,8 +105,8 @@ def test_an_example_with_an_unknown_option_would_be_seen():
 
 @SHOWN
 def test_all_have_the_same_switches(name):
-    options = {option for parameter in COMMANDS[name].load().params for option in parameter.opts}
-    expected = {"--json", "--debug"} | ({"--quiet", "-q", "--verbose", "-v"} if name != "completion" else set())
+    options = {option for parameter in loaded(name).params for option in parameter.opts}
+    expected = {"--json", "--debug"} | ({"--quiet", "-q", "--verbose", "-v"} if name not in PLAIN else set())
     assert expected <= options
 
 
@@ -139,11 +158,11 @@ def test_the_traceback_by_environment(name, failing, monkeypatch):
 
 @SHOWN
 def test_words_that_are_wrong(name):
-    result = idap(name, "--jsonn")
+    result = idap(*name.split(), "--jsonn")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "No such option: --jsonn" in text(result.stderr)
     assert f"in idap {name} --jsonn help idap {name} --help" in text(result.stderr)
-    result = idap(name, "--jsonn", "--json")
+    result = idap(*name.split(), "--jsonn", "--json")
     assert (result.exit_code, result.stderr) == (2, "")
     assert json.loads(result.stdout)["error"]["kind"] == "UsageError"
 

@@ -8,12 +8,12 @@ import pytest
 
 from idap.divergence import criteria
 from idap.errors import ConfigError
-from idap.zoo import catalogue, recipe, resolve
+from idap.zoo import catalogue, resolve, sources
 
 
 def test_names_and_what_can_be_built():
     assert set(catalogue.OWN_MODELS) == set(resolve._OWN), "say in OWN_MODELS what each network is"
-    assert set(catalogue.DATA_SETS) == set(recipe._DATA), "say in DATA_SETS what each data set is"
+    assert set(catalogue.DATA_SETS) == set(sources.SOURCES), "say in DATA_SETS what each data set is"
     assert set(catalogue.CRITERIA) == set(criteria.CRITERIA), "say in CRITERIA what each criterion is"
     assert set(catalogue.SCHEMES) == set(resolve.SCHEMES), "say in SCHEMES where models come from"
 

@@ -173,6 +173,66 @@ class TestPaths:
         assert recipe(text, data="there").data.path == "there"
 
 
+class TestDataByName:
+    def test_name_and_path_in_one(self, recipe, tmp_path):
+        text = PLAIN.replace('"digits"', '"cifar10:set"')
+        read = recipe(text)
+        assert (read.data.name, read.data.path) == ("cifar10", str(tmp_path / "set"))
+        assert recipe(PLAIN, "data.name=cifar10:set").data.path == "set"
+
+    def test_the_path_stands_once(self, recipe):
+        text = PLAIN.replace('"digits"', '"cifar10:set"\npath = "other"')
+        assert "data.name is 'cifar10:set', and data.path is" in refusal(recipe, text)
+
+    def test_the_command_line_may_name_the_data(self, recipe):
+        text = PLAIN.replace('"digits"', '"cifar10:${NOT_SET}/set"')
+        assert recipe(text, data="digits").data.given() == {"name": "digits"}
+        read = recipe(text, data="csv:reviews.tsv")
+        assert (read.data.name, read.data.path) == ("csv", "reviews.tsv")
+        assert recipe(text, data="elsewhere").data.given() == {"name": "cifar10", "path": "elsewhere"}
+
+    def test_a_folder_called_like_data_is_a_path(self, recipe, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "digits").mkdir()
+        text = PLAIN.replace('"digits"', '"cifar10:set"')
+        assert recipe(text, data="digits").data.given() == {"name": "cifar10", "path": "digits"}
+
+    @pytest.mark.parametrize(
+        ("overrides", "text"),
+        [
+            (["data.name=imagefolders:x"], "did you mean imagefolder?"),
+            (["data.name=digits:x"], "data.path does not suit digits, which takes seed, batch_size"),
+            (["data.name=csv:x", "data.size=3"], "data.size does not suit csv, which takes path, tokenizer, text,"),
+            (
+                ["data.name=text"],
+                "data.path is missing: give a text file, or a folder of them, or pass --data text:",
+            ),
+            (["data.name=text:x", "data.metric=bits"], "data.metric is the text 'bits', expected 'perplexity' or"),
+            (["data.name=text:x", "data.metric=token_accuracy", "goals.max_drop=5"], "the metric lies between 0 and 1"),
+            (["data.name=csv:x", "data.val_share=40"], 'for 40 percent write 0.4 or "40%"'),
+        ],
+    )
+    def test_what_does_not_suit(self, recipe, overrides, text):
+        assert text in refusal(recipe, PLAIN, *overrides)
+
+    def test_perplexity_may_rise_by_more_than_one(self, recipe):
+        assert recipe(PLAIN, "data.name=text:x", "goals.max_drop=5").config().max_drop == 5
+        assert recipe(PLAIN, "data.name=csv:x", "data.val_share=40%").data.val_share == 0.4
+
+    def test_folders_of_transformers_are_relative_to_the_recipe(self, recipe, tmp_path):
+        (tmp_path / "bert").mkdir()
+        text = PLAIN.replace('"idap:digits_resnet"', '"hf:bert"').replace('"digits"', '"csv:x"\ntokenizer = "bert"')
+        read = recipe(text)
+        assert (read.network.build, read.data.tokenizer) == (f"hf:{tmp_path / 'bert'}", str(tmp_path / "bert"))
+        assert recipe(text.replace("hf:bert", "hf:gpt2")).network.build == "hf:gpt2"  # a name on the hub
+
+    def test_the_model_has_as_many_outputs_as_the_data_has_classes(self, recipe):
+        assert recipe(PLAIN).classes() == 10
+        assert recipe(PLAIN, "model.classes=7").model().head.out_features == 7
+        assert recipe(PLAIN, "model.build=python:mine.py:build_model").classes() is None
+        assert recipe(PLAIN).table()["model"] == {"build": "idap:digits_resnet", "classes": 10}
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("override", "text"),
@@ -187,12 +247,20 @@ class TestMistakes:
             ("filters.steps=true", "filters.steps is true, expected a whole number."),
             ("goals.macs=half", "goals.macs is the text 'half', expected a number."),
             ("data.augment=1", "data.augment is the number 1, expected true or false."),
+            ("data.size=big", "data.size is the text 'big', expected a whole number, or [height, width]."),
+            ("data.labels=good", "data.labels is the text 'good', expected a list of texts"),
             ("data.mean=0.5", "data.mean is the number 0.5, expected a list of numbers."),
             ("model.build=3", "model.build is the number 3, expected text in quotes."),
             ("compress.criterion=best", "there is no criterion 'best'; there are relative,"),
             ("model.build=2020-01-01", "model.build is the date or time 2020-01-01, expected text in quotes."),
-            ("data.name=imagenet", "data.name is 'imagenet', expected digits, cifar10 or python:file.py:function."),
-            ("data.name=cifar10", "data.path is missing: give the folder of the two files, or pass --data PATH."),
+            (
+                "data.name=imagenet",
+                "data.name is 'imagenet', expected digits, cifar10, mnist, fashion_mnist, imagefolder, csv,",
+            ),
+            (
+                "data.name=cifar10",
+                "data.path is missing: give the folder of the two files, or pass --data cifar10:PATH.",
+            ),
             ("task.build=python:a:b", "[task] brings its own data; leave [data], and --data, out"),
             ("goals.max_drop=1", 'it would allow anything; for 1 points write 0.01 or "1%".'),
             ("recovery.lr=-1", "r.toml: [recovery] lr must be above 0 and finite, got -1.0."),
@@ -203,7 +271,7 @@ class TestMistakes:
     def test_each_is_named(self, recipe, override, text):
         assert text in refusal(recipe, PLAIN, override)
 
-    @pytest.mark.parametrize("key", ["goals.macs", "filters.first_share", "compress.filters_share"])
+    @pytest.mark.parametrize("key", ["goals.macs", "filters.first_share", "compress.filters_share", "data.val_share"])
     def test_a_share_is_no_percentage(self, recipe, key):
         message = refusal(recipe, PLAIN, f"{key}=40")
         assert (
@@ -240,8 +308,14 @@ class TestMistakes:
         assert "(the nearest is goals.macs)" in refusal(recipe, PLAIN, "macs=0.5")
 
     def test_a_missing_file(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"there is no recipe .*r\.toml"):
+        with pytest.raises(ConfigError, match=r"there is no recipe .*r\.toml.*idap brings cifar10_resnet20, digits"):
             read_recipe(tmp_path / "r.toml")
+
+    def test_a_recipe_of_idap_by_its_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert read_recipe("digits_resnet").name == read_recipe("digits_resnet.toml").name == "digits_resnet"
+        (tmp_path / "digits_resnet.toml").write_text(PLAIN + "max_drop = 0.5")
+        assert read_recipe("digits_resnet.toml").config().max_drop == 0.5  # a file goes before a name
 
     def test_a_file_that_is_no_text(self, tmp_path):
         (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
@@ -287,7 +361,9 @@ class TestBuilding:
         assert images.shape == (2, 3)
         with pytest.raises(ConfigError, match=r"data\.seed does not suit python:.*, which takes path, batch_size"):
             recipe(text + "seed = 3").task()
-        with pytest.raises(ConfigError, match=r"gave list without 'train'; expected train, val, test"):
+        with pytest.raises(
+            ConfigError, match=r"gave list without 'train'; expected an idap\.Task, or train, val, test"
+        ):
             recipe(text.replace("splits", "no_splits")).task()
 
     def test_a_task_that_is_none(self, recipe):

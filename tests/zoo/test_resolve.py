@@ -116,6 +116,7 @@ class TestModels:
         fake = types.ModuleType("torchvision.models")
         fake.list_models = lambda: ["resnet18", "vgg11"]
         fake.get_model = lambda name: nn.Identity()
+        fake.get_model_builder = lambda name: nn.Identity
         monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
         monkeypatch.setitem(sys.modules, "torchvision.models", fake)
         model = build_model("torchvision:resnet18")
@@ -123,8 +124,17 @@ class TestModels:
         with pytest.raises(ConfigError, match=r"did you mean torchvision:vgg11\?"):
             build_model("torchvision:vgg12")
 
+    @pytest.mark.parametrize(
+        "spec", ["torchvision:squeezenet1_1", "torchvision:lraspp_mobilenet_v3_large", "timm:test_vit"]
+    )
+    def test_the_real_libraries_build_as_many_outputs_as_they_are_told(self, spec):
+        model = build_model(spec, classes=3)
+        with torch.no_grad():
+            outputs = model(torch.zeros(1, 3, 160, 160))
+        assert (outputs["out"] if isinstance(outputs, dict) else outputs).shape[1] == 3
+
     def test_timm_states_its_image_size(self, monkeypatch):
-        def create(name, *, pretrained):
+        def create(name, *, pretrained, **counted):
             assert not pretrained
             model = nn.Identity()
             model.pretrained_cfg = {"input_size": (3, 96, 96)}
@@ -205,7 +215,7 @@ class TestScripts:
 
 class TestWeights:
     @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
-    @pytest.mark.parametrize("prefix", ["", "module."])
+    @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "model."])
     def test_a_round_trip(self, tmp_path, name, prefix):
         source, target = nn.Linear(3, 2), nn.Linear(3, 2)
         state = {f"{prefix}{key}": value for key, value in source.state_dict().items()}
@@ -216,6 +226,24 @@ class TestWeights:
         load_weights(target, tmp_path / name)
         assert torch.equal(target.weight, source.weight)
         assert torch.equal(target.bias, source.bias)
+
+    @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+    def test_wrappers_of_checkpoints(self, tmp_path, key):
+        source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+        torch.save({key: source.state_dict(), "optimizer": {"lr": 0.1}}, tmp_path / "w.pt")
+        load_weights(target, tmp_path / "w.pt")
+        assert torch.equal(target.weight, source.weight)
+
+    def test_names_of_the_model_that_look_like_a_wrapper_stay(self, tmp_path):
+        source, target = nn.ModuleDict({"model": nn.Linear(3, 2)}), nn.ModuleDict({"model": nn.Linear(3, 2)})
+        torch.save(source.state_dict(), tmp_path / "w.pt")
+        load_weights(target, tmp_path / "w.pt")
+        assert torch.equal(target["model"].weight, source["model"].weight)
+
+    def test_another_number_of_classes_is_named(self, tmp_path):
+        torch.save(DigitsResNet(num_classes=1000).state_dict(), tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=r"a model with 1000 classes, and the model has 10: .* = 1000"):
+            build_model("idap:digits_resnet", tmp_path / "w.pt")
 
     def test_tied_tensors_are_stored_once(self, tmp_path):
         source, target = tied(), tied()

@@ -98,8 +98,8 @@ def compress_command(  # noqa: PLR0913 - one argument per option
     settings = [*(overrides or []), *(f"goals.{name}={value}" for name, value in goals.items() if value is not None)]
     replaced = {"model.build": model, "task.build": task, "data.path": data, "model.weights": weights}
     with outcome.reported():
-        if recipe is None and (model is None or task is None):
-            raise ConfigError("say what is compressed: a recipe, or both --model and --task.")
+        if recipe is None and (model is None or (task is None and data is None)):
+            raise ConfigError("say what is compressed: a recipe, or --model and either --data or --task.")
         from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
 
         read = read_recipe(recipe, settings, replaced=replaced)

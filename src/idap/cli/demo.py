@@ -24,7 +24,7 @@ from idap.training.evaluate import modes_kept
 from idap.training.fit import fit
 from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
-from idap.zoo.data import digits
+from idap.zoo.data import TensorLoader, digits
 from idap.zoo.nets import DigitsResNet, DigitsViT
 
 MAX_DROP, MACS = 0.01, 0.5
@@ -113,7 +113,8 @@ def run_demo(
     """
     splits = digits(seed=seed)
     task = classification(splits.train, splits.val, num_classes=splits.num_classes, test=splits.test)
-    sizes = [len(part.tensors[0]) for part in (splits.train, splits.val, splits.test)]
+    parts = (splits.train, splits.val, splits.test)
+    sizes = [len(part.tensors[0]) for part in parts if isinstance(part, TensorLoader)]
     console.print(
         f"Handwritten digits from scikit-learn, 8x8 pixels: {sizes[0]} to train on, {sizes[1]} that decide, {sizes[2]} "
         f"looked at once, at the end.\nGoals: at most {MAX_DROP * 100:g} point of validation accuracy lost, at most "

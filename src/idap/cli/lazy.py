@@ -60,11 +60,16 @@ def examples_of(module: Any) -> tuple[str, ...]:
 
 def _app_of(name: str, function: Any, examples: Sequence[str]) -> typer.Typer:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    add_command(app, name, function, examples)
+    return app
+
+
+def add_command(app: typer.Typer, name: str, function: Any, examples: Sequence[str]) -> None:
+    """Add a command whose help is its docstring, and examples."""
     lines = "\n".join(f"  [bold]{escape(example)}[/bold]" for example in examples)
     title = "Example:" if len(examples) == 1 else "Examples:"
     about = escape(flowing(inspect.getdoc(function) or ""))
     app.command(name, help=about, epilog=f"{title}\n{lines}", context_settings=CONTEXT, cls=Command)(function)
-    return app
 
 
 def flowing(text: str) -> str:

@@ -37,6 +37,12 @@ COMMANDS = (
         "Compress a trained model: remove filters, then layers, within a budget of accuracy.",
         WORK,
     ),
+    Lazy(
+        "recipe",
+        "idap.cli.recipe:recipe_app",
+        "Write a recipe, list those that idap brings, or show one of them.",
+        WORK,
+    ),
     Lazy("resume", "idap.cli.resume:resume_command", "Go on with a run that was stopped, or killed.", WORK),
     Lazy(
         "evaluate",

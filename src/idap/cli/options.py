@@ -35,14 +35,19 @@ Debug = Annotated[
 ]
 
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="RECIPE", help="A TOML file; idap list recipes lists some.", show_default=False)
+    Path | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A TOML file, or a name; idap list recipes lists some.",
+        show_default=False,
+    ),
 ]
 ModelSpec = Annotated[
     str | None,
     typer.Option(
         "--model",
         metavar="SPEC",
-        help="The model, such as python:net.py:build or timm:NAME.",
+        help="The model: python:net.py:build, timm:NAME, torchvision:NAME or hf:FOLDER.",
         autocompletion=names.models,
     ),
 ]
@@ -56,7 +61,14 @@ TaskSpec = Annotated[
     ),
 ]
 DataPath = Annotated[
-    Path | None, typer.Option("--data", metavar="PATH", help="The data, instead of the recipe's.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="NAME:PATH",
+        help="The data: digits, imagefolder:PATH, csv:PATH, text:PATH, masks:PATH, cifar10:PATH, mnist:PATH, "
+        "python:FILE.py:FUNCTION, or another path for the recipe's.",
+        show_default=False,
+    ),
 ]
 WeightsPath = Annotated[
     Path | None, typer.Option("--weights", metavar="PATH", help="The weights, instead of the recipe's.")

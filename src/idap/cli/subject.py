@@ -47,11 +47,10 @@ def model_and_inputs(spec: str, recipe: "Recipe | None", shapes: list[str], *, w
     from idap.zoo.resolve import build_model, example_inputs  # noqa: PLC0415 - imports torch
 
     inputs = tuple(_input(text) for text in shapes)
-    build = spec if recipe is None else recipe.network.build
-    model = recipe.model() if recipe is not None and weights else build_model(build)
+    model = build_model(spec) if recipe is None else recipe.model(weights=weights)
     if inputs:
         return model, inputs, {}
-    known = example_inputs(build, model)
+    known = example_inputs(spec, model) if recipe is None else recipe.example_inputs(model)
     if known is not None:
         return model, *known
     if recipe is None:

@@ -163,8 +163,9 @@ def _prepare(
         on_main(partial(folder.check, size=CHECKPOINTS_AT_LEAST * sum(saved_tensors(model).values())))
     clock = Clock()
     task, told = with_validation(task, seed=config.seed)
-    if told:
-        progress.say(f"{told[:1].upper()}{told[1:]}.")
+    for note in (*task.notes, told):
+        if note:
+            progress.say(f"{note[:1].upper()}{note[1:]}.")
     with progress.phase("check", 4) as phase, clock.on("structure"):
         structure, example = looked_at(model, task, config, phase)
         checked_origin(model, structure.plan({}))

@@ -54,6 +54,7 @@ class Task:
         size: counts the samples of a batch, the weight of its mean.
         padding: gives which positions of a batch of sequences count, shape (samples, positions), None where all do; by
             default the batch's ``attention_mask``.
+        notes: sentences that a reader of a run should know of the data; compression says them first.
 
     Raises:
         TaskError: the metric and `update` do not fit together.
@@ -72,6 +73,7 @@ class Task:
     logits: Callable[[Outputs], Tensor] = default_logits
     size: Callable[[Batch], int] = default_size
     padding: Callable[[Batch], Tensor | None] = default_padding
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if from_torchmetrics(self.metric) and self.update is None:

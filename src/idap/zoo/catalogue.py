@@ -13,6 +13,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from idap.errors import ConfigError
+from idap.zoo.shipped import shipped_recipes
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,14 @@ OWN_MODELS: Mapping[str, str] = {
     "cifar_resnet56": "ResNet-56 for CIFAR-10, 850,000 parameters",
 }
 DATA_SETS: Mapping[str, str] = {
-    "digits": "1,797 handwritten digits of 8x8 pixels, which come with scikit-learn",
-    "cifar10": "60,000 colour images in ten classes, from cifar10_train.npz and cifar10_test.npz in data.path",
+    "digits": "1,797 handwritten digits of 8x8 pixels, part of scikit-learn",
+    "cifar10": "CIFAR-10 in two .npz files",
+    "mnist": "MNIST in a .npz file, or in the four idx files",
+    "fashion_mnist": "Fashion-MNIST likewise",
+    "imagefolder": "images in one folder per class",
+    "csv": "texts with labels in CSV, TSV or JSON Lines",
+    "text": "a text, to name the next token",
+    "masks": "images with masks, to name the class of each pixel",
 }
 CRITERIA: Mapping[str, str] = {
     "innovation": "what the next layers would lose that the other units can't replace; the default",
@@ -57,6 +64,7 @@ SCHEMES: Mapping[str, str] = {
     "idap": "small networks of idap's own",
     "torchvision": "torchvision's models",
     "timm": "timm's models",
+    "hf": "models of transformers with weights: hf:FOLDER, or hf:NAME of the hub",
     "transformers": "model types of transformers, in their default configuration and without weights: for inspection",
     "python": "your own: python:FILE.py:NAME of a class, a function without arguments, or a module",
 }
@@ -98,8 +106,7 @@ def recipes(folder: Path = Path()) -> list[Entry]:
     Returns:
         An entry per file; what it is about is its first comment.
     """
-    shipped = Path(__file__).parents[3] / "recipes"  # beside src/, where idap runs from its repository
-    files = [*folder.glob("*.toml"), *folder.glob("recipes/*.toml"), *shipped.glob("*.toml")]
+    files = [*folder.glob("*.toml"), *folder.glob("recipes/*.toml"), *shipped_recipes().values()]
     found = {file.resolve(): file for file in reversed(files)}
     about = {file: _first_comment(file) for file in found.values() if _is_recipe(file)}
     return sorted((Entry(str(file), line) for file, line in about.items()), key=lambda entry: entry.name)

@@ -1,6 +1,6 @@
 """Data sets held as whole tensors, and loaders that index them without a loop over samples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idap.errors import ConfigError, TaskError
+from idap.training.batch import Batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -76,16 +77,20 @@ class Splits:
     Args:
         train: shuffled batches to learn from.
         val: batches that decide.
-        test: batches that are looked at once, at the end.
+        test: batches that are looked at once, at the end; None where there are none.
         num_classes: number of classes.
         shape: of one image.
+        calibration: training images as they are judged, without augmentation; `train` where None.
+        notes: what a reader of a run should know, such as where validation data were taken from.
     """
 
-    train: TensorLoader
-    val: TensorLoader
-    test: TensorLoader
+    train: Iterable[Batch]
+    val: Iterable[Batch]
+    test: Iterable[Batch] | None
     num_classes: int
     shape: tuple[int, ...]
+    calibration: Iterable[Batch] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def digits(seed: int = 0, batch_size: int = 64) -> Splits:
@@ -173,6 +178,7 @@ def cifar10(
         test=TensorLoader((scale(sets["test"][0]), sets["test"][1]), batch_size),
         num_classes=10,
         shape=(3, 32, 32),
+        notes=(f"{val_size:,} of the {available:,} images of {val_from}, drawn by seed {seed}, decide",),
     )
 
 

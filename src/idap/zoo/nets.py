@@ -205,22 +205,28 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def cifar_resnet20() -> CifarResNet:
+def cifar_resnet20(num_classes: int = 10) -> CifarResNet:
     """Build the CIFAR-10 ResNet-20 with random weights.
 
+    Args:
+        num_classes: outputs.
+
     Returns:
-        A `CifarResNet` of 269,722 parameters.
+        A `CifarResNet` of 269,722 parameters with 10 classes.
     """
-    return CifarResNet(3)
+    return CifarResNet(3, num_classes)
 
 
-def cifar_resnet56() -> CifarResNet:
+def cifar_resnet56(num_classes: int = 10) -> CifarResNet:
     """Build the CIFAR-10 ResNet-56 with random weights.
 
+    Args:
+        num_classes: outputs.
+
     Returns:
-        A `CifarResNet` of 853,018 parameters.
+        A `CifarResNet` of 853,018 parameters with 10 classes.
     """
-    return CifarResNet(9)
+    return CifarResNet(9, num_classes)
 
 
 def _projected_stage(inner: int, outer: int, count: int, *, stride: int) -> nn.Sequential:

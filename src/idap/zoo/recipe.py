@@ -1,8 +1,9 @@
 """Recipes: TOML files that say what is compressed, on which data, to which goals, and how."""
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +15,9 @@ from idap.errors import ConfigError
 from idap.rebalance.run import Rebalance
 from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
-from idap.zoo.data import cifar10, digits
-from idap.zoo.recipe_file import Table, absolute, read_changes, read_table, with_changes
-from idap.zoo.resolve import build_model
+from idap.zoo.model_says import context_of
+from idap.zoo.recipe_file import Table, absolute, parted, read_changes, read_table, with_changes
+from idap.zoo.resolve import COUNTED, Inputs, build_model, example_inputs
 from idap.zoo.script import PREFIX, call_object, is_script
 from idap.zoo.sections import (
     DataSection,
@@ -27,10 +28,10 @@ from idap.zoo.sections import (
     in_recipe,
     read_sections,
 )
+from idap.zoo.shipped import recipe_path
+from idap.zoo.sources import SOURCES, Source, called
 
 Made = TypeVar("Made")
-
-_DATA: Mapping[str, Callable[..., Any]] = {"digits": digits, "cifar10": cifar10}
 
 
 @dataclass(frozen=True)
@@ -55,43 +56,77 @@ class Recipe:
     settings: Mapping[str, Section]
     run_dir: Path | None
 
-    def model(self) -> nn.Module:
-        """Build the model, with its weights where the recipe names some; random ones follow `compress.seed`.
+    def model(self, *, weights: bool = True) -> nn.Module:
+        """Build the model; random weights follow `compress.seed`.
+
+        Args:
+            weights: whether weights are read, from the recipe's file or the model's folder; False builds the
+                architecture alone.
 
         Raises:
             ConfigError: the model can't be built.
             CheckpointError: the weights don't fit.
+            TaskError: the classes are to be counted, and the data is missing.
         """
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.config().seed)
-            return build_model(self.network.build, self.network.weights)
+            return build_model(
+                self.network.build,
+                self.network.weights if weights else None,
+                classes=self.classes(),
+                head=self._source.head if self._source is not None else None,
+                trained=weights,
+                new_head=self.training() is not None,
+            )
+
+    def classes(self) -> int | None:
+        """Count the model's outputs: those that the recipe says, or the classes of its data; None: the model's own.
+
+        Raises:
+            TaskError: the data is missing.
+        """
+        counts = self.network.build.partition(":")[0] in COUNTED
+        if self.network.classes is not None or not counts or self._source is None or self._source.classes is None:
+            return self.network.classes
+        count: int = called(self._source.classes, self._keys())
+        return count
+
+    def example_inputs(self, model: nn.Module) -> Inputs | None:
+        """Make one example batch without the data; None where only the data tell what the model takes."""
+        shape = None
+        if self._source is not None and self._source.shape is not None:
+            shape = called(self._source.shape, self._keys())
+        return ((torch.zeros(1, *shape),), {}) if shape is not None else example_inputs(self.network.build, model)
 
     def task(self) -> Task:
         """Load the data and build the task.
 
         Raises:
-            ConfigError: the user's code fails or gives something else, or a key does not suit the data set.
-            TaskError: the data is missing.
+            ConfigError: the user's code fails or gives something else.
+            TaskError: the data is missing or broken.
         """
         if self.purpose is not None:
             return call_object(self.purpose.build, _task_of)
         assert self.data is not None  # `make_recipe` saw to it
-        splits = self._splits(self.data)
-        try:
-            return classification(splits.train, splits.val, test=splits.test, num_classes=splits.num_classes)
-        except AttributeError as error:
-            raise ConfigError(
-                f"{self.where}: data.name gave {type(splits).__name__} without {error.name!r}; expected train, val, "
-                "test (or None) and num_classes, as idap.zoo.data.Splits has them."
-            ) from error
+        if self._source is not None:
+            return _task_from(self._source.build(**self._keys()), self.where)
+        return call_object(self.data.name, lambda build: _task_from(self._from_script(build), self.where))
 
     def table(self) -> Table:
         """Everything that the recipe says, as section -> key -> value, with paths that hold in any working folder.
 
-        `make_recipe` makes the same recipe of it; a run keeps it, so that `idap resume` needs nothing else.
+        `make_recipe` makes the same recipe of it; a run keeps it, so that `idap resume` needs nothing else, and
+        `idap export` builds the model again without the data.
+
+        Raises:
+            TaskError: the classes are to be counted, and the data is missing.
         """
         sections = {"model": self.network, "data": self.data, "task": self.purpose, **self.settings}
-        return absolute({name: section.given() for name, section in sections.items() if section is not None})
+        told = {name: section.given() for name, section in sections.items() if section is not None}
+        classes = self.classes()
+        if classes is not None:
+            told["model"]["classes"] = classes
+        return absolute(told)
 
     def config(self) -> Config:
         """Fill the goals and settings of the compression.
@@ -135,14 +170,25 @@ class Recipe:
             prefix = f"[{section}] " if section and not str(error).startswith(f"{section}.") else ""
             raise type(error)(f"{self.where}: {prefix}{error}") from error
 
-    def _splits(self, data: DataSection) -> Any:
-        keys = {key: value for key, value in data.given().items() if key != "name"}
+    @property
+    def _source(self) -> Source | None:
+        return None if self.data is None else SOURCES.get(self.data.name)
 
-        def load(build: Any) -> Any:
-            _check_keys(build, keys, data.name, self.where)
-            return build(**keys)
+    def _keys(self) -> Table:
+        """What the data set is called with: the keys of `[data]`, and what the model says where they don't."""
+        assert self.data is not None  # asked where there is data
+        keys = {key: value for key, value in self.data.given().items() if key != "name"}
+        if self._source is None:
+            return keys
+        known = inspect.signature(self._source.build).parameters
+        said = context_of(self.network.build) if {"tokenizer"} & set(known) else {}
+        return {key: value for key, value in said.items() if key in known} | keys
 
-        return call_object(data.name, load) if is_script(data.name) else load(_DATA[data.name])
+    def _from_script(self, build: Any) -> Any:
+        assert self.data is not None  # as above
+        keys = self._keys()
+        _check_keys(build, keys, self.data.name, self.where)
+        return build(**keys)
 
 
 def read_recipe(
@@ -157,9 +203,10 @@ def read_recipe(
     relative to the working folder.
 
     Args:
-        path: a TOML file; None: the arguments say everything.
+        path: a TOML file, or the name of a recipe that idap brings; None: the arguments say everything.
         overrides: `section.key=value`, with the value as in TOML; text may go without quotes.
-        replaced: `section.key` -> text taken as it is, such as the path of `data.path`; None leaves what the file says.
+        replaced: `section.key` -> text taken as it is, such as the path of `data.path`, which may name the data too
+            (`csv:reviews.tsv`); None leaves what the file says.
 
     Returns:
         The recipe.
@@ -169,7 +216,8 @@ def read_recipe(
         BudgetError: a goal is impossible.
     """
     changes = read_changes(overrides, replaced or {})
-    table = {} if path is None else read_table(Path(path), without=changes.keys())
+    path = None if path is None else recipe_path(path)
+    table = {} if path is None else read_table(path, without=changes.keys())
     return make_recipe(with_changes(table, changes), "the command line" if path is None else str(path))
 
 
@@ -197,6 +245,8 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     if "task" in table and "data" in table:
         clash = "[task] brings its own data; leave [data], and --data, out, or leave [task] out"
         raise ConfigError(in_recipe(where, [clash]))
+    if isinstance(table.get("data"), dict):
+        table = {**table, "data": parted(table["data"], where)}
     found = read_sections(table, where)
     network, data, purpose, output = (found.pop(name, None) for name in ("model", "data", "task", "output"))
     problems = []
@@ -204,10 +254,8 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
         problems.append('there is no model: write [model] with build = "idap:digits_resnet", or another spec')
     if data is None and purpose is None:
         problems.append('there is no task: write [data] with name = "digits", or [task] with build = "python:..."')
-    if isinstance(data, DataSection) and data.name not in _DATA and not is_script(data.name):
-        problems.append(f"data.name is {data.name!r}, expected {', '.join(_DATA)} or {PREFIX}file.py:function")
-    if isinstance(data, DataSection) and data.name == "cifar10" and data.path is None:
-        problems.append("data.path is missing: give the folder of the two files, or pass --data PATH")
+    if isinstance(data, DataSection):
+        problems += _data_problems(data)
     if problems:
         raise ConfigError(in_recipe(where, problems))
     assert isinstance(network, ModelSection)
@@ -227,12 +275,57 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
 def _check_goals(recipe: Recipe) -> None:
     config = recipe.config()
     recipe.training()
-    if recipe.data is not None and config.max_drop is not None and config.max_drop >= 1:
+    data = recipe.data
+    source = SOURCES.get(data.name) if data is not None else None
+    bounded = source is not None and (source.bounded or (data is not None and data.metric == "token_accuracy"))
+    if bounded and config.max_drop is not None and config.max_drop >= 1:
         raise ConfigError(
-            f"{recipe.where}: goals.max_drop is {config.max_drop:g}, but the metric is an accuracy between 0 and 1, so "
+            f"{recipe.where}: goals.max_drop is {config.max_drop:g}, but the metric lies between 0 and 1, so "
             f"it would allow anything; for {config.max_drop:g} points write {config.max_drop / 100:g} or "
             f'"{config.max_drop:g}%".'
         )
+
+
+def _data_problems(data: DataSection) -> list[str]:
+    """What is wrong with `[data]`, before anything is read."""
+    if is_script(data.name):
+        return []
+    if data.name not in SOURCES:
+        near = difflib.get_close_matches(data.name, SOURCES, n=1)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        return [f"data.name is {data.name!r}, expected {', '.join(SOURCES)} or {PREFIX}file.py:function{advice}"]
+    source = SOURCES[data.name]
+    known = source.takes()
+    problems = [
+        f"data.{key} does not suit {data.name}, which takes {', '.join(known)}"
+        for key in data.given()
+        if key not in ("name", "path", *known)
+    ]
+    if source.path and data.path is None:
+        problems.append(f"data.path is missing: give {source.path}, or pass --data {data.name}:PATH")
+    if not source.path and data.path is not None:
+        problems.append(f"data.path does not suit {data.name}, which takes {', '.join(known)}")
+    return problems
+
+
+def _task_from(found: Any, where: str) -> Task:
+    """The task of what a data set gave: the task itself, or splits for classification."""
+    if isinstance(found, Task):
+        return found
+    try:
+        task = classification(
+            found.train,
+            found.val,
+            test=found.test,
+            num_classes=found.num_classes,
+            calibration=getattr(found, "calibration", None),
+        )
+    except AttributeError as error:
+        raise ConfigError(
+            f"{where}: data.name gave {type(found).__name__} without {error.name!r}; expected an idap.Task, or train, "
+            "val, test (or None) and num_classes, as idap.zoo.data.Splits has them."
+        ) from error
+    return replace(task, notes=tuple(getattr(found, "notes", ())))
 
 
 def _task_of(found: Any) -> Task:

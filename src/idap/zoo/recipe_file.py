@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from idap.errors import ConfigError
+from idap.zoo import pretrained
 from idap.zoo.script import PREFIX, is_script
 from idap.zoo.sections import nearest_key
+from idap.zoo.shipped import shipped_recipes
+from idap.zoo.sources import named_data
 
 Table = dict[str, Any]
 Changes = Mapping[tuple[str, str], Any]
 
 _PATHS = ("model.weights", "data.path", "output.run_dir")
 _SPECS = ("model.build", "task.build", "data.name")
-_OPTIONS = {"model.weights": "--weights PATH", "data.path": "--data PATH", "output.run_dir": "--run-dir PATH"}
+_OPTIONS = {
+    "model.build": "--model SPEC",
+    "model.weights": "--weights PATH",
+    "data.path": "--data PATH",
+    "output.run_dir": "--run-dir PATH",
+}
+_FOLDERS = ("data.tokenizer",)
+"""Folders, or names on the hub."""
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -25,10 +35,10 @@ def read_changes(overrides: Sequence[str], replaced: Mapping[str, str | Path | N
 
     Args:
         overrides: `section.key=value`, with the value as in TOML; text may go without quotes.
-        replaced: `section.key` -> text taken as it is; None says nothing.
+        replaced: `section.key` -> text taken as it is; None says nothing. `data.path` may name the data too.
 
     Returns:
-        (section, key) -> value.
+        (section, key) -> value; None where the key goes.
 
     Raises:
         ConfigError: an override has another form.
@@ -38,7 +48,43 @@ def read_changes(overrides: Sequence[str], replaced: Mapping[str, str | Path | N
         {('goals', 'macs'): 0.5, ('compress', 'criterion'): 'paper'}
     """
     changes = dict(_override(text) for text in overrides)
-    return changes | {_key(name): str(value) for name, value in replaced.items() if value is not None}
+    changes |= {("data", key): value for key, value in parted(_section(changes, "data"), "--set").items()}
+    given: dict[tuple[str, str], str | None] = {
+        _key(name): str(value) for name, value in replaced.items() if value is not None
+    }
+    named = named_data(str(replaced.get("data.path") or ""))
+    if named is not None:
+        # What names data without a path takes away the file's, not one that is said beside it.
+        said = {key: value for key, value in named.items() if value is not None or ("data", key) not in changes}
+        given |= {("data", key): value for key, value in said.items()}
+    return changes | given
+
+
+def parted(values: Mapping[str, Any], where: str) -> Table:
+    """Take apart what names data together with a path.
+
+    Args:
+        values: of the section `[data]`.
+        where: begins the error.
+
+    Raises:
+        ConfigError: the path is there twice.
+
+    Example:
+        >>> parted({"name": "csv:reviews.tsv", "seed": 3}, "here")
+        {'name': 'csv', 'seed': 3, 'path': 'reviews.tsv'}
+    """
+    name = values.get("name")
+    if not isinstance(name, str) or is_script(name) or ":" not in name:
+        return dict(values)
+    kind, _, path = name.partition(":")
+    if values.get("path", path) != path:
+        raise ConfigError(f"{where}: data.name is {name!r}, and data.path is {values['path']!r}; write the path once.")
+    return {**values, "name": kind, "path": path}
+
+
+def _section(changes: Changes, wanted: str) -> Table:
+    return {key: value for (section, key), value in changes.items() if section == wanted}
 
 
 def read_table(path: Path, without: Collection[tuple[str, str]] = ()) -> Table:
@@ -55,6 +101,8 @@ def read_table(path: Path, without: Collection[tuple[str, str]] = ()) -> Table:
         ConfigError: the file can't be read, or a variable is not set.
     """
     table = _parse(path)
+    if isinstance(table.get("data"), dict):
+        table["data"] = parted(table["data"], str(path))
     for section, values in table.items():
         if isinstance(values, dict):
             kept = {key: value for key, value in values.items() if (section, key) not in without}
@@ -69,6 +117,8 @@ def with_changes(table: Table, changes: Changes) -> Table:
         values = changed.setdefault(section, {})
         if isinstance(values, dict):
             values[key] = value
+            if value is None:
+                del values[key]
     return changed
 
 
@@ -85,7 +135,7 @@ def absolute(table: Table) -> Table:
             return str(Path(value).absolute())
         if name in _SPECS and is_script(value) and ".py:" in value:
             return f"{PREFIX}{Path(value.removeprefix(PREFIX)).absolute()}"
-        return value
+        return _below(name, value, Path())
 
     return {
         section: {key: settled(f"{section}.{key}", value) for key, value in values.items()}
@@ -116,7 +166,8 @@ def _parse(path: Path) -> Table:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"there is no recipe {path}. Recipes are TOML files; those of idap lie in recipes/."
+            f"there is no recipe {path}. Recipes are TOML files; idap brings {', '.join(shipped_recipes())}, and "
+            "writes one: idap recipe new."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} can't be read: {error}.") from error
@@ -139,4 +190,13 @@ def _settled(name: str, value: Any, path: Path) -> Any:
         return str(path.parent / Path(value).expanduser())
     if name in _SPECS and is_script(value) and ".py:" in value:
         return f"{PREFIX}{path.parent / Path(value.removeprefix(PREFIX)).expanduser()}"
-    return value
+    return _below(name, value, path.parent)
+
+
+def _below(name: str, value: Any, folder: Path) -> Any:
+    """A folder of transformers, below another folder; what is no folder there stays a name on the hub."""
+    prefix = pretrained.PREFIX if name in _SPECS else ""
+    if not isinstance(value, str) or not (name in _FOLDERS or (prefix and value.startswith(prefix))):
+        return value
+    inner = folder / Path(value.removeprefix(prefix)).expanduser()
+    return f"{prefix}{inner.absolute()}" if inner.is_dir() else value

@@ -1,7 +1,8 @@
-"""A model by name: `python:...` of the user's own code, or a name that idap, torchvision or timm knows."""
+"""A model by name: `python:...` of the user's own code, or one of idap, torchvision, timm or transformers."""
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from idap.errors import ConfigError
 from idap.zoo.nets import DigitsResNet, DigitsViT, cifar_resnet20, cifar_resnet56
+from idap.zoo.pretrained import Head, build_pretrained
 from idap.zoo.script import call_object, is_script
 from idap.zoo.transformers import build_transformers, transformers_inputs
 from idap.zoo.weights import load_weights
@@ -20,14 +22,16 @@ from idap.zoo.weights import load_weights
 Shape = tuple[int, ...]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs."""
-SCHEMES = ("python", "idap", "torchvision", "timm", "transformers")
+SCHEMES = ("python", "idap", "torchvision", "timm", "hf", "transformers")
+COUNTED = ("idap", "torchvision", "timm", "hf")
+"""Those that build a model with as many outputs as they are told."""
 
 
 @dataclass(frozen=True)
 class _Own:
     """A network of `nets.py` and the shape of its input."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     shape: Shape
 
 
@@ -39,14 +43,27 @@ _OWN: Mapping[str, _Own] = {
 }
 
 
-def build_model(spec: str, weights: str | Path | None = None) -> nn.Module:
+def build_model(
+    spec: str,
+    weights: str | Path | None = None,
+    *,
+    classes: int | None = None,
+    head: Head | None = None,
+    trained: bool = True,
+    new_head: bool = False,
+) -> nn.Module:
     """Build a model, with random weights or those of a file.
 
     Args:
         spec: `python:file.py:name`, `python:package.module:name` (a class or function that is called without
-            arguments, or a module), `idap:NAME`, `torchvision:NAME`, `timm:NAME` or `transformers:TYPE`, such as
-            `transformers:bert`: its default configuration, on the meta device, so for inspection only.
+            arguments, or a module), `idap:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:FOLDER` or `hf:NAME` (of
+            transformers, with its weights), or `transformers:TYPE`, such as `transformers:bert`: its default
+            configuration, on the meta device, so for inspection only.
         weights: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`.
+        classes: number of outputs; None: the model's own. `python:` builds what it builds.
+        head: what a model of `hf:` ends in; None: as its folder says.
+        trained: False builds a model of `hf:` from its configuration alone.
+        new_head: let a head of `hf:` that has no weights start from random numbers.
 
     Returns:
         The model in evaluation mode.
@@ -56,18 +73,24 @@ def build_model(spec: str, weights: str | Path | None = None) -> nn.Module:
         CheckpointError: the weights can't be read or don't fit the model.
 
     Example:
-        >>> type(build_model("idap:digits_resnet")).__name__
-        'DigitsResNet'
+        >>> build_model("idap:digits_resnet", classes=3).head.out_features
+        3
     """
     scheme, _, name = spec.partition(":")
+    counted = {} if classes is None else {"num_classes": classes}
     if is_script(spec):
         model = call_object(spec, _module_of)
     elif scheme == "idap":
-        model = _OWN[_known(spec, name, list(_OWN))].build()
+        model = _OWN[_known(spec, name, list(_OWN))].build(**counted)
     elif scheme == "torchvision":
-        model = _torchvision(spec, name)
+        model = _torchvision(spec, name, counted)
     elif scheme == "timm":
-        model = _timm(spec, name)
+        model = _timm(spec, name, counted)
+    elif scheme == "hf":
+        library = _optional("transformers", spec)
+        # A file of weights brings all of them.
+        trained = trained and weights is None
+        model = build_pretrained(spec, library, head=head, classes=classes, trained=trained, new_head=new_head)
     elif scheme == "transformers":
         model = build_transformers(spec, name, _optional("transformers", spec))
     else:
@@ -102,7 +125,7 @@ def example_inputs(spec: str, model: nn.Module) -> Inputs | None:
         return (torch.zeros(1, *stated.get("input_size", (3, 224, 224))),), {}
     if scheme == "torchvision":
         return (torch.zeros(1, 3, 224, 224),), {}
-    return ((), transformers_inputs(model)) if scheme == "transformers" else None
+    return ((), transformers_inputs(model)) if scheme in ("transformers", "hf") else None
 
 
 def _module_of(found: Any) -> Any:
@@ -113,17 +136,21 @@ def _module_of(found: Any) -> Any:
     return found()
 
 
-def _torchvision(spec: str, name: str) -> nn.Module:
+def _torchvision(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
     models = _optional("torchvision.models", spec)
-    model: nn.Module = models.get_model(_known(spec, name, models.list_models()))
+    known = _known(spec, name, models.list_models())
+    builder = models.get_model_builder(known)
+    # Models with a backbone fetch weights for it unless they are told not to.
+    bare = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    model: nn.Module = models.get_model(known, **bare, **counted)
     return model
 
 
-def _timm(spec: str, name: str) -> nn.Module:
+def _timm(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
     timm = _optional("timm", spec)
     # Names may end in a tag, as in resnet18.a1_in1k; the tag picks weights, which are not fetched here.
     _known(spec, name.partition(".")[0], timm.list_models())
-    model: nn.Module = timm.create_model(name, pretrained=False)
+    model: nn.Module = timm.create_model(name, pretrained=False, **counted)
     return model
 
 

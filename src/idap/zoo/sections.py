@@ -34,56 +34,10 @@ SHARES = (
     "min_keep",
     "warmup",
     "distil",
+    "val_share",
+    "test_share",
 )
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
-
-
-class Section(BaseModel):
-    """One section; keys that are not written stay unset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    def given(self) -> dict[str, Any]:
-        """The keys that were written, with their values."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-
-
-class ModelSection(Section):
-    """`[model]`: what is compressed."""
-
-    build: str
-    """A spec for `build_model`."""
-    weights: str | None = None
-    """A file for `load_weights`."""
-
-
-class DataSection(Section):
-    """`[data]`: images and labels for the task of classification; each data set takes the keys that it knows."""
-
-    name: str
-    """`digits`, `cifar10`, or `python:...`, a function that returns something like `idap.zoo.data.Splits`."""
-    path: str | None = None
-    batch_size: int | None = None
-    val_size: int | None = None
-    val_from: Literal["train", "test"] | None = None
-    """Where the images that decide come from."""
-    seed: int | None = None
-    augment: bool | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-
-
-class TaskSection(Section):
-    """`[task]`: a task of the user's own, instead of `[data]`."""
-
-    build: str
-    """`python:...`: a `Task`, or a function without arguments that returns one."""
-
-
-class OutputSection(Section):
-    """`[output]`: where the run is kept."""
-
-    run_dir: str
 
 
 def _written(value: object, *, name: str, hint: Any) -> object:
@@ -98,6 +52,79 @@ def _written(value: object, *, name: str, hint: Any) -> object:
     if name in SHARES and isinstance(value, int | float) and not isinstance(value, bool) and 1 < value <= 100:
         raise ValueError(f'a share between 0 and 1; for {value:g} percent write {value / 100:g} or "{value:g}%"')
     return value
+
+
+def share_of(name: str) -> BeforeValidator:
+    """Let a share be written as a percentage."""
+    return BeforeValidator(partial(_written, name=name, hint=float | None))
+
+
+class Section(BaseModel):
+    """One section; keys that are not written stay unset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    def given(self) -> dict[str, Any]:
+        """The keys that were written, with their values."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+
+class ModelSection(Section):
+    """`[model]`: what is compressed."""
+
+    build: str
+    """The model by name: `idap:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:FOLDER_OR_NAME` or `python:FILE.py:NAME`."""
+    weights: str | None = None
+    """A `.safetensors` file, or a checkpoint without code; `hf:` brings its own."""
+    classes: int | None = None
+    """Number of outputs; as many as the data have classes if left out. `python:` builds what it builds."""
+
+
+class DataSection(Section):
+    """`[data]`: a task by the name of its data; each takes the keys that it knows."""
+
+    name: str
+    """`NAME`, `NAME:PATH`, or `python:FILE.py:FUNCTION`, which returns an `idap.Task` or something like
+    `idap.zoo.data.Splits`."""
+    path: str | None = None
+    """The file or folder, where `name` does not hold it."""
+    batch_size: int | None = None
+    workers: int | None = None
+    val_size: int | None = None
+    val_share: Annotated[float | None, share_of("val_share")] = None
+    test_share: Annotated[float | None, share_of("test_share")] = None
+    val_from: Literal["train", "test"] | None = None
+    seed: int | None = None
+    augment: bool | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    size: int | list[int] | None = None
+    classes: int | None = None
+    ignore: int | None = None
+    tokenizer: str | None = None
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    split: str | None = None
+    labels: list[str] | None = None
+    max_length: int | None = None
+    pad_to_max: bool | None = None
+    length: int | None = None
+    metric: Literal["perplexity", "token_accuracy"] | None = None
+
+
+class TaskSection(Section):
+    """`[task]`: a task of the user's own, instead of `[data]`."""
+
+    build: str
+    """`python:FILE.py:NAME`: an `idap.Task`, or a function without arguments that returns one."""
+
+
+class OutputSection(Section):
+    """`[output]`: where the run is kept."""
+
+    run_dir: str
+    """A new folder; `runs/NAME` if left out."""
 
 
 def mirror(settings: type, *, only: Collection[str]) -> type[Section]:
@@ -167,7 +194,9 @@ def read_sections(table: Mapping[str, Any], where: str) -> dict[str, Section]:
             try:
                 found[name] = SECTIONS[name].model_validate(values)
             except ValidationError as error:
-                problems += [_problem(name, item) for item in error.errors(include_url=False)]
+                # One value that suits none of several types gives an error for each of them.
+                found_wrong = (_problem(name, item) for item in error.errors(include_url=False))
+                problems += dict.fromkeys(found_wrong)
     if problems:
         raise ConfigError(in_recipe(where, problems))
     return found
@@ -228,7 +257,11 @@ def _problem(section: str, item: Any) -> str:
         return f"there is no key {key}; {nearest_key(section, str(item['loc'][0]))}"
     if item["type"] == "missing":
         return f"{key} is missing"
+    if key.startswith("data.size"):
+        return f"data.size is {describe(item['input'])}, expected a whole number, or [height, width]"
     expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if key == "data.labels":
+        expected = 'a list of texts, as in ["bad", "good"]'
     return f"{key} is {describe(item['input'])}, expected {_plain(expected)}"
 
 

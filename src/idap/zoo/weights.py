@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from idap.errors import CheckpointError
 
 # Names under which training scripts keep the tensors within a larger checkpoint.
-_NESTED = ("state_dict", "model_state_dict", "model")
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
+
+# What wrappers put before every name: torch.compile, DataParallel, Lightning.
+_PREFIXES = ("_orig_mod.", "module.", "_orig_mod.", "model.")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a file of weights into a model, in place and strictly.
 
-    Names may carry the prefix `module.` of DataParallel. Tied tensors may be stored once. Counters of batches that a
-    norm has seen may be missing, older files do not have them.
+    Names may carry the prefix of a wrapper: `module.` of DataParallel, `_orig_mod.` of torch.compile, `model.`. Tied
+    tensors may be stored once. Counters of batches that a norm has seen may be missing, older files do not have them.
 
     Args:
         model: changed only if everything fits.
@@ -36,9 +39,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
         advice = f"did you mean {path.with_name(near[0])}?" if near else "check the path."
         raise CheckpointError(f"the weights {path} do not exist; {advice}")
-    tensors = _without_prefix(_read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path))
     wanted = model.state_dict(keep_vars=True)
-    tensors = _completed(tensors, wanted)
+    read = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    tensors = _completed(_without_prefixes(read, wanted), wanted)
     _check(tensors, wanted, path)
     model.load_state_dict(tensors)
 
@@ -79,10 +82,11 @@ def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
     return dict(inner)
 
 
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "module."
-    if all(name.startswith(prefix) for name in tensors):
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def _without_prefixes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        known = any(name in wanted for name in tensors)
+        if tensors and not known and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return dict(tensors)
 
 
@@ -113,9 +117,32 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pa
             break
     if problems:
         raise CheckpointError(
-            f"{path} does not fit the model: it {'; it '.join(problems)}. Build the model that the weights belong to, "
-            "with the same number of classes."
+            f"{path} does not fit the model: it {'; it '.join(problems)}. "
+            f"{_advice(tensors, wanted, missing, unexpected)}"
         )
+
+
+def _advice(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], missing: Sequence[str], unexpected: Sequence[str]
+) -> str:
+    """Name the number of classes where nothing else differs: the last layers have other numbers of outputs."""
+    differ = {
+        (tensors[name].shape[0], own.shape[0])
+        for name, own in wanted.items()
+        if name in tensors and tensors[name].shape != own.shape and own.ndim and tensors[name].ndim
+    }
+    inner = [
+        name
+        for name, own in wanted.items()
+        if name in tensors and (tensors[name].ndim != own.ndim or tensors[name].shape[1:] != own.shape[1:])
+    ]
+    if not missing and not unexpected and not inner and len(differ) == 1:
+        stored, built = differ.pop()
+        return (
+            f"The weights are those of a model with {stored} classes, and the model has {built}: take weights for "
+            f"{built} classes, or build it with model.classes = {stored} for data of {stored}."
+        )
+    return "Build the model that the weights belong to, with the same number of classes."
 
 
 def _more(names: Sequence[str]) -> str:

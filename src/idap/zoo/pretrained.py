@@ -1,0 +1,146 @@
+"""Models of transformers with the head that a task needs: from a folder, or by a name on the hub."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from idap.errors import CheckpointError, ConfigError
+
+PREFIX = "hf:"
+Head = Literal["sequence", "language", "image", "segmentation"]
+HEADS: Mapping[Head, tuple[str, str]] = {
+    "sequence": ("AutoModelForSequenceClassification", "ForSequenceClassification"),
+    "language": ("AutoModelForCausalLM", "LM"),
+    "image": ("AutoModelForImageClassification", "ForImageClassification"),
+    "segmentation": ("AutoModelForSemanticSegmentation", "ForSemanticSegmentation"),
+}
+"""Head -> the class of transformers that builds a model with it, and how the names of such models end."""
+
+
+def build_pretrained(
+    spec: str, library: ModuleType, *, head: Head | None, classes: int | None, trained: bool, new_head: bool
+) -> nn.Module:
+    """Build a model of transformers.
+
+    Args:
+        spec: `hf:FOLDER` or `hf:NAME`.
+        library: the imported package.
+        head: what it ends in; None: as the folder says.
+        classes: outputs of the head; None: as the folder says.
+        trained: whether its weights are read, or only its configuration.
+        new_head: whether a head without weights may start from random numbers.
+
+    Returns:
+        The model, in float32.
+
+    Raises:
+        ConfigError: there is no such model, or it has another number of classes.
+        CheckpointError: weights are missing.
+    """
+    name = spec.removeprefix(PREFIX)
+    config = load_config(spec, library)
+    builder, ending = _builder(spec, library, config, head)
+    if classes is not None and head != "language":
+        own = any(ending and each.endswith(ending) for each in getattr(config, "architectures", None) or [])
+        if own and config.num_labels != classes:
+            raise ConfigError(
+                f"{spec} has {config.num_labels} classes ({_few(config.id2label)}), the data {classes}. Take the data "
+                "that it was trained for, or a folder without this head, which then learns a new one in [train]."
+            )
+        if config.num_labels != classes:
+            config.num_labels = classes
+    if head == "language":
+        config.use_cache = False
+    if not trained:
+        made: nn.Module = _attempt(spec, lambda: builder.from_config(config))
+        return made
+    with _quiet(library):
+        model, report = _attempt(
+            spec,
+            lambda: builder.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True),
+        )
+    missing = sorted(report["missing_keys"])
+    if missing and not new_head:
+        raise CheckpointError(
+            f"{spec} has no weights for {missing[0]!r}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: "
+            "they would start from random numbers. Take a model that was trained for this task, or train it first: "
+            "[train] with epochs = 3."
+        )
+    found: nn.Module = model
+    return found
+
+
+def load_config(spec: str, library: ModuleType) -> Any:
+    """Read the configuration of a model.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = spec.removeprefix(PREFIX)
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{spec}: {folder} holds no config.json; expected what model.save_pretrained(...) writes.")
+    if looks_local and not folder.is_dir():
+        raise ConfigError(f"{spec}: there is no folder {folder}. Write hf:FOLDER, or hf:NAME as it stands on the hub.")
+    return _attempt(spec, lambda: library.AutoConfig.from_pretrained(folder if folder.is_dir() else name))
+
+
+def labels_of(config: Any) -> list[str] | None:
+    """The names of a model's classes, in the order of its outputs; None where they are only numbered."""
+    names = [str(config.id2label[place]) for place in sorted(config.id2label)]
+    return None if names == [f"LABEL_{place}" for place in range(len(names))] else names
+
+
+def _builder(spec: str, library: ModuleType, config: Any, head: Head | None) -> tuple[Any, str]:
+    if head is not None:
+        name, ending = HEADS[head]
+        return getattr(library, name), ending
+    named = getattr(config, "architectures", None) or []
+    if named and hasattr(library, named[0]):
+        return _Plain(getattr(library, named[0])), ""
+    return library.AutoModel, ""
+
+
+class _Plain:
+    """A class of models, called like the ones that choose a class."""
+
+    def __init__(self, kind: Any) -> None:
+        self.from_pretrained = kind.from_pretrained
+        self.from_config = kind._from_config
+
+
+def _attempt(spec: str, call: Any) -> Any:
+    try:
+        return call()
+    except Exception as error:  # a broken file, a failed download, a type without this head
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+        raise ConfigError(
+            f"{spec} can't be built: {type(error).__name__}: {lines[0].rstrip('.')}. Write hf:FOLDER with what "
+            "model.save_pretrained(...) wrote, or hf:NAME as it stands on the hub."
+        ) from error
+
+
+@contextmanager
+def _quiet(library: ModuleType) -> Iterator[None]:
+    """Keep transformers from logging what is an error here, or is wanted, and from drawing bars."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _few(names: Mapping[Any, Any]) -> str:
+    shown = list(names.values())[:4]
+    return ", ".join(map(str, shown)) + (", ..." if len(names) > 4 else "")

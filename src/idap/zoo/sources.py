@@ -1,0 +1,128 @@
+"""Data sets by name: what each takes, and what a model for it looks like."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from idap.zoo.data import cifar10, digits
+from idap.zoo.images import class_names, imagefolder
+from idap.zoo.language import language
+from idap.zoo.masks import mask_classes, masks
+from idap.zoo.mnist import mnist, mnist_classes
+from idap.zoo.pretrained import Head
+from idap.zoo.script import is_script
+from idap.zoo.sentences import label_names, sentences
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set by name.
+
+    Attributes:
+        build: gives a `Task`, or splits with train, val, test and num_classes, of images to classify; its arguments are
+            keys of `[data]`.
+        what: one line for lists.
+        head: what a model of transformers for it ends in.
+        path: what PATH is; "" where it takes none.
+        classes: counts the classes, of the same arguments; None where outputs are no classes.
+        shape: of one sample, of the same arguments; None where it is not known before the data are read.
+        bounded: whether the metric lies between 0 and 1, so that a drop above 1 is a mistake.
+    """
+
+    build: Callable[..., Any]
+    what: str
+    head: Head
+    path: str = ""
+    classes: Callable[..., int] | None = None
+    shape: Callable[..., Shape | None] | None = None
+    bounded: bool = True
+
+    def takes(self) -> list[str]:
+        """The keys of `[data]` that suit it, in order."""
+        hidden = {"labels_like", "vocabulary", "use_cache"}  # what the model says
+        return [name for name in inspect.signature(self.build).parameters if name not in hidden]
+
+
+def _ten() -> int:
+    return 10
+
+
+def _square(size: int = 224) -> Shape:
+    return (3, size, size)
+
+
+def _masked(size: Any = None) -> Shape | None:
+    if size is None:
+        return None
+    return (3, size, size) if isinstance(size, int) else (3, *size)
+
+
+_MNIST = Source(
+    mnist,
+    "grey images in the form of MNIST",
+    "image",
+    path="a .npz file, or a folder with the four idx files",
+    classes=mnist_classes,
+)
+SOURCES: Mapping[str, Source] = {
+    "digits": Source(
+        digits, "1,797 handwritten digits of 8x8 pixels, part of scikit-learn", "image", classes=_ten,
+        shape=lambda: (1, 8, 8),
+    ),
+    "cifar10": Source(
+        cifar10, "CIFAR-10 in two .npz files", "image", path="the folder of the two files", classes=_ten,
+        shape=lambda: (3, 32, 32),
+    ),
+    "mnist": _MNIST,
+    "fashion_mnist": _MNIST,
+    "imagefolder": Source(
+        imagefolder, "images in one folder per class", "image", path="a folder with train/CLASS/*.jpg",
+        classes=lambda path: len(class_names(path)), shape=_square,
+    ),
+    "csv": Source(
+        sentences, "texts with labels in CSV, TSV or JSON Lines", "sequence",
+        path="a .csv, .tsv or .jsonl file, or a folder of them",
+        classes=lambda path, text=None, pair=None, label=None, split=None, labels=None: len(
+            label_names(path, text=text, pair=pair, label=label, split=split, labels=labels)
+        ),
+    ),
+    "text": Source(
+        language, "a text, to name the next token", "language", path="a text file, or a folder of them", bounded=False
+    ),
+    "masks": Source(
+        masks, "images with masks, to name the class of each pixel", "segmentation",
+        path="a folder with train/images and train/masks",
+        classes=lambda path, classes=None, ignore=255: classes or mask_classes(path, ignore=ignore), shape=_masked,
+    ),
+}  # fmt: skip
+
+
+def named_data(text: str) -> dict[str, str | None] | None:
+    """Read what names data on the command line: NAME, NAME:PATH or python:FILE:FUNCTION.
+
+    Args:
+        text: what stands behind `--data`.
+
+    Returns:
+        "name" and "path" (None: none); None where the text is a path alone.
+
+    Example:
+        >>> named_data("csv:reviews.tsv"), named_data("digits"), named_data("/data/images")
+        ({'name': 'csv', 'path': 'reviews.tsv'}, {'name': 'digits', 'path': None}, None)
+    """
+    name, colon, path = text.partition(":")
+    if is_script(text):
+        return {"name": text, "path": None}
+    if name not in SOURCES or (not colon and Path(text).exists()):
+        return None
+    return {"name": name, "path": path or None}
+
+
+def called(function: Callable[..., Any], keys: Mapping[str, Any]) -> Any:
+    """Call a function with those keys that it takes."""
+    known = inspect.signature(function).parameters
+    return function(**{key: value for key, value in keys.items() if key in known})
