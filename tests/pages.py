@@ -61,7 +61,7 @@ def blocks_of(text: str) -> list[Block]:
     """Find the blocks of a page, in order."""
     found = []
     for match in _BLOCK.finditer(text):
-        kind, note = match["kind"] or "", (match["note"] or "").strip()
+        kind, note = match["kind"] or "", " ".join((match["note"] or "").split())
         line = text.count("\n", 0, match.start("code")) + 1
         code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
         if kind == "test:":
@@ -134,6 +134,7 @@ class Story:
 
     def _command(self, words: list[str]) -> str:
         program, *rest = words
+        program = program.removeprefix(".venv/bin/")
         if program == "idap":
             return _idap(rest)
         if program == "python":
