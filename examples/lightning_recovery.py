@@ -1,4 +1,4 @@
-"""Cut with idap, recover with Lightning. Needs `pip install lightning`.
+"""Cut with idap, recover with Lightning. Needs `pip install lightning`; ran with lightning 2.6.6 and torch 2.13.0.
 
 python examples/lightning_recovery.py
 """
@@ -43,7 +43,12 @@ class Classifier(lightning.LightningModule):
 
 def train(module: Classifier, batches: data.TensorLoader, epochs: int) -> None:
     """Run a Lightning trainer without files and bars."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     lightning.Trainer(max_epochs=epochs, accelerator="cpu", **quiet).fit(module, batches)
 
 
