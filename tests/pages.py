@@ -12,6 +12,8 @@ A comment before a block says what is special about it:
 
 - ``<!-- test: epochs=8 -> epochs=1; steps=9 -> steps=1 -->`` is less work in the test; each left side must be there.
 - ``<!-- output -->`` before a `text` block: the block before it prints these lines, ``...`` stands for others.
+- ``<!-- parsed: needs a run -->`` before `console`: commands and options must exist, and nothing runs, for this reason.
+- ``<!-- parsed here: needs a run -->`` anywhere on a page says so of all its `console` blocks.
 - ``<!-- not run: needs two GPUs -->`` is not run, for this reason.
 """
 
@@ -30,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(
-    r"(?:<!--\s*(?P<kind>test:|not run:|output)(?P<note>.*?)-->\s*?\n\s*?)?"
+    r"(?:<!--\s*(?P<kind>test:|not run:|parsed:|output)(?P<note>.*?)-->\s*?\n\s*?)?"
     r"^(?P<indent>[ ]*)```(?P<language>\w*)(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```[ ]*$",
     flags=re.DOTALL | re.MULTILINE,
 )
@@ -47,6 +49,7 @@ class Block:
         code: without the indentation of the fence, and with less work if the page says so.
         reason: why it is not run, "" if it is.
         shown: whether it shows what the block before it prints.
+        parsed: whether its commands are only looked up.
     """
 
     line: int
@@ -55,11 +58,13 @@ class Block:
     code: str
     reason: str = ""
     shown: bool = False
+    parsed: bool = False
 
 
 def blocks_of(text: str) -> list[Block]:
     """Find the blocks of a page, in order."""
     found = []
+    all_parsed = re.search(r"^<!--\s*parsed here:\s*\S.*?-->", text, re.DOTALL | re.MULTILINE) is not None
     for match in _BLOCK.finditer(text):
         kind, note = match["kind"] or "", " ".join((match["note"] or "").split())
         line = text.count("\n", 0, match.start("code")) + 1
@@ -75,9 +80,10 @@ def blocks_of(text: str) -> list[Block]:
                 code,
                 reason=note if kind == "not run:" else "",
                 shown=kind == "output",
+                parsed=kind == "parsed:" or all_parsed,
             )
         )
-        assert kind != "not run:" or note, f"line {line}: say why this block is not run"
+        assert kind not in ("not run:", "parsed:") or note, f"line {line}: say why this block is not run"
     assert sum(line.lstrip().startswith("```") for line in text.splitlines()) == 2 * len(found), "a fence is not closed"
     return found
 
@@ -117,7 +123,7 @@ class Story:
             if not block.title:
                 self.printed = self._captured(code)
         elif block.language in ("console", "bash", "sh"):
-            self.printed = "".join(self._command(words) for words in _commands(block.code))
+            self.printed = "".join(self._command(words, parsed=block.parsed) for words in _commands(block.code))
         elif block.language == "toml":
             tomllib.loads(block.code)
         elif block.language == "json":
@@ -132,11 +138,11 @@ class Story:
             exec(code, self.names)
         return out.getvalue()
 
-    def _command(self, words: list[str]) -> str:
+    def _command(self, words: list[str], *, parsed: bool) -> str:
         program, *rest = words
         program = program.removeprefix(".venv/bin/")
         if program == "idap":
-            return _idap(rest)
+            return _looked_up(rest) if parsed else _idap(rest)
         if program == "python":
             done = subprocess.run([sys.executable, *rest], cwd=self.folder, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
@@ -167,6 +173,25 @@ def _idap(words: list[str]) -> str:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, f"idap {shlex.join(words)} ended with {done.exit_code}\n{done.output}"
     return done.output
+
+
+def _looked_up(words: list[str]) -> str:
+    """Parse a command as `idap` would, without running it."""
+    import typer
+
+    from idap.cli.main import app
+
+    command: Any = typer.main.get_command(app)
+    above, name = None, "idap"
+    try:
+        while True:
+            context = command.make_context(name, list(words), parent=above)
+            if not hasattr(command, "resolve_command"):
+                return ""
+            above, words = context, [*context._protected_args, *context.args]
+            name, command, words = command.resolve_command(context, words)
+    except Exception as error:
+        raise AssertionError(f"idap {shlex.join(words)}: {getattr(error, 'message', None) or error}") from error
 
 
 def _known_extras(words: list[str]) -> None:

@@ -20,7 +20,7 @@ from tests.conformance import vision_operators
 from tests.pages import PAGES, ROOT, Block, Story, blocks_of
 from tests.test_architecture import LEVELS
 
-NOT_RUN_AT_MOST = 4
+NOT_RUN_AT_MOST = 3
 """Blocks that are not run stay few; each says why, before the block."""
 PACKAGES = ("torchvision", "transformers", "timm", "diffusers", "onnxruntime")
 """Packages that a page may need and that idap itself does not."""

@@ -53,6 +53,8 @@ x is 3
         ("```console\ncurl x\n```\n", "nothing runs 'curl x'"),
         ("```console\nidap compress nothing.toml\n```\n", "ended with 2"),
         ("```console\npip install 'idap[nonsense]'\n```\n", "no extra"),
+        ("<!-- parsed: a run -->\n```console\nidap bench runs/x --batsh 1\n```\n", "No such option"),
+        ("<!-- parsed: a run -->\n```console\nidap bensh runs/x\n```\n", "No such command"),
         ("```haskell\nmain\n```\n", "nothing runs 'haskell'"),
         ("```python\nx = 1\n", "not closed"),
     ],
@@ -65,6 +67,11 @@ def test_a_page_that_is_wrong_fails(text, message, tmp_path, monkeypatch):
 
 def test_a_reason_keeps_a_block_from_running(tmp_path):
     run("<!-- not run: two GPUs -->\n```python\n1 / 0\n```\n", tmp_path)
+
+
+@pytest.mark.parametrize("mark", ["<!-- parsed: a run -->\n", "<!-- parsed here: a run -->\n\nwords\n\n"])
+def test_commands_that_are_only_parsed_do_not_run(mark, tmp_path):
+    assert run(mark + "```console\nidap bench runs/x --batch 1\n```\n", tmp_path).printed == ""
 
 
 def test_a_traceback_names_the_line_of_the_page(tmp_path, monkeypatch):
