@@ -4,13 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test conformance check format clean
+.PHONY: demo test conformance check docs format clean
 
 $(STAMP): pyproject.toml constraints.txt tests/conformance/vision_operators.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "idap needs Python 3.11 or newer, found $$($(PYTHON) --version); run make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,vision,text,diffusion,onnx,test,check]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,vision,text,diffusion,onnx,test,check,docs]'
 	$(BIN)/python tests/conformance/vision_operators.py  # torchvision beside a CPU build of torch
 	touch $(STAMP)
 
@@ -30,6 +30,9 @@ check: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the documentation, into build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -29,3 +29,13 @@ def test_a_task_that_is_no_classification(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     result = import_module("custom_task").main(epochs=4.0)
     assert result.metric <= result.baseline + 0.05
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_recovery_by_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lightning", reason="lightning is not installed, and make leaves it out; it is large")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    result = import_module("lightning_recovery").main(epochs=1)
+    assert result.macs[1] <= result.macs[0] / 2
+    assert (tmp_path / "small-lightning" / "plan.json").exists()

@@ -16,6 +16,8 @@ _BEGIN = """\
 
 <!-- Written by `python -m idap.cli.reference > docs/cli.md`; a test compares. Change the commands, not this page. -->
 
+<!-- parsed here: the examples name runs and files of yours; tests/cli/ runs the commands -->
+
 `idap COMMAND --help` says the same on the terminal. `python -m idap` is the same command, also for launchers:
 `accelerate launch -m idap compress ...`.
 """

@@ -149,9 +149,20 @@ def _export(traced: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         reason = str(error).strip().splitlines()
         raise TraceError(
             f"torch.export cannot export {type(traced).__name__}: {type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}. Code whose path depends on the values in a tensor cannot "
-            "be exported: rewrite it, or compress the part of the model that has none."
+            f"{reason[0] if reason else 'no reason given'}. {_way_out(str(error))}"
         ) from error
+
+
+def _way_out(reason: str) -> str:
+    if "Cache" in reason:
+        return (
+            "A model of transformers must not return its cache of keys and values while it is traced: set "
+            "model.config.use_cache = False. It can generate with the cache all the same: generate(use_cache=True)."
+        )
+    return (
+        "Code whose path depends on the values in a tensor cannot be exported: rewrite it, or compress the part of the "
+        "model that has none."
+    )
 
 
 def _describe(model: nn.Module) -> Iterator[tuple[str, ModuleInfo]]:
