@@ -44,11 +44,9 @@ class Divergence:
         With the paper's forms this is D5: that of a transformer block is the sum over its heads and its neurons. Units
         of the width of heads are not added: they are slices of the same heads, which would count twice.
         """
-        nodes = structure.block(block).nodes
         total = 0.0
-        for group in structure.groups:
-            ports = {port.node for port in (*group.writers, *group.readers)}
-            if group.kind != "head width" and ports and ports <= nodes and group.name in self.units:
+        for group in structure.held_by(block):
+            if group.kind != "head width" and group.name in self.units:
                 total += float(self.units[group.name].nansum())
         return total
 

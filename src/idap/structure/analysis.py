@@ -78,6 +78,12 @@ class Structure:
         """
         return _by_name("block or branch", name, self.blocks)
 
+    def held_by(self, block: str) -> tuple[Group, ...]:
+        """The groups that a branch or block holds whole: only its operators write and read them."""
+        nodes = self.block(block).nodes
+        ports = [{port.node for port in (*group.writers, *group.readers)} for group in self.groups]
+        return tuple(group for group, used in zip(self.groups, ports, strict=True) if used and used <= nodes)
+
     @cached_property
     def streams(self) -> frozenset[str]:
         """Names of the groups whose units residual streams carry: they enter a branch or block."""
