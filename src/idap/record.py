@@ -149,7 +149,7 @@ class RunFolder:
         What a killed process left half-written is cleared away: unfinished files, and a last line cut short.
 
         Args:
-            settings: of the run as it is now; all but its environment and recipe must be what it was begun with.
+            settings: of the run as it is now; all but its environment, recipe and time must be what it was begun with.
 
         Returns:
             The decisions that were taken, in order.
@@ -166,7 +166,7 @@ class RunFolder:
         except (OSError, json.JSONDecodeError) as error:
             raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
         now = json.loads(json.dumps(settings, default=_plain))
-        for name in sorted({*begun, *now} - {"environment", "recipe"}):
+        for name in sorted({*begun, *now} - {"environment", "recipe", "preparation"}):
             if begun.get(name) != now.get(name):
                 what = _difference(begun.get(name), now.get(name))
                 raise RunFolderError(

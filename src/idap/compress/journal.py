@@ -30,9 +30,17 @@ class Journal:
         setting: of the run.
         baseline: metric of the original.
         past: decisions taken before the run was stopped, in order.
+        preparation: seconds by kind of work before the first decision.
     """
 
-    def __init__(self, setting: Setting, baseline: float, past: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        baseline: float,
+        past: Sequence[Mapping[str, Any]] = (),
+        preparation: Mapping[str, float] | None = None,
+    ) -> None:
+        self.preparation = dict(preparation or {})
         self._setting = setting
         self._baseline = baseline
         self._profile: tuple[float, ...] = ()

@@ -50,7 +50,7 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
 def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
     """Seconds by kind of work, of all steps and of what lay around them."""
     found: dict[str, float] = {}
-    for phases in (*(step.phases for step in journal.steps), setting.clock.take()):
+    for phases in (journal.preparation, *(step.phases for step in journal.steps), setting.clock.take()):
         for kind, seconds in phases.items():
             found[kind] = found.get(kind, 0.0) + seconds
     return found

@@ -97,8 +97,9 @@ def compress(
         settings["optimizer"] = hyperparameters(optimizer)
     if recipe is not None:
         settings["recipe"] = dict(recipe)
+    settings["preparation"] = preparation = setting.clock.take()
     past = [] if folder is None else on_main(partial(_begun, folder, settings, resume=resume))
-    journal = Journal(setting, state.metric, past)
+    journal = Journal(setting, state.metric, past, preparation)
     start, state = state, _stages(setting, state, removable, journal)
     state = _finish(setting, start, state, journal)
     return concluded(setting, start, state, journal)

@@ -43,27 +43,29 @@ def facts(run: Run) -> list[Fact]:
     """The numbers of the original and of what the run came to."""
     old, new, metric = run.settings.baseline, run.now, run.settings.task.metric
     found = [
-        _cost("multiply-adds", old.macs, new.macs, numbers.count),
-        _cost("parameters", old.parameters, new.parameters, numbers.count),
-        _cost("file size", old.size, new.size, numbers.size),
+        cost_fact("multiply-adds", old.macs, new.macs, numbers.count),
+        cost_fact("parameters", old.parameters, new.parameters, numbers.count),
+        cost_fact("file size", old.size, new.size, numbers.size),
     ]
     measured = run.measured
     if measured is not None and measured.latency is not None:
         pair = measured.latency
-        found.append(_cost(f"latency, batch of {measured.batch}", pair.before, pair.after, numbers.time))
+        found.append(cost_fact(f"latency, batch of {measured.batch}", pair.before, pair.after, numbers.time))
     elif run.reached is not None and run.reached.latency is not None:
         found.append(Fact("latency", "100 %", numbers.share(run.reached.latency), "", run.reached.latency))
-    found.append(_metric(metric, "validation", old.metric, new.metric))
+    found.append(metric_fact(metric, "validation", old.metric, new.metric))
     if measured is not None and measured.test is not None:
-        found.append(_metric(metric, "test", measured.test.before, measured.test.after))
+        found.append(metric_fact(metric, "test", measured.test.before, measured.test.after))
     return found
 
 
-def _cost(name: str, before: float, after: float, said: Callable[[float], str]) -> Fact:
+def cost_fact(name: str, before: float, after: float, said: Callable[[float], str]) -> Fact:
+    """A cost before and after."""
     return Fact(name, said(before), said(after), numbers.change(before, after), after / before if before else None)
 
 
-def _metric(name: str, split: str, before: float, after: float) -> Fact:
+def metric_fact(name: str, split: str, before: float, after: float) -> Fact:
+    """A metric before and after."""
     change = numbers.metric_change(name, before, after)
     return Fact(f"{name} ({split})", numbers.metric(name, before), numbers.metric(name, after), change)
 
@@ -117,7 +119,7 @@ def headline(run: Run) -> Html:
         )
         for goal in goals(run)
     ]
-    cards = [_card(fact) for fact in facts(run)]
+    cards = [card(fact) for fact in facts(run)]
     return tag(
         "section",
         tag("p", chip, tag("span", sentence), class_="verdict"),
@@ -127,7 +129,8 @@ def headline(run: Run) -> Html:
     )
 
 
-def _card(fact: Fact) -> Html:
+def card(fact: Fact) -> Html:
+    """One number in a frame of a `dl`."""
     share = None if fact.left is None else f"width:{100 * min(1.0, max(0.0, fact.left)):.1f}%"
     bar = None if share is None else tag("span", tag("span", style=share), class_="meter", aria_hidden="true")
     return tag(

@@ -30,7 +30,6 @@ const shown = () => {
   theme.setAttribute("aria-label", dark() ? "Switch to light colours" : "Switch to dark colours");
 };
 theme.hidden = false;
-theme.removeAttribute("aria-pressed");
 theme.addEventListener("click", () => {
   document.documentElement.dataset.theme = dark() ? "light" : "dark";
   shown();
@@ -50,5 +49,7 @@ for (const box of document.querySelectorAll(".copied")) {
   });
   box.append(button);
 }
+// As a picture, the page has no buttons, and says how long it is.
+if (location.hash === "#picture") document.documentElement.dataset.picture = "";
 const measure = () => (document.documentElement.dataset.height = document.documentElement.scrollHeight);
 addEventListener("load", measure);

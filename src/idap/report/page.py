@@ -81,7 +81,7 @@ def document(title: str, heading: Html, about: Sequence[Html | str], parts: Sequ
         tag("link", rel="icon", href=ICON),
         tag("style", raw(style)),
     )
-    toggle = tag("button", "Dark", type="button", id="theme", hidden=True, aria_pressed="false")
+    toggle = tag("button", "Dark", type="button", id="theme", hidden=True)
     body = tag(
         "body",
         tag("a", "To the content", href="#content", class_="skip"),

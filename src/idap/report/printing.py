@@ -121,7 +121,7 @@ def _run(page: Path, options: Sequence[str]) -> "subprocess.CompletedProcess[byt
     # The page is our own and loads nothing; as root, the browser does not start with its sandbox.
     root = ["--no-sandbox"] if sys.platform == "linux" and os.geteuid() == 0 else []
     with tempfile.TemporaryDirectory(prefix="idap-browser-", ignore_cleanup_errors=True) as profile:
-        words = [browser, *QUIET, *root, f"--user-data-dir={profile}", *options, page.resolve().as_uri()]
+        words = [browser, *QUIET, *root, f"--user-data-dir={profile}", *options, f"{page.resolve().as_uri()}#picture"]
         try:
             return subprocess.run(words, capture_output=True, timeout=SECONDS, check=False)
         except subprocess.TimeoutExpired as error:

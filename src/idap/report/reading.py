@@ -74,7 +74,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was written before any work; `optimizer` and `recipe` where the run was begun with one."""
+    """What was written before any decision; `preparation` is seconds by kind of work; the last two may lack."""
 
     model: str
     fingerprint: str
@@ -84,6 +84,7 @@ class Settings:
     environment: Mapping[str, Any]
     groups: Mapping[str, Group]
     blocks: Mapping[str, Block]
+    preparation: Mapping[str, float]
     optimizer: Any = None
     recipe: Mapping[str, Any] | None = None
 

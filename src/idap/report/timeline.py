@@ -48,8 +48,9 @@ class Stretch:
 
 
 def stretches(run: Run) -> list[Stretch]:
-    """The decisions and what lay behind the last one; the preparation belongs to the first."""
-    found = [
+    """What lay before the first decision, the decisions, and what lay behind the last one."""
+    found = [Stretch("start", "preparation", run.settings.preparation)]
+    found += [
         Stretch(f"{step.stage} {step.index}", "kept" if step.accepted else "rolled back", step.phases)
         for step in run.steps
     ]
@@ -68,8 +69,6 @@ def timeline(run: Run) -> Html:
     """Draw where the time of a run went."""
     found = stretches(run)
     whole = sum(stretch.length for stretch in found)
-    if whole <= 0:
-        return tag("p", "No decision was taken yet.", class_="quiet")
     totals = {kind: sum(stretch.seconds.get(kind, 0.0) for stretch in found) for kind in _kinds(found)}
     begun, rows = 0.0, []
     for stretch in found:

@@ -1,6 +1,7 @@
 """The trade-off curve: what each step left of the cost, and what the metric was then."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from idap.record import Step
@@ -13,43 +14,82 @@ COSTS = {"macs": "multiply-adds", "parameters": "parameters", "size": "file size
 """How costs are called."""
 
 
-def tradeoff(run: Run, *, name: str = "tradeoff", height: int = 300) -> Html:
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """What the curve tells.
+
+    Attributes:
+        metric: name of the metric.
+        baseline: metric of the original.
+        cost: that is drawn.
+        told: every decision with the share of the cost that it left, and the metric then.
+        worst: the worst metric allowed, if any is.
+        target: the share of the cost that may stay, if there is a goal.
+        higher_is_better: how to read the metric.
+    """
+
+    metric: str
+    baseline: float
+    cost: str
+    told: Sequence[tuple[Step, tuple[float, float]]]
+    worst: float | None = None
+    target: float | None = None
+    higher_is_better: bool = True
+
+
+def tradeoff(run: Run) -> Html:
     """Draw every decision of a run by its cost and its metric."""
-    judged, cost, baseline = run.settings.task, run.cost, run.settings.baseline
-    start = (1.0, baseline.metric)
-    told = [(step, (run.share(step, cost), step.metric)) for step in run.steps]
-    target = run.targets.get(cost)
-    field = _field([start, *(at for _, at in told)], judged.worst, target, height)
-    state, marks, rejected = start, [_goal(field, judged.worst, target, higher=judged.higher_is_better)], []
-    path = [start]
-    for step, at in told:
+    judged, cost = run.settings.task, run.cost
+    story = Story(
+        metric=judged.metric,
+        baseline=run.settings.baseline.metric,
+        cost=cost,
+        told=[(step, (run.share(step, cost), step.metric)) for step in run.steps],
+        worst=judged.worst,
+        target=run.targets.get(cost),
+        higher_is_better=judged.higher_is_better,
+    )
+    return joined([curve(story), _rows(story)])
+
+
+def curve(story: Story, *, name: str = "tradeoff", height: int = 300) -> Html:
+    """The curve, with what its signs mean.
+
+    Args:
+        story: what it tells.
+        name: of the element.
+        height: in pixels.
+    """
+    metric, cost, start = story.metric, story.cost, (1.0, story.baseline)
+    field = _field([start, *(at for _, at in story.told)], story.worst, story.target, height)
+    marks, rejected, path = [_goal(field, story)], [], [start]
+    for step, at in story.told:
         if step.accepted:
-            state = at
             path.append(at)
         else:
-            marks.append(field.line([state, at], "rejected dotted"))
-            rejected.append(field.mark(at, "cross", "rejected", tell(step, at, judged.metric, cost)))
+            marks.append(field.line([path[-1], at], "rejected dotted"))
+            rejected.append(field.mark(at, "cross", "rejected", tell(step, at, metric, cost)))
     marks += [field.line(path, "accepted"), *rejected]
-    marks += [
-        field.mark(at, "circle", "accepted", tell(step, at, judged.metric, cost)) for step, at in told if step.accepted
-    ]
-    marks.append(field.mark(start, "square", "original", f"the original: {numbers.metric(judged.metric, start[1])}"))
-    kept = sum(step.accepted for step in run.steps)
+    kept = [(step, at) for step, at in story.told if step.accepted]
+    for place, (step, at) in enumerate(kept, start=1):
+        shape, style = ("diamond", "result") if place == len(kept) else ("circle", "accepted")
+        marks.append(field.mark(at, shape, style, tell(step, at, metric, cost)))
+    marks.append(field.mark(start, "square", "original", f"the original: {numbers.metric(metric, start[1])}"))
     said = (
-        f"From {numbers.metric(judged.metric, start[1])} at 100 % of the {COSTS[cost]} to "
-        f"{numbers.metric(judged.metric, state[1])} at {numbers.share(state[0])}: {kept} decisions were kept, "
-        f"{len(run.steps) - kept} rolled back."
+        f"From {numbers.metric(metric, start[1])} at 100 % of the {COSTS[cost]} to "
+        f"{numbers.metric(metric, path[-1][1])} at {numbers.share(path[-1][0])}: {len(kept)} decisions were kept, "
+        f"{len(story.told) - len(kept)} rolled back."
     )
     drawn = field.drawn(
         name,
-        f"{judged.metric} over {COSTS[cost]}",
+        f"{metric} over {COSTS[cost]}",
         said,
         marks,
         x_labels=[(tick, numbers.share(tick, 0)) for tick in field.x.ticks],
-        y_labels=[(tick, label) for tick, label in metric_labels(judged.metric, field.y.ticks)],
+        y_labels=metric_labels(metric, field.y.ticks),
     )
     below = tag("p", f"{COSTS[cost]} left, as a share of the original's", class_="under")
-    return joined([_key(run, cost), tag("p", judged.metric, class_="over"), drawn, below, _rows(run, told, cost)])
+    return joined([_key(story), tag("p", metric, class_="over"), drawn, below])
 
 
 def tell(step: Step, at: tuple[float, float], metric: str, cost: str) -> str:
@@ -65,10 +105,10 @@ def _field(points: Sequence[tuple[float, float]], worst: float | None, target: f
     return Plot(x, y, height)
 
 
-def _goal(field: Plot, worst: float | None, target: float | None, *, higher: bool) -> Html:
+def _goal(field: Plot, story: Story) -> Html:
     """Where the goals are met."""
-    good = field.y.high if higher else field.y.low
-    bad = field.y.low if higher else field.y.high
+    worst, target = story.worst, story.target
+    good, bad = (field.y.high, field.y.low) if story.higher_is_better else (field.y.low, field.y.high)
     parts = []
     if worst is not None or target is not None:
         right = field.x.high if target is None else target
@@ -80,13 +120,14 @@ def _goal(field: Plot, worst: float | None, target: float | None, *, higher: boo
     return joined(parts)
 
 
-def _key(run: Run, cost: str) -> Html:
-    worst, target, metric = run.settings.task.worst, run.targets.get(cost), run.settings.task.metric
-    goals = [] if worst is None else [f"{metric} {numbers.metric(metric, worst)}"]
-    goals += [] if target is None else [f"{numbers.share(target, 0)} of the {COSTS[cost]}"]
+def _key(story: Story) -> Html:
+    goals = [] if story.worst is None else [f"{story.metric} {numbers.metric(story.metric, story.worst)}"]
+    goals += [] if story.target is None else [f"{numbers.share(story.target, 0)} of the {COSTS[story.cost]}"]
     entries = [("square", "original", "original"), ("circle", "accepted", "step kept")]
-    if any(not step.accepted for step in run.steps):
+    if any(not step.accepted for step, _ in story.told):
         entries.append(("cross", "rejected", "rolled back"))
+    if any(step.accepted for step, _ in story.told):
+        entries.append(("diamond", "result", "last kept"))
     if goals:
         entries += [("line", "limit", f"goal: {', '.join(goals)}"), ("area", "goal", "goals met")]
     return legend(entries)
@@ -101,10 +142,10 @@ def metric_labels(metric: str, ticks: Sequence[float]) -> list[tuple[float, str]
     return [(tick, numbers.share(tick, digits)) for tick in ticks if tick <= 1 + 1e-9]
 
 
-def _rows(run: Run, told: Sequence[tuple[Step, tuple[float, float]]], cost: str) -> Html:
-    metric, baseline = run.settings.task.metric, run.settings.baseline
-    rows = [["original", "100.0 %", numbers.metric(metric, baseline.metric), ""]]
-    for step, (left, value) in told:
+def _rows(story: Story) -> Html:
+    metric = story.metric
+    rows = [["original", "100.0 %", numbers.metric(metric, story.baseline), ""]]
+    for step, (left, value) in story.told:
         verdict = "kept" if step.accepted else "rolled back"
         rows.append([f"{step.stage} {step.index}", numbers.share(left), numbers.metric(metric, value), verdict])
-    return table("The decisions by cost and metric", ["decision", COSTS[cost], metric, ""], rows)
+    return table("The decisions by cost and metric", ["decision", COSTS[story.cost], metric, ""], rows)
