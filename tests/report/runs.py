@@ -80,10 +80,7 @@ def _removal(prefix, name, units, left):
 
 
 def _block(prefix, name):
-    score = (0.25, 0.25)
-    return Removal(
-        name=f"{prefix}{name}", kind="block", units=(), left=0, divergence=score, scores=score[:1], ranks=(0,)
-    )
+    return Removal(name=f"{prefix}{name}", kind="block", units=(), left=0, divergence=(0.25, 0.25), scores=(0.25,))
 
 
 def steps(prefix=""):

@@ -63,13 +63,13 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         (
             RUN,
             "{}",
-            r"run\.json is not what this version of idap writes: model: Field required \(and \d+ more\); it was",
+            r"run\.json is not what this version of idap writes: model: Field required \(and",
         ),
         (RESULT, '{"reached": "maybe"}', r"result\.json is not what this version of idap writes: "),
         (
             STEPS,
             '{"index": 0}\n',
-            r"line 1 of .*steps\.jsonl is not what this version of idap writes: stage: Field req",
+            r"line 1 of .*steps\.jsonl is not what this version of idap writes: stage: ",
         ),
         (STEPS, "[]\n", r"line 1 of .*steps\.jsonl is not what this version"),
     ],
@@ -85,9 +85,7 @@ def test_a_decision_without_its_costs_is_said(tmp_path):
     folder = write_run(tmp_path / "net")
     line = json.loads((folder / STEPS).read_text().splitlines()[0]) | {"shares": {"macs": 0.5}}
     (folder / STEPS).write_text(json.dumps(line) + "\n")
-    with pytest.raises(
-        RunFolderError, match=r"line 1 of .* does not say which share of the parameters is left; it was"
-    ):
+    with pytest.raises(RunFolderError, match=r"line 1 of .* does not say which share of the parameters is left;"):
         read_run(folder)
 
 

@@ -241,7 +241,8 @@ def _show(console: Console, result: "Result", numbers: Comparison, run_dir: Path
     style = "green" if result.reached else "yellow"
     console.print(Text.assemble((result.message[:1].upper() + result.message[1:], style), "."))
     console.print(
-        f"The model is in {RunFolder(run_dir).model}, every decision in {run_dir}.",
+        f"The model is in {RunFolder(run_dir).model}, every decision in {run_dir}. To see what happened: "
+        f"idap report {run_dir}",
         markup=False,
         soft_wrap=not console.is_terminal,
     )

@@ -10,11 +10,11 @@ from idap.report.headline import Fact, facts, verdict
 from idap.report.markup import Html, joined, tag
 from idap.report.origin import flat
 from idap.report.page import document, section
-from idap.report.plot import SHAPES, Plot, legend, table
+from idap.report.plot import Plot, legend, table
 from idap.report.reading import Run, Spread
 from idap.report.tradeoff import COSTS, metric_labels, tell
 
-SIGNS = tuple(shape for shape in SHAPES if shape not in ("cross", "dot"))
+SIGNS = ("circle", "square", "diamond", "triangle")
 MOST = len(SIGNS)
 """Runs that can be told apart in one picture; forms differ as well as colours."""
 

@@ -105,8 +105,7 @@ def _removed(step: Step) -> Html:
     if not groups:
         return tag("p", said)
     lines = [
-        tag("li", tag("code", removal.name), f": {numbers.MINUS}{len(removal.units)}, {removal.left} left")
-        for removal in groups
+        tag("li", f"{removal.name}: {numbers.MINUS}{len(removal.units)}, {removal.left} left") for removal in groups
     ]
     where = f"{said}, of {len(groups)} group{'s' if len(groups) > 1 else ''}"
     return tag("details", tag("summary", where), tag("ul", lines))

@@ -87,7 +87,7 @@ def document(title: str, heading: Html, about: Sequence[Html | str], parts: Sequ
         tag("a", "To the content", href="#content", class_="skip"),
         tag("header", tag("div", heading, tag("p", about, class_="about")), toggle),
         tag("main", parts, id="content"),
-        tag("footer", tag("p", "Made by idap. This file needs nothing else, neither the network.")),
+        tag("footer", tag("p", "Made by idap. This file needs no other one, and no network.")),
         tag("script", raw(script)),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"

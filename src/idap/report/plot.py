@@ -13,13 +13,13 @@ from idap.report.numbers import Axis
 TOP, BOTTOM = 8, 26
 """Pixels above the plot, and below it for the numbers of the axis."""
 SHAPES = {
-    "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
     "square": "M-4.5 -4.5h9v9h-9z",
     "diamond": "M0 -6.5l6.5 6.5l-6.5 6.5l-6.5 -6.5z",
     "triangle": "M0 -6l5.5 10h-11z",
     "cross": "M-4 -4l8 8M4 -4l-8 8",
-    "dot": "M-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0z",
 }
+ROUND = {"circle": 4.5, "dot": 2.5}
+"""Shapes that are circles, with their radius."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,12 @@ class Plot:
         return round(self.height - BOTTOM - self.y.place(value) * (self.height - TOP - BOTTOM), 1)
 
     def mark(self, at: tuple[float, float], shape: str, style: str, title: str) -> Html:
-        """A sign at a point; its title is shown when the pointer rests on it."""
+        """A sign at a point; its title, if it has one, is shown when the pointer rests on it."""
+        x, y, told = self.across(at[0]), self.down(at[1]), tag("title", title) if title else None
+        if shape in ROUND:
+            return tag("circle", told, cx=x, cy=y, r=ROUND[shape], class_=f"mark {style}")
         path = tag("path", d=SHAPES[shape], class_=f"mark {style}")
-        return tag("svg", tag("title", title), path, x=self.across(at[0]), y=self.down(at[1]), overflow="visible")
+        return tag("svg", told, path, x=x, y=y, overflow="visible")
 
     def text(self, at: tuple[float, float], words: str, *, anchor: str = "start", dx: int = 0, dy: int = 0) -> Html:
         """A label beside a point."""
@@ -154,6 +157,8 @@ def _sign(shape: str, style: str) -> Html:
         drawn = tag("rect", x=-8, y=-5, width=16, height=10, class_=style)
     elif shape == "line":
         drawn = tag("line", x1=-9, x2=9, y1=0, y2=0, class_=f"line {style}")
+    elif shape in ROUND:
+        drawn = tag("circle", r=ROUND[shape], class_=f"mark {style}")
     else:
         drawn = tag("path", d=SHAPES[shape], class_=f"mark {style}")
     return tag("svg", drawn, viewBox="-10 -8 20 16", width=20, height=16, aria_hidden="true")

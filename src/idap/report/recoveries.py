@@ -63,7 +63,7 @@ def _metrics(run: Run, found: list[tuple[Step, Curve]], begun: list[int], x: num
         style = "accepted" if step.accepted else "rejected"
         line = [(start + steps, value) for steps, value in curve.metrics]
         marks.append(field.line(line, style))
-        marks += [field.mark(at, "dot", style, f"{curve.title}: {numbers.metric(judged.metric, at[1])}") for at in line]
+        marks += [field.mark(at, "dot", style, "") for at in line]
     drawn = field.drawn(
         "recovered",
         f"{judged.metric} on the validation data while recovering, over optimiser steps",
