@@ -50,7 +50,7 @@ def test_structures_measurements_and_plans_show_themselves():
     structure = idap.analyze(idap.trace(net, (torch.zeros(2, 4),)))
     assert "0 neurons 8" in Page(structure._repr_html_()).said
     divergence = idap.Divergence("relative", {"0": torch.tensor([1.0, 3.0, float("nan")])}, {"block": 0.5}, ("gone",))
-    assert repr(divergence) == "Divergence('relative': 2 units in 1 groups, 1 blocks)"
+    assert repr(divergence) == "Divergence('relative', groups=1, units=2, blocks=1)"
     said = Page(divergence._repr_html_()).said
     assert "0 2 1 – 3" in said and "block 0.5 whole" in said and "Nothing could be seen of gone." in said
     plan = structure.plan({"0": (0, 2, 4)})

@@ -40,7 +40,7 @@ class Divergence:
 
     def __repr__(self) -> str:
         units = sum(int(scores.isfinite().sum()) for scores in self.units.values())
-        return f"Divergence({self.criterion!r}: {units} units in {len(self.units)} groups, {len(self.blocks)} blocks)"
+        return f"Divergence({self.criterion!r}, groups={len(self.units)}, units={units}, blocks={len(self.blocks)})"
 
     def _repr_html_(self) -> str:
         """How a notebook shows it: mean and range of each group, and the score of each branch and block."""
