@@ -82,7 +82,9 @@ def test_every_decision_is_in_the_table(tmp_path):
 def test_a_run_under_way_says_so(tmp_path):
     said = page_of(tmp_path / "net", finished=False, decided=steps()[:2]).said
     assert "… Not finished The run is under way or was stopped: 2 decisions so far, 1 kept." in said
-    assert "idap compress 'my net.toml' --run-dir" in said and "--resume" in said
+    assert f"idap resume {tmp_path / 'net'}" in said
+    by_hand = page_of(tmp_path / "own", finished=False, decided=[], recipe=None).said
+    assert f"# with idap.compress(..., run_dir='{tmp_path / 'own'}', resume=True)" in by_hand
     assert "at most 50 % of the multiply-adds : 80.0 % left" in said
 
 

@@ -31,7 +31,7 @@ DOCUMENT = {
 PAGE = "report.html"
 
 
-def report_command(
+def report_command(  # noqa: PLR0913 - one argument per option
     run: OneRun,
     *,
     out: PageFile = None,

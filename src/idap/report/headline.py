@@ -100,7 +100,7 @@ def verdict(run: Run) -> tuple[str, str, str]:
     """How the run stands: state ("good", "bad" or "open"), in few words, and in a sentence."""
     if run.reached is None:
         decided = f"{len(run.steps)} decision{'' if len(run.steps) == 1 else 's'} so far, {len(run.accepted)} kept"
-        return "open", "Not finished", f"The run is under way or was stopped: {decided}. It goes on with --resume."
+        return "open", "Not finished", f"The run is under way or was stopped: {decided}. It can be resumed."
     message = f"{run.reached.message[:1].upper()}{run.reached.message[1:]}."
     if run.reached.reached:
         return "good", "Goals reached", message

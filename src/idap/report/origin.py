@@ -67,12 +67,10 @@ def reproduce(run: Run) -> Html:
 
 
 def _resuming(run: Run) -> str:
-    """The command that goes on with a run; one of Python has to say `resume=True` itself."""
-    typed = command(run)
-    if typed.startswith("python"):
-        return f"{typed}  # with idap.compress(..., run_dir={str(run.folder)!r}, resume=True)"
-    typed = typed.removesuffix(" --resume")
-    return f"{typed}{'' if '--run-dir' in typed else f' --run-dir {shlex.quote(str(run.folder))}'} --resume"
+    """What goes on with a run; one that was begun from Python has to say it there."""
+    if run.settings.recipe is not None:
+        return f"idap resume {shlex.quote(str(run.folder))}"
+    return f"{command(run)}  # with idap.compress(..., run_dir={str(run.folder)!r}, resume=True)"
 
 
 def _loading(run: Run) -> str:
