@@ -11,7 +11,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     **dict.fromkeys(("record", "progress"), 1),
-    **dict.fromkeys(("graph", "training", "tensorboard"), 2),
+    **dict.fromkeys(("graph", "training", "tensorboard", "report"), 2),
     "structure": 3,
     **dict.fromkeys(("cost", "divergence", "surgery"), 4),
     **dict.fromkeys(("selection", "rebalance", "saving"), 5),

@@ -54,7 +54,13 @@ def test_settings_and_decisions_come_back(tmp_path):
 
 
 def vars_of(found):
-    return {**vars(found), "removed": [vars(removal) for removal in found.removed], "shares": {}, "phases": {}}
+    return {
+        **vars(found),
+        "removed": [vars(removal) for removal in found.removed],
+        "shares": {},
+        "phases": {},
+        "curve": None,
+    }
 
 
 def test_each_decision_is_on_the_disk_at_once(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@
     │   └── DivergedError         a loss or a gradient stopped being a finite number during training
     ├── ConfigError               a setting or a recipe is wrong
     │   └── BudgetError           the goals cannot be met by any compression
-    ├── RunFolderError            a run folder cannot be written, or holds another run
+    ├── RunFolderError            a run folder cannot be read or written, or holds another run
+    ├── ReportError               a report can't be printed
     └── CheckpointError           a saved file is broken or does not belong to this model
 
 Every message names the culprit, what was found, what was expected and the way out.
@@ -68,7 +69,11 @@ class BudgetError(ConfigError):
 
 
 class RunFolderError(IdapError):
-    """A run folder cannot be written, or holds another run."""
+    """A run folder cannot be read or written, or holds another run."""
+
+
+class ReportError(IdapError):
+    """A report cannot be printed."""
 
 
 class CheckpointError(IdapError):

@@ -1,10 +1,14 @@
 """The run folder: one JSON line per decision, every file written whole or not at all.
 
 run/
-├── run.json        settings, environment, baseline; written before any work
-├── steps.jsonl     one line per decision, in order
-├── checkpoints/    the accepted states
-└── model/          the result: model.safetensors, plan.json
+├── run.json                settings, environment, baseline; written before any work
+├── steps.jsonl             one line per decision, in order
+├── divergence-before.json  of the original, part by part
+├── divergence-after.json   of the result
+├── result.json             what was reached; a run that has it is finished
+├── measured.json           original and result side by side, where `idap compress` measured them
+├── checkpoints/            the accepted states
+└── model/                  the result: model.safetensors, plan.json
 """
 
 import json
@@ -21,6 +25,8 @@ from typing import Any, BinaryIO
 from idap.errors import RunFolderError
 
 RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
+BEFORE, AFTER = "divergence-before.json", "divergence-after.json"
+RESULT, MEASURED = "result.json", "measured.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,25 @@ class Removal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curve:
+    """How one recovery went.
+
+    Attributes:
+        title: of the recovery.
+        steps: optimiser steps taken.
+        losses: training loss, as means over equal stretches of the steps, in order.
+        metrics: (steps taken, validation metric then), from before the first step on.
+        diverged: what ended it early; "" if nothing did.
+    """
+
+    title: str
+    steps: int
+    losses: tuple[float, ...]
+    metrics: tuple[tuple[int, float], ...]
+    diverged: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """The record of one decision.
 
@@ -68,6 +93,7 @@ class Step:
         shares: what is left of each of the original's costs: "macs", "parameters", "size", and "latency" where it is a
             goal.
         phases: kind of work -> seconds of the step that it took.
+        curve: of the step's recovery; None where nothing was trained.
     """
 
     index: int
@@ -82,6 +108,7 @@ class Step:
     seconds: float
     shares: Mapping[str, float] = field(default_factory=dict)
     phases: Mapping[str, float] = field(default_factory=dict)
+    curve: Curve | None = None
 
 
 class RunFolder:
@@ -122,7 +149,7 @@ class RunFolder:
         What a killed process left half-written is cleared away: unfinished files, and a last line cut short.
 
         Args:
-            settings: of the run as it is now; all but its environment and recipe must be what it was begun with.
+            settings: of the run as it is now; all but its environment, recipe and time must be what it was begun with.
 
         Returns:
             The decisions that were taken, in order.
@@ -139,7 +166,7 @@ class RunFolder:
         except (OSError, json.JSONDecodeError) as error:
             raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
         now = json.loads(json.dumps(settings, default=_plain))
-        for name in sorted({*begun, *now} - {"environment", "recipe"}):
+        for name in sorted({*begun, *now} - {"environment", "recipe", "preparation"}):
             if begun.get(name) != now.get(name):
                 what = _difference(begun.get(name), now.get(name))
                 raise RunFolderError(
@@ -194,6 +221,17 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"cannot write decision {step.index} to {self.path / STEPS}: {error}") from error
 
+    def keep(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write one of the files that stand beside the decisions; one of the same name is replaced.
+
+        Raises:
+            RunFolderError: the folder can't be written.
+        """
+        try:
+            write_json(self.path / name, data)
+        except OSError as error:
+            raise RunFolderError(f"cannot write {self.path / name}: {error}") from error
+
     def checkpoint(self, index: int) -> Path:
         """Where the state accepted at step `index` is kept."""
         return self.path / CHECKPOINTS / f"step-{index:03d}"
@@ -204,8 +242,12 @@ class RunFolder:
         return self.path / MODEL
 
 
-def read_steps(folder: str | Path) -> list[dict[str, Any]]:
+def read_steps(folder: str | Path, *, whole: bool = True) -> list[dict[str, Any]]:
     """The decisions of a run, in order; none where it has not come to one yet.
+
+    Args:
+        folder: of the run.
+        whole: expect whole lines; False leaves out a last line that is being written, or was cut short.
 
     Raises:
         RunFolderError: the folder holds no run, or a line is broken.
@@ -214,11 +256,11 @@ def read_steps(folder: str | Path) -> list[dict[str, Any]]:
     if not file.exists() and (Path(folder) / RUN).exists():
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{folder} holds no run: {file} can't be read ({error})") from error
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate((text if whole else text[: text.rfind("\n") + 1]).splitlines(), start=1):
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:

@@ -26,6 +26,8 @@ CALLS = {  # a call of each command, and what it calls when it works
     "bench": (["run"], "idap.zoo.runs:model_folder"),
     "export": (["run", "--out", "a.onnx"], "idap.zoo.runs:model_folder"),
     "apply": (["plan.json", "--checkpoint", "big", "--out", "small"], "idap.saving.stream:apply_to_checkpoint"),
+    "report": (["run"], "idap.report.reading:read_run"),
+    "compare": (["run", "run"], "idap.report.reading:read_run"),
     "list": (["models"], "idap.zoo.catalogue:chosen"),
     "completion": (["bash"], "idap.cli.completion:script"),
     "recipe new": (["--data", "digits"], "idap.zoo.new_recipe:compose_recipe"),

@@ -125,7 +125,15 @@ def test_in_words(finished):
 
 def test_the_run_folder(finished):
     _, _, result, folder, _ = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "model", "run.json", "steps.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "divergence-after.json",
+        "divergence-before.json",
+        "model",
+        "result.json",
+        "run.json",
+        "steps.jsonl",
+    ]
     settings = json.loads((folder / "run.json").read_text())
     assert settings["model"].endswith("tiny.Net")
     assert settings["config"]["macs"] == 0.5
@@ -137,8 +145,8 @@ def test_the_run_folder(finished):
         "size": result.size[0],
     }
     assert settings["environment"]["torch"] == str(torch.__version__)
-    assert settings["groups"]["blocks.0.fc1"] == {"kind": "neurons", "size": 20}
-    assert settings["blocks"] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert settings["groups"]["blocks.0.fc1"] == {"kind": "neurons", "size": 20, "stream": False}
+    assert list(settings["blocks"]) == ["blocks.0", "blocks.1", "blocks.2"]
     assert settings["fingerprint"] == json.loads((folder / "model" / "plan.json").read_text())["fingerprint"]
 
 

@@ -33,7 +33,7 @@ from idap.cli.options import (
 from idap.cli.tables import Comparison, comparison_table
 from idap.errors import ConfigError
 from idap.progress import Progress
-from idap.record import RunFolder, read_steps
+from idap.record import MEASURED, RunFolder, read_steps
 from idap.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _run(
 ) -> tuple["Result", Comparison]:
     from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
     from idap.training.fit import fit  # noqa: PLC0415 - as above
-    from idap.training.processes import align_  # noqa: PLC0415 - as above
+    from idap.training.processes import align_, on_main  # noqa: PLC0415 - as above
 
     config, training = recipe.config(), recipe.training()
     model, task = recipe.model().to(device), recipe.task()
@@ -182,7 +182,9 @@ def _run(
     with progress.phase("compress", None):
         about = recipe.table()
         result = compress(model, task, config, run_dir=run_dir, resume=resume, recipe=about, progress=progress)
-    return result, compare(model, result, task, progress)
+    numbers = compare(model, result, task, progress)
+    on_main(lambda: RunFolder(run_dir).keep(MEASURED, numbers.to_json()))
+    return result, numbers
 
 
 def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progress) -> Comparison:
@@ -239,7 +241,8 @@ def _show(console: Console, result: "Result", numbers: Comparison, run_dir: Path
     style = "green" if result.reached else "yellow"
     console.print(Text.assemble((result.message[:1].upper() + result.message[1:], style), "."))
     console.print(
-        f"The model is in {RunFolder(run_dir).model}, every decision in {run_dir}.",
+        f"The model is in {RunFolder(run_dir).model}, every decision in {run_dir}. To see what happened: "
+        f"idap report {run_dir}",
         markup=False,
         soft_wrap=not console.is_terminal,
     )

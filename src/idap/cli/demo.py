@@ -18,6 +18,7 @@ from idap.compress.result import Result
 from idap.compress.run import compress
 from idap.errors import CheckpointError
 from idap.progress import Progress
+from idap.record import MEASURED, RunFolder
 from idap.saving.checkpoint import load
 from idap.training.batch import default_inputs
 from idap.training.evaluate import modes_kept
@@ -151,6 +152,7 @@ def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Pro
         result = compress(model, task, config, run_dir=folder, progress=progress)
     console.print()
     numbers = compare(model, result, task, progress)
+    RunFolder(folder).keep(MEASURED, numbers.to_json())
     console.print(comparison_table(numbers))
     console.print(
         Text(f"{result.message[:1].upper()}{result.message[1:]}.", style="green" if result.reached else "yellow")

@@ -68,6 +68,13 @@ COMMANDS = (
         "Cut a checkpoint on disk as a plan says, without building the model.",
         RESULT,
     ),
+    Lazy("report", "idap.cli.report:report_command", "Draw what a run did: one HTML page that opens offline.", RESULT),
+    Lazy(
+        "compare",
+        "idap.cli.compare:compare_command",
+        "Show several runs side by side, and say where they can't be compared.",
+        RESULT,
+    ),
     Lazy("list", "idap.cli.listing:list_command", "List models, data sets, criteria and recipes by name.", KNOW),
     Lazy(
         "completion",

@@ -185,6 +185,24 @@ Seed = Annotated[int, typer.Option("--seed", help="Of everything that is random.
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="PATH", help="Folder for the compressed models; temporary if left out.")
 ]
+RunFolders = Annotated[
+    list[Path], typer.Argument(metavar="RUN RUN...", help="Two to four run folders.", show_default=False)
+]
+OneRun = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/NAME.", show_default=False)]
+PageFile = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="The page; RUN/report.html if left out.", show_default=False),
+]
+OpenPage = Annotated[bool, typer.Option("--open", metavar="", help="Open the page in the browser.")]
+PdfFile = Annotated[
+    Path | None, typer.Option("--pdf", metavar="FILE", help="Print the page as PDF; needs Chromium, Chrome or Edge.")
+]
+PngFile = Annotated[
+    Path | None, typer.Option("--png", metavar="FILE", help="The page as a picture; needs Chromium, Chrome or Edge.")
+]
+ComparisonFile = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Draw the comparison as a page.", show_default=False)
+]
 RunOrModel = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="A run folder, or a folder with plan.json.", show_default=False)
 ]

@@ -61,7 +61,7 @@ def _candidate(
     """Measure, rank, cut and recover; None if nothing more may go."""
     number = len(journal.steps)
     with setting.progress.phase(f"{stage} {number}: measure", None):
-        found = setting.divergence(state, blocks=bool(blocks))
+        found = setting.divergence(state, blocks=bool(blocks) or journal.opening)
     journal.show(stage, state, found)
     with setting.clock.on("selection"):
         free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from idap.compress.folder import profile_of
 from idap.compress.state import Setting, State
 from idap.divergence.measure import Divergence
 from idap.errors import RunFolderError
 from idap.progress import Status
-from idap.record import Removal, RunFolder, Step
+from idap.record import BEFORE, Curve, Removal, RunFolder, Step
 from idap.saving.checkpoint import load, save
 from idap.structure.blocks import Block
 from idap.structure.projected import PROJECTION
@@ -29,9 +30,17 @@ class Journal:
         setting: of the run.
         baseline: metric of the original.
         past: decisions taken before the run was stopped, in order.
+        preparation: seconds by kind of work before the first decision.
     """
 
-    def __init__(self, setting: Setting, baseline: float, past: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        baseline: float,
+        past: Sequence[Mapping[str, Any]] = (),
+        preparation: Mapping[str, float] | None = None,
+    ) -> None:
+        self.preparation = dict(preparation or {})
         self._setting = setting
         self._baseline = baseline
         self._profile: tuple[float, ...] = ()
@@ -99,6 +108,7 @@ class Journal:
             seconds=self._past[index]["seconds"] if recalled else now - self._since,
             shares=self._setting.shares(state),
             phases=self._past[index]["phases"] if recalled else self._setting.clock.take(),
+            curve=_curve(self._past[index]["curve"]) if recalled else self._curve(),
         )
         self._since = now
         folder = self._setting.folder
@@ -111,6 +121,17 @@ class Journal:
         if accepted:
             self.show(stage, state)
 
+    @property
+    def opening(self) -> bool:
+        """Whether the next measurement is that of the original, for the record of the run: it measures everything."""
+        return self._setting.folder is not None and not self.steps and not self._past
+
+    def _curve(self) -> Curve | None:
+        found = self._setting.curves
+        last = found[-1] if found else None
+        found.clear()
+        return last
+
     def show(self, stage: str, state: State, measured: Divergence | None = None) -> None:
         """Tell where the run stands.
 
@@ -120,6 +141,10 @@ class Journal:
             measured: its divergence, where that was just measured.
         """
         setting, budget = self._setting, self._setting.budget
+        if measured is not None and self.opening:
+            assert setting.folder is not None
+            profile = profile_of(measured, setting.structure, state.keep)
+            on_main(partial(setting.folder.keep, BEFORE, profile))
         if measured is not None and measured.units:
             order = [group.name for group in setting.structure.groups if group.name in measured.units]
             self._profile = tuple(float(measured.units[name][list(state.keep[name])].mean()) for name in order)
@@ -150,6 +175,13 @@ def _written(folder: RunFolder, step: Step, state: State) -> None:
 def _removal(found: Mapping[str, Any]) -> Removal:
     lists = {name: tuple(found[name]) for name in ("units", "divergence", "scores", "ranks")}
     return Removal(**{**found, **lists})
+
+
+def _curve(found: Mapping[str, Any] | None) -> Curve | None:
+    if found is None:
+        return None
+    metrics = tuple((steps, value) for steps, value in found["metrics"])
+    return Curve(**{**found, "losses": tuple(found["losses"]), "metrics": metrics})
 
 
 def block_removal(block: Block, score: float, rank: int, cost: float) -> Removal:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+from idap.compress.folder import keep_end
 from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
@@ -41,6 +42,7 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
     )
     if setting.folder is not None:
         on_main(partial(result.save, setting.folder.model))
+        keep_end(setting, final, result, untouched=state is start)
     remember_(result.model, result.whole_plan)
     return result
 
@@ -48,7 +50,7 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
 def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
     """Seconds by kind of work, of all steps and of what lay around them."""
     found: dict[str, float] = {}
-    for phases in (*(step.phases for step in journal.steps), setting.clock.take()):
+    for phases in (journal.preparation, *(step.phases for step in journal.steps), setting.clock.take()):
         for kind, seconds in phases.items():
             found[kind] = found.get(kind, 0.0) + seconds
     return found

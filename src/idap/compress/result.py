@@ -8,6 +8,9 @@ from torch import nn
 
 from idap.errors import CheckpointError
 from idap.record import Step, write_bytes
+from idap.report import numbers
+from idap.report.headline import Fact, cost_fact, metric_fact
+from idap.report.notebook import result_display
 from idap.saving.card import CARD, Facts, model_card, module_of
 from idap.saving.checkpoint import save
 from idap.structure.chain import chained
@@ -61,6 +64,26 @@ class Result:
         return (
             f"Result(MACs {self.macs[1] / self.macs[0]:.1%}, parameters {self.parameters[1] / self.parameters[0]:.1%}, "
             f"{self.metric_name} {self.baseline:.4f} -> {self.metric:.4f}; {self.message})"
+        )
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        facts = [
+            cost_fact("multiply-adds", *self.macs, numbers.count),
+            cost_fact("parameters", *self.parameters, numbers.count),
+            cost_fact("file size", *self.size, numbers.size),
+            metric_fact(self.metric_name, "validation", self.baseline, self.metric),
+        ]
+        if self.latency is not None:
+            facts.insert(3, Fact("latency", "100 %", numbers.share(self.latency), "", self.latency))
+        return result_display(
+            title=type(self.model).__name__,
+            reached=self.reached,
+            message=self.message,
+            facts=facts,
+            metric=self.metric_name,
+            baseline=self.baseline,
+            steps=self.steps,
         )
 
     def save(self, folder: str | Path, *, build: str | None = None) -> dict[str, int]:

@@ -1,9 +1,7 @@
 """The story of a run: look at the model, cut width, cut depth, finish, and say what was reached."""
 
-import platform
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from idap.compress.clock import Clock
 from idap.compress.config import Config, LayerStage
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
+from idap.compress.folder import settings_of
 from idap.compress.journal import Journal
 from idap.compress.latencies import latency_share
 from idap.compress.layers import layer_stage
@@ -24,13 +23,11 @@ from idap.compress.outcome import concluded
 from idap.compress.result import Result
 from idap.compress.samples import calibration_batches, few_samples
 from idap.compress.state import Setting, State
-from idap.cost.count import Cost, CostModel, saved_tensors
-from idap.divergence.criteria import opener_of
+from idap.cost.count import CostModel, saved_tensors
 from idap.errors import ConfigError, PlanError, VerificationError
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
 from idap.record import RunFolder
-from idap.saving.checkpoint import fingerprint
 from idap.saving.origin import checked_origin
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
@@ -42,7 +39,7 @@ from idap.surgery.verify import verify
 from idap.training.batch import Inputs, device_of
 from idap.training.check import check_task
 from idap.training.evaluate import evaluate
-from idap.training.processes import align_, is_main, on_main, process_count
+from idap.training.processes import align_, is_main, on_main
 from idap.training.split import with_validation
 from idap.training.task import Task
 
@@ -100,8 +97,9 @@ def compress(
         settings["optimizer"] = hyperparameters(optimizer)
     if recipe is not None:
         settings["recipe"] = dict(recipe)
+    settings["preparation"] = preparation = setting.clock.take()
     past = [] if folder is None else on_main(partial(_begun, folder, settings, resume=resume))
-    journal = Journal(setting, state.metric, past)
+    journal = Journal(setting, state.metric, past, preparation)
     start, state = state, _stages(setting, state, removable, journal)
     state = _finish(setting, start, state, journal)
     return concluded(setting, start, state, journal)
@@ -200,7 +198,7 @@ def _prepare(
         clock=clock,
     )
     state = setting.untouched(baseline)
-    return setting, state, removable, _settings(model, config, structure, baseline, whole)
+    return setting, state, removable, settings_of(model, task, config, structure, baseline, whole, budget)
 
 
 def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tuple[Structure, Inputs]:
@@ -313,22 +311,3 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
 
 def _held(state: State) -> list[str]:
     return [name for name in state.plan.shapes if not state.plan.gone(name)]
-
-
-def _settings(model: nn.Module, config: Config, structure: Structure, baseline: float, cost: Cost) -> dict[str, Any]:
-    return {
-        "model": f"{type(model).__module__}.{type(model).__qualname__}",
-        "fingerprint": fingerprint(structure.graph.shapes),
-        "config": asdict(config) | {"criterion": opener_of(config.criterion)[0]},
-        "baseline": {"metric": baseline, "macs": cost.macs, "parameters": cost.parameters, "size": cost.size},
-        "environment": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "processes": process_count(),
-            "command": sys.argv,
-        },
-        "groups": {group.name: {"kind": group.kind, "size": group.size} for group in structure.groups},
-        "blocks": [block.name for block in structure.blocks],
-    }

@@ -1,10 +1,12 @@
 """One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from idap.errors import StructureError
 from idap.progress import Progress
 from idap.rebalance.projections import FittedMap, fit_projections
 from idap.rebalance.run import rebalance_
-from idap.record import RunFolder
+from idap.record import Curve, RunFolder
 from idap.structure.analysis import Structure
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
@@ -32,11 +34,15 @@ from idap.surgery.verify import verify
 from idap.training.batch import Inputs, device_of, merged, move
 from idap.training.evaluate import evaluate
 from idap.training.fit import fit
+from idap.training.loop import FitReport
 from idap.training.processes import align_, by_itself, mine, on_main, process_count, together
 from idap.training.recovery import Recovery
 from idap.training.task import Task
 
 Keep = Mapping[str, tuple[int, ...]]
+
+POINTS = 40
+"""Points of a recovery's loss that are kept at most."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Setting:
     timed: Inputs
     """The inputs whose latency counts."""
     clock: Clock = field(default_factory=Clock)
+    curves: list[Curve] = field(default_factory=list)
+    """Of the recoveries since the last decision; who notes the decision takes them."""
     optimizer: Callable[[nn.Module, Plan], torch.optim.Optimizer] | None = None
     """Makes the user's optimiser fit for what a plan made of the original; None: recovery describes one."""
 
@@ -295,7 +303,22 @@ class Setting:
                 progress=self.progress,
                 title=title,
             )
+        self.curves.append(_curve(title, report, sign))
         if report.diverged:
             self.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
         assert report.best is not None  # there was a judge
         return sign * report.best
+
+
+def _curve(title: str, report: FitReport, sign: float) -> Curve:
+    """What is kept of a training: its losses as means over equal stretches, and the metric whenever it was judged."""
+    losses = report.curve
+    count = min(len(losses), POINTS)
+    edges = [index * len(losses) // count for index in range(count + 1)] if count else []
+    return Curve(
+        title=title,
+        steps=report.steps,
+        losses=tuple(statistics.fmean(losses[start:end]) for start, end in pairwise(edges)),
+        metrics=tuple((steps, sign * score) for steps, score in report.scores),
+        diverged=report.diverged,
+    )

@@ -20,7 +20,7 @@ from idap.errors import ConfigError, StructureError, TaskError
 from idap.structure.analysis import Structure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Divergence:
     """Scores of one model; a low score says that removing the part would change the flow little.
 
@@ -38,19 +38,47 @@ class Divergence:
     blocks: Mapping[str, float]
     unmeasured: tuple[str, ...] = field(default=())
 
+    def __repr__(self) -> str:
+        units = sum(int(scores.isfinite().sum()) for scores in self.units.values())
+        return f"Divergence({self.criterion!r}, groups={len(self.units)}, units={units}, blocks={len(self.blocks)})"
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: mean and range of each group, and the score of each branch and block."""
+        from idap.report.notebook import table_display  # noqa: PLC0415 - of use in notebooks only
+        from idap.report.numbers import small  # noqa: PLC0415 - as above
+
+        known = {name: scores[scores.isfinite()] for name, scores in self.units.items()}
+        spreads = {
+            name: (float(scores.mean()), float(scores.min()), float(scores.max()))
+            for name, scores in known.items()
+            if len(scores)
+        }
+        rows = [(name, small(mean), f"{small(low)} – {small(high)}") for name, (mean, low, high) in spreads.items()]
+        rows += [(name, small(score), "whole") for name, score in self.blocks.items()]
+        means = [mean for mean, _, _ in spreads.values()]
+        means, wholes = [mean for mean, _, _ in spreads.values()], list(self.blocks.values())
+        bars = [*_lengths(means), *_lengths(wholes)]  # units and whole parts are scored on different scales
+        note = f"Nothing could be seen of {', '.join(self.unmeasured)}." if self.unmeasured else ""
+        heads = ("part", "mean divergence", "range")
+        return table_display(repr(self), heads, rows, note=note, bars=bars)
+
     def inside(self, structure: Structure, block: str) -> float:
         """Sum of the divergences of all units that a branch or block holds whole.
 
         With the paper's forms this is D5: that of a transformer block is the sum over its heads and its neurons. Units
         of the width of heads are not added: they are slices of the same heads, which would count twice.
         """
-        nodes = structure.block(block).nodes
         total = 0.0
-        for group in structure.groups:
-            ports = {port.node for port in (*group.writers, *group.readers)}
-            if group.kind != "head width" and ports and ports <= nodes and group.name in self.units:
+        for group in structure.held_by(block):
+            if group.kind != "head width" and group.name in self.units:
                 total += float(self.units[group.name].nansum())
         return total
+
+
+def _lengths(values: Sequence[float]) -> list[float]:
+    """Values as shares of the largest one; 0 for what is below 0, or where none is above."""
+    longest = max(values, default=0.0)
+    return [max(0.0, value / longest) if longest > 0 else 0.0 for value in values]
 
 
 def measure(

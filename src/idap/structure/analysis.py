@@ -62,6 +62,18 @@ class Structure:
             f"{self.prunable:.0%} of the parameters prunable)"
         )
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the groups, and the branches and blocks."""
+        from idap.report.notebook import table_display  # noqa: PLC0415 - of use in notebooks only
+
+        rows = [
+            (group.name, group.kind, f"{group.size:,}", "stream" if group.name in self.streams else "")
+            for group in self.groups
+        ]
+        rows += [(block.name, block.kind, "", "") for block in self.blocks]
+        note = f"{len(self.blocked)} dimensions of weights can't shrink; structure.blocked says why."
+        return table_display(repr(self), ("name", "kind", "units", ""), rows, note=note if self.blocked else "")
+
     def group(self, name: str) -> Group:
         """The group of this name.
 
@@ -77,6 +89,12 @@ class Structure:
             StructureError: there is none.
         """
         return _by_name("block or branch", name, self.blocks)
+
+    def held_by(self, block: str) -> tuple[Group, ...]:
+        """The groups that a branch or block holds whole: only its operators write and read them."""
+        nodes = self.block(block).nodes
+        ports = [{port.node for port in (*group.writers, *group.readers)} for group in self.groups]
+        return tuple(group for group, used in zip(self.groups, ports, strict=True) if used and used <= nodes)
 
     @cached_property
     def streams(self) -> frozenset[str]:

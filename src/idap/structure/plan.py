@@ -28,7 +28,7 @@ class Called:
     gives: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What stays of a model, in the indices of the model it was made for.
 
@@ -61,6 +61,18 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
         return self  # a frozen value; models that remember their plan are copied often
+
+    def __repr__(self) -> str:
+        cut = f"{len(self.keep)} group{'' if len(self.keep) == 1 else 's'} and {len(self.tensors)} tensors cut"
+        return f"Plan({cut}, removed {', '.join(self.removed) or 'nothing'})"
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the groups that lose units, and what goes whole."""
+        from idap.report.notebook import table_display  # noqa: PLC0415 - of use in notebooks only
+
+        rows = [(name, f"{len(units):,} units left") for name, units in self.keep.items()]
+        rows += [(name, "a linear map" if name in self.projections else "removed") for name in self.removed]
+        return table_display(repr(self), ("part", "what stays"), rows)
 
     def __bool__(self) -> bool:
         return bool(self.keep or self.removed)

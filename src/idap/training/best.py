@@ -29,22 +29,25 @@ class Best:
 
     Attributes:
         value: the highest score; None without a judge.
+        scores: (steps taken, score then), in the order of judging.
     """
 
     def __init__(self, model: nn.Module, judge: Judge | None) -> None:
         self._model, self._judge = model, judge
         self._state: dict[str, Any] = {}
         self.value: float | None = None
-        self.look()
+        self.scores: list[tuple[int, float]] = []
+        self.look(0)
 
-    def look(self) -> None:
-        """Judge the model as it is now; of equals, the later state is the better one."""
+    def look(self, steps: int) -> None:
+        """Judge the model as it is now, after so many steps; of equals, the later state is the better one."""
         if self._judge is None:
             return
         with modes_kept(self._model):
             value = from_main(float(self._judge(self._model)))
         if math.isnan(value):
             raise TaskError("the judge gave nan; expected a number that is higher for a better model.")
+        self.scores.append((steps, value))
         if self.value is None or value >= self.value:
             self.value = value
             self._state = {
@@ -60,7 +63,7 @@ class Best:
     def try_norms(self, task: Task, batches: int, draw: Draw) -> None:
         """Estimate the batch norms of the best state anew, and keep that if it is no worse; see `reestimate_norms_`."""
         if self._judge is not None and reestimate_norms_(self._model, task, batches, draw):
-            self.look()
+            self.look(self.scores[-1][0])
             self.restore()
 
 

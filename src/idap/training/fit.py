@@ -86,7 +86,7 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
         if recovery.trains:
             best.try_norms(task, recovery.norm_batches, draw)
         align_(model)  # a model may change buffers while it is judged
-    return loop.report(best.value, time.perf_counter() - started, diverged)
+    return loop.report(best, time.perf_counter() - started, diverged)
 
 
 def _trained(epoch: Callable[[], None], best: Best, pace: Pace | None, *, salvage: bool) -> str:
@@ -94,7 +94,7 @@ def _trained(epoch: Callable[[], None], best: Best, pace: Pace | None, *, salvag
     try:
         while pace is not None and not pace.over:
             epoch()
-            best.look()
+            best.look(pace.done)
     except DivergedError as error:
         if not salvage:
             raise

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from idap.errors import DivergedError, TaskError
 from idap.progress import Phase
 from idap.training.batch import Batch, device_of, move
+from idap.training.best import Best
 from idap.training.distill import Features, distillation_loss, feature_distance
 from idap.training.evaluate import modes_kept
 from idap.training.pace import Pace
@@ -29,6 +30,8 @@ class FitReport:
         last_loss: loss of the last step.
         best: the highest value the judge gave, which the model returned to; None without a judge.
         losses: mean loss of each epoch, the last one possibly cut short.
+        curve: loss of each step.
+        scores: (steps taken, what the judge gave then), before training and after each epoch.
         seconds: wall-clock time, judging included.
         diverged: what ended it early; "" if nothing did.
     """
@@ -38,6 +41,8 @@ class FitReport:
     last_loss: float
     best: float | None
     losses: tuple[float, ...]
+    curve: tuple[float, ...]
+    scores: tuple[tuple[int, float], ...]
     seconds: float
     diverged: str = ""
 
@@ -57,6 +62,7 @@ class Loop:
         first_loss: loss of the first step.
         last_loss: loss of the last step.
         means: mean loss of each epoch.
+        curve: loss of each step.
 
     Raises:
         TaskError: there is nothing to train, or the optimiser is of another model.
@@ -82,6 +88,7 @@ class Loop:
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         self.first_loss = self.last_loss = math.nan
         self.means: list[float] = []
+        self.curve: list[float] = []
 
     def learn_from(self, teacher: nn.Module | None, features: Features | None) -> None:
         """Train beside a teacher, as far as the settings give it a weight."""
@@ -108,6 +115,7 @@ class Loop:
             if self._pace.done == 0:
                 self._settle(batch, lasting)
             losses.append(self._step(batch, weight))
+            self.curve.append(losses[-1])
             if self._pace.over:
                 break
         if not losses:
@@ -116,14 +124,16 @@ class Loop:
             raise _uneven(expected, str(len(losses)))
         self.means.append(sum(losses) / len(losses))
 
-    def report(self, best: float | None, seconds: float, diverged: str) -> FitReport:
-        """What was done, with the judge's highest score, the time that it took, and what ended it early."""
+    def report(self, best: Best, seconds: float, diverged: str) -> FitReport:
+        """What was done, with the judge's scores, the time that it took, and what ended it early."""
         return FitReport(
             steps=self._pace.done,
             first_loss=self.first_loss,
             last_loss=self.last_loss,
-            best=best,
+            best=best.value,
             losses=tuple(self.means),
+            curve=tuple(self.curve),
+            scores=tuple(best.scores),
             seconds=seconds,
             diverged=diverged,
         )

@@ -1,0 +1,146 @@
+"""What a run folder holds beside the decisions: the settings, the profiles over depth, what was reached."""
+
+import math
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from idap.compress.budget import Budget
+from idap.compress.config import Config
+from idap.compress.result import Result
+from idap.compress.state import Keep, Setting, State
+from idap.cost.count import Cost
+from idap.divergence.criteria import opener_of
+from idap.divergence.measure import Divergence
+from idap.errors import ConfigError, StructureError, TaskError
+from idap.record import AFTER, RESULT
+from idap.saving.checkpoint import fingerprint
+from idap.structure.analysis import Structure
+from idap.training.batch import device_of
+from idap.training.processes import on_main, process_count
+from idap.training.task import Task
+
+
+def settings_of(
+    model: nn.Module, task: Task, config: Config, structure: Structure, baseline: float, cost: Cost, budget: Budget
+) -> dict[str, Any]:
+    """What is written before any work: the settings, what the model was, and where the run takes place."""
+    groups = structure.groups
+    return {
+        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "fingerprint": fingerprint(structure.graph.shapes),
+        "config": asdict(config) | {"criterion": opener_of(config.criterion)[0]},
+        "task": {"metric": task.metric_name, "higher_is_better": task.higher_is_better, "worst": budget.worst},
+        "baseline": {"metric": baseline, "macs": cost.macs, "parameters": cost.parameters, "size": cost.size},
+        "environment": _environment(model),
+        "groups": {
+            group.name: {"kind": group.kind, "size": group.size, "stream": group.name in structure.streams}
+            for group in groups
+        },
+        "blocks": {
+            block.name: {
+                "kind": block.kind,
+                "contains": block.contains,
+                "groups": [group.name for group in structure.held_by(block.name)],
+            }
+            for block in structure.blocks
+        },
+    }
+
+
+def _environment(model: nn.Module) -> dict[str, Any]:
+    device = device_of(model)
+    try:
+        own = version("idap")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {
+        "idap": own,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "processes": process_count(),
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+        "folder": str(Path.cwd()),
+        "command": sys.argv,
+    }
+
+
+def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str, Any]:
+    """A measurement as plain numbers, in the order of the network.
+
+    Args:
+        found: the scores.
+        structure: of the original.
+        keep: units that the measured model has.
+
+    Returns:
+        Of each group the lowest, mean and highest divergence of its units, of each branch and block its own.
+    """
+    units = {}
+    for group in structure.groups:
+        scores = found.units[group.name][list(keep[group.name])] if group.name in found.units else torch.zeros(0)
+        if len(scores):
+            low, mean, high = (float(value) for value in (scores.min(), scores.mean(), scores.max()))
+            units[group.name] = {"low": low, "mean": mean, "high": high}
+    blocks = {block.name: found.blocks[block.name] for block in structure.blocks if block.name in found.blocks}
+    return {"criterion": found.criterion, "units": units, "blocks": blocks, "unmeasured": found.unmeasured}
+
+
+def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool) -> None:
+    """Measure the result once more, part by part, and write down what was reached.
+
+    The model is saved by then: a measurement that fails costs the picture, and is said.
+
+    Args:
+        setting: of the run, which has a folder.
+        state: that the result was made of.
+        result: what `compress` returns, but for the seconds of this measurement.
+        untouched: nothing was removed, so there is nothing new to measure.
+    """
+    folder = setting.folder
+    assert folder is not None
+    if not untouched:
+        try:
+            found = setting.divergence(state)
+            on_main(partial(folder.keep, AFTER, profile_of(found, setting.structure, state.keep)))
+        except (StructureError, TaskError, ConfigError) as error:
+            setting.progress.say(f"The divergence of the result could not be measured, the report lacks it: {error}")
+    seconds = added(result.seconds, setting.clock.take())
+    on_main(partial(folder.keep, RESULT, _reached(result, seconds)))
+
+
+def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """The sum of seconds by kind of work.
+
+    >>> added({"cut": 1.0}, {"cut": 2.0, "proof": 1.0})
+    {'cut': 3.0, 'proof': 1.0}
+    """
+    return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in (*one, *(k for k in other if k not in one))}
+
+
+def _reached(result: Result, seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "reached": result.reached,
+        "message": result.message,
+        "metric": result.metric,
+        "macs": result.macs[1],
+        "parameters": result.parameters[1],
+        "size": result.size[1],
+        "latency": result.latency,
+        "output_error": None if math.isnan(result.output_error) else result.output_error,
+        "removed": result.plan.removed,
+        "seconds": seconds,
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

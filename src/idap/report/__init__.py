@@ -1,0 +1,1 @@
+"""What a run did, for people: one HTML page, a comparison of runs, small displays for notebooks."""

@@ -1,0 +1,130 @@
+"""Print a page as PDF or picture, by a browser of the Chromium family that is installed.
+
+The browser draws the very page that people see, with vectors in the PDF; a plotting library would draw each chart a
+second time, and differently.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from idap.errors import ReportError
+
+NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "microsoft-edge",
+    "msedge",
+)
+PLACES = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "/Applications/Microsoft Edge.app/Contents/MacOS/Microsoft Edge",
+    "C:/Program Files/Google/Chrome/Application/chrome.exe",
+    "C:/Program Files (x86)/Microsoft/Edge/Application/msedge.exe",
+)
+QUIET = (
+    "--headless",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-extensions",
+    "--disable-sync",
+)
+WIDTH, TALLEST = 1100, 16000
+"""Pixels of a picture across, and down at most."""
+SECONDS = 120
+"""That a browser may take."""
+
+
+def find_browser() -> str:
+    """The program of an installed browser that can print.
+
+    Raises:
+        ReportError: there is none.
+    """
+    for name in NAMES:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    for place in PLACES:
+        if Path(place).is_file():
+            return place
+    raise ReportError(
+        f"to print a page, a browser is needed, and none of {', '.join(NAMES)} was found. Install Chromium, Chrome or "
+        "Edge; or open the page in any browser and print it there."
+    )
+
+
+def print_pdf(page: Path, file: Path) -> None:
+    """Print a page as PDF: A4, vectors, text that can be searched.
+
+    Args:
+        page: an HTML file.
+        file: to write; one that is there is replaced.
+
+    Raises:
+        ReportError: there is no browser, it failed, or the file can't be written.
+    """
+    _made(page, file, ["--no-pdf-header-footer"], "--print-to-pdf")
+
+
+def print_png(page: Path, file: Path) -> None:
+    """Draw a whole page as one picture, at twice the usual number of pixels where it is not too long.
+
+    Args:
+        page: an HTML file.
+        file: to write; one that is there is replaced.
+
+    Raises:
+        ReportError: there is no browser, it failed, the file can't be written, or the page is too long.
+    """
+    told = _run(page, [f"--window-size={WIDTH},1000", "--dump-dom"]).stdout.decode(errors="replace")
+    found = re.search(r'<html[^>]* data-height="(\d+)"', told)
+    if found is None:
+        raise ReportError(f"the browser did not say how long {page} is; print it as PDF instead.")
+    height = int(found[1])
+    if height > TALLEST:
+        raise ReportError(f"{page} is {height:,} pixels long, and a picture {TALLEST:,} at most; print it as PDF.")
+    scale = 2 if 2 * height <= TALLEST else 1
+    size = [f"--window-size={WIDTH},{height}", f"--force-device-scale-factor={scale}"]
+    _made(page, file, size, "--screenshot")
+
+
+def _made(page: Path, file: Path, options: Sequence[str], what: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="idap-print-") as folder:
+        made = Path(folder) / file.name
+        done = _run(page, [*options, f"{what}={made}"])
+        if not made.is_file() or not made.stat().st_size:
+            said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            raise ReportError(f"the browser wrote no {file.name}: it ended with {done.returncode}; {' '.join(said)}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(made, file)
+        except OSError as error:
+            raise ReportError(f"cannot write {file}: {error}") from error
+
+
+def _run(page: Path, options: Sequence[str]) -> "subprocess.CompletedProcess[bytes]":
+    """Let a browser with a profile of its own look at a page."""
+    browser = find_browser()
+    # The page is our own and loads nothing; as root, the browser does not start with its sandbox.
+    root = ["--no-sandbox"] if sys.platform == "linux" and os.geteuid() == 0 else []
+    with tempfile.TemporaryDirectory(prefix="idap-browser-", ignore_cleanup_errors=True) as profile:
+        words = [browser, *QUIET, *root, f"--user-data-dir={profile}", *options, f"{page.resolve().as_uri()}#picture"]
+        try:
+            return subprocess.run(words, capture_output=True, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise ReportError(f"{browser} did not print {page} within {SECONDS} seconds.") from error
+        except OSError as error:
+            raise ReportError(f"{browser} can't be started: {error}") from error
