@@ -3,6 +3,7 @@
 run/
 ├── run.json        settings, environment, baseline; written before any work
 ├── steps.jsonl     one line per decision, in order
+├── latency.json    what each layer takes at several widths, where latency is a goal
 ├── checkpoints/    the accepted states
 └── model/          the result: model.safetensors, plan.json
 """
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 from idap.errors import RunFolderError
 
 RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
+LATENCY = "latency.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,11 @@ class RunFolder:
     def checkpoint(self, index: int) -> Path:
         """Where the state accepted at step `index` is kept."""
         return self.path / CHECKPOINTS / f"step-{index:03d}"
+
+    @property
+    def latency(self) -> Path:
+        """Where the latency table is kept."""
+        return self.path / LATENCY
 
     @property
     def model(self) -> Path:

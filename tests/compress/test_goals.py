@@ -79,7 +79,7 @@ def latency_is(monkeypatch):
             return function(weights(model) / weights(original))
 
         monkeypatch.setattr(states, "latency_share", measured)
-        monkeypatch.setattr(running, "latency_share", measured)
+        monkeypatch.setattr(latencies, "latency_share", measured)
 
     return install
 

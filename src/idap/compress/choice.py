@@ -190,15 +190,12 @@ def _cut(setting: Setting, state: State, ranking: Ranking, aim: Budget, share: f
         share: of the units that may go at most; where groups are alike, one bundle may go in any case.
         last: the aim is that of the stage, so that widths are rounded where the step gets there.
     """
-    stage = setting.config.filters
     units = sum(len(units) for units in state.keep.values())
     most = min(len(ranking), max(1, round(share * units), shortest(ranking)))
     if not aim.targets:
         keep = rounded(ranking, ranking.keep(most), 1)
         return Cut(keep, joined(setting.structure, state.removed, ranking.removed(most)))
-    multiples = {
-        group.name: int(matching(stage.multiples, group.name, stage.multiple)) for group in setting.structure.groups
-    }
+    multiples = _multiples(setting)
 
     def down_to(targets: Shares) -> Cut:
         wanted = replace(aim, targets=targets)
@@ -215,6 +212,19 @@ def _cut(setting: Setting, state: State, ranking: Ranking, aim: Budget, share: f
     if "latency" not in aim.targets:
         return down_to(aim.targets)
     return _down_to_latency(setting, state, ranking, aim, down_to)
+
+
+def _multiples(setting: Setting) -> dict[str, int]:
+    """What the number of units of each group is a multiple of in the end: as set, else where the latency has steps."""
+    stage = setting.config.filters
+    steps: Mapping[str, int] = {}
+    if stage.multiple == 1 and "latency" in setting.budget.targets:
+        with setting.clock.on("latency"):
+            steps = setting.layer_times.steps
+    return {
+        group.name: int(matching(stage.multiples, group.name, steps.get(group.name, stage.multiple)))
+        for group in setting.structure.groups
+    }
 
 
 def _down_to_latency(
