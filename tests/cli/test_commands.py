@@ -234,6 +234,10 @@ class TestCompress:
         assert "latency, batch of 16" in result.stdout
         assert "Every goal was reached." in result.stdout
         assert (tmp_path / "runs/build_model/model/model.safetensors").is_file()
+        card = (tmp_path / "runs/build_model/model/card.md").read_text(encoding="utf-8")
+        found: dict[str, object] = {}
+        exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], found)
+        assert f"{sum(p.numel() for p in found['model'].parameters()):,} |\n| bytes of the weights" in card
         exported = idap("export", "runs/build_model", "--to", "pt2", "--out", "small.pt2")  # it knows its recipe
         assert exported.exit_code == 0, exported.stderr
         timed = idap("bench", "runs/build_model", "--batch", "1", "--batch", "8", "--repeats", "3", "--json")

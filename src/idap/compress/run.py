@@ -75,8 +75,8 @@ def compress(
         resume: go on with the run in `run_dir` that was stopped, at whatever moment; a run that was never begun there
             begins. Decisions that were taken are recalled, not taken again, and the result is that of a run that was
             not stopped.
-        recipe: how model, task and `config` are made, kept in `run_dir` for whoever makes them again, as `idap resume`
-            and `idap export` do.
+        recipe: how model, task and `config` are made, as sections of a recipe file; kept in `run_dir` for whoever makes
+            them again, as `idap resume` and `idap export` do, and for the card of the result.
         progress: hears of every phase and every decision.
 
     In a distributed run (`torch.distributed` initialised) every process calls this with the same arguments: all decide
@@ -104,7 +104,7 @@ def compress(
     journal = Journal(setting, state.metric, past)
     start, state = state, _stages(setting, state, removable, journal)
     state = _finish(setting, start, state, journal)
-    return concluded(setting, start, state, journal)
+    return concluded(setting, start, state, journal, recipe)
 
 
 def _stages(setting: Setting, state: State, removable: list[str], journal: Journal) -> State:

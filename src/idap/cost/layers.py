@@ -87,11 +87,37 @@ def measure_table(
     """
     graph = trace(model, *example)
     timer = _Timer(model, example, seconds)
+    with torch.no_grad():
+        curves, layers, unmeasured = _measured(structure, graph, timer, widths_of, progress or Silent())
+        fixed = {
+            node.name: timer.once(_call(structure, graph, graph.nodes[node.name], structure.presence({})))
+            for node in structure.graph.nodes.values()
+            if base_name(node.op) in FORMULAS and node.name not in layers and node.name in graph.nodes
+        }
+    return LatencyTable(
+        batch=_samples(example),
+        device=timer.name,
+        threads=torch.get_num_threads(),
+        curves=tuple(curves),
+        layers=layers,
+        fixed=fixed,
+        unmeasured=tuple(unmeasured),
+    )
+
+
+def _measured(
+    structure: Structure,
+    graph: Graph,
+    timer: "_Timer",
+    widths_of: Callable[[int], Sequence[int]],
+    progress: Progress,
+) -> tuple[list[Curve], dict[str, dict[str, int]], list[str]]:
+    """Each different layer over which a group lies, where it stands, and the operators that were left out."""
     layers: dict[str, dict[str, int]] = {}
     curves: dict[tuple[tuple[int, ...], tuple[_Call, ...]], int] = {}
     found: list[Curve] = []
     unmeasured: dict[str, None] = {}
-    with (progress or Silent()).phase("latency of layers", len(structure.groups)) as phase, torch.no_grad():
+    with progress.phase("latency of layers", len(structure.groups)) as phase:
         for group in structure.groups:
             for node in _over(structure, group):
                 name, there = base_name(node.op), graph.nodes.get(node.name)
@@ -106,20 +132,7 @@ def measure_table(
                     found.append(timer.curve(widths, calls))
                 layers.setdefault(node.name, {})[group.name] = curves[widths, calls]
             phase.advance(group.name)
-        fixed = {}
-        for node in structure.graph.nodes.values():
-            if base_name(node.op) in FORMULAS and node.name not in layers and node.name in graph.nodes:
-                call = _call(structure, graph, graph.nodes[node.name], structure.presence({}))
-                fixed[node.name] = timer.once(call)
-    return LatencyTable(
-        batch=_samples(example),
-        device=timer.name,
-        threads=torch.get_num_threads(),
-        curves=tuple(found),
-        layers=layers,
-        fixed=fixed,
-        unmeasured=tuple(unmeasured),
-    )
+    return found, layers, list(unmeasured)
 
 
 def _over(structure: Structure, group: Group) -> Iterator[Node]:
