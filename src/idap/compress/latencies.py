@@ -4,6 +4,7 @@ Of several processes the first one measures for all, so that all decide the same
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -17,6 +18,11 @@ from idap.training.batch import Inputs
 from idap.training.processes import on_main
 
 REPEATS = 15
+"""Timed passes where a block is taken out."""
+SECONDS, ROUNDS = 0.6, 3
+"""How long two models are compared, and in how many rounds."""
+FEWEST, MOST = 5, 100
+"""Timed passes of each model in a round."""
 DOUBTS = 4
 """How often a latency that seems out of reach is measured."""
 TRIES = 6
@@ -27,11 +33,26 @@ TOLERANCE = 0.03
 Keep = Mapping[str, Sequence[int]]
 
 
-def latency_share(original: nn.Module, model: nn.Module, example: Inputs, *, repeats: int = REPEATS) -> float:
-    """The latency of a model as a share of the original's; both take turns."""
+def latency_share(original: nn.Module, model: nn.Module, example: Inputs, *, seconds: float = SECONDS) -> float:
+    """The latency of a model as a share of the original's; both take turns.
+
+    Args:
+        original: the whole.
+        model: its successor.
+        example: inputs for one pass.
+        seconds: about how long is measured; slow models take longer, as each passes `FEWEST` times a round at least.
+
+    Returns:
+        The middle one of the shares of a few rounds, each the ratio of two medians.
+    """
     args, kwargs = example
-    times = on_main(partial(measure_latency, {"original": original, "model": model}, args, kwargs, repeats=repeats))
-    return times["model"].median / times["original"].median
+    both, shares, repeats = {"original": original, "model": model}, [], FEWEST
+    for _ in range(ROUNDS):
+        times = on_main(partial(measure_latency, both, args, kwargs, repeats=repeats, warmup=2))
+        shares.append(times["model"].median / times["original"].median)
+        pair = times["model"].median + times["original"].median
+        repeats = int(min(MOST, max(FEWEST, seconds / (ROUNDS * pair))))
+    return statistics.median(shares)
 
 
 def least_share(original: nn.Module, smallest: nn.Module, example: Inputs, wanted: float) -> float:
