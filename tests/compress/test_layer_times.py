@@ -6,15 +6,18 @@ import shutil
 import pytest
 from torch.testing import assert_close
 
-from idap.compress import latencies, layer_times
+from idap.compress import choice, latencies, layer_times
 from idap.compress import state as states
 from idap.compress.config import FilterStage, LayerStage
+from idap.compress.filters import filter_stage
+from idap.compress.journal import Journal
 from idap.compress.latencies import least_share
 from idap.compress.run import compress
 from idap.cost.table import Curve, LatencyTable
 from idap.errors import BudgetError, RunFolderError
 from idap.training.recovery import Recovery
 from tests.compress.test_resume import Interrupted, StopsAt, outcome
+from tests.compress.test_stages import prepare
 from tests.compress.tiny import Noting, config, task, trained
 
 NET = trained()
@@ -128,3 +131,21 @@ def test_what_is_out_of_reach_every_time_is(clock, monkeypatch):
     ):
         compress(NET, task(), config(**ONLY))
     assert len(asked) == latencies.DOUBTS
+
+
+def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
+    found = []
+
+    def noted(ways, loss):
+        found.append({way: choice._left(*setting_and_state, cut)["latency"] for way, cut in ways.items()})
+        return next(iter(ways))
+
+    settings = {**ONLY, "filters": FilterStage(schedule="one-shot"), "layers": LayerStage(removals=0)}
+    setting, start, _ = prepare(**settings)
+    setting_and_state = setting, start
+    monkeypatch.setattr(choice, "best_of", noted)
+    filter_stage(setting, start, setting.budget, Journal(setting, start.metric))
+    assert {way.power for way in found[0]} == {0.0, 1.0}
+    first, *others = found[0].values()
+    assert first <= 0.7
+    assert all(0.9 * first <= latency <= 1.02 * first for latency in others)

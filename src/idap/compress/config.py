@@ -129,8 +129,9 @@ class Config:
         ranking: "global" compares the units of all groups; "uniform" takes the same share of each.
         cost: what a unit is divided by: "macs", "parameters", "latency" (measured here, on this machine), or "auto":
             what the goals count if they count only one of these, else multiply-adds.
-        cost_power: p in score / cost^p, in [0, 1]; None takes what suits the criterion; "auto" tries 0, 0.5 and 1 at
-            each step and takes the one with the lowest calibration loss.
+        cost_power: p in score / cost^p, in [0, 1]; None takes what suits the criterion, and 1 besides where latency is
+            counted; "auto" tries 0, 0.5 and 1. Where several are tried, each step takes the one with the lowest
+            calibration loss at the same cost.
         rebalance: what is corrected in closed form after a cut; None corrects nothing.
         filters: stage 1.
         layers: stage 2.

@@ -5,15 +5,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from idap.compress.budget import LATENCY_NOISE
 from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
 from idap.saving.origin import origin, remember_
 from idap.training.evaluate import evaluate, output_error
 from idap.training.processes import on_main
-
-LATENCY_NOISE = 0.02
-"""By how much the last measurement of latency may be above its target, as a share of it."""
 
 
 def concluded(

@@ -218,7 +218,7 @@ class _Timer:
         medians: dict[int, list[float]] = {width: [] for width in widths}
         for turn in range(ROUNDS):
             order = widths if turn % 2 else widths[::-1]  # a disturbance that comes back hits others then
-            times = alternate({str(w): runs[w] for w in order}, repeats=repeats, warmup=1, on_gpu=on_gpu)
+            times = alternate({str(w): runs[w] for w in order}, repeats=repeats, warmup=int(not turn), on_gpu=on_gpu)
             for width in widths:
                 medians[width].append(max(1e-9, times[str(width)].median))
         return Curve(
