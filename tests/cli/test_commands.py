@@ -212,6 +212,30 @@ class TestInspect:
         assert "Traceback" not in result.stderr
         assert result.stdout == ""
 
+    def test_latency_of_layers(self):
+        shown = idap("inspect", "idap:digits_vit", "--latency", "--batch", "3")
+        assert shown.exit_code == 0, shown.stderr
+        assert "Latency of layers, batch of 3, cpu" in shown.stdout
+        assert re.search(r"blocks\.0\.mlp\.fc1 +96 +\d", shown.stdout)
+        found = json.loads(idap("inspect", "idap:digits_vit", "--latency", "--json").stdout)
+        assert found["batch"] == 1
+        curve = found["groups"]["blocks.0.mlp.fc1"]
+        assert curve["widths"][-1] == 96
+        assert len(curve["seconds"]) == len(curve["spread"]) == len(curve["widths"])
+        assert min(curve["seconds"]) > 0
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["--latency", "--divergence"], "--divergence and --latency are two views"),
+            (["--batch", "4"], "it goes with --latency"),
+        ],
+    )
+    def test_views_that_don_t_go_together(self, words, expected):
+        refused = idap("inspect", "idap:digits_vit", *words)
+        assert refused.exit_code == 2
+        assert expected in text(refused.stderr)
+
     def test_a_traceback_on_request(self):
         result = idap("inspect", "idap:digits_vi", "--debug")
         assert result.exit_code == 2
