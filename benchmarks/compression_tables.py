@@ -142,6 +142,29 @@ def latencies(rows: Sequence[Row]) -> list[str]:
     return [*found, ""]
 
 
+def equal_latency(rows: Sequence[Row]) -> list[str]:
+    """What is kept at one latency, by what units are counted in."""
+    found = head(
+        "network", "batch", "latency wanted", "kept is", "original", "macs: kept", "table: kept", "macs: latency",
+        "table: latency",
+    )  # fmt: skip
+    for row in rows:
+        digits = 2 if row["measure"] == "accuracy" else 4
+        kept = [f"{row[name]:.{digits}f}" for name in ("original", "kept_macs", "kept_table")]
+        latencies_left = [f"{row[name]:.3f}" for name in ("latency_macs", "latency_table")]
+        cells = [row["network"], row["batch"], f"{row['share']:g}", row["measure"], *kept, *latencies_left]
+        found.append(line(*cells))
+    ahead = sum(row["kept_table"] > row["kept_macs"] for row in rows)
+    return [*found, "", f"The latency table keeps more in {ahead} of {len(rows)} rows.", ""]
+
+
+def saving(rows: Sequence[Row]) -> list[str]:
+    """Seconds to save and to load."""
+    names = ("megabytes", "save_s", "load_s", "save_and_load_s", "load_meta_s", "build_s")
+    titles = ("network", "MB", "save", "load", "both", "load on meta", "build the original")
+    return [*head(*titles), *(line(row["network"], *(row[name] for name in names)) for row in rows), ""]
+
+
 def phases(rows: Sequence[Row]) -> list[str]:
     """Shares of a run's time by kind of work."""
     kinds_of_work = list(dict.fromkeys(kind for row in rows for kind in row["seconds"]))

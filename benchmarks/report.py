@@ -12,7 +12,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.compression_tables import ablation, contest, head, kinds, latencies, line, phases, repeated
+from benchmarks.compression_tables import (
+    ablation,
+    contest,
+    equal_latency,
+    head,
+    kinds,
+    latencies,
+    line,
+    phases,
+    repeated,
+    saving,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -25,6 +36,8 @@ OWN: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[str]]] = {
     "rows": kinds,
     "repeated": repeated,
     "latency": latencies,
+    "equal_latency": equal_latency,
+    "saving": saving,
     "phases": phases,
 }
 """Result files whose tables have a place of their own on the page."""

@@ -5,6 +5,7 @@ run/
 ├── steps.jsonl             one line per decision, in order
 ├── divergence-before.json  of the original, part by part
 ├── divergence-after.json   of the result
+├── latency.json            what each layer takes at several widths, where latency is a goal
 ├── result.json             what was reached; a run that has it is finished
 ├── measured.json           original and result side by side, where `idap compress` measured them
 ├── checkpoints/            the accepted states
@@ -27,6 +28,7 @@ from idap.errors import RunFolderError
 RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
 BEFORE, AFTER = "divergence-before.json", "divergence-after.json"
 RESULT, MEASURED = "result.json", "measured.json"
+LATENCY = "latency.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +237,11 @@ class RunFolder:
     def checkpoint(self, index: int) -> Path:
         """Where the state accepted at step `index` is kept."""
         return self.path / CHECKPOINTS / f"step-{index:03d}"
+
+    @property
+    def latency(self) -> Path:
+        """Where the latency table is kept."""
+        return self.path / LATENCY
 
     @property
     def model(self) -> Path:

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.ablation import QUESTIONS
 from benchmarks.bench import stages
-from benchmarks.compression_tables import ablation, contest, kinds, mean, phases
+from benchmarks.compression_tables import ablation, contest, equal_latency, kinds, mean, phases, saving
 from benchmarks.report import put
 from idap.record import Removal, Step
 
@@ -118,3 +118,19 @@ def test_no_setting_is_measured_under_two_names():
     assert len(set(settings)) == len(settings)
     twice = {variant for variant in variants if variants.count(variant) > 1}
     assert not twice
+
+
+def test_what_is_kept_at_one_latency():
+    row = {"network": "a", "batch": 16, "share": 0.6, "measure": "accuracy", "original": 93.0, "kept_macs": 90.0}
+    row |= {"kept_table": 91.234, "latency_macs": 0.6, "latency_table": 0.598}
+    other = {**row, "measure": "share of the norms", "kept_table": 0.5, "kept_macs": 0.51234, "original": 1.0}
+    found = equal_latency([row, other])
+    assert found[2] == "| a | 16 | 0.6 | accuracy | 93.00 | 90.00 | 91.23 | 0.600 | 0.598 |"
+    assert "| 0.5123 | 0.5000 |" in found[3]
+    assert found[-2] == "The latency table keeps more in 1 of 2 rows."
+
+
+def test_seconds_of_saving():
+    names = ("megabytes", "save_s", "load_s", "save_and_load_s", "load_meta_s", "build_s")
+    found = saving([{"network": "a"} | {name: place for place, name in enumerate(names)}])
+    assert found[2] == "| a | 0 | 1 | 2 | 3 | 4 | 5 |"

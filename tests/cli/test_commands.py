@@ -212,6 +212,30 @@ class TestInspect:
         assert "Traceback" not in result.stderr
         assert result.stdout == ""
 
+    def test_latency_of_layers(self):
+        shown = idap("inspect", "idap:digits_vit", "--latency", "--batch", "3")
+        assert shown.exit_code == 0, shown.stderr
+        assert "Latency of layers, batch of 3, cpu" in shown.stdout
+        assert re.search(r"blocks\.0\.mlp\.fc1 +96 +\d", shown.stdout)
+        found = json.loads(idap("inspect", "idap:digits_vit", "--latency", "--json").stdout)
+        assert found["batch"] == 1
+        curve = found["groups"]["blocks.0.mlp.fc1"]
+        assert curve["widths"][-1] == 96
+        assert len(curve["seconds"]) == len(curve["spread"]) == len(curve["widths"])
+        assert min(curve["seconds"]) > 0
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["--latency", "--divergence"], "--divergence and --latency are two views"),
+            (["--batch", "4"], "it goes with --latency"),
+        ],
+    )
+    def test_views_that_don_t_go_together(self, words, expected):
+        refused = idap("inspect", "idap:digits_vit", *words)
+        assert refused.exit_code == 2
+        assert expected in text(refused.stderr)
+
     def test_a_traceback_on_request(self):
         result = idap("inspect", "idap:digits_vi", "--debug")
         assert result.exit_code == 2
@@ -234,6 +258,10 @@ class TestCompress:
         assert "latency, batch of 16" in result.stdout
         assert "Every goal was reached." in result.stdout
         assert (tmp_path / "runs/build_model/model/model.safetensors").is_file()
+        card = (tmp_path / "runs/build_model/model/card.md").read_text(encoding="utf-8")
+        found: dict[str, object] = {}
+        exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], found)
+        assert f"{sum(p.numel() for p in found['model'].parameters()):,} |\n| bytes of the weights" in card
         exported = idap("export", "runs/build_model", "--to", "pt2", "--out", "small.pt2")  # it knows its recipe
         assert exported.exit_code == 0, exported.stderr
         timed = idap("bench", "runs/build_model", "--batch", "1", "--batch", "8", "--repeats", "3", "--json")

@@ -1,5 +1,6 @@
 """The card says what was done, and its lines load the model."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -77,6 +78,25 @@ def test_the_loading_lines_run(
     exec(lines_of(tmp_path / "small"), found)
     assert type(found["model"]) is DigitsResNet and not found["model"].training
     assert all(torch.equal(*pair) for pair in zip(found["model"].parameters(), small.parameters(), strict=True))
+
+
+def test_it_says_how_large_and_how_fast(tmp_path: Path) -> None:
+    small, plan = cut("resnet")
+    result(small, plan).save(tmp_path / "a")
+    text = (tmp_path / "a" / "card.md").read_text(encoding="utf-8")
+    assert "| bytes of the weights | 400 | 240 |" in text
+    assert "latency" not in text
+    dataclasses.replace(result(small, plan), latency=0.5234).save(tmp_path / "b")
+    text = (tmp_path / "b" / "card.md").read_text(encoding="utf-8")
+    assert "| latency, where it was compressed | 100 % | 52.3 % |" in text
+
+
+def test_what_the_run_was_told_builds_the_original(tmp_path: Path) -> None:
+    told = dataclasses.replace(result(*whole(nn.Linear(3, 4))), build="torch.nn.Linear(3, 4)")
+    told.save(tmp_path / "told")
+    assert "original = torch.nn.Linear(3, 4)\n" in lines_of(tmp_path / "told")
+    told.save(tmp_path / "said", build="torch.nn.Linear(3, 4, bias=True)")
+    assert "original = torch.nn.Linear(3, 4, bias=True)\n" in lines_of(tmp_path / "said")
 
 
 def test_it_says_what_was_done(tmp_path: Path) -> None:

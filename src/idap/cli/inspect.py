@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.table import Table
 from rich.tree import Tree
 
 from idap.cli.divergence_view import Profile, profile, profile_tree
 from idap.cli.failure import Outcome
+from idap.cli.latency_view import latency_document, latency_table
 from idap.cli.options import (
     Contracts,
     CriterionName,
@@ -19,21 +22,27 @@ from idap.cli.options import (
     ProfileFile,
     Quiet,
     Spec,
+    TableBatch,
     TaskSpec,
     Verbose,
     WeightsPath,
     WithDivergence,
+    WithLatency,
 )
 from idap.cli.structure_view import StructureView, structure_tree, survey
 from idap.cli.subject import model_and_inputs, recipe_of
 from idap.errors import ConfigError
 from idap.record import write_json
 
+if TYPE_CHECKING:
+    from idap.cost.table import LatencyTable
+
 EXAMPLES = (
     "idap inspect idap:digits_vit",
     "idap inspect torchvision:resnet50 --members",
     "idap inspect python:net.py:build --input-shape 1,3,32,32",
     "idap inspect recipes/digits_resnet.toml --divergence",
+    "idap inspect torchvision:resnet50 --latency --batch 16",
 )
 DOCUMENT = {
     "model": "class of the model",
@@ -52,6 +61,13 @@ DOCUMENT_OF_DIVERGENCE = {
     "parts": "branches and blocks: `name`, `kind`, `divergence`, and `inside`: the sum over their units",
     "unmeasured": "what nothing could be seen of",
 }
+DOCUMENT_OF_LATENCY = {
+    "batch": "samples of a timed pass",
+    "device": "where it was measured",
+    "threads": "of the CPU",
+    "unmeasured": "operators that were not timed",
+    "groups": "by name: `step` (widths worth having are multiples of it; 1: any), `widths`, `seconds`, `spread`",
+}
 
 
 def inspect_command(  # noqa: PLR0913 - one argument per option
@@ -63,6 +79,8 @@ def inspect_command(  # noqa: PLR0913 - one argument per option
     members: Members = False,
     divergence: WithDivergence = False,
     criterion: CriterionName = None,
+    latency: WithLatency = False,
+    batch: TableBatch = None,
     task: TaskSpec = None,
     data: DataPath = None,
     weights: WeightsPath = None,
@@ -77,12 +95,17 @@ def inspect_command(  # noqa: PLR0913 - one argument per option
     Groups are units that go one by one; branches and blocks go whole; a dimension that can't shrink is listed with the
     reason, often a line of the model's code. Costs are multiply-adds (MACs) for one sample.
 
-    With --divergence also how much each part changes the flow of information on the calibration data.
+    With --divergence also how much each part changes the flow of information on the calibration data; with --latency,
+    what the layers of each group take on this machine at several widths.
     """
     outcome = Outcome(command="idap inspect", where=spec, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with outcome.reported():
-        shown: Tree
-        if divergence:
+        _check_views(divergence=divergence, latency=latency, batch=batch)
+        shown: Tree | Table
+        if latency:
+            table, steps = _latency(spec, input_shape or [], contract, batch or 1, swap=not no_swap)
+            outcome.document, shown = latency_document(table, steps), latency_table(table, steps)
+        elif divergence:
             replaced = {"task.build": task, "data.path": data, "model.weights": weights}
             found = _profile(spec, replaced, criterion, contract, swap=not no_swap)
             if out is not None:
@@ -106,6 +129,31 @@ def _view(spec: str, shapes: list[str], contracts: list[str] | None, *, swap: bo
     structure = analyze(trace(model, args, kwargs), contracts=contracts, swap=swap, required=False)
     batch = next((len(leaf) for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
     return survey(type(model).__name__, structure, CostModel(structure, batch))
+
+
+def _check_views(*, divergence: bool, latency: bool, batch: int | None) -> None:
+    if divergence and latency:
+        raise ConfigError("--divergence and --latency are two views; ask for one at a time.")
+    if batch is not None and not latency:
+        raise ConfigError("--batch says how many samples are timed; it goes with --latency.")
+
+
+def _latency(
+    spec: str, shapes: list[str], contracts: list[str] | None, batch: int, *, swap: bool
+) -> "tuple[LatencyTable, dict[str, int]]":
+    """Measure the latency table of a model, and find its steps."""
+    from idap.cost.layers import measure_table  # noqa: PLC0415 - torch is slow to import
+    from idap.graph.trace import trace  # noqa: PLC0415 - as above
+    from idap.selection.steps import probes, step_of  # noqa: PLC0415 - as above
+    from idap.structure.analysis import analyze  # noqa: PLC0415 - as above
+    from idap.surgery.compare import resized_inputs  # noqa: PLC0415 - as above
+
+    model, args, kwargs = model_and_inputs(spec, recipe_of(spec), shapes)
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise ConfigError(f"{spec} is built on the meta device, without numbers, so it can't be timed.")
+    structure = analyze(trace(model, args, kwargs), contracts=contracts, swap=swap)
+    table = measure_table(model, structure, resized_inputs(args, kwargs, batch), probes)
+    return table, {name: step_of(table.curve(name)) for name in table.groups}
 
 
 def _profile(

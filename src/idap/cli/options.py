@@ -179,6 +179,17 @@ CriterionName = Annotated[
 ProfileFile = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Keep the divergence profile as JSON in this file.")
 ]
+WithLatency = Annotated[
+    bool,
+    typer.Option(
+        "--latency",
+        metavar="",
+        help="Time the layers of each group on this machine, and look for steps.",
+    ),
+]
+TableBatch = Annotated[
+    int | None, typer.Option("--batch", metavar="SAMPLES", help="Samples of a pass that is timed. [1]", min=1)
+]
 Members = Annotated[bool, typer.Option("--members", metavar="", help="List the tensors of each group.")]
 Fast = Annotated[bool, typer.Option("--fast", metavar="", help="Train and compress for a shorter time.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything that is random.")]

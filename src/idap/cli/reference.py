@@ -70,7 +70,12 @@ def _described(lazy: Lazy, context: Any) -> Iterator[str]:
             yield f"### idap {lazy.name} {name}"
             yield from _help(each, each.callback, f"idap {lazy.name} {name}", context)
     yield "\n".join(["```console", *examples_of(module), "```"])
-    for title, name in (("", "DOCUMENT"), (" with `--divergence`", "DOCUMENT_OF_DIVERGENCE")):
+    documents = {
+        "": "DOCUMENT",
+        " with `--divergence`": "DOCUMENT_OF_DIVERGENCE",
+        " with `--latency`": "DOCUMENT_OF_LATENCY",
+    }
+    for title, name in documents.items():
         document = getattr(module, name, None)
         if document is not None:
             yield _document(title, document)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from idap.compress.budget import Budget, Shares, shares_of
+from idap.compress.budget import LATENCY_NOISE, Budget, Shares, shares_of
 from idap.compress.config import FilterStage
 from idap.compress.journal import block_removal
 from idap.compress.latencies import come_down
@@ -95,14 +95,12 @@ def best_cut(
     cuts = {ways[0]: _cut(setting, state, rankings[ways[0]], aim, share, last=last)}
     if len(ways) == 1:
         return rankings[ways[0]], cuts[ways[0]]
-    cost = setting.costs.cost(cuts[ways[0]].keep, cuts[ways[0]].removed)
-    saved = {name: left for name, left in shares_of(cost, setting.whole).items() if name in (aim.targets or ("macs",))}
+    named = aim.targets or ("macs",)
     # The others go as far down as the first, so that their losses can be compared.
-    level = replace(aim, targets=saved or {"macs": cost.macs / setting.whole.macs})
+    level = replace(aim, targets={n: share for n, share in _left(setting, state, cuts[ways[0]]).items() if n in named})
     for way in ways[1:]:
         cut = _cut(setting, state, rankings[way], level, 1.0, last=last)
-        left = shares_of(setting.costs.cost(cut.keep, cut.removed), setting.whole)
-        if level.shortfall(left) <= 0:
+        if level.shortfall(_left(setting, state, cut)) <= (LATENCY_NOISE if "latency" in level.targets else 0):
             cuts[way] = cut
     if len(cuts) == 1:
         return rankings[ways[0]], cuts[ways[0]]
@@ -115,11 +113,29 @@ def best_cut(
     return rankings[chosen], cuts[chosen]
 
 
+def _left(setting: Setting, state: State, cut: Cut) -> dict[str, float]:
+    """What a cut leaves of each of the original's costs; latency, where it is a goal, as measured now."""
+    found = shares_of(setting.costs.cost(cut.keep, cut.removed), setting.whole)
+    latency = setting.latency_of(_applied(setting, state, cut))
+    return found if latency is None else {**found, "latency": latency}
+
+
+def _applied(setting: Setting, state: State, cut: Cut) -> nn.Module:
+    """A state's model after a cut, for the clock only: projections are not fitted."""
+    plan = setting.structure.plan(cut.keep, cut.removed).since(state.plan)
+    return apply_plan(state.model, plan)
+
+
 def _ways(setting: Setting) -> list[Way]:
-    """The ways to rank that are tried: powers of the cost, with and without the streams."""
+    """The ways to rank that are tried: powers of the cost, with and without the streams.
+
+    Where seconds are counted, the score per second is tried besides what suits the criterion.
+    """
     config = setting.config
     everywhere = config.ranking == "global"
     powers = config.powers if everywhere else (0.0,)
+    if everywhere and config.cost_power is None and setting.counted == "latency":
+        powers = tuple(dict.fromkeys((*powers, 1.0)))
     streams = setting.structure.streams
     both = everywhere and streams and len(streams) < len(setting.structure.groups)
     choices = {"cut": (True,), "keep": (False,), "auto": (True, False) if both else (True,)}
@@ -190,15 +206,12 @@ def _cut(setting: Setting, state: State, ranking: Ranking, aim: Budget, share: f
         share: of the units that may go at most; where groups are alike, one bundle may go in any case.
         last: the aim is that of the stage, so that widths are rounded where the step gets there.
     """
-    stage = setting.config.filters
     units = sum(len(units) for units in state.keep.values())
     most = min(len(ranking), max(1, round(share * units), shortest(ranking)))
     if not aim.targets:
         keep = rounded(ranking, ranking.keep(most), 1)
         return Cut(keep, joined(setting.structure, state.removed, ranking.removed(most)))
-    multiples = {
-        group.name: int(matching(stage.multiples, group.name, stage.multiple)) for group in setting.structure.groups
-    }
+    multiples = _multiples(setting)
 
     def down_to(targets: Shares) -> Cut:
         wanted = replace(aim, targets=targets)
@@ -217,6 +230,19 @@ def _cut(setting: Setting, state: State, ranking: Ranking, aim: Budget, share: f
     return _down_to_latency(setting, state, ranking, aim, down_to)
 
 
+def _multiples(setting: Setting) -> dict[str, int]:
+    """What the number of units of each group is a multiple of in the end: as set, else where the latency has steps."""
+    stage = setting.config.filters
+    steps: Mapping[str, int] = {}
+    if stage.multiple == 1 and "latency" in setting.budget.targets:
+        with setting.clock.on("latency"):
+            steps = setting.layer_times.steps
+    return {
+        group.name: int(matching(stage.multiples, group.name, steps.get(group.name, stage.multiple)))
+        for group in setting.structure.groups
+    }
+
+
 def _down_to_latency(
     setting: Setting, state: State, ranking: Ranking, aim: Budget, down_to: Callable[[Shares], Cut]
 ) -> Cut:
@@ -231,9 +257,7 @@ def _down_to_latency(
         return cuts[macs]
 
     def latency_at(macs: float) -> float:
-        cut = at(macs)
-        model = apply_plan(state.model, setting.structure.plan(cut.keep, cut.removed).since(state.plan))
-        found = setting.latency_of(model)
+        found = setting.latency_of(_applied(setting, state, at(macs)))
         assert found is not None  # it is a goal
         return found
 

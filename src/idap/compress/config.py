@@ -33,7 +33,8 @@ class FilterStage:
         keep: the same for some groups only, by name or pattern, such as ``{"layer1.*": 0.5}``; the last one that
             matches counts.
         multiple: in the end, the number of units left of each group is a multiple of this where that is possible
-            (8, 16 or 32 suit the hardware); groups no larger stay whole.
+            (8, 16 or 32 suit the hardware); groups no larger stay whole. With 1 and a goal of latency, the steps that
+            are found on the device.
         multiples: the same for some groups only, by name or pattern.
         alike: which groups end with the same number of units, so that a configuration with one number for all layers
             can say it: "layers", those of one kind and size at the same place of repeated layers; "model", all of one
@@ -128,8 +129,9 @@ class Config:
         ranking: "global" compares the units of all groups; "uniform" takes the same share of each.
         cost: what a unit is divided by: "macs", "parameters", "latency" (measured here, on this machine), or "auto":
             what the goals count if they count only one of these, else multiply-adds.
-        cost_power: p in score / cost^p, in [0, 1]; None takes what suits the criterion; "auto" tries 0, 0.5 and 1 at
-            each step and takes the one with the lowest calibration loss.
+        cost_power: p in score / cost^p, in [0, 1]; None takes what suits the criterion, and 1 besides where latency is
+            counted; "auto" tries 0, 0.5 and 1. Where several are tried, each step takes the one with the lowest
+            calibration loss at the same cost.
         rebalance: what is corrected in closed form after a cut; None corrects nothing.
         filters: stage 1.
         layers: stage 2.

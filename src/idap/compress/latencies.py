@@ -1,20 +1,30 @@
-"""Seconds on this machine: what parts of a model take, and a cut that comes down to a wanted latency.
+"""Seconds on this machine: of whole models, of blocks, and a cut that comes down to a wanted latency.
 
 Of several processes the first one measures for all, so that all decide the same.
 """
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
 from idap.cost.latency import measure_latency
+from idap.cost.table import above_zero
 from idap.structure.analysis import Structure
 from idap.surgery.apply import apply_plan
 from idap.training.batch import Inputs
 from idap.training.processes import on_main
 
 REPEATS = 15
+"""Timed passes where a block is taken out."""
+SECONDS, ROUNDS = 0.6, 3
+"""How long two models are compared, and in how many rounds."""
+FEWEST, MOST = 5, 100
+"""Timed passes of each model in a round."""
+DOUBTS = 4
+"""How often a latency that seems out of reach is measured."""
 TRIES = 6
 """Cuts measured at most to come down to a latency."""
 TOLERANCE = 0.03
@@ -23,41 +33,49 @@ TOLERANCE = 0.03
 Keep = Mapping[str, Sequence[int]]
 
 
-def latency_share(original: nn.Module, model: nn.Module, example: Inputs, *, repeats: int = REPEATS) -> float:
-    """The latency of a model as a share of the original's; both take turns."""
-    args, kwargs = example
-    times = on_main(partial(measure_latency, {"original": original, "model": model}, args, kwargs, repeats=repeats))
-    return times["model"].median / times["original"].median
-
-
-def unit_latencies(
-    original: nn.Module,
-    structure: Structure,
-    example: Inputs,
-    keep: Keep,
-    removed: Sequence[str],
-    *,
-    repeats: int = REPEATS,
-) -> dict[str, float]:
-    """What one unit of each group takes: the time that half of the group saves, divided by the units.
+def latency_share(original: nn.Module, model: nn.Module, example: Inputs, *, seconds: float = SECONDS) -> float:
+    """The latency of a model as a share of the original's; both take turns.
 
     Args:
-        original: is not changed; its copies are cut and timed.
-        structure: of the original.
+        original: the whole.
+        model: its successor.
         example: inputs for one pass.
-        keep: group name -> units that it has.
-        removed: branches and blocks that are gone.
-        repeats: timed passes of each variant.
+        seconds: about how long is measured; slow models take longer, as each passes `FEWEST` times a round at least.
 
     Returns:
-        Group name -> seconds that one unit of it takes; a thousandth of the mean where no difference can be measured.
+        The middle one of the shares of a few rounds, each the ratio of two medians.
     """
-    units = {group.name: list(keep.get(group.name, range(group.size))) for group in structure.groups}
-    halves = {
-        name: ({**units, name: mine[: len(mine) // 2]}, tuple(removed)) for name, mine in units.items() if len(mine) > 1
-    }
-    saved = _saved(original, structure, example, (units, tuple(removed)), halves, repeats=repeats)
-    return _positive({name: saved[name] / (len(units[name]) - len(left[name])) for name, (left, _) in halves.items()})
+    args, kwargs = example
+    both, shares, repeats = {"original": original, "model": model}, [], FEWEST
+    for _ in range(ROUNDS):
+        times = on_main(partial(measure_latency, both, args, kwargs, repeats=repeats, warmup=2))
+        shares.append(times["model"].median / times["original"].median)
+        pair = times["model"].median + times["original"].median
+        repeats = int(min(MOST, max(FEWEST, seconds / (ROUNDS * pair))))
+    return statistics.median(shares)
+
+
+def least_share(original: nn.Module, smallest: nn.Module, example: Inputs, wanted: float) -> float:
+    """The share of the latency that the smallest model has, in doubt for the one who wants it.
+
+    A single measurement that is too high, because the machine did something else meanwhile, is not believed: what is
+    wanted is out of reach only if it is so every time.
+
+    Returns:
+        The lowest of a few measurements, or the first that is low enough.
+    """
+    found = math.inf
+    for _ in range(DOUBTS):
+        found = min(found, latency_share(original, smallest, example))
+        if found <= wanted:
+            break
+    return found
+
+
+def gone_nodes(structure: Structure, removed: Sequence[str]) -> set[str]:
+    """Nodes that are no longer computed as they were in the original once some branches and blocks are removed."""
+    replaced = {block.exit for block in map(structure.block, removed) if block.projected is not None}
+    return structure.dead_nodes(removed) | set(structure.skips(removed)) | replaced
 
 
 def block_latencies(
@@ -70,34 +88,28 @@ def block_latencies(
     *,
     repeats: int = REPEATS,
 ) -> dict[str, float]:
-    """Seconds that each of some branches and blocks takes; arguments as for `unit_latencies`."""
-    without = {name: (keep, (*removed, name)) for name in names}
-    return _positive(_saved(original, structure, example, (keep, tuple(removed)), without, repeats=repeats))
+    """Seconds that each of some branches and blocks takes: what a pass without it saves, both measured in turn.
 
+    Args:
+        original: is not changed; its copies are cut and timed.
+        structure: of the original.
+        example: inputs for one pass.
+        keep: group name -> units that it has.
+        removed: branches and blocks that are gone.
+        names: those asked for.
+        repeats: timed passes of each variant.
 
-def _saved(
-    original: nn.Module,
-    structure: Structure,
-    example: Inputs,
-    whole: tuple[Keep, tuple[str, ...]],
-    variants: Mapping[str, tuple[Keep, tuple[str, ...]]],
-    *,
-    repeats: int,
-) -> dict[str, float]:
-    """Seconds that each variant saves, each measured in turn with the whole."""
+    Returns:
+        Name -> seconds above 0; a thousandth of the mean where no difference can be measured.
+    """
     args, kwargs = example
-    before = apply_plan(original, structure.plan(*whole))
+    before = apply_plan(original, structure.plan(keep, tuple(removed)))
     found = {}
-    for name, variant in variants.items():
-        after = apply_plan(original, structure.plan(*variant))
+    for name in names:
+        after = apply_plan(original, structure.plan(keep, (*removed, name)))
         times = on_main(partial(measure_latency, {"before": before, "after": after}, args, kwargs, repeats=repeats))
         found[name] = times["before"].median - times["after"].median
-    return found
-
-
-def _positive(seconds: Mapping[str, float]) -> dict[str, float]:
-    mean = sum(max(0.0, value) for value in seconds.values()) / max(1, len(seconds))
-    return {name: max(value, mean / 1000, 1e-12) for name, value in seconds.items()}
+    return above_zero(found)
 
 
 def come_down(

@@ -1,8 +1,11 @@
 """The end of a run: the last measurement, what was reached, and what was not and why."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+from idap.compress.budget import LATENCY_NOISE
 from idap.compress.folder import keep_end
 from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
@@ -11,11 +14,10 @@ from idap.saving.origin import origin, remember_
 from idap.training.evaluate import evaluate, output_error
 from idap.training.processes import on_main
 
-LATENCY_NOISE = 0.02
-"""By how much the last measurement of latency may be above its target, as a share of it."""
 
-
-def concluded(setting: Setting, start: State, state: State, journal: Journal) -> Result:
+def concluded(
+    setting: Setting, start: State, state: State, journal: Journal, recipe: Mapping[str, Any] | None = None
+) -> Result:
     """Measure what is returned once more, after the last change, and say what was reached."""
     with setting.clock.on("judging"):
         metric = start.metric if state is start else evaluate(state.model, setting.task)
@@ -23,6 +25,7 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
     latency = None if state is start else setting.latency_of(state.model)
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency)
     reached, message = _verdict(setting, final, journal, untouched=state is start)
+    base = origin(setting.original)
     result = Result(
         model=final.model,
         plan=final.plan,
@@ -38,13 +41,20 @@ def concluded(setting: Setting, start: State, state: State, journal: Journal) ->
         message=message,
         metric_name=setting.task.metric_name,
         seconds=_seconds(setting, journal),
-        base=origin(setting.original),
+        base=base,
+        build=None if base is not None else _build(recipe or {}),
     )
     if setting.folder is not None:
         on_main(partial(result.save, setting.folder.model))
         keep_end(setting, final, result, untouched=state is start)
     remember_(result.model, result.whole_plan)
     return result
+
+
+def _build(recipe: Mapping[str, Any]) -> str | None:
+    """The call that builds the original as a recipe says."""
+    spec = recipe.get("model", {}).get("build")
+    return f"idap.zoo.resolve.build_model({spec!r})" if isinstance(spec, str) else None
 
 
 def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:

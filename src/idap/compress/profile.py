@@ -1,9 +1,12 @@
 """The divergence of a model as it is, without changing anything."""
 
+from functools import partial
+
 from torch import nn
 
 from idap.compress.budget import Budget
 from idap.compress.config import Config
+from idap.compress.layer_times import LayerTimes, measured
 from idap.compress.run import looked_at
 from idap.compress.samples import calibration_batches
 from idap.compress.state import Setting
@@ -50,6 +53,7 @@ def profile(
             folder=None,
             calibration=calibration_batches(task, config),
             timed=example,
+            layer_times=LayerTimes(partial(measured, model, structure, example, progress)),
         )
         found = setting.divergence(setting.untouched())
         phase.advance("divergence")

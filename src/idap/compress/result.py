@@ -37,6 +37,7 @@ class Result:
         metric_name: what the metric is.
         seconds: kind of work -> seconds that it took in all.
         base: from the original to the model that was compressed, if that was itself compressed (`idap.load`).
+        build: the call that builds the original, from its module on, where the run was told how it is built.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Result:
     metric_name: str = "metric"
     seconds: Mapping[str, float] = field(default_factory=dict)
     base: Plan | None = None
+    build: str | None = None
 
     @property
     def whole_plan(self) -> Plan:
@@ -92,7 +94,8 @@ class Result:
         Args:
             folder: created where needed; a model saved there before is replaced.
             build: for the card, the call that builds the original, from its module on, such as
-                ``torchvision.models.resnet50()``. Left out, the card finds out whether the class needs no arguments.
+                ``torchvision.models.resnet50()``. Left out, it is what the run was told, or the card finds out whether
+                the class needs no arguments.
 
         Returns:
             Tensor name -> how many subnormal numbers were written as zeros, for those that have any.
@@ -107,10 +110,13 @@ class Result:
             metric=(self.baseline, self.metric),
             macs=self.macs,
             parameters=self.parameters,
+            size=self.size,
+            latency=self.latency,
             output_error=self.output_error,
             message=self.message,
             again=self.base is not None,
         )
+        build = build if build is not None else self.build
         if build is not None:
             module_of(build)  # a wrong one is refused before anything is written
         subnormal = save(where, self.model, plan)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from idap.compress.budget import budget_of, shares_of
-from idap.compress.choice import least_units
+from idap.compress.budget import budget_of
 from idap.compress.clock import Clock
 from idap.compress.config import Config, LayerStage
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
 from idap.compress.folder import settings_of
 from idap.compress.journal import Journal
-from idap.compress.latencies import latency_share
+from idap.compress.layer_times import LayerTimes, measured, recalled
 from idap.compress.layers import layer_stage
+from idap.compress.least import least_shares
 from idap.compress.outcome import concluded
 from idap.compress.result import Result
 from idap.compress.samples import calibration_batches, few_samples
@@ -72,8 +72,8 @@ def compress(
         resume: go on with the run in `run_dir` that was stopped, at whatever moment; a run that was never begun there
             begins. Decisions that were taken are recalled, not taken again, and the result is that of a run that was
             not stopped.
-        recipe: how model, task and `config` are made, kept in `run_dir` for whoever makes them again, as `idap resume`
-            and `idap export` do.
+        recipe: how model, task and `config` are made, as sections of a recipe file; kept in `run_dir` for whoever makes
+            them again, as `idap resume` and `idap export` do, and for the card of the result.
         progress: hears of every phase and every decision.
 
     In a distributed run (`torch.distributed` initialised) every process calls this with the same arguments: all decide
@@ -102,7 +102,7 @@ def compress(
     journal = Journal(setting, state.metric, past, preparation)
     start, state = state, _stages(setting, state, removable, journal)
     state = _finish(setting, start, state, journal)
-    return concluded(setting, start, state, journal)
+    return concluded(setting, start, state, journal, recipe)
 
 
 def _stages(setting: Setting, state: State, removable: list[str], journal: Journal) -> State:
@@ -179,8 +179,9 @@ def _prepare(
     costs = CostModel(structure, batch_size(*example) or 1, saved_tensors(model))
     whole = costs.cost()
     timed = resized_inputs(*task.example(device_of(model)), config.latency_batch)
+    at_least, table = recalled(folder, resume=resume)
     with clock.on("latency"):
-        least = _least(original, structure, costs, config, removable, timed)
+        least = least_shares(original, structure, costs, config, removable, timed, at_least)
     budget = budget_of(config, baseline, higher_is_better=task.higher_is_better, least=least)
     setting = Setting(
         original=original,
@@ -195,6 +196,13 @@ def _prepare(
         folder=folder,
         calibration=calibration_batches(task, config),
         timed=timed,
+        layer_times=LayerTimes(
+            partial(measured, original, structure, timed, progress, few=example),
+            file=None if folder is None else folder.latency,
+            least=least.get("latency"),
+            known=table,
+            progress=progress,
+        ),
         clock=clock,
     )
     state = setting.untouched(baseline)
@@ -258,33 +266,6 @@ def _try(
     plan = structure.plan(keep, removed)
     maps = {path: trial_map(projected) for path, projected in plan.projections.items()}
     verify(structure, original, apply_plan(original, plan, maps), plan, example, maps=maps)
-
-
-def _least(
-    original: nn.Module,
-    structure: Structure,
-    costs: CostModel,
-    config: Config,
-    removable: list[str],
-    timed: Inputs,
-) -> dict[str, float]:
-    """What is left of each cost when all goes that the settings let go; latency only where it is a goal."""
-    keep = {group.name: tuple(range(group.size)) for group in structure.groups}
-    whole = costs.cost(keep)
-    if config.filters.steps:
-        keep = {name: tuple(range(count)) for name, count in least_units(structure, config.filters).items()}
-    removed: list[str] = []
-    if config.layers.removals:
-        blocks = [structure.block(name) for name in removable]
-        inside = {inner for block in blocks for inner in block.contains}
-        for block in blocks:  # a projection may cost more than a narrow block
-            free = block.projected is None or costs.block_macs(block.name, keep, removed) > 0
-            removed += [block.name] if free and block.name not in inside else []
-    found = shares_of(costs.cost(keep, removed), whole)
-    if config.latency is None:
-        return found
-    smallest = apply_plan(original, structure.plan(keep, removed))
-    return {**found, "latency": latency_share(original, smallest, timed)}
 
 
 _FINAL = {True: "the best so far", False: "no better than before"}

@@ -16,9 +16,11 @@ from idap.compress.budget import Budget, shares_of
 from idap.compress.clock import Clock
 from idap.compress.config import Config
 from idap.compress.features import BlockOutputs
-from idap.compress.latencies import block_latencies, latency_share, unit_latencies
+from idap.compress.latencies import block_latencies, gone_nodes, latency_share
+from idap.compress.layer_times import LayerTimes
 from idap.compress.neighbours import only_training
 from idap.cost.count import Cost, CostModel
+from idap.cost.table import above_zero
 from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, Criterion, opener_of
 from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
@@ -89,6 +91,7 @@ class Setting:
     """The calibration batches: the same ones at every step, so that scores can be compared."""
     timed: Inputs
     """The inputs whose latency counts."""
+    layer_times: LayerTimes
     clock: Clock = field(default_factory=Clock)
     curves: list[Curve] = field(default_factory=list)
     """Of the recoveries since the last decision; who notes the decision takes them."""
@@ -185,20 +188,32 @@ class Setting:
     def unit_costs(self, state: State) -> dict[str, float]:
         """What the next unit of each group costs, in what is counted."""
         if self.counted == "latency":
-            return unit_latencies(self.original, self.structure, self.timed, state.keep, state.removed)
+            with self.clock.on("latency"):
+                return self.layer_times.table.unit_seconds(*self._left(state))
         if self.counted == "parameters":
             return self.costs.unit_parameters(state.keep, state.removed)
         return self.costs.unit_macs(state.keep, state.removed)
 
+    def _left(self, state: State) -> tuple[dict[str, int], set[str]]:
+        """Number of units of each group, and the nodes that are gone."""
+        return {name: len(units) for name, units in state.keep.items()}, gone_nodes(self.structure, state.removed)
+
     def block_costs(self, state: State, names: Sequence[str]) -> dict[str, float]:
         """What some branches and blocks cost, in what is counted."""
-        if self.counted == "latency":
+        if self.counted == "latency" and not any(self.structure.block(name).projected for name in names):
+            numbers, gone = self._left(state)
+            whole = self.layer_times.table.seconds(numbers, gone)
+            after = {name: gone | gone_nodes(self.structure, [*state.removed, name]) for name in names}
+            return above_zero(
+                {name: whole - self.layer_times.table.seconds(numbers, nodes) for name, nodes in after.items()}
+            )
+        if self.counted == "latency":  # what a projection takes is not in the table
             return block_latencies(self.original, self.structure, self.timed, state.keep, state.removed, names)
         costs = {name: self.costs.cost(state.keep, [*state.removed, name]) for name in names}
-        whole = self.costs.cost(state.keep, state.removed)
+        present = self.costs.cost(state.keep, state.removed)
         if self.counted == "parameters":
-            return {name: float(whole.parameters - cost.parameters) for name, cost in costs.items()}
-        return {name: float(whole.macs - cost.macs) for name, cost in costs.items()}
+            return {name: float(present.parameters - cost.parameters) for name, cost in costs.items()}
+        return {name: float(present.macs - cost.macs) for name, cost in costs.items()}
 
     def cut(self, state: State, keep: Keep, removed: Sequence[str]) -> tuple[nn.Module, Plan, float]:
         """Cut a copy of a state's model further, prove the cut, and rebalance what is left.

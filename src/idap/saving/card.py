@@ -34,6 +34,8 @@ class Facts:
         metric: on the validation data.
         macs: multiply-adds for one sample.
         parameters: number of parameters.
+        size: bytes of all tensors in the saved file.
+        latency: of the compressed model as a share of the original's, where it was measured; else None.
         output_error: E‖N0(x) − N*(x)‖² / E‖N0(x)‖² on the validation data (method.md 3.5).
         message: one sentence on what was reached.
         again: whether the model that was compressed had itself been compressed before.
@@ -44,6 +46,8 @@ class Facts:
     metric: tuple[float, float]
     macs: tuple[int, int]
     parameters: tuple[int, int]
+    size: tuple[int, int]
+    latency: float | None
     output_error: float
     message: str
     again: bool = False
@@ -92,6 +96,12 @@ def _costs(facts: Facts) -> str:
             "|---|---:|---:|",
             f"| multiply-adds per sample | {facts.macs[0]:,} | {facts.macs[1]:,} |",
             f"| parameters | {facts.parameters[0]:,} | {facts.parameters[1]:,} |",
+            f"| bytes of the weights | {facts.size[0]:,} | {facts.size[1]:,} |",
+            *(
+                []
+                if facts.latency is None
+                else [f"| latency, where it was compressed | 100 % | {100 * facts.latency:.1f} % |"]
+            ),
             f"| {name} (validation) | {facts.metric[0]:.6g} | {facts.metric[1]:.6g} |",
             f"| relative squared error of the outputs (validation) | 0 | {facts.output_error:.3g} |",
             "",

@@ -1,0 +1,133 @@
+"""At equal measured latency, does the latency table keep more of a network than counting multiply-adds does?
+
+    python benchmarks/equal_latency.py --data DATA [--networks resnet56 vit resnet50 ...] [--batches 1 16]
+
+CIFAR-10 networks with public weights (resnet20, resnet56, vit) are compressed by `idap.compress` without training, in
+one shot of stage 1, to a share of their latency: once with units counted in multiply-adds and any width ("macs"), once
+with the latency table ("table"). Kept is the accuracy on test images that decide nothing. Networks for ImageNet have no
+weights at hand: ranked by the L2 norm, kept is the share of all norms that is left. Both cuts and the original take
+turns in one process in the end, so that the latencies compare. Rows already in the results are not measured again. It
+needs a core for itself.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.bench import NONE, Bench, Protocol, cifar_bench
+from benchmarks.harness import RESULTS, Rows
+from benchmarks.latency import RANKINGS, Subject, example, has_images, networks
+from benchmarks.rows import vit_bench
+from benchmarks.subjects import add_data_argument
+from idap import Config, FilterStage, LayerStage, compress, measure_latency
+from idap.compress.latencies import come_down, latency_share
+
+KEYS = ("network", "batch", "share")
+REAL = ("resnet20", "resnet56", "vit")
+REPEATS = {1: 60, 16: 15}
+Kept = tuple[nn.Module, float]
+
+
+def by_accuracy(bench: Bench, batch: int, share: float, which: str) -> Kept:
+    """Compress a network with weights, and judge it."""
+    filters = FilterStage(schedule="one-shot", multiples={"*": 1} if which == "macs" else {})
+    config = Config(
+        latency=share,
+        latency_batch=batch,
+        max_drop=None,
+        cost="macs" if which == "macs" else "latency",
+        filters=filters,
+        layers=LayerStage(removals=0),
+        recovery=NONE,
+        calibration_batches=4,
+    )
+    result = compress(bench.model, bench.task, config)
+    return result.model.eval(), bench.accuracy(result.model)
+
+
+def by_norm(subject: Subject, batch: int, share: float, which: str, seconds: float) -> Kept:
+    """Cut a network without weights down to a measured latency."""
+    ranking, steps = subject.ranking(subject.table(batch, seconds) if which == "table" else None)
+    inputs = example(subject.name, batch)
+    cuts: dict[float, tuple[nn.Module, float]] = {}
+
+    def latency_at(macs: float) -> float:
+        small, _, kept = subject.cut(ranking, steps, macs)
+        cuts[macs] = small, kept
+        return latency_share(subject.model, small, inputs, seconds=2.0)
+
+    return cuts[come_down(latency_at, (1.0, 1.0), share, least=0.05)]
+
+
+def row(
+    original: nn.Module, inputs: Any, batch: int, cut: Callable[[str], Kept], measure: str, base: float
+) -> dict[str, Any]:
+    """Both cuts, timed in turn with the original."""
+    found: Mapping[str, Kept] = {which: cut(which) for which in RANKINGS}
+    models = {"original": original, **{which: model for which, (model, _) in found.items()}}
+    with torch.inference_mode():
+        times = measure_latency(models, *inputs, repeats=REPEATS.get(batch, 20), warmup=3)
+    whole = times["original"].median
+    return {
+        "measure": measure,
+        "original": round(base, 4),
+        "original_ms": round(1000 * whole, 3),
+        **{f"kept_{which}": round(kept, 4) for which, (_, kept) in found.items()},
+        **{f"latency_{which}": round(times[which].median / whole, 4) for which in RANKINGS},
+        **{f"quartiles_{which}": [round(each / whole, 4) for each in times[which].spread] for which in RANKINGS},
+    }
+
+
+def real(name: str, data: Path, batch: int, share: float) -> dict[str, Any]:
+    """The row of a network with weights."""
+    protocol = Protocol(device="cpu", train=1000, recovery=NONE)
+    bench = vit_bench(data, 0) if name == "vit" else cifar_bench(name, data, protocol, 0)
+    inputs = ((torch.randn(batch, 3, 32, 32),), {})
+    cut = partial(by_accuracy, bench, batch, share)
+    return row(bench.model, inputs, batch, cut, "accuracy", bench.accuracy(bench.model))
+
+
+def random(name: str, build: Callable[[], nn.Module], batch: int, share: float, seconds: float) -> dict[str, Any]:
+    """The row of a network without weights."""
+    subject = Subject.of(name, build)
+    inputs = example(name, batch)
+
+    def cut(which: str) -> Kept:
+        return by_norm(subject, batch, share, which, seconds)
+
+    return {**row(subject.model, inputs, batch, cut, "share of the norms", 1.0), "channels_last": has_images(name)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_argument(parser)
+    parser.add_argument("--networks", nargs="*", default=None)
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
+    parser.add_argument("--share", type=float, default=0.6, help="of the latency")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table-seconds", type=float, default=0.3)
+    parser.add_argument("--results", type=Path, default=RESULTS / "equal_latency.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    about = {"question": "At equal measured latency, does the latency table keep more than counting multiply-adds?"}
+    rows = Rows(options.results, KEYS, about)
+    for name in options.networks or [*REAL, *networks()]:
+        for batch in options.batches:
+            key = {"network": name, "batch": batch, "share": options.share}
+            if name in REAL:
+                rows.measure(key, partial(real, name, options.data, batch, options.share))
+            else:
+                build = networks()[name]
+                rows.measure(key, partial(random, name, build, batch, options.share, options.table_seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The latency table of a run: measured when it is first needed, kept in the run folder, used again on resuming."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from idap.cost.layers import measure_table
+from idap.cost.table import LatencyTable, table_from
+from idap.errors import RunFolderError, TraceError
+from idap.progress import Progress, Silent
+from idap.record import RunFolder, write_json
+from idap.selection.steps import probes, step_of
+from idap.structure.analysis import Structure
+from idap.training.batch import Inputs
+from idap.training.processes import by_itself, on_main
+
+Measure = Callable[[], LatencyTable]
+
+
+class LayerTimes:
+    """What the layers of a run's original take here, and where the steps of the hardware lie.
+
+    Args:
+        measure: the table, once.
+        file: where it is kept; None keeps it nowhere.
+        least: share of the original's latency that the smallest model has, kept beside it; None where it is no goal.
+        known: the table, if it was measured before.
+        progress: hears which steps there are.
+    """
+
+    def __init__(
+        self,
+        measure: Measure,
+        *,
+        file: Path | None = None,
+        least: float | None = None,
+        known: LatencyTable | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._measure, self._file, self._table = measure, file, known
+        self._progress = progress or Silent()
+        self.least = least
+        self._steps: dict[str, int] | None = None
+
+    @property
+    def table(self) -> LatencyTable:
+        """Measured now if it was not before.
+
+        Raises:
+            RunFolderError: the table can't be written.
+        """
+        if self._table is None:
+            self._table = on_main(partial(by_itself, self._measure))
+            if self._file is not None:
+                on_main(partial(_write, self._file, self.least, self._table))
+        return self._table
+
+    @property
+    def steps(self) -> Mapping[str, int]:
+        """Group name -> the number that widths worth having are a multiple of; groups without steps are left out."""
+        if self._steps is None:
+            found = {name: step_of(self.table.curve(name)) for name in self.table.groups}
+            self._steps = {name: step for name, step in found.items() if step > 1}
+            self._progress.say(_told(self._steps, len(found)))
+        return self._steps
+
+
+def recalled(folder: RunFolder | None, *, resume: bool) -> tuple[float | None, LatencyTable | None]:
+    """The least share of the latency and the table of a run that goes on; None and None where it has none yet.
+
+    Raises:
+        RunFolderError: the file is broken.
+    """
+    if folder is None or not resume:
+        return None, None
+    found: tuple[float | None, LatencyTable | None] = on_main(partial(_read, folder.latency))
+    return found
+
+
+def measured(
+    model: nn.Module, structure: Structure, timed: Inputs, progress: Progress, *, few: Inputs | None = None
+) -> LatencyTable:
+    """Measure the table of a model.
+
+    Args:
+        model: the original.
+        structure: of it.
+        timed: inputs whose latency counts.
+        progress: hears of it.
+        few: inputs that the model was traced with, which count where it can't be traced with the others.
+    """
+    try:
+        table = measure_table(model, structure, timed, probes, progress=progress)
+    except TraceError as error:
+        if few is None:
+            raise
+        progress.say(f"The layers are timed with the samples of the structure analysis: {error}")
+        table = measure_table(model, structure, few, probes, progress=progress)
+    if table.unmeasured:
+        progress.say(f"Operators that were not timed one by one: {', '.join(table.unmeasured)}.")
+    return table
+
+
+def _told(steps: Mapping[str, int], groups: int) -> str:
+    """One line for people on where the steps lie.
+
+    >>> _told({"a": 16, "b": 8, "c": 16}, 5)
+    'The latency has steps of 8 units in 1, of 16 units in 2 of 5 groups.'
+    """
+    counts = Counter(steps.values())
+    told = ", ".join(f"of {step} units in {counts[step]}" for step in sorted(counts))
+    return (
+        f"The latency has steps {told} of {groups} groups." if told else f"No steps of the latency in {groups} groups."
+    )
+
+
+def _read(file: Path) -> tuple[float | None, LatencyTable | None]:
+    if not file.exists():
+        return None, None
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+        least = data["least"]
+        if least is not None and (type(least) not in (int, float) or not 0 < least < float("inf")):
+            raise ValueError(f"the least share of the latency is {least!r:.60}")
+        return least, table_from(data["table"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise RunFolderError(
+            f"the latency table {file} can't be read: {error}. Delete it to have it measured again, or begin anew in "
+            "another folder."
+        ) from error
+
+
+def _write(file: Path, least: float | None, table: LatencyTable) -> None:
+    try:
+        write_json(file, {"least": least, "table": table.to_json()})
+    except OSError as error:
+        raise RunFolderError(f"cannot write the latency table {file}: {error}") from error

@@ -1,0 +1,151 @@
+"""The latency table of a run: it guides the widths, is kept, and is used again when the run goes on."""
+
+import json
+import shutil
+
+import pytest
+from torch.testing import assert_close
+
+from idap.compress import choice, latencies, layer_times
+from idap.compress import state as states
+from idap.compress.config import FilterStage, LayerStage
+from idap.compress.filters import filter_stage
+from idap.compress.journal import Journal
+from idap.compress.latencies import least_share
+from idap.compress.run import compress
+from idap.cost.table import Curve, LatencyTable
+from idap.errors import BudgetError, RunFolderError
+from idap.training.recovery import Recovery
+from tests.compress.test_resume import Interrupted, StopsAt, outcome
+from tests.compress.test_stages import prepare
+from tests.compress.tiny import Noting, config, task, trained
+
+NET = trained()
+ONLY = {"max_drop": None, "macs": None, "latency": 0.7, "recovery": Recovery(epochs=0.25, lr=0.02)}
+
+
+def stairs(_model, structure, _example, widths_of, *, progress):
+    """A device on which every layer is padded to a multiple of 4 units."""
+    curves, layers = [], {}
+    for group in structure.groups:
+        widths = tuple(widths_of(group.size))
+        seconds = tuple(1e-3 * -(-width // 4) for width in widths)
+        layers[group.writers[0].node] = {group.name: len(curves)}
+        curves.append(Curve(widths, seconds, (1e-6,) * len(widths)))
+    return LatencyTable(1, "here", 1, tuple(curves), layers)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Latency goes with the number of parameters, layers with the stairs; counts how often the table is measured."""
+    measured = []
+
+    def share(original, model, example):
+        weights = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
+        return 0.3 + 0.7 * weights(model) / weights(original)
+
+    def table(*args, **settings):
+        measured.append(args)
+        return stairs(*args, **settings)
+
+    monkeypatch.setattr(states, "latency_share", share)
+    monkeypatch.setattr(latencies, "latency_share", share)
+    monkeypatch.setattr(layer_times, "measure_table", table)
+    return measured
+
+
+def widths(result):
+    return {name: len(units) for name, units in result.plan.keep.items()}
+
+
+def test_widths_are_chosen_at_the_steps(clock):
+    heard = Noting()
+    result = compress(NET, task(), config(layers=LayerStage(removals=0), **ONLY), progress=heard)
+    assert result.reached, result.message
+    assert widths(result)
+    assert all(width % 4 == 0 for width in widths(result).values())
+    assert any(line.startswith("The latency has steps of 4 units in ") for line in heard.lines)
+    assert len(clock) == 1
+
+
+@pytest.mark.parametrize("filters", [{"multiple": 5}, {"multiples": {"*": 5}}])
+def test_multiples_that_are_set_come_before_the_steps(clock, filters):
+    settings = {**ONLY, "layers": LayerStage(removals=0), "filters": FilterStage(steps=5, first_share=0.2, **filters)}
+    found = widths(compress(NET, task(), config(**settings)))
+    assert found
+    assert all(width % 5 == 0 for width in found.values())
+
+
+def test_without_a_goal_of_latency_nothing_is_measured(clock):
+    compress(NET, task(), config(max_drop=None, recovery=Recovery(epochs=0)))
+    assert not clock
+
+
+@pytest.mark.parametrize("moment", [9, 12, 14])
+def test_a_run_that_goes_on_uses_the_table_that_it_had(clock, monkeypatch, tmp_path, moment):
+    with pytest.raises(Interrupted):
+        compress(NET, task(), config(**ONLY), run_dir=tmp_path / "a", progress=StopsAt(moment))
+    kept = json.loads((tmp_path / "a" / "latency.json").read_text())
+    assert kept["least"] < 0.7
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+    def never(*args, **settings):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(layer_times, "measure_table", never)
+    monkeypatch.setattr(latencies, "latency_share", never)
+    first, second = (compress(NET, task(), config(**ONLY), run_dir=tmp_path / name, resume=True) for name in ("a", "b"))
+    assert outcome(first) == outcome(second)
+    assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
+    assert json.loads((tmp_path / "a" / "latency.json").read_text()) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("{", "can't be read: Expecting"), ('{"least": 2}', "'table'"), ('{"least": "x"}', "is 'x'")]
+)
+def test_a_broken_table_is_an_error(clock, tmp_path, text, what):
+    with pytest.raises(Interrupted):
+        compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", progress=StopsAt(14))
+    (tmp_path / "run" / "latency.json").write_text(text)
+    with pytest.raises(RunFolderError, match=rf"^the latency table .*latency\.json can't be read.*{what}|{what}"):
+        compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
+
+
+def test_one_disturbed_measurement_puts_nothing_out_of_reach(monkeypatch):
+    found = iter([0.9, 0.4, 0.9])
+    monkeypatch.setattr(latencies, "latency_share", lambda *_: next(found))
+    assert least_share(NET, NET, ((), {}), 0.5) == 0.4
+    assert next(found) == 0.9  # it was asked for no more than that
+
+
+def test_what_is_out_of_reach_every_time_is(clock, monkeypatch):
+    asked = []
+
+    def share(*_):
+        asked.append(None)
+        return 0.8 + 0.01 * len(asked)
+
+    monkeypatch.setattr(latencies, "latency_share", share)
+    with pytest.raises(
+        BudgetError, match=r"^latency=0\.7 can't be reached: even with everything removable gone, 81\.0%"
+    ):
+        compress(NET, task(), config(**ONLY))
+    assert len(asked) == latencies.DOUBTS
+
+
+def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
+    found = []
+
+    def noted(ways, loss):
+        found.append({way: choice._left(*setting_and_state, cut)["latency"] for way, cut in ways.items()})
+        return next(iter(ways))
+
+    settings = {**ONLY, "filters": FilterStage(schedule="one-shot"), "layers": LayerStage(removals=0)}
+    setting, start, _ = prepare(**settings)
+    setting_and_state = setting, start
+    monkeypatch.setattr(choice, "best_of", noted)
+    filter_stage(setting, start, setting.budget, Journal(setting, start.metric))
+    assert {way.power for way in found[0]} == {0.0, 1.0}
+    first, *others = found[0].values()
+    assert first <= 0.7
+    assert all(0.9 * first <= latency <= 1.02 * first for latency in others)
