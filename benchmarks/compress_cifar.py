@@ -49,7 +49,8 @@ RANDOM_RATES = (0.05, 0.1)
 KEYS = ("network", "target", "method", "seed", "protocol")
 
 
-CPU_RECOVERY = Recovery(epochs=2, distil=0.9, precision="bf16")
+CPU_RECOVERY = Recovery(epochs=2, distil=0.9, temperature=8.0, precision="bf16")
+"""The temperature is the better one for both methods of benchmarks/temperature.py, by the deciding images."""
 RATES = (0.003, 0.01)
 PROTOCOLS = {
     "cpu": Protocol(device="cpu", train=10_000, recovery=CPU_RECOVERY, rates=RATES),

@@ -175,3 +175,15 @@ def phases(rows: Sequence[Row]) -> list[str]:
         title = f"{row['images']:,} images" if row["images"] else "none"
         found.append(line(title, f"{whole:.0f}", *shares, f"**{100 * row['own_share']:.1f} %**"))
     return [*found, ""]
+
+
+def temperatures(rows: Sequence[Row]) -> list[str]:
+    """Accuracy after a recovery by temperature, for each method."""
+    values = list(dict.fromkeys(row["temperature"] for row in rows))
+    found = head("method", "cut", *(f"T = {value:g}" for value in values))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        cells = [[row for row in mine if row["temperature"] == value] for value in values]
+        recovered = [mean(some, lambda row: row["after"]) if some else "" for some in cells]
+        found.append(line(method, mean(mine[:1], lambda row: row["before"]), *recovered))
+    return [*found, ""]

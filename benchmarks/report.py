@@ -23,6 +23,7 @@ from benchmarks.compression_tables import (
     phases,
     repeated,
     saving,
+    temperatures,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,7 @@ OWN: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[str]]] = {
     "equal_latency": equal_latency,
     "saving": saving,
     "phases": phases,
+    "temperature": temperatures,
 }
 """Result files whose tables have a place of their own on the page."""
 Rows = Sequence[Mapping[str, Any]]

@@ -39,7 +39,10 @@ LEARN, LEARNT = Recovery(epochs=2, lr=0.1), 20_000
 """How the networks for MNIST are trained before they are cut, and on how many images."""
 PROTOCOLS = {
     "vit": Protocol(
-        device="cpu", train=10_000, recovery=Recovery(epochs=1, optimizer="adamw", lr=3e-4, distil=0.9), val=1000
+        device="cpu",
+        train=10_000,
+        recovery=Recovery(epochs=1, optimizer="adamw", lr=3e-4, distil=0.9, precision="bf16"),
+        val=1000,
     ),
     "mnist": Protocol(device="cpu", train=10_000, recovery=Recovery(epochs=1, lr=0.02, distil=0.9)),
 }

@@ -46,7 +46,7 @@ class Recovery:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1
-    temperature: float = 2.0
+    temperature: float = 4.0
     distil: float = 0.5
     features: float = 0.0
     clip_norm: float | None = 5.0
