@@ -10,6 +10,8 @@ import torch
 
 from tests.conformance.vision_operators import make_importable
 
+collect_ignore = ["typed_user.py"]  # read by mypy, not run
+
 if importlib.util.find_spec("torchvision") is not None:
     make_importable()  # torchmetrics imports torchvision where it is installed
 

@@ -93,7 +93,7 @@ def test_every_example_of_the_help_is_a_command_line(name):
     assert examples
     for example in examples:
         assert example in shown
-        rest = shlex.split(example.partition(" > ")[0])[1 + len(words) :]
+        rest = shlex.split(example)[1 + len(words) :]
         assert shlex.split(example)[0] == "idap"
         with typer.Context(GROUP, info_name="idap") as context:
             loaded(name).make_context(words[-1], rest, parent=context)  # an unknown option or a wrong value raises

@@ -14,7 +14,7 @@ from idap.training.check import check_task
 from idap.training.evaluate import evaluate
 from idap.zoo.images import imagefolder
 from idap.zoo.masks import masks
-from tests.zoo import tiny
+from tests.zoo import small_data
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -26,7 +26,7 @@ def gathered(loader):
 
 class TestImageFolder:
     def test_parts_classes_and_pixels(self, tmp_path):
-        found = imagefolder(tiny.image_folder(tmp_path), size=16, batch_size=5, augment=False, **PLAIN)
+        found = imagefolder(small_data.image_folder(tmp_path), size=16, batch_size=5, augment=False, **PLAIN)
         assert (found.num_classes, found.shape, found.notes) == (2, (3, 16, 16), ())
         images, labels = gathered(found.val)
         assert images.shape == (24, 3, 16, 16)
@@ -36,7 +36,7 @@ class TestImageFolder:
         assert sorted(gathered(found.train)[1].tolist()) == labels.tolist()
 
     def test_the_middle_is_shown(self, tmp_path):
-        folder = tiny.image_folder(tmp_path, count=1)
+        folder = small_data.image_folder(tmp_path, count=1)
         pixels = np.zeros((32, 64, 3), dtype=np.uint8)
         pixels[2:30, 18:46] = 255  # 28 = 0.875 * 32 pixels in the middle
         Image.fromarray(pixels).save(folder / "val" / "cat" / "0.png")
@@ -45,21 +45,21 @@ class TestImageFolder:
         assert images[0].min() > 0.7  # the filter reaches a little beyond the border
 
     def test_only_training_images_are_augmented_and_calibration_is_train_as_it_is_judged(self, tmp_path):
-        found = imagefolder(tiny.image_folder(tmp_path), size=16, batch_size=24)
+        found = imagefolder(small_data.image_folder(tmp_path), size=16, batch_size=24)
         [(first, _)], [(second, _)] = list(found.train), list(found.train)
         assert not torch.equal(first.sort(0).values, second.sort(0).values)
         kept = [gathered(found.calibration)[0].sort(0).values for _ in range(2)]
         assert torch.equal(*kept)
 
     def test_scaled_by_mean_and_deviation(self, tmp_path):
-        folder = tiny.image_folder(tmp_path)
+        folder = small_data.image_folder(tmp_path)
         plain, _ = gathered(imagefolder(folder, size=8, **PLAIN).val)
         scaled, _ = gathered(imagefolder(folder, size=8, mean=(0.5, 0.0, 0.0), std=(1.0, 2.0, 1.0)).val)
         assert torch.allclose(scaled[:, 0], plain[:, 0] - 0.5)
         assert torch.allclose(scaled[:, 1], plain[:, 1] / 2)
 
     def test_val_is_taken_off_train_and_that_is_said(self, tmp_path):
-        folder = tiny.image_folder(tmp_path, parts=("train",))
+        folder = small_data.image_folder(tmp_path, parts=("train",))
         found = imagefolder(folder, size=8, val_share=0.25, augment=False)
         assert found.test is None
         assert found.notes == (
@@ -72,19 +72,19 @@ class TestImageFolder:
         assert [file for file, _ in other.val.dataset.samples] != [file for file, _ in found.val.dataset.samples]
 
     def test_workers_give_the_same(self, tmp_path):
-        folder = tiny.image_folder(tmp_path, count=4)
+        folder = small_data.image_folder(tmp_path, count=4)
         assert torch.equal(gathered(imagefolder(folder, size=8, workers=1).val)[0],
                            gathered(imagefolder(folder, size=8).val)[0])  # fmt: skip
 
     def test_other_names_of_val_and_hidden_files(self, tmp_path):
-        folder = tiny.image_folder(tmp_path)
+        folder = small_data.image_folder(tmp_path)
         (folder / "val").rename(folder / "valid")
         (folder / "train" / ".cache").mkdir()
         (folder / "train" / "cat" / "notes.txt").write_text("x")
         assert imagefolder(folder, size=8).notes == ()
 
     def test_what_can_be_wrong(self, tmp_path):
-        folder = tiny.image_folder(tmp_path / "data")
+        folder = small_data.image_folder(tmp_path / "data")
 
         def refused(change, text, **keys):
             shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -107,12 +107,12 @@ class TestImageFolder:
         refused(lambda at: None, "mean has 1 numbers, expected 3", mean=[0.5])
 
     def test_a_class_may_be_missing_in_test(self, tmp_path):
-        folder = tiny.image_folder(tmp_path)
+        folder = small_data.image_folder(tmp_path)
         shutil.rmtree(folder / "test" / "dog")
         assert len(gathered(imagefolder(folder, size=8).test)[1]) == 12
 
     def test_an_image_that_breaks_off_is_named_when_it_is_read(self, tmp_path):
-        folder = tiny.image_folder(tmp_path)
+        folder = small_data.image_folder(tmp_path)
         file = folder / "val" / "dog" / "3.png"
         file.write_bytes(file.read_bytes()[:200])
         with pytest.raises(TaskError, match=r"dog/3\.png can't be read as an image"):
@@ -126,7 +126,7 @@ class TestImageFolder:
                 raise ImportError(name)
             return real(name, *args, **kwargs)
 
-        folder = tiny.image_folder(tmp_path)
+        folder = small_data.image_folder(tmp_path)
         monkeypatch.setattr(builtins, "__import__", refuse)
         with pytest.raises(TaskError, match=r"Pillow, which is missing\. Run: pip install 'idap\[vision\]'"):
             imagefolder(folder)
@@ -134,7 +134,7 @@ class TestImageFolder:
 
 class TestMasks:
     def test_a_task(self, tmp_path):
-        task = masks(tiny.mask_folder(tmp_path), batch_size=4, augment=False)
+        task = masks(small_data.mask_folder(tmp_path), batch_size=4, augment=False)
         assert task.notes == ("the masks of train hold 2 classes",)
         images, mask = next(iter(task.val))
         assert (images.shape, mask.shape, mask.dtype) == ((4, 3, 16, 16), (4, 16, 16), torch.int64)
@@ -142,7 +142,7 @@ class TestMasks:
         check_task(nn.Conv2d(3, 2, 1), task)
 
     def test_the_metric_is_the_mean_of_intersection_over_union(self, tmp_path):
-        task = masks(tiny.mask_folder(tmp_path), batch_size=3)
+        task = masks(small_data.mask_folder(tmp_path), batch_size=3)
 
         class Everything(nn.Module):
             def forward(self, x):
@@ -154,7 +154,7 @@ class TestMasks:
         assert task.logits({"out": torch.zeros(1, 2, 4, 5)}).shape == (1, 4, 5, 2)
 
     def test_images_and_masks_are_resized_alike_and_mirrored_together(self, tmp_path):
-        folder = tiny.mask_folder(tmp_path)
+        folder = small_data.mask_folder(tmp_path)
         task = masks(folder, size=[8, 12], mean=(0, 0, 0), std=(1, 1, 1), batch_size=8)
         images, mask = next(iter(task.train))
         assert (images.shape, mask.shape) == ((8, 3, 8, 12), (8, 8, 12))
@@ -163,11 +163,11 @@ class TestMasks:
         assert {1, 0} <= {int(row) for row in mask[:, 0, 0]}  # some are mirrored
 
     def test_val_is_taken_off_train(self, tmp_path):
-        task = masks(tiny.mask_folder(tmp_path, parts=("train",)), val_share=0.25, classes=2)
+        task = masks(small_data.mask_folder(tmp_path, parts=("train",)), val_share=0.25, classes=2)
         assert task.notes[0].startswith("there is no validation data: 2 of the 8 training images")
 
     def test_what_can_be_wrong(self, tmp_path):
-        folder = tiny.mask_folder(tmp_path / "data")
+        folder = small_data.mask_folder(tmp_path / "data")
 
         def refused(change, text, **keys):
             shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -194,4 +194,4 @@ class TestMasks:
 
     def test_a_model_with_other_outputs(self, tmp_path):
         with pytest.raises(TaskError, match=r"segmentation with 2 classes expects \(B, 2, H, W\)"):
-            evaluate(nn.Conv2d(3, 5, 1), masks(tiny.mask_folder(tmp_path)))
+            evaluate(nn.Conv2d(3, 5, 1), masks(small_data.mask_folder(tmp_path)))

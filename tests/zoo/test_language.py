@@ -10,7 +10,7 @@ from idap.errors import ConfigError, TaskError
 from idap.training.check import check_task
 from idap.training.evaluate import evaluate
 from idap.zoo.language import language
-from tests.zoo import tiny
+from tests.zoo import small_data
 
 BYTES = {"tokenizer": "bytes"}
 
@@ -33,8 +33,8 @@ def text_of(loader):
 class TestParts:
     @pytest.mark.parametrize("name", ["t.txt", "t.txt.gz"])
     def test_one_file_is_split_in_order(self, tmp_path, name):
-        task = language(tiny.text_file(tmp_path / name), length=8, **BYTES)
-        whole = tiny.text_file(tmp_path / "whole").read_text()
+        task = language(small_data.text_file(tmp_path / name), length=8, **BYTES)
+        whole = small_data.text_file(tmp_path / "whole").read_text()
         total = len(whole)
         val, test = text_of(task.val), text_of(task.test)
         end = total - round(0.1 * total)
@@ -51,27 +51,27 @@ class TestParts:
 
     def test_a_folder(self, tmp_path):
         for part in ("train", "valid", "test"):
-            tiny.text_file(tmp_path / f"{part}.txt", lines=20)
+            small_data.text_file(tmp_path / f"{part}.txt", lines=20)
         task = language(tmp_path, length=8, **BYTES)
         assert task.notes == ()
         assert text_of(task.val) == text_of(task.test)
 
     def test_a_folder_without_val(self, tmp_path):
-        tiny.text_file(tmp_path / "train.txt")
+        small_data.text_file(tmp_path / "train.txt")
         task = language(tmp_path, length=8, **BYTES)
         assert task.test is None
         assert "decide" in task.notes[0]
         assert "test" not in task.notes[0]
 
     def test_tokens_of_a_tokenizer(self, tmp_path):
-        tiny.tokenizer(tmp_path / "words")
-        task = language(tiny.text_file(tmp_path / "t.txt"), length=4, tokenizer=str(tmp_path / "words"))
+        small_data.tokenizer(tmp_path / "words")
+        task = language(small_data.text_file(tmp_path / "t.txt"), length=4, tokenizer=str(tmp_path / "words"))
         assert next(iter(task.val))[0].max() < 12
 
 
 class TestTask:
     def test_perplexity_of_a_model_that_knows_nothing(self, tmp_path):
-        task = language(tiny.text_file(tmp_path / "t.txt"), length=8, **BYTES)
+        task = language(small_data.text_file(tmp_path / "t.txt"), length=8, **BYTES)
         assert not task.higher_is_better
         model = Uniform()
         assert evaluate(model, task) == pytest.approx(256, rel=1e-5)
@@ -103,7 +103,7 @@ class TestTask:
     )
     def test_what_can_be_wrong(self, tmp_path, keys, text):
         with pytest.raises((TaskError, ConfigError), match=text):
-            language(tiny.text_file(tmp_path / "t.txt"), **keys)
+            language(small_data.text_file(tmp_path / "t.txt"), **keys)
 
     def test_a_missing_or_binary_file(self, tmp_path):
         with pytest.raises(TaskError, match="does not exist, expected a text file"):
@@ -113,6 +113,6 @@ class TestTask:
             language(tmp_path / "b.txt", **BYTES)
 
     def test_outputs_of_another_shape(self, tmp_path):
-        task = language(tiny.text_file(tmp_path / "t.txt"), length=8, **BYTES)
+        task = language(small_data.text_file(tmp_path / "t.txt"), length=8, **BYTES)
         with pytest.raises(TaskError, match=r"language modelling expects \(16, 8, V\)"):
             evaluate(nn.Sequential(nn.Embedding(256, 4), nn.Flatten()), task)

@@ -8,19 +8,21 @@ import torch
 
 from idap.errors import ConfigError, TaskError
 from idap.zoo.mnist import mnist, mnist_classes, read_idx
-from tests.zoo import tiny
+from tests.zoo import small_data
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 def arrays():
-    return dict(zip(("x_train", "y_train", "x_test", "y_test"), (*tiny.grey_images(40), *tiny.grey_images(10, 1))))  # noqa: B905
+    return dict(
+        zip(("x_train", "y_train", "x_test", "y_test"), (*small_data.grey_images(40), *small_data.grey_images(10, 1)))
+    )  # noqa: B905
 
 
 def as_idx(folder, *, packed):
     folder.mkdir()
     for name, array in zip(NAMES, arrays().values(), strict=True):
-        content = tiny.idx(array)
+        content = small_data.idx(array)
         (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
     return folder
 
@@ -70,7 +72,7 @@ def test_wrong_files(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"PK no")
     with pytest.raises(TaskError, match=r"bad\.npz can't be read as \.npz"):
         mnist(tmp_path / "bad.npz")
-    (tmp_path / "cut").write_bytes(tiny.idx(np.zeros((3, 4)))[:-1])
+    (tmp_path / "cut").write_bytes(small_data.idx(np.zeros((3, 4)))[:-1])
     with pytest.raises(TaskError, match="cut is truncated or no idx file"):
         read_idx(tmp_path / "cut")
 

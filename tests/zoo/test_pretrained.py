@@ -9,12 +9,12 @@ import transformers
 from idap.errors import CheckpointError, ConfigError
 from idap.zoo.pretrained import labels_of, load_config
 from idap.zoo.resolve import build_model, example_inputs
-from tests.zoo import tiny
+from tests.zoo import small_data
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    return tiny.classifier_folder(tmp_path_factory.mktemp("bert"))
+    return small_data.classifier_folder(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_file_of_weights_goes_before_those_of_the_folder(classifier, tmp_path)
 
 
 def test_a_language_model(tmp_path):
-    model = build_model(f"hf:{tiny.language_folder(tmp_path)}", head="language", classes=None)
+    model = build_model(f"hf:{small_data.language_folder(tmp_path)}", head="language", classes=None)
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert not model.config.use_cache
 

@@ -14,7 +14,7 @@ from idap.zoo.nets import cifar_resnet20
 from idap.zoo.recipe import make_recipe, read_recipe
 from idap.zoo.shipped import shipped_recipes, summary
 from idap.zoo.sources import SOURCES
-from tests.zoo import tiny
+from tests.zoo import small_data
 from tests.zoo.test_data import write_delta
 
 QUICK = (
@@ -96,26 +96,26 @@ def test_cifar10_resnet20(ran, tmp_path):
 
 def test_imagefolder_resnet(ran, tmp_path):
     result, _ = ran("imagefolder_resnet", "data.size=16", "data.batch_size=8", "data.workers=0", "train.epochs=1",
-        model="timm:test_resnet", data=f"imagefolder:{tiny.image_folder(tmp_path / 'images', count=8)}")  # fmt: skip
+        model="timm:test_resnet", data=f"imagefolder:{small_data.image_folder(tmp_path / 'images', count=8)}")  # fmt: skip
     assert result.model.fc.out_features == 2
 
 
 def test_texts_transformers(ran, tmp_path):
-    folder = tiny.classifier_folder(tmp_path / "bert")
+    folder = small_data.classifier_folder(tmp_path / "bert")
     result, task = ran(
         "texts_transformers", "data.batch_size=8", "train.epochs=12", "train.lr=0.01", "train.optimizer=adamw",
-        model=f"hf:{folder}", data=tiny.table(tmp_path / "t.tsv"),
+        model=f"hf:{folder}", data=small_data.table(tmp_path / "t.tsv"),
     )  # fmt: skip
     assert task.metric_name == "accuracy"
     assert result.baseline > 0.9
 
 
 def test_language_transformers(ran, tmp_path):
-    folder = tiny.language_folder(tmp_path / "gpt")
+    folder = small_data.language_folder(tmp_path / "gpt")
     result, task = ran(
         "language_transformers", "data.length=16", "data.tokenizer=bytes", "train.epochs=3", "train.lr=0.01",
         "train.optimizer=adamw", "goals.max_relative_drop=none",
-        model=f"hf:{folder}", data=f"text:{tiny.text_file(tmp_path / 't.txt')}",
+        model=f"hf:{folder}", data=f"text:{small_data.text_file(tmp_path / 't.txt')}",
     )  # fmt: skip
     assert task.metric_name == "perplexity"
     assert result.baseline < 20  # 256 without training
@@ -124,7 +124,7 @@ def test_language_transformers(ran, tmp_path):
 def test_segmentation_torchvision(ran, tmp_path):
     result, task = ran(
         "segmentation_torchvision", "data.size=16", "data.workers=0", "train.epochs=20", "train.lr=0.01",
-        model=f"{ran.script}:pixels", data=tiny.mask_folder(tmp_path / "masks"),
+        model=f"{ran.script}:pixels", data=small_data.mask_folder(tmp_path / "masks"),
     )  # fmt: skip
     assert task.metric_name == "mIoU"
     assert result.baseline > 0.8
@@ -132,7 +132,7 @@ def test_segmentation_torchvision(ran, tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_mnist_files(ran, tmp_path, name):
-    arrays = (*tiny.grey_images(64), *tiny.grey_images(16, 1))
+    arrays = (*small_data.grey_images(64), *small_data.grey_images(16, 1))
     np.savez(tmp_path / "m.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays, strict=True)))
     ran(None, "train.epochs=4", "data.batch_size=16", model=f"{ran.script}:grey", data=f"{name}:{tmp_path / 'm.npz'}")
 

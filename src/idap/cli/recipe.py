@@ -35,7 +35,7 @@ EXAMPLES = (
     "idap recipe new",
     "idap recipe new --data imagefolder:pets --model timm:resnet18 --macs 50% --out pets.toml",
     "idap recipe list",
-    "idap recipe show digits_resnet > mine.toml",
+    "idap recipe show digits_resnet",
 )
 DOCUMENT = {
     "recipe": "`new`: the file that was written",

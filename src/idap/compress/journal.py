@@ -1,6 +1,5 @@
 """The decisions of a run: told to whoever listens, written down, and recalled when a stopped run goes on."""
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -44,7 +43,6 @@ class Journal:
         self._setting = setting
         self._baseline = baseline
         self._profile: tuple[float, ...] = ()
-        self._since = time.monotonic()
         self._past = list(past)
         self.steps: list[Step] = []
 
@@ -92,9 +90,9 @@ class Journal:
 
     def note(self, stage: str, state: State, removed: Sequence[Removal], *, accepted: bool, reason: str) -> None:
         """Record one decision; an accepted state is saved before the decision is written."""
-        now = time.monotonic()
         index = len(self.steps)
         recalled = index < len(self._past)
+        phases = self._past[index]["phases"] if recalled else self._setting.clock.take()
         step = Step(
             index=index,
             stage=stage,
@@ -105,12 +103,11 @@ class Journal:
             accepted=accepted,
             reason=reason,
             error=state.error,
-            seconds=self._past[index]["seconds"] if recalled else now - self._since,
+            seconds=self._past[index]["seconds"] if recalled else sum(phases.values()),
             shares=self._setting.shares(state),
-            phases=self._past[index]["phases"] if recalled else self._setting.clock.take(),
+            phases=phases,
             curve=_curve(self._past[index]["curve"]) if recalled else self._curve(),
         )
-        self._since = now
         folder = self._setting.folder
         if folder is not None and not recalled:
             on_main(partial(_written, folder, step, state))

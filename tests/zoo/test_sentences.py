@@ -7,14 +7,14 @@ import pytest
 from idap.errors import ConfigError, TaskError
 from idap.zoo.rows import find_columns, read_records
 from idap.zoo.sentences import label_names, sentences
-from tests.zoo import tiny
+from tests.zoo import small_data
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """The folder of a tokenizer."""
     folder = tmp_path_factory.mktemp("words")
-    tiny.tokenizer(folder)
+    small_data.tokenizer(folder)
     return str(folder)
 
 
@@ -25,10 +25,10 @@ def batches(task, split="val"):
 class TestForms:
     @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.tsv.gz", "t.jsonl.gz"])
     def test_each_gives_the_same(self, tmp_path, words, name):
-        task = sentences(tiny.table(tmp_path / name), tokenizer=words, batch_size=4)
+        task = sentences(small_data.table(tmp_path / name), tokenizer=words, batch_size=4)
         [first, *_] = batches(task)
-        known = dict(zip(("[PAD]", "[UNK]", *tiny.WORDS), range(12), strict=True))
-        text, label = tiny.sentence(2)  # the first of dev
+        known = dict(zip(("[PAD]", "[UNK]", *small_data.WORDS), range(12), strict=True))
+        text, label = small_data.sentence(2)  # the first of dev
         assert first["input_ids"][0][first["attention_mask"][0] == 1].tolist() == [known[word] for word in text.split()]
         assert first["labels"][0] == int(label == "positive")
         assert [sum(len(batch["labels"]) for batch in batches(task, part)) for part in ("train", "val", "test")] == [
@@ -41,7 +41,7 @@ class TestForms:
 
     def test_a_folder_of_tables(self, tmp_path, words):
         for part in ("train", "dev"):
-            tiny.table(tmp_path / f"{part}.csv", split=False, count=8)
+            small_data.table(tmp_path / f"{part}.csv", split=False, count=8)
         task = sentences(tmp_path, tokenizer=words)
         assert task.test is None
         assert len(batches(task)[0]["labels"]) == 8
@@ -53,7 +53,7 @@ class TestForms:
         assert next(read_records(tmp_path / "a.tsv"))[1]["text"] == 'say "no'
 
     def test_padding(self, tmp_path, words):
-        file = tiny.table(tmp_path / "t.tsv")
+        file = small_data.table(tmp_path / "t.tsv")
         widths = {batch["input_ids"].shape[1] for batch in batches(sentences(file, tokenizer=words, batch_size=4))}
         assert max(widths) <= 6
         [batch] = batches(sentences(file, tokenizer=words, max_length=9, pad_to_max=True))
@@ -72,7 +72,7 @@ class TestForms:
         assert batches(alone)[0]["input_ids"].shape == (1, 1)
 
     def test_val_is_taken_off_train_and_that_is_said(self, tmp_path, words):
-        task = sentences(tiny.table(tmp_path / "t.tsv", split=False), tokenizer=words, val_share=0.25)
+        task = sentences(small_data.table(tmp_path / "t.tsv", split=False), tokenizer=words, val_share=0.25)
         assert task.notes[-1].startswith("there is no validation data: 16 of the 64 training rows")
         assert sum(len(batch["labels"]) for batch in batches(task)) == 16
 
@@ -95,7 +95,7 @@ class TestLabels:
             self.names(tmp_path, ["b", "a"], labels=["b"])
 
     def test_the_order_of_the_model_is_taken_where_the_labels_are_its_own(self, tmp_path, words):
-        file = tiny.table(tmp_path / "t.tsv")
+        file = small_data.table(tmp_path / "t.tsv")
         task = sentences(file, tokenizer=words, labels_like=["POSITIVE", "NEGATIVE"])
         assert task.notes[1] == "labels are 0 = 'positive', 1 = 'negative'"
         task = sentences(file, tokenizer=words, labels_like=["happy", "sad"])
@@ -144,7 +144,7 @@ class TestMistakes:
             sentences(tmp_path / name, tokenizer=words)
 
     def test_no_tokenizer(self, tmp_path, words):
-        file = tiny.table(tmp_path / "t.tsv")
+        file = small_data.table(tmp_path / "t.tsv")
         with pytest.raises(ConfigError, match=r"which tokenizer is meant is not said: set data\.tokenizer"):
             sentences(file)
         with pytest.raises(TaskError, match=r"holds no tokenizer: none of tokenizer\.json.*save_pretrained"):
@@ -156,7 +156,7 @@ class TestMistakes:
             sentences(file, tokenizer=words, vocabulary=5)
 
     def test_a_missing_file_gets_its_neighbour(self, tmp_path, words):
-        tiny.table(tmp_path / "reviews.tsv")
+        small_data.table(tmp_path / "reviews.tsv")
         with pytest.raises(TaskError, match=r"did you mean .*reviews\.tsv\?"):
             sentences(tmp_path / "review.tsv", tokenizer=words)
 
