@@ -72,6 +72,15 @@ def test_wrong_files(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"PK no")
     with pytest.raises(TaskError, match=r"bad\.npz can't be read as \.npz"):
         mnist(tmp_path / "bad.npz")
+    (tmp_path / "spoilt.gz").write_bytes(gzip.compress(b"x" * 99)[:10] + b"\xff" * 30)
+    with pytest.raises(TaskError, match=r"spoilt\.gz can't be read"):
+        read_idx(tmp_path / "spoilt.gz")
+    np.savez_compressed(tmp_path / "m.npz", **arrays())
+    spoilt = bytearray((tmp_path / "m.npz").read_bytes())
+    spoilt[60:90] = b"\xff" * 30
+    (tmp_path / "spoilt.npz").write_bytes(spoilt)
+    with pytest.raises(TaskError, match=r"spoilt\.npz can't be read as \.npz"):
+        mnist(tmp_path / "spoilt.npz")
     (tmp_path / "cut").write_bytes(small_data.idx(np.zeros((3, 4)))[:-1])
     with pytest.raises(TaskError, match="cut is truncated or no idx file"):
         read_idx(tmp_path / "cut")

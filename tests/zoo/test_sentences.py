@@ -1,5 +1,6 @@
 """Tables of texts: every form gives the same task, columns are found or asked for, and rows are checked early."""
 
+import gzip
 import json
 
 import pytest
@@ -8,6 +9,9 @@ from idap.errors import ConfigError, TaskError
 from idap.zoo.rows import find_columns, read_records
 from idap.zoo.sentences import label_names, sentences
 from tests.zoo import small_data
+
+SPOILT = gzip.compress(b"text\tlabel\n" * 9)[:10] + b"\xff" * 30
+"""The head of a packed file, and nonsense behind it."""
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,8 @@ class TestMistakes:
             ("t.jsonl", b'{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: there is no value for 'label'"),
             ("t.tsv", b"text\tlabel\n\xff\t1\n", "is no text in UTF-8"),
             ("t.tsv.gz", b"text\tlabel\n", "can't be read: Not a gzipped file"),
+            ("t.tsv.gz", SPOILT, "can't be read: Error -3"),
+            ("t.tsv", b"text\tlabel\n" + b"good\t1\nbad\t0\n" * 9 + b"\t0\n", "line 20: the text '' has no tokens"),
             ("t.xlsx", b"", "is no table that is known, expected .csv, .tsv, .jsonl"),
         ],
     )
