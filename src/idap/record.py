@@ -30,6 +30,9 @@ BEFORE, AFTER = "divergence-before.json", "divergence-after.json"
 RESULT, MEASURED = "result.json", "measured.json"
 LATENCY = "latency.json"
 
+LATENCY_NOISE = 0.02
+"""By how much a last measurement of latency may be above what is wanted, as a share of it, and count as reached."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
@@ -165,7 +168,7 @@ class RunFolder:
                 self.open(settings)
                 return []
             begun = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
         now = json.loads(json.dumps(settings, default=_plain))
         for name in sorted({*begun, *now} - {"environment", "recipe", "preparation"}):
