@@ -5,7 +5,7 @@ run/
 ├── steps.jsonl             one line per decision, in order
 ├── divergence-before.json  of the original, part by part
 ├── divergence-after.json   of the result
-├── latency.json            what each layer takes at several widths, where latency is a goal
+├── latency.json            the least latency where it is a goal; what each layer takes at several widths, once needed
 ├── result.json             what was reached; a run that has it is finished
 ├── measured.json           original and result side by side, where `idap compress` measured them
 ├── checkpoints/            the accepted states
