@@ -14,9 +14,8 @@ NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 
 
 def arrays():
-    return dict(
-        zip(("x_train", "y_train", "x_test", "y_test"), (*small_data.grey_images(40), *small_data.grey_images(10, 1)))
-    )  # noqa: B905
+    names = ("x_train", "y_train", "x_test", "y_test")
+    return dict(zip(names, (*small_data.grey_images(40), *small_data.grey_images(10, 1)), strict=True))
 
 
 def as_idx(folder, *, packed):

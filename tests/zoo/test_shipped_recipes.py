@@ -95,8 +95,9 @@ def test_cifar10_resnet20(ran, tmp_path):
 
 
 def test_imagefolder_resnet(ran, tmp_path):
+    images = small_data.image_folder(tmp_path / "images", count=8)
     result, _ = ran("imagefolder_resnet", "data.size=16", "data.batch_size=8", "data.workers=0", "train.epochs=1",
-        model="timm:test_resnet", data=f"imagefolder:{small_data.image_folder(tmp_path / 'images', count=8)}")  # fmt: skip
+        model="timm:test_resnet", data=f"imagefolder:{images}")  # fmt: skip
     assert result.model.fc.out_features == 2
 
 
