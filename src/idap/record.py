@@ -5,7 +5,7 @@ run/
 ├── steps.jsonl             one line per decision, in order
 ├── divergence-before.json  of the original, part by part
 ├── divergence-after.json   of the result
-├── latency.json            what each layer takes at several widths, where latency is a goal
+├── latency.json            the least latency where it is a goal; what each layer takes at several widths, once needed
 ├── result.json             what was reached; a run that has it is finished
 ├── measured.json           original and result side by side, where `idap compress` measured them
 ├── checkpoints/            the accepted states
@@ -29,6 +29,9 @@ RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "mode
 BEFORE, AFTER = "divergence-before.json", "divergence-after.json"
 RESULT, MEASURED = "result.json", "measured.json"
 LATENCY = "latency.json"
+
+LATENCY_NOISE = 0.02
+"""By how much a last measurement of latency may be above what is wanted, as a share of it, and count as reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +168,7 @@ class RunFolder:
                 self.open(settings)
                 return []
             begun = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
         now = json.loads(json.dumps(settings, default=_plain))
         for name in sorted({*begun, *now} - {"environment", "recipe", "preparation"}):

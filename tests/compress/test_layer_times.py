@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from torch.testing import assert_close
@@ -76,6 +77,17 @@ def test_multiples_that_are_set_come_before_the_steps(clock, filters):
     assert all(width % 5 == 0 for width in found.values())
 
 
+def test_what_is_gone_costs_no_seconds_either(clock):
+    """A group that was still paid for would hold back those that are to end like it."""
+    paid = {}
+    for cost in ("macs", "latency"):
+        setting, start, _ = prepare(cost=cost, latency=0.7)
+        costs = setting.unit_costs(replace(start, removed=("blocks.1",)))
+        paid[cost] = {name for name, each in costs.items() if each > 0}
+    assert paid["latency"] == paid["macs"]
+    assert "blocks.1.fc1" not in paid["latency"]
+
+
 def test_without_a_goal_of_latency_nothing_is_measured(clock):
     compress(NET, task(), config(max_drop=None, recovery=Recovery(epochs=0)))
     assert not clock
@@ -98,6 +110,39 @@ def test_a_run_that_goes_on_uses_the_table_that_it_had(clock, monkeypatch, tmp_p
     assert outcome(first) == outcome(second)
     assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
     assert json.loads((tmp_path / "a" / "latency.json").read_text()) == kept
+
+
+def test_what_can_be_reached_is_kept_also_where_no_table_is_needed(clock, monkeypatch, tmp_path):
+    filters = FilterStage(steps=5, first_share=0.2, multiple=2)
+    settings = config(**{**ONLY, "macs": 0.7, "filters": filters})
+    with pytest.raises(Interrupted):
+        compress(NET, task(), settings, run_dir=tmp_path / "run", progress=StopsAt(9))
+    assert json.loads((tmp_path / "run" / "latency.json").read_text())["table"] is None
+    # The machine is slow now: measured again, the goal would be out of reach.
+    monkeypatch.setattr(latencies, "latency_share", lambda *_: 0.9)
+    assert compress(NET, task(), settings, run_dir=tmp_path / "run", resume=True).reached
+    assert not clock
+
+
+@pytest.mark.parametrize("late", [0.0, 0.2])
+def test_a_finished_run_keeps_the_latency_and_the_end_that_it_wrote(clock, monkeypatch, tmp_path, late):
+    first = compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run")
+    assert first.reached
+    files = [(tmp_path / "run" / name) for name in ("result.json", "divergence-after.json")]
+    written = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    share = states.latency_share
+    monkeypatch.setattr(states, "latency_share", lambda *models: share(*models) + late)
+    again = compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
+    assert (again.latency, again.reached, again.message) == (first.latency, first.reached, first.message)
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == written
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"latency": "fast"}', "{}"])
+def test_a_broken_end_is_an_error(clock, tmp_path, text):
+    compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"result\.json can't be read: "):
+        compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +194,23 @@ def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
     first, *others = found[0].values()
     assert first <= 0.7
     assert all(0.9 * first <= latency <= 1.02 * first for latency in others)
+
+
+def test_a_cut_measured_too_slow_lets_no_way_win_that_cuts_nothing(clock, monkeypatch):
+    """Whoever removes nothing has the lowest loss."""
+    settings = {**ONLY, "filters": FilterStage(schedule="one-shot"), "layers": LayerStage(removals=0)}
+    setting, start, _ = prepare(**settings)
+    real, asked = choice._left, []
+
+    def disturbed(*given):
+        asked.append(given)
+        return {**real(*given), "latency": 1.05} if len(asked) == 1 else real(*given)
+
+    monkeypatch.setattr(choice, "_left", disturbed)
+    monkeypatch.setattr(
+        choice, "best_of", lambda ways, loss: max(ways, key=lambda way: sum(map(len, ways[way].keep.values())))
+    )
+    state = filter_stage(setting, start, setting.budget, Journal(setting, start.metric))
+    assert asked
+    assert state is not start
+    assert state.latency <= 0.7

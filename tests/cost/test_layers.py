@@ -94,6 +94,17 @@ def test_layers_over_which_no_group_lies_are_timed_too(seen):
     assert table.seconds({}) > sum(table.fixed.values()) > 0
 
 
+def test_layers_whose_time_goes_evenly_are_measured_at_the_same_ends(seen):
+    """Below the smallest width no seconds are saved, so the half would count too little of a narrow group."""
+    model = Blocks().eval()
+    structure = analyze(trace(model, (torch.randn(2, 3, 6, 6),)))
+    quarters = lambda size: (size // 4, size // 2, size)  # noqa: E731
+    table = measure_table(model, structure, ((torch.randn(2, 3, 6, 6),), {}), quarters)
+    assert {curve.widths for curve in table.curves} == {(4, 8, 16), (4, 16), (2, 4, 8), (2, 8)}
+    half, quarter = (table.seconds({"first.0": width}) for width in (8, 4))
+    assert table.seconds({}) - half == pytest.approx(2 * (half - quarter))
+
+
 def test_equal_layers_are_measured_once(seen):
     table, _ = table_of(Blocks(), 2)
     assert table.curve("first.0") == table.curve("second.0")

@@ -39,10 +39,13 @@ def test_narrower_groups_multiply():
 
 def test_seconds_of_a_unit_are_those_that_half_of_the_group_saves():
     assert TABLE.unit_seconds({"a": 8, "b": 10}) == pytest.approx({"a": (4 + 4) / 4, "b": 4.5 / 5})
-    assert TABLE.unit_seconds({"a": 8, "b": 10}, gone={"second"})["b"] == pytest.approx(
-        above_zero({"a": 2, "b": 0})["b"]
-    )
     assert set(TABLE.unit_seconds({"a": 1, "b": 4})) == {"b"}
+    unknown = TABLE.unit_seconds({"a": 8, "other": 10}, gone={"second"})
+    assert unknown == pytest.approx(above_zero({"a": 2.0, "other": 0.0}))
+
+
+def test_a_unit_of_which_no_layer_is_left_takes_nothing():
+    assert TABLE.unit_seconds({"a": 8, "b": 10}, gone={"second"}) == pytest.approx({"a": 2.0})
 
 
 def test_it_survives_a_file():

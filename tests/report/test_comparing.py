@@ -27,6 +27,14 @@ def test_two_runs_of_one_model(tmp_path):
     assert said["comparable"] and said["runs"][1]["reached"] is None and said["settings"] == {"macs": ["0.5", "0.4"]}
 
 
+def test_a_setting_is_the_same_whether_a_recipe_says_it_or_leaves_it_out(tmp_path):
+    recipe = settings()["recipe"]
+    said = {**recipe, "recovery": {"lr": 0.02}, "goals": {"macs": "50%"}, "output": {"run_dir": "elsewhere"}}
+    longer = {**recipe, "train": {"epochs": 3}}
+    assert different(runs_of(tmp_path, {}, {"recipe": said})) == []
+    assert different(runs_of(tmp_path / "longer", {}, {"recipe": longer})) == [["train.epochs", "", "3"]]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

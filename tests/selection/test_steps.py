@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from idap.cost.table import Curve
-from idap.selection.steps import MULTIPLES, probes, step_of, widths_at_steps
+from idap.selection.steps import MULTIPLES, probes, step_of
 
 SIZES = st.integers(1, 2100)
 ROOMY = st.sampled_from([64, 96, 128, 200, 256, 384, 512, 1000, 2048])
@@ -71,11 +71,3 @@ def test_steps_smaller_than_the_spread_are_not_believed():
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_few_units_have_no_steps(size):
     assert step_of(curve(size, lambda width: float(width**3))) == 1
-
-
-@given(SIZES, st.sampled_from([1, 4, 16, 64]))
-def test_widths_at_steps_are_multiples_or_the_whole(size, step):
-    widths = widths_at_steps(step, size)
-    assert widths[-1] == size
-    assert all(width % step == 0 for width in widths[:-1])
-    assert len(widths) == -(-size // step)

@@ -35,6 +35,11 @@ def test_the_weights_are_those_of_the_folder(classifier):
     assert model(*args, **kwargs).logits.shape == (1, 2)
 
 
+def test_a_folder_at_home(classifier, monkeypatch):
+    monkeypatch.setenv("HOME", str(classifier.parent))
+    assert type(build_model(f"hf:~/{classifier.name}")).__name__ == "BertForSequenceClassification"
+
+
 def test_without_a_task_the_folder_says_what_it_is(classifier):
     assert type(build_model(f"hf:{classifier}")).__name__ == "BertForSequenceClassification"
 

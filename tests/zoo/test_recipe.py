@@ -1,7 +1,7 @@
 """A recipe becomes a model, a task and a config; every mistake in it is named, with what was meant."""
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from idap.rebalance.run import Rebalance
 from idap.training.recovery import Recovery
 from idap.zoo.recipe import make_recipe, read_recipe
 from idap.zoo.sections import SECTIONS
+from idap.zoo.sources import SOURCES
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -231,6 +232,14 @@ class TestDataByName:
         assert recipe(PLAIN, "model.classes=7").model().head.out_features == 7
         assert recipe(PLAIN, "model.build=python:mine.py:build_model").classes() is None
         assert recipe(PLAIN).table()["model"] == {"build": "idap:digits_resnet", "classes": 10}
+
+    def test_classes_are_counted_once(self, recipe, monkeypatch):
+        counted = []
+        source = replace(SOURCES["digits"], classes=lambda: counted.append(None) or 4)
+        monkeypatch.setitem(SOURCES, "digits", source)
+        read = recipe(PLAIN)
+        assert (read.classes(), read.table()["model"]["classes"], read.model().head.out_features) == (4, 4, 4)
+        assert len(counted) == 1
 
 
 class TestMistakes:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from idap.cli.failure import Outcome
 from idap.cli.options import Checkpoint, Debug, Json, PlanFile, Quiet, ShardSize, SmallFolder, Verbose
+from idap.cli.tables import change, short
 from idap.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ def _show(console: Console, applied: "Applied") -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="right" if name else "left")
-    change = f"{(after - before) / before:+.1%}".replace("-", "−") if before else ""
-    table.add_row("weights", _short(before), _short(after), change)
+    table.add_row("weights", short(before, "B"), short(after, "B"), change(before, after))
     table.add_row("tensors", str(applied.tensors + len(applied.dropped)), str(applied.tensors), "")
     console.print(table)
     if applied.subnormal:
@@ -91,10 +91,3 @@ def _show(console: Console, applied: "Applied") -> None:
         console.print(f"Not copied: {', '.join(applied.left_out)}.", markup=False, soft_wrap=not console.is_terminal)
     files = applied.files[0] if len(applied.files) == 1 else f"{len(applied.files)} files"
     console.print(f"The weights are in {applied.folder} ({files}).", markup=False, soft_wrap=not console.is_terminal)
-
-
-def _short(count: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"

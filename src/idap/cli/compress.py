@@ -225,13 +225,14 @@ def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progre
 
 
 def _goals(config: Any, metric: str) -> str:
+    from idap.report.tradeoff import COSTS  # noqa: PLC0415 - its checks of run folders are slow to import
+
     parts = [] if config.max_drop is None else [f"{metric} within {config.max_drop:g} of the original's"]
     if config.max_relative_drop is not None:
         parts.append(f"{metric} within {config.max_relative_drop:.2%} of the original's")
     if config.worst_metric is not None:
         parts.append(f"{metric} no worse than {config.worst_metric:g}")
-    names = {"macs": "multiply-adds", "parameters": "parameters", "size": "file size", "latency": "latency"}
-    parts += [f"{share:.0%} of the {names[name]}" for name, share in config.targets.items() if share is not None]
+    parts += [f"{share:.0%} of the {COSTS[name]}" for name, share in config.targets.items() if share is not None]
     return ", ".join(parts)
 
 

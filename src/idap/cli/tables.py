@@ -52,26 +52,35 @@ def comparison_table(numbers: Comparison, title: str = "") -> Table:
     table.add_column("")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
-    table.add_row("parameters", *(f"{count:,}" for count in numbers.parameters), _share(numbers.parameters))
-    table.add_row("MACs per sample", *(_short(count) for count in numbers.macs), _share(numbers.macs))
+    table.add_row("parameters", *(f"{count:,}" for count in numbers.parameters), change(*numbers.parameters))
+    table.add_row("MACs per sample", *(short(count) for count in numbers.macs), change(*numbers.macs))
     if numbers.latency is not None:
         label = f"latency, batch of {numbers.batch}"
-        table.add_row(label, *(f"{seconds * 1000:.2f} ms" for seconds in numbers.latency), _share(numbers.latency))
+        table.add_row(label, *(f"{seconds * 1000:.2f} ms" for seconds in numbers.latency), change(*numbers.latency))
     table.add_row(f"{numbers.metric_name} (validation)", *metric_cells(numbers.metric_name, numbers.val))
     if numbers.test is not None:
         table.add_row(f"{numbers.metric_name} (test)", *metric_cells(numbers.metric_name, numbers.test))
     return table
 
 
-def _short(count: int) -> str:
+def short(count: float, unit: str = "") -> str:
+    """A large number with a letter, and its unit.
+
+    >>> short(40_551_424), short(999), short(1500, "B"), short(12, "B")
+    ('40.55 M', '999', '1.50 kB', '12 B')
+    """
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.2f} {letter}"
-    return str(count)
+            return f"{count / size:.2f} {letter}{unit}"
+    return f"{count:.0f} {unit}".rstrip()
 
 
-def _share(pair: tuple[float, float]) -> str:
-    before, after = pair
+def change(before: float, after: float) -> str:
+    """How much a number fell or rose, as a share of what it was.
+
+    >>> change(100, 49.8), change(0, 1)
+    ('−50.2%', '')
+    """
     return f"{(after - before) / before:+.1%}".replace("-", "−") if before else ""
 
 
@@ -84,6 +93,6 @@ def metric_cells(name: str, values: Sequence[float]) -> list[str]:
     accuracy = name == "accuracy"
     cells = [f"{value:.2%}" if accuracy else f"{value:.4g}" for value in values]
     if len(values) == 2:
-        change = values[1] - values[0]
-        cells.append((f"{change * 100:+.2f} points" if accuracy else f"{change:+.4g}").replace("-", "−"))
+        by = values[1] - values[0]
+        cells.append((f"{by * 100:+.2f} points" if accuracy else f"{by:+.4g}").replace("-", "−"))
     return cells

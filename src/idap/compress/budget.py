@@ -7,9 +7,6 @@ from idap.compress.config import GOALS, Config
 from idap.cost.count import Cost
 from idap.errors import BudgetError
 
-LATENCY_NOISE = 0.02
-"""By how much a last measurement of latency may be above what is wanted, as a share of it."""
-
 Shares = Mapping[str, float]
 """What of the original's costs is left: the name of a goal -> its share."""
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from idap.compress.budget import LATENCY_NOISE, Budget, Shares, shares_of
+from idap.compress.budget import Budget, Shares, shares_of
 from idap.compress.config import FilterStage
 from idap.compress.journal import block_removal
 from idap.compress.latencies import come_down
@@ -15,7 +15,7 @@ from idap.compress.layers import calibration_loss, joined
 from idap.compress.state import Keep, Setting, State
 from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError
-from idap.record import Removal
+from idap.record import LATENCY_NOISE, Removal
 from idap.selection.alike import alike_groups, shortest, tied
 from idap.selection.best import best_of
 from idap.selection.reach import reach
@@ -76,6 +76,10 @@ class Cut:
     keep: Keep
     removed: tuple[str, ...]
 
+    def takes_from(self, state: State) -> bool:
+        """Whether it leaves less than a state has."""
+        return dict(self.keep) != dict(state.keep) or self.removed != state.removed
+
 
 def best_cut(
     setting: Setting, state: State, candidates: Candidates, aim: Budget, share: float, *, last: bool
@@ -100,6 +104,8 @@ def best_cut(
     level = replace(aim, targets={n: share for n, share in _left(setting, state, cuts[ways[0]]).items() if n in named})
     for way in ways[1:]:
         cut = _cut(setting, state, rankings[way], level, 1.0, last=last)
+        if not cut.takes_from(state):
+            continue  # a first cut that was measured too slow asks for nothing, and doing nothing loses nothing
         if level.shortfall(_left(setting, state, cut)) <= (LATENCY_NOISE if "latency" in level.targets else 0):
             cuts[way] = cut
     if len(cuts) == 1:

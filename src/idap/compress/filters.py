@@ -67,7 +67,7 @@ def _candidate(
         free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}
         candidates = Candidates.of(setting, state, found.units, free)
         ranking, cut = best_cut(setting, state, candidates, aim, share, last=aim == goal)
-    if cut.keep == dict(state.keep) and cut.removed == state.removed:
+    if not cut.takes_from(state):
         return None
     candidate = setting.next_state(state, cut.keep, cut.removed, f"{stage} {number}: recovery")
     return candidate, removals(setting, state, cut, ranking, candidates)

@@ -1,5 +1,6 @@
 """What a run folder holds beside the decisions: the settings, the profiles over depth, what was reached."""
 
+import json
 import math
 import platform
 import sys
@@ -21,8 +22,8 @@ from idap.compress.state import Keep, Setting, State
 from idap.cost.count import Cost
 from idap.divergence.criteria import opener_of
 from idap.divergence.measure import Divergence
-from idap.errors import ConfigError, StructureError, TaskError
-from idap.record import AFTER, RESULT
+from idap.errors import ConfigError, RunFolderError, StructureError, TaskError
+from idap.record import AFTER, RESULT, RunFolder
 from idap.saving.checkpoint import fingerprint
 from idap.structure.analysis import Structure
 from idap.training.batch import device_of
@@ -96,6 +97,28 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
             units[group.name] = {"low": low, "mean": mean, "high": high}
     blocks = {block.name: found.blocks[block.name] for block in structure.blocks if block.name in found.blocks}
     return {"criterion": found.criterion, "units": units, "blocks": blocks, "unmeasured": found.unmeasured}
+
+
+def ended(folder: RunFolder | None) -> Mapping[str, Any] | None:
+    """What a run that is finished came to, as it was written down; None for one that is not.
+
+    Raises:
+        RunFolderError: the file is broken.
+    """
+    found: Mapping[str, Any] | None = None if folder is None else on_main(partial(_read_end, folder.path / RESULT))
+    return found
+
+
+def _read_end(file: Path) -> Mapping[str, Any] | None:
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        latency = None if found is None else found["latency"]
+        if latency is not None and type(latency) not in (int, float):
+            raise ValueError(f"the latency is {latency!r:.60}")
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"{file} can't be read: {error}. Delete it to have the result measured again.") from error
+    end: Mapping[str, Any] | None = found
+    return end
 
 
 def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool) -> None:

@@ -47,6 +47,15 @@ class LayerTimes:
         self.least = least
         self._steps: dict[str, int] | None = None
 
+    def keep_least(self) -> None:
+        """Write down the least share as soon as the run has begun, unless its file is there already.
+
+        Raises:
+            RunFolderError: it can't be written.
+        """
+        if self._file is not None and self.least is not None:
+            on_main(partial(_write_first, self._file, self.least))
+
     @property
     def table(self) -> LatencyTable:
         """Measured now if it was not before.
@@ -127,7 +136,7 @@ def _read(file: Path) -> tuple[float | None, LatencyTable | None]:
         least = data["least"]
         if least is not None and (type(least) not in (int, float) or not 0 < least < float("inf")):
             raise ValueError(f"the least share of the latency is {least!r:.60}")
-        return least, table_from(data["table"])
+        return least, None if data["table"] is None else table_from(data["table"])
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RunFolderError(
             f"the latency table {file} can't be read: {error}. Delete it to have it measured again, or begin anew in "
@@ -135,8 +144,13 @@ def _read(file: Path) -> tuple[float | None, LatencyTable | None]:
         ) from error
 
 
-def _write(file: Path, least: float | None, table: LatencyTable) -> None:
+def _write_first(file: Path, least: float) -> None:
+    if not file.exists():
+        _write(file, least, None)
+
+
+def _write(file: Path, least: float | None, table: LatencyTable | None) -> None:
     try:
-        write_json(file, {"least": least, "table": table.to_json()})
+        write_json(file, {"least": least, "table": None if table is None else table.to_json()})
     except OSError as error:
         raise RunFolderError(f"cannot write the latency table {file}: {error}") from error

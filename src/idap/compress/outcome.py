@@ -5,11 +5,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from idap.compress.budget import LATENCY_NOISE
-from idap.compress.folder import keep_end
+from idap.compress.folder import ended, keep_end
 from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
+from idap.record import LATENCY_NOISE
 from idap.saving.origin import origin, remember_
 from idap.training.evaluate import evaluate, output_error
 from idap.training.processes import on_main
@@ -18,11 +18,17 @@ from idap.training.processes import on_main
 def concluded(
     setting: Setting, start: State, state: State, journal: Journal, recipe: Mapping[str, Any] | None = None
 ) -> Result:
-    """Measure what is returned once more, after the last change, and say what was reached."""
+    """Measure what is returned once more, after the last change, and say what was reached.
+
+    A run that was finished before keeps the end that it wrote: the clock would show another latency each time.
+    """
+    past = ended(setting.folder)
     with setting.clock.on("judging"):
         metric = start.metric if state is start else evaluate(state.model, setting.task)
         error = output_error(state.model, setting.original, setting.task)
-    latency = None if state is start else setting.latency_of(state.model)
+    latency = None if past is None else past["latency"]
+    if latency is None and state is not start:
+        latency = setting.latency_of(state.model)
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency)
     reached, message = _verdict(setting, final, journal, untouched=state is start)
     base = origin(setting.original)
@@ -46,15 +52,19 @@ def concluded(
     )
     if setting.folder is not None:
         on_main(partial(result.save, setting.folder.model))
-        keep_end(setting, final, result, untouched=state is start)
+        if past is None:
+            keep_end(setting, final, result, untouched=state is start)
     remember_(result.model, result.whole_plan)
     return result
 
 
 def _build(recipe: Mapping[str, Any]) -> str | None:
-    """The call that builds the original as a recipe says."""
-    spec = recipe.get("model", {}).get("build")
-    return f"idap.zoo.resolve.build_model({spec!r})" if isinstance(spec, str) else None
+    """The call that builds the original as a recipe says; None where it takes more than the recipe's words."""
+    model = recipe.get("model", {})
+    spec, classes = model.get("build"), model.get("classes")
+    if not isinstance(spec, str) or (spec.startswith("hf:") and "data" in recipe):  # data choose the head of these
+        return None
+    return f"idap.zoo.resolve.build_model({spec!r}{'' if classes is None else f', classes={classes}'})"
 
 
 def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:

@@ -99,6 +99,7 @@ def compress(
         settings["recipe"] = dict(recipe)
     settings["preparation"] = preparation = setting.clock.take()
     past = [] if folder is None else on_main(partial(_begun, folder, settings, resume=resume))
+    setting.layer_times.keep_least()
     journal = Journal(setting, state.metric, past, preparation)
     start, state = state, _stages(setting, state, removable, journal)
     state = _finish(setting, start, state, journal)

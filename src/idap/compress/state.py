@@ -200,20 +200,24 @@ class Setting:
 
     def block_costs(self, state: State, names: Sequence[str]) -> dict[str, float]:
         """What some branches and blocks cost, in what is counted."""
-        if self.counted == "latency" and not any(self.structure.block(name).projected for name in names):
-            numbers, gone = self._left(state)
-            whole = self.layer_times.table.seconds(numbers, gone)
-            after = {name: gone | gone_nodes(self.structure, [*state.removed, name]) for name in names}
-            return above_zero(
-                {name: whole - self.layer_times.table.seconds(numbers, nodes) for name, nodes in after.items()}
-            )
-        if self.counted == "latency":  # what a projection takes is not in the table
-            return block_latencies(self.original, self.structure, self.timed, state.keep, state.removed, names)
+        if self.counted == "latency":
+            with self.clock.on("latency"):
+                return self._block_seconds(state, names)
         costs = {name: self.costs.cost(state.keep, [*state.removed, name]) for name in names}
         present = self.costs.cost(state.keep, state.removed)
         if self.counted == "parameters":
             return {name: float(present.parameters - cost.parameters) for name, cost in costs.items()}
         return {name: float(present.macs - cost.macs) for name, cost in costs.items()}
+
+    def _block_seconds(self, state: State, names: Sequence[str]) -> dict[str, float]:
+        if any(self.structure.block(name).projected for name in names):  # what a projection takes is not in the table
+            return block_latencies(self.original, self.structure, self.timed, state.keep, state.removed, names)
+        numbers, gone = self._left(state)
+        whole = self.layer_times.table.seconds(numbers, gone)
+        after = {name: gone | gone_nodes(self.structure, [*state.removed, name]) for name in names}
+        return above_zero(
+            {name: whole - self.layer_times.table.seconds(numbers, nodes) for name, nodes in after.items()}
+        )
 
     def cut(self, state: State, keep: Keep, removed: Sequence[str]) -> tuple[nn.Module, Plan, float]:
         """Cut a copy of a state's model further, prove the cut, and rebalance what is left.

@@ -125,7 +125,9 @@ def _measured(
                     if not node.shares:  # a view costs nothing
                         unmeasured[name] = None
                     continue
-                widths = tuple(widths_of(group.size)) if name in FORMULAS else _two(group.size)
+                widths = tuple(widths_of(group.size))
+                if name not in FORMULAS:
+                    widths = tuple(dict.fromkeys((widths[0], widths[-1])))
                 calls = tuple(_call(structure, graph, there, _presence(structure, group, width)) for width in widths)
                 if (widths, calls) not in curves:
                     curves[widths, calls] = len(found)
@@ -149,10 +151,6 @@ def _over(structure: Structure, group: Group) -> Iterator[Node]:
 
 def _presence(structure: Structure, group: Group, width: int) -> Presence:
     return structure.presence({group.name: range(width)})
-
-
-def _two(size: int) -> tuple[int, ...]:
-    return (size // 2, size) if size > 1 else (size,)
 
 
 def _samples(example: Inputs) -> int:

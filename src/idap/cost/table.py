@@ -100,15 +100,16 @@ class LatencyTable:
             gone: likewise.
 
         Returns:
-            Group name -> seconds, above 0, for groups of two units or more; a thousandth of the mean where no
-            difference could be measured, or none of the layers is left.
+            Group name -> seconds, above 0, for groups of two units or more, but for those of whose layers none is
+            left; a thousandth of the mean where no difference could be measured.
         """
         found = {}
         for group, width in numbers.items():
-            if width < 2:
+            measured = self._of_group.get(group, ())
+            nodes = [node for node in measured if node not in gone]
+            if width < 2 or (measured and not nodes):
                 continue
             half = {**numbers, group: width // 2}
-            nodes = [node for node in self._of_group.get(group, ()) if node not in gone]
             saved = sum(self._layer(node, numbers) - self._layer(node, half) for node in nodes)
             found[group] = saved / (width - width // 2)
         return above_zero(found)

@@ -108,13 +108,19 @@ def _cell(fact: Fact | None) -> str:
 
 def different(runs: Sequence[Run]) -> list[list[str]]:
     """The settings that are not the same in all runs: key, and the value of each run."""
-    flats = [dict(flat({**run.settings.config, **(run.settings.recipe or {})})) for run in runs]
+    flats = [dict(flat({**run.settings.config, **_said(run)})) for run in runs]
     keys = dict.fromkeys(key for each in flats for key in each)
     return [
         [key, *(str(each.get(key, "")) for each in flats)]
         for key in keys
         if any(each.get(key) != flats[0].get(key) for each in flats)
     ]
+
+
+def _said(run: Run) -> dict[str, Any]:
+    """What only a recipe says; its other sections fill the settings, which say besides what it left out."""
+    recipe = run.settings.recipe or {}
+    return {name: recipe[name] for name in ("model", "data", "task", "train") if name in recipe}
 
 
 def document_of(runs: Sequence[Run]) -> dict[str, Any]:

@@ -111,12 +111,3 @@ def _steps_at(at: dict[int, tuple[float, float]], base: int, multiple: int) -> b
         return None
     between = [at[width] for width in at if base < width < base + multiple]
     return all(time - low >= max(EARLY * rise, off + own) for time, own in between)
-
-
-def widths_at_steps(step: int, size: int) -> tuple[int, ...]:
-    """The widths worth having where steps lie `step` apart: the multiples, and the whole.
-
-    >>> widths_at_steps(16, 40)
-    (16, 32, 40)
-    """
-    return tuple(dict.fromkeys([*range(step, size + 1, step), size]))

@@ -3,6 +3,7 @@
 import gzip
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,7 @@ def read_idx(file: Path) -> Tensor:
     """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TaskError(f"{file} can't be read: {error}.") from error
     zeros, kind, dims = content[:2], content[2:3], content[3] if len(content) > 3 else 0
     sizes = np.frombuffer(content[4 : 4 + 4 * dims], dtype=">u4") if len(content) >= 4 + 4 * dims else ()
@@ -131,7 +132,7 @@ def _of_npz(file: Path) -> dict[str, Callable[[], Tensor]]:
             if missing:
                 raise TaskError(f"{file} lacks the array {missing[0]}; it holds {', '.join(stored) or 'nothing'}.")
             arrays = {name: torch.from_numpy(stored[name]) for name in ARRAYS}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise TaskError(f"{file} can't be read as .npz with plain arrays: {error}.") from error
     return {name: partial(_same, array) for name, array in arrays.items()}
 

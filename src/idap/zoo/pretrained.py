@@ -42,7 +42,6 @@ def build_pretrained(
         ConfigError: there is no such model, or it has another number of classes.
         CheckpointError: weights are missing.
     """
-    name = spec.removeprefix(PREFIX)
     config = load_config(spec, library)
     builder, ending = _builder(spec, library, config, head)
     if classes is not None and head != "language":
@@ -62,7 +61,7 @@ def build_pretrained(
     with _quiet(library):
         model, report = _attempt(
             spec,
-            lambda: builder.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True),
+            lambda: builder.from_pretrained(_place(spec), config=config, dtype=torch.float32, output_loading_info=True),
         )
     missing = sorted(report["missing_keys"])
     if missing and not new_head:
@@ -88,7 +87,14 @@ def load_config(spec: str, library: ModuleType) -> Any:
         raise ConfigError(f"{spec}: {folder} holds no config.json; expected what model.save_pretrained(...) writes.")
     if looks_local and not folder.is_dir():
         raise ConfigError(f"{spec}: there is no folder {folder}. Write hf:FOLDER, or hf:NAME as it stands on the hub.")
-    return _attempt(spec, lambda: library.AutoConfig.from_pretrained(folder if folder.is_dir() else name))
+    return _attempt(spec, lambda: library.AutoConfig.from_pretrained(_place(spec)))
+
+
+def _place(spec: str) -> Path | str:
+    """The folder that a spec names, or the name on the hub."""
+    name = spec.removeprefix(PREFIX)
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else name
 
 
 def labels_of(config: Any) -> list[str] | None:

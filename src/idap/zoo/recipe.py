@@ -4,6 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,16 +87,18 @@ class Recipe:
             TaskError: the data is missing.
         """
         counts = self.network.build.partition(":")[0] in COUNTED
-        if self.network.classes is not None or not counts or self._source is None or self._source.classes is None:
-            return self.network.classes
-        count: int = called(self._source.classes, self._keys())
-        return count
+        return self._counted if counts and self.network.classes is None else self.network.classes
+
+    @cached_property
+    def _counted(self) -> int | None:
+        """The classes of the data, counted once: every mask may have to be read for it."""
+        source = self._source
+        return None if source is None or source.classes is None else int(called(source.classes, self._keys()))
 
     def example_inputs(self, model: nn.Module) -> Inputs | None:
         """Make one example batch without the data; None where only the data tell what the model takes."""
-        shape = None
-        if self._source is not None and self._source.shape is not None:
-            shape = called(self._source.shape, self._keys())
+        source = self._source
+        shape = None if source is None or source.shape is None else called(source.shape, self._keys())
         return ((torch.zeros(1, *shape),), {}) if shape is not None else example_inputs(self.network.build, model)
 
     def task(self) -> Task:
@@ -275,8 +278,7 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
 def _check_goals(recipe: Recipe) -> None:
     config = recipe.config()
     recipe.training()
-    data = recipe.data
-    source = SOURCES.get(data.name) if data is not None else None
+    data, source = recipe.data, recipe._source
     bounded = source is not None and (source.bounded or (data is not None and data.metric == "token_accuracy"))
     if bounded and config.max_drop is not None and config.max_drop >= 1:
         raise ConfigError(

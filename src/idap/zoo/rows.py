@@ -5,6 +5,7 @@ import difflib
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def read_text(file: Path) -> str:
     try:
         content = file.read_bytes()
         return (gzip.decompress(content) if file.suffix in PACKED else content).decode("utf-8-sig")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TaskError(f"{file} can't be read: {error}.") from error
     except UnicodeDecodeError as error:
         raise TaskError(f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}); convert it.") from error

@@ -174,6 +174,9 @@ def _check_labels(parts: Mapping[str, Sequence[Row]], names: Sequence[str]) -> N
 def _encoded(rows: Sequence[Row], names: Sequence[str], tokenizer: Any, max_length: int) -> Sentences:
     pairs = None if rows[0].pair is None else [row.pair for row in rows]
     encoded = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length, verbose=False)
+    for row, tokens in zip(rows, encoded["input_ids"], strict=True):
+        if not tokens:
+            raise TaskError(f"{row.where}: the text {row.text!r:.60} has no tokens; take the row out.")
     places = {name: place for place, name in enumerate(names)}
     return Sentences(dict(encoded), [places[row.label] for row in rows])
 
