@@ -167,6 +167,7 @@ class TestInspect:
     def test_a_script(self, script):
         result = idap("inspect", f"{script}:build_model", "--input-shape", "1,4")
         assert re.search(r"0 +16 neurons +100\.0% of MACs", result.stdout)
+        assert idap("inspect", f"{script}:build_model", "--task", f"{script}:task").stdout == result.stdout
 
     def test_whole_numbers(self, tmp_path):
         (tmp_path / "words.py").write_text(

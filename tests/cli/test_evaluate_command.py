@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import idap
+from idap.zoo.resolve import build_model
 from tests.cli.test_commands import SCRIPT, plain_terminal, text  # noqa: F401 - a fixture
 from tests.cli.test_commands import idap as command
 
@@ -85,6 +87,21 @@ def test_a_run_knows_everything(small):
     )
     found = json.loads(command("evaluate", "run", "--weights", "ones.safetensors", "--json").stdout)
     assert found["original"] is not None and found["compressed"] == small[1]
+
+
+def test_the_original_has_as_many_outputs_as_in_the_run(small, tmp_path):
+    for place in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        Path("pets", place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(Path("pets", place, "1.png"))
+    original = build_model("idap:cifar_resnet20", classes=2)
+    structure = idap.analyze(idap.trace(original, (torch.zeros(2, 3, 8, 8),)))
+    plan = structure.plan({structure.groups[0].name: range(4)})
+    idap.save("run/model", idap.apply_plan(original, plan), plan)
+    table = {"model": {"build": "idap:cifar_resnet20"}, "data": {"name": "imagefolder", "path": "pets", "size": 8}}
+    Path("run/run.json").write_text(json.dumps({"recipe": table}))
+    result = command("evaluate", "run", "--json")
+    assert result.exit_code == 0, result.stdout
+    assert json.loads(result.stdout)["compressed"] == 0.5  # one picture, two names
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,16 @@ def test_bad_metric_is_named(metric, expected):
         check_task(net(), custom(metric=metric))
 
 
+def test_a_dead_model_is_told_from_a_loss_that_looks_away():
+    dead = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    nn.init.zeros_(dead[0].weight)
+    nn.init.constant_(dead[0].bias, -1.0)
+    with pytest.raises(TaskError, match=r"Sequential gives the same outputs for each of the 4 samples .* it is dead, "):
+        check_task(dead, custom())
+    with pytest.raises(TaskError, match=r"the loss does not depend on the model: .*Let loss= use the outputs"):
+        check_task(net(), custom(loss=lambda outputs, batch: 0 * outputs.sum()))
+
+
 def test_bad_logits_are_named():
     with pytest.raises(TaskError, match=r"logits= of the task failed on the first batch of 'val': KeyError: 'x'"):
         check_task(net(), custom(logits=lambda outputs: {}["x"]))

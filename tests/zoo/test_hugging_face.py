@@ -369,6 +369,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         save_pretrained(small, plan, tmp_path / "file")
 
 
+def test_a_loaded_model_knows_its_plan(tmp_path):
+    (small, plan, _), original = cut("bert", is_inner), made("bert")[0]
+    with pytest.raises(ConfigError, match=r"remembers no plan, so it comes neither from idap\.load nor from "):
+        save_pretrained(original, None, tmp_path / "small")
+    idap.save(tmp_path / "run", small, plan)
+    assert save_pretrained(idap.load(tmp_path / "run", original), None, tmp_path / "small").plain
+
+
 def test_what_is_no_model_of_transformers_or_has_another_plan_is_refused(tmp_path):
     small, plan, _ = cut("bert", is_inner)
     with pytest.raises(ConfigError, match=r"^save_pretrained takes a model of transformers, found Linear; idap\.save "):

@@ -98,6 +98,7 @@ class TestTask:
             ({**BYTES, "val_share": 0.6, "test_share": 0.5}, "nothing is left to train"),
             ({**BYTES, "val_share": 40.0}, "val_share must lie between 0 and 1"),
             ({**BYTES, "metric": "accuracy"}, "metric must be 'perplexity' or 'token_accuracy'"),
+            ({**BYTES, "length": 8, "positions": 7}, r"8 tokens, and the model knows 7 .*data\.length = 7, or less"),
             ({**BYTES, "vocabulary": 100}, "is none of the model's 100: the tokenizer is that of another model"),
         ],
     )

@@ -192,6 +192,29 @@ class TestDataByName:
         assert (read.data.name, read.data.path) == ("csv", "reviews.tsv")
         assert recipe(text, data="elsewhere").data.given() == {"name": "cifar10", "path": "elsewhere"}
 
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ("imagefolders:pets", "did you mean imagefolder:pets?"),
+            ("pets", "did you mean imagefolder:pets?"),
+            ("roads", "did you mean masks:roads?"),
+            ("reviews.tsv.gz", "did you mean csv:reviews.tsv.gz?"),
+            ("books", "did you mean text:books?"),
+            ("empty", "write NAME:PATH, one of digits, cifar10:PATH,"),
+            ("nowhere", "write NAME:PATH, one of digits, cifar10:PATH,"),
+            ("digit", "did you mean digits?"),
+        ],
+    )
+    def test_a_path_alone_without_a_recipe(self, tmp_path, monkeypatch, given, expected):
+        monkeypatch.chdir(tmp_path)
+        for folder in ("pets/train/cat", "roads/train/masks", "books", "empty"):
+            Path(folder).mkdir(parents=True)
+        for file in ("reviews.tsv.gz", "books/one.txt"):
+            Path(file).touch()
+        with pytest.raises(ConfigError) as caught:
+            read_recipe(None, replaced={"model.build": "idap:digits_vit", "data.path": given})
+        assert f"--data {given!r} does not say what data it is; {expected}" in str(caught.value)
+
     def test_a_folder_called_like_data_is_a_path(self, recipe, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "digits").mkdir()

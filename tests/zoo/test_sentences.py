@@ -154,6 +154,9 @@ class TestMistakes:
             sentences(file, tokenizer=str(tmp_path))
         with pytest.raises(TaskError, match=r"token 11 is none of the model's 5: the tokenizer is that of another"):
             sentences(file, tokenizer=words, vocabulary=5)
+        with pytest.raises(TaskError, match=r"tokens, and the model knows 3 positions\. .* data\.max_length = 3, or less"):
+            sentences(file, tokenizer=words, positions=3)
+        sentences(file, tokenizer=words, positions=3, max_length=3)
 
     def test_a_missing_file_gets_its_neighbour(self, tmp_path, words):
         small_data.table(tmp_path / "reviews.tsv")

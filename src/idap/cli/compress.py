@@ -232,7 +232,7 @@ def _goals(config: Any, metric: str) -> str:
         parts.append(f"{metric} within {config.max_relative_drop:.2%} of the original's")
     if config.worst_metric is not None:
         parts.append(f"{metric} no worse than {config.worst_metric:g}")
-    parts += [f"{share:.0%} of the {COSTS[name]}" for name, share in config.targets.items() if share is not None]
+    parts += [f"{100 * share:.3g}% of the {COSTS[name]}" for name, share in config.targets.items() if share is not None]
     return ", ".join(parts)
 
 

@@ -133,11 +133,10 @@ def _measure(
 ) -> Measured:
     from idap.saving.checkpoint import load  # noqa: PLC0415 - torch is slow to import
     from idap.training.evaluate import evaluate  # noqa: PLC0415 - as above
-    from idap.zoo.resolve import build_model  # noqa: PLC0415 - as above
     from idap.zoo.runs import model_folder  # noqa: PLC0415 - as above
 
     place = None if folder is None else model_folder(folder)
-    small = None if place is None else load(place, build_model(recipe.network.build)).to(device)
+    small = None if place is None else load(place, recipe.model(weights=False)).to(device)
     task = recipe.task()
     # Weights that came from training in the run are gone; those of a freshly built model would say nothing.
     known = recipe.training() is None or given

@@ -36,6 +36,7 @@ from idap.record import write_json
 
 if TYPE_CHECKING:
     from idap.cost.table import LatencyTable
+    from idap.zoo.recipe import Recipe
 
 EXAMPLES = (
     "idap inspect idap:digits_vit",
@@ -103,7 +104,8 @@ def inspect_command(  # noqa: PLR0913 - one argument per option
         _check_views(divergence=divergence, latency=latency, batch=batch)
         shown: Tree | Table
         if latency:
-            table, steps = _latency(spec, input_shape or [], contract, batch or 1, swap=not no_swap)
+            recipe = recipe_of(spec, task, data)
+            table, steps = _latency(spec, recipe, input_shape or [], contract, batch or 1, swap=not no_swap)
             outcome.document, shown = latency_document(table, steps), latency_table(table, steps)
         elif divergence:
             replaced = {"task.build": task, "data.path": data, "model.weights": weights}
@@ -112,20 +114,22 @@ def inspect_command(  # noqa: PLR0913 - one argument per option
                 write_json(out, found.to_json())
             outcome.document, shown = found.to_json(), profile_tree(found)
         else:
-            view = _view(spec, input_shape or [], contract, swap=not no_swap)
+            view = _view(spec, recipe_of(spec, task, data), input_shape or [], contract, swap=not no_swap)
             outcome.document, shown = view.to_json(), structure_tree(view, members=members)
         if not (as_json or quiet):
             outcome.console.print(shown)
 
 
-def _view(spec: str, shapes: list[str], contracts: list[str] | None, *, swap: bool) -> StructureView:
+def _view(
+    spec: str, recipe: "Recipe | None", shapes: list[str], contracts: list[str] | None, *, swap: bool
+) -> StructureView:
     import torch  # noqa: PLC0415 - slow to import
 
     from idap.cost.count import CostModel  # noqa: PLC0415 - torch is slow to import
     from idap.graph.trace import trace  # noqa: PLC0415 - as above
     from idap.structure.analysis import analyze  # noqa: PLC0415 - as above
 
-    model, args, kwargs = model_and_inputs(spec, recipe_of(spec), shapes)
+    model, args, kwargs = model_and_inputs(spec, recipe, shapes)
     structure = analyze(trace(model, args, kwargs), contracts=contracts, swap=swap, required=False)
     batch = next((len(leaf) for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
     return survey(type(model).__name__, structure, CostModel(structure, batch))
@@ -139,7 +143,7 @@ def _check_views(*, divergence: bool, latency: bool, batch: int | None) -> None:
 
 
 def _latency(
-    spec: str, shapes: list[str], contracts: list[str] | None, batch: int, *, swap: bool
+    spec: str, recipe: "Recipe | None", shapes: list[str], contracts: list[str] | None, batch: int, *, swap: bool
 ) -> "tuple[LatencyTable, dict[str, int]]":
     """Measure the latency table of a model, and find its steps."""
     from idap.cost.layers import measure_table  # noqa: PLC0415 - torch is slow to import
@@ -148,7 +152,7 @@ def _latency(
     from idap.structure.analysis import analyze  # noqa: PLC0415 - as above
     from idap.surgery.compare import resized_inputs  # noqa: PLC0415 - as above
 
-    model, args, kwargs = model_and_inputs(spec, recipe_of(spec), shapes)
+    model, args, kwargs = model_and_inputs(spec, recipe, shapes)
     if any(tensor.is_meta for tensor in model.parameters()):
         raise ConfigError(f"{spec} is built on the meta device, without numbers, so it can't be timed.")
     structure = analyze(trace(model, args, kwargs), contracts=contracts, swap=swap)

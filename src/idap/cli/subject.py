@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def recipe_of(spec: str, task: str | None = None, data: Path | None = None) -> "Recipe | None":
-    """The recipe that a spec names, or that it makes together with a task; None for a model alone.
+    """The recipe that a spec names, or that it makes together with a task or data; None for a model alone.
 
     Raises:
         ConfigError: the recipe is wrong.
     """
-    if not spec.endswith(".toml") and task is None:
+    if not spec.endswith(".toml") and task is None and data is None:
         return None
     from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - imports torch
 
@@ -54,7 +54,8 @@ def model_and_inputs(spec: str, recipe: "Recipe | None", shapes: list[str], *, w
     if known is not None:
         return model, *known
     if recipe is None:
-        raise ConfigError(f"what {spec} takes is not known; say it: --input-shape 1,3,32,32, once per input.")
+        raise ConfigError(f"what {spec} takes is not known; say it: --input-shape 1,3,32,32, once per input; "
+            "or give its --task or --data.")
     args, kwargs = recipe.task().example("cpu")
     return model, args, kwargs
 

@@ -93,6 +93,11 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
     ]
     if missed:
         rejected = any(not step.accepted for step in journal.steps if step.stage != "final")
-        why = "every further step left the accuracy budget" if rejected else "the steps were used up"
-        return False, f"{' and '.join(missed)}: {why}. Allow a larger max_drop, more steps or a longer recovery"
+        why = (
+            "every further step left the accuracy budget. Allow a larger max_drop, more steps or a longer recovery"
+            if rejected
+            else "the steps were used up, and none of them left the accuracy budget. Allow more of them (filters.steps, "
+            "layers.removals), or larger ones (filters.first_share)"
+        )
+        return False, f"{' and '.join(missed)}: {why}"
     return True, "every goal was reached"

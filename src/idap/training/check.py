@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from idap.errors import IdapError, TaskError
@@ -111,13 +112,22 @@ def _check_dependence(model: nn.Module, task: Task, batch: Batch, loss: Tensor, 
         return
     args, kwargs = task.inputs(batch)
     with torch.no_grad():
+        outputs = model(*args, **kwargs)
         other = task.loss(functional_call(model, {name: 0.9 * p for name, p in learned.items()}, args, kwargs), batch)
-    if other.item() == loss.item():
+    if other.item() != loss.item():
+        return
+    told = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) > 1]
+    if told and all(bool((leaf == leaf[0]).all()) for leaf in told):
         raise TaskError(
-            f"the loss does not depend on the model: on the first batch of {split!r} its gradient is 0 for each of the "
-            f"{len(learned)} parameters that are trained, and other weights give the same loss, {loss.item():g}. Let "
-            "loss= use the outputs it is given."
+            f"{type(model).__name__} gives the same outputs for each of the {len(told[0])} samples of the first batch "
+            f"of {split!r}, and with other weights too: it is dead, as when no ReLU lets anything through. Its training "
+            "went wrong, or its weights are broken; where it was trained in this run, lower train.lr."
         )
+    raise TaskError(
+        f"the loss does not depend on the model: on the first batch of {split!r} its gradient is 0 for each of the "
+        f"{len(learned)} parameters that are trained, and other weights give the same loss, {loss.item():g}. Let "
+        "loss= use the outputs it is given."
+    )
 
 
 def _check_precision(model: nn.Module) -> None:

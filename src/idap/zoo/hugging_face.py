@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from idap.errors import CheckpointError, ConfigError
 from idap.record import write_bytes, write_json
 from idap.saving.checkpoint import load, save
+from idap.saving.origin import origin
 from idap.saving.reading import PLAN
 from idap.structure.plan import Plan
 from idap.surgery.compare import Inputs
@@ -60,7 +61,7 @@ class Saved:
 
 
 def save_pretrained(
-    model: Any, plan: Plan, folder: str | Path, *, tokenizer: Any = None, inputs: Inputs | None = None
+    model: Any, plan: Plan | None, folder: str | Path, *, tokenizer: Any = None, inputs: Inputs | None = None
 ) -> Saved:
     """Save a compressed model of transformers, as a plain folder where its configuration can say what is left.
 
@@ -71,7 +72,7 @@ def save_pretrained(
 
     Args:
         model: the compressed model, whose `config` is still the original's. It is not changed.
-        plan: from the original to the model.
+        plan: from the original to the model; None: that which a model of `load` or `compress` remembers.
         folder: new, empty, or written by this function before; it appears whole or not at all.
         tokenizer: anything with `save_pretrained`, such as a processor; its files go beside the configuration.
         inputs: positional and keyword inputs on which the outputs are compared; None makes some up, for models of
@@ -84,7 +85,7 @@ def save_pretrained(
         ConfigError: transformers is missing, the model is none of its models, or it does not run on the inputs.
         CheckpointError: the folder holds something else or can't be written, or the plan is not that of the model.
     """
-    _check_model(model, plan)
+    plan = _check_model(model, plan)
     folder = Path(folder)
     _check_folder(folder)
     inputs = inputs or example_inputs(model)
@@ -180,10 +181,16 @@ def _transformers() -> ModuleType:
         raise ConfigError("this needs transformers, which is missing. Run: pip install 'idap[text]'") from error
 
 
-def _check_model(model: Any, plan: Plan) -> None:
+def _check_model(model: Any, plan: Plan | None) -> Plan:
     if not isinstance(model, _transformers().PreTrainedModel):
         raise ConfigError(
             f"save_pretrained takes a model of transformers, found {type(model).__name__}; idap.save takes any model."
+        )
+    plan = origin(model) if plan is None else plan
+    if plan is None:
+        raise ConfigError(
+            f"this {type(model).__name__} remembers no plan, so it comes neither from idap.load nor from idap.compress; "
+            "pass the plan with which it was cut."
         )
     for name, tensor in model.named_parameters():
         if name in plan.shapes and tuple(tensor.shape) != plan.shape_after(name):
@@ -191,6 +198,7 @@ def _check_model(model: Any, plan: Plan) -> None:
                 f"the plan is not that of this model: it makes tensor {name!r} {plan.shape_after(name)}, the model's "
                 f"is {tuple(tensor.shape)}; pass the compressed model and its own plan"
             )
+    return plan
 
 
 def _check_runs(model: Any, inputs: Inputs) -> None:

@@ -14,7 +14,7 @@ from idap.training.task import Task
 from idap.zoo.data import TensorLoader
 from idap.zoo.layout import check_count, check_share, existing, parts_in
 from idap.zoo.rows import read_text
-from idap.zoo.tokens import check_tokens, token_numbers
+from idap.zoo.tokens import check_length, check_tokens, token_numbers
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -34,6 +34,7 @@ def language(  # noqa: PLR0913 - one argument per key of a recipe
     test_share: float = 0.1,
     use_cache: bool | None = None,
     vocabulary: int | None = None,
+    positions: int | None = None,
 ) -> Task:
     """Load a text, for a model that names the next token.
 
@@ -50,6 +51,7 @@ def language(  # noqa: PLR0913 - one argument per key of a recipe
         use_cache: passed to the model; False keeps models of transformers from returning keys and values. None passes
             nothing.
         vocabulary: number of tokens that the model knows.
+        positions: tokens of a text that the model can tell apart.
 
     Returns:
         A `Task`; batches are int64 `(B, length)`, the model gives logits `(B, length, V)`.
@@ -69,6 +71,7 @@ def language(  # noqa: PLR0913 - one argument per key of a recipe
     parts, notes = _parts(existing(path, "a text file, or a folder with train.txt"), tokenizer, val_share, test_share)
     blocks = {part: _blocks(tokens, length, part, path) for part, tokens in parts.items()}
     check_tokens(max(int(tokens.max()) for tokens in blocks.values()), vocabulary)
+    check_length(length, positions, "length")
     test = TensorLoader((blocks["test"],), batch_size) if "test" in blocks else None
     train = TensorLoader((blocks["train"],), batch_size, shuffle=True)
     val = TensorLoader((blocks["val"],), batch_size)

@@ -14,7 +14,7 @@ def context_of(build: str) -> dict[str, Any]:
         build: the spec of the model.
 
     Returns:
-        "tokenizer", "vocabulary" (number of tokens), "labels_like" (names of the classes, in order) and "use_cache";
+        "tokenizer", "vocabulary" (number of tokens), "positions" (tokens of a text at most), "labels_like" (names of the classes, in order) and "use_cache";
         nothing for models of other libraries.
 
     Raises:
@@ -29,5 +29,6 @@ def context_of(build: str) -> dict[str, Any]:
         "tokenizer": build.removeprefix(pretrained.PREFIX),
         "vocabulary": getattr(config, "vocab_size", None),
         "labels_like": labels_of(config),
+        "positions": getattr(config, "max_position_embeddings", None),
         "use_cache": False,
     }

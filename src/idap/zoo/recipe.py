@@ -30,7 +30,7 @@ from idap.zoo.sections import (
     read_sections,
 )
 from idap.zoo.shipped import recipe_path
-from idap.zoo.sources import SOURCES, Source, called
+from idap.zoo.sources import SOURCES, Source, called, unnamed
 
 Made = TypeVar("Made")
 
@@ -221,7 +221,11 @@ def read_recipe(
     changes = read_changes(overrides, replaced or {})
     path = None if path is None else recipe_path(path)
     table = {} if path is None else read_table(path, without=changes.keys())
-    return make_recipe(with_changes(table, changes), "the command line" if path is None else str(path))
+    table = with_changes(table, changes)
+    given = (replaced or {}).get("data.path")
+    if given is not None and "task" not in table and "name" not in table["data"]:
+        raise ConfigError(f"{unnamed(str(given))}.")
+    return make_recipe(table, "the command line" if path is None else str(path))
 
 
 def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:

@@ -15,7 +15,7 @@ from idap.errors import ConfigError, TaskError
 from idap.training.task import Task, classification
 from idap.zoo.layout import check_count, with_val
 from idap.zoo.rows import Columns, Row, read_parts
-from idap.zoo.tokens import check_tokens, load_tokenizer
+from idap.zoo.tokens import check_length, check_tokens, load_tokenizer
 
 
 class Sentences(Dataset[dict[str, Any]]):
@@ -73,6 +73,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     seed: int = 0,
     labels_like: Sequence[str] | None = None,
     vocabulary: int | None = None,
+    positions: int | None = None,
 ) -> Task:
     """Load texts with labels from a table, for a model of transformers that classifies them.
 
@@ -91,6 +92,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
         seed: of that choice.
         labels_like: names of the model's classes; their order is taken where they are the labels of train.
         vocabulary: tokens that the model knows.
+        positions: tokens of a text that the model can tell apart.
 
     Returns:
         A `Task` with cross-entropy and accuracy; batches are dicts of int64 `(B, T)`, with labels `(B,)`.
@@ -111,6 +113,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     loaded = load_tokenizer(tokenizer)
     read = {part: _encoded(rows, names, loaded, max_length) for part, rows in parts.items()}
     check_tokens(max(max(row) for part in read.values() for row in part.encoded["input_ids"]), vocabulary)
+    check_length(max(len(row) for part in read.values() for row in part.encoded["input_ids"]), positions, "max_length")
     padded = Padded(_fill(loaded, read["train"]), max_length if pad_to_max else None)
     loader = partial(DataLoader, batch_size=batch_size, collate_fn=padded)
     train, val = loader(read["train"], shuffle=True), loader(read["val"])

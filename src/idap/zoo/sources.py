@@ -1,5 +1,6 @@
 """Data sets by name: what each takes, and what a model for it looks like."""
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from idap.zoo.language import language
 from idap.zoo.masks import mask_classes, masks
 from idap.zoo.mnist import mnist, mnist_classes
 from idap.zoo.pretrained import Head
-from idap.zoo.script import is_script
+from idap.zoo.script import PREFIX, is_script
 from idap.zoo.sentences import label_names, sentences
 
 Shape = tuple[int, ...]
@@ -43,7 +44,7 @@ class Source:
 
     def takes(self) -> list[str]:
         """The keys of `[data]` that suit it, in order."""
-        hidden = {"labels_like", "vocabulary", "use_cache"}  # what the model says
+        hidden = {"labels_like", "vocabulary", "positions", "use_cache"}  # what the model says
         return [name for name in inspect.signature(self.build).parameters if name not in hidden]
 
 
@@ -120,6 +121,40 @@ def named_data(text: str) -> dict[str, str | None] | None:
     if name not in SOURCES or (not colon and Path(text).exists()):
         return None
     return {"name": name, "path": path or None}
+
+
+def unnamed(text: str) -> str:
+    """What to write where data is given by something that is no name.
+
+    Args:
+        text: what stands behind `--data`, where nothing else names the data.
+
+    Example:
+        >>> unnamed("imagefolders:pets")
+        "--data 'imagefolders:pets' does not say what data it is; did you mean imagefolder:pets?"
+    """
+    name, colon, path = text.partition(":")
+    near = difflib.get_close_matches(name, SOURCES, n=1) if colon or not Path(text).exists() else []
+    if near:
+        advice = f"did you mean {near[0]}{colon}{path}?"
+    elif Path(text).exists() and _kind(Path(text)) is not None:
+        advice = f"did you mean {_kind(Path(text))}:{text}?"
+    else:
+        forms = [f"{key}:PATH" if source.path else key for key, source in SOURCES.items()]
+        advice = f"write NAME:PATH, one of {', '.join(forms)}, or {PREFIX}FILE.py:FUNCTION"
+    return f"--data {text!r} does not say what data it is; {advice}"
+
+
+def _kind(path: Path) -> str | None:
+    """The data that a path probably holds, by the names in it."""
+    names = [path.name] if path.is_file() else [inner.name for inner in path.iterdir()] if path.is_dir() else []
+    if any(name.removesuffix(".gz").endswith((".csv", ".tsv", ".jsonl")) for name in names):
+        return "csv"
+    if any(name.removesuffix(".gz").endswith(".txt") for name in names):
+        return "text"
+    if "train" in names:
+        return "masks" if (path / "train" / "masks").is_dir() else "imagefolder"
+    return None
 
 
 def called(function: Callable[..., Any], keys: Mapping[str, Any]) -> Any:

@@ -82,6 +82,24 @@ def check_tokens(largest: int, vocabulary: int | None) -> None:
         )
 
 
+def check_length(longest: int, positions: int | None, key: str) -> None:
+    """Refuse texts that are longer than the model can read.
+
+    Args:
+        longest: tokens of the longest text.
+        positions: that the model knows; None, or less than 1: any number, or not known here.
+        key: of `[data]`, that says how long texts may be.
+
+    Raises:
+        TaskError: there are such texts.
+    """
+    if positions is not None and 0 < positions < longest:
+        raise TaskError(
+            f"the longest text has {longest} tokens, and the model knows {positions} positions. Cut texts off there: "
+            f"data.{key} = {positions}, or less."
+        )
+
+
 def _transformers(name: str) -> ModuleType:
     try:
         import transformers  # noqa: PLC0415 - an optional extra
