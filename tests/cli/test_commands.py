@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from idap.cli.compress import _untrained
 from idap.cli.failure import state_of
 from idap.cli.main import app
 from idap.cli.tables import Comparison
+from idap.zoo.recipe import read_recipe
 
 SCRIPT = """
 import torch
@@ -270,6 +272,19 @@ class TestCompress:
         found = json.loads(timed.stdout)
         assert [(row["engine"], row["batch"]) for row in found["rows"]] == [("eager", 1), ("eager", 8)]
         assert found["size"][1] < found["size"][0]
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"), [([], True), (["train.epochs=1"], False), (["model.weights=w.safetensors"], False)]
+    )
+    def test_random_weights_are_no_trained_model(self, changes, expected):
+        replaced = {"model.build": "idap:digits_vit", "data.path": "digits"}
+        assert _untrained(read_recipe(None, changes, replaced=replaced)) is expected
+
+    def test_random_weights_are_said(self):
+        words = ["--model", "idap:digits_resnet", "--data", "digits", "--macs", "90%", "--max-drop", "90%"]
+        quick = ["filters.schedule=one-shot", "filters.streams=keep", "layers.removals=0", "recovery.epochs=0"]
+        result = idap("compress", *words, *(word for each in quick for word in ("--set", each)))
+        assert "idap:digits_resnet has random weights: none are named (--weights FILE)" in text(result.stdout)
 
     def test_every_goal_is_an_option(self, script):
         result = compress(script, "--parameters", "70%", "--size", "0.75", "--latency", "2")

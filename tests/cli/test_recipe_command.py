@@ -1,6 +1,7 @@
 """`idap recipe` writes a recipe that loads and runs, by asking or from options, and shows those that idap brings."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -76,6 +77,17 @@ def test_every_kind_of_data_has_its_keys(tmp_path, data, section):
     assert read.data.name == data.partition(":")[0]
     assert (read.config().max_drop is None) == (data.startswith("text"))
     assert ("train" in read.settings) == (not read.network.build.startswith("hf:"))
+
+
+def test_what_lies_beside_a_recipe_moves_with_it(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "imagefolder:work/pets", "--model", "python:net.py:build", "--weights", "work/net.safetensors"]
+    assert run("new", *words, "--out", "work/r.toml").exit_code == 0
+    Path("work").rename("elsewhere")
+    read = read_recipe("elsewhere/r.toml")
+    assert (read.data.path, read.network.weights) == ("elsewhere/pets", "elsewhere/net.safetensors")
+    assert read.network.build == f"python:{tmp_path}/net.py:build"
 
 
 def test_list_and_show(tmp_path):

@@ -154,7 +154,7 @@ class TestMistakes:
             sentences(file, tokenizer=str(tmp_path))
         with pytest.raises(TaskError, match=r"token 11 is none of the model's 5: the tokenizer is that of another"):
             sentences(file, tokenizer=words, vocabulary=5)
-        with pytest.raises(TaskError, match=r"tokens, and the model knows 3 positions\. .* data\.max_length = 3, or less"):
+        with pytest.raises(TaskError, match=r"tokens, and the model knows 3 .* data\.max_length = 3, or less"):
             sentences(file, tokenizer=words, positions=3)
         sentences(file, tokenizer=words, positions=3, max_length=3)
 

@@ -178,6 +178,11 @@ def _run(
     align_(model)
     if training is not None:
         fit(model, task, training, progress=progress, title="train")
+    if _untrained(recipe):
+        progress.say(
+            f"{recipe.network.build} has random weights: none are named (--weights FILE), and it is not trained first "
+            "(--set train.epochs=10). What it loses says nothing about a trained model."
+        )
     progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
     with progress.phase("compress", None):
         about = recipe.table()
@@ -185,6 +190,13 @@ def _run(
     numbers = compare(model, result, task, progress)
     on_main(lambda: RunFolder(run_dir).keep(MEASURED, numbers.to_json()))
     return result, numbers
+
+
+def _untrained(recipe: "Recipe") -> bool:
+    """Whether the model's weights are random numbers: nothing brings them, and it is not trained first."""
+    network = recipe.network
+    bare = network.build.partition(":")[0] in ("idap", "torchvision", "timm")
+    return bare and network.weights is None and recipe.training() is None
 
 
 def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progress) -> Comparison:

@@ -54,8 +54,10 @@ def model_and_inputs(spec: str, recipe: "Recipe | None", shapes: list[str], *, w
     if known is not None:
         return model, *known
     if recipe is None:
-        raise ConfigError(f"what {spec} takes is not known; say it: --input-shape 1,3,32,32, once per input; "
-            "or give its --task or --data.")
+        raise ConfigError(
+            f"what {spec} takes is not known; say it: --input-shape 1,3,32,32, once per input; "
+            "or give its --task or --data."
+        )
     args, kwargs = recipe.task().example("cpu")
     return model, args, kwargs
 

@@ -96,8 +96,8 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         why = (
             "every further step left the accuracy budget. Allow a larger max_drop, more steps or a longer recovery"
             if rejected
-            else "the steps were used up, and none of them left the accuracy budget. Allow more of them (filters.steps, "
-            "layers.removals), or larger ones (filters.first_share)"
+            else "the steps were used up, and none of them left the accuracy budget. Allow more of them "
+            "(filters.steps, layers.removals), or larger ones (filters.first_share)"
         )
         return False, f"{' and '.join(missed)}: {why}"
     return True, "every goal was reached"

@@ -120,8 +120,8 @@ def _check_dependence(model: nn.Module, task: Task, batch: Batch, loss: Tensor, 
     if told and all(bool((leaf == leaf[0]).all()) for leaf in told):
         raise TaskError(
             f"{type(model).__name__} gives the same outputs for each of the {len(told[0])} samples of the first batch "
-            f"of {split!r}, and with other weights too: it is dead, as when no ReLU lets anything through. Its training "
-            "went wrong, or its weights are broken; where it was trained in this run, lower train.lr."
+            f"of {split!r}, and with other weights too: it is dead, as when no ReLU lets anything through. Its "
+            "training went wrong, or its weights are broken; where it was trained in this run, lower train.lr."
         )
     raise TaskError(
         f"the loss does not depend on the model: on the first batch of {split!r} its gradient is 0 for each of the "

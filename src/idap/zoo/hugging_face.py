@@ -189,8 +189,8 @@ def _check_model(model: Any, plan: Plan | None) -> Plan:
     plan = origin(model) if plan is None else plan
     if plan is None:
         raise ConfigError(
-            f"this {type(model).__name__} remembers no plan, so it comes neither from idap.load nor from idap.compress; "
-            "pass the plan with which it was cut."
+            f"this {type(model).__name__} remembers no plan, so it comes neither from idap.load nor from "
+            "idap.compress; pass the plan with which it was cut."
         )
     for name, tensor in model.named_parameters():
         if name in plan.shapes and tuple(tensor.shape) != plan.shape_after(name):

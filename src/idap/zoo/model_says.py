@@ -14,8 +14,8 @@ def context_of(build: str) -> dict[str, Any]:
         build: the spec of the model.
 
     Returns:
-        "tokenizer", "vocabulary" (number of tokens), "positions" (tokens of a text at most), "labels_like" (names of the classes, in order) and "use_cache";
-        nothing for models of other libraries.
+        "tokenizer", "vocabulary" (number of tokens), "positions" (tokens of a text at most), "labels_like" (names of
+        the classes, in order) and "use_cache"; nothing for models of other libraries.
 
     Raises:
         ConfigError: there is no such model.

@@ -74,7 +74,8 @@ def compose_recipe(answers: Answers, out: Path) -> str:
 
     Args:
         answers: what it says; paths are relative to the working folder.
-        out: the file that it is for; paths in it are relative to that file's folder, so they are made absolute.
+        out: the file that it is for; paths below its folder are written relative to it, so that both can be moved
+            together, and others absolute.
 
     Returns:
         TOML with comments, checked as `read_recipe` checks it.
@@ -94,8 +95,8 @@ def compose_recipe(answers: Answers, out: Path) -> str:
     model = answers.model or MODELS[kind]
     sections = [
         _head(answers, model, out),
-        _model(model, answers.weights),
-        _data(kind, named["path"]),
+        _model(model, answers.weights, out),
+        _data(kind, named["path"], out),
         *([_TRAIN[_family(kind, model)]] if _trains(model, answers.weights) else []),
         _goals(kind, answers),
         _way(_family(kind, model)),
@@ -119,10 +120,10 @@ def _head(answers: Answers, model: str, out: Path) -> str:
     )
 
 
-def _model(model: str, weights: str | None) -> str:
-    lines = ["[model]", f"build = {_text(_settled(model))}"]
+def _model(model: str, weights: str | None, out: Path) -> str:
+    lines = ["[model]", f"build = {_text(_settled(model, out))}"]
     if weights is not None:
-        lines.append(f"weights = {_text(str(Path(weights).expanduser().absolute()))}   # tensors, without code")
+        lines.append(f"weights = {_text(_place(weights, out))}   # tensors, without code")
     elif model.startswith("hf:"):
         lines.append("# a folder of transformers brings its weights")
     else:
@@ -130,11 +131,11 @@ def _model(model: str, weights: str | None) -> str:
     return "\n".join(lines)
 
 
-def _data(kind: str, path: str | None) -> str:
+def _data(kind: str, path: str | None, out: Path) -> str:
     source = SOURCES.get(kind)
-    lines = ["[data]", f"name = {_text(_settled(kind))}" + (f"   # {source.what}" if source is not None else "")]
+    lines = ["[data]", f"name = {_text(_settled(kind, out))}" + (f"   # {source.what}" if source is not None else "")]
     if path is not None:
-        lines.append(f"path = {_text(str(Path(path).expanduser().absolute()))}")
+        lines.append(f"path = {_text(_place(path, out))}")
     return "\n".join([*lines, *_KEYS.get(kind, ())])
 
 
@@ -202,12 +203,18 @@ def _family(kind: str, model: str) -> str:
     return "small" if kind in ("digits", "mnist", "fashion_mnist") else "images"
 
 
-def _settled(spec: str) -> str:
-    """A spec whose files are found from any folder."""
+def _settled(spec: str, out: Path) -> str:
+    """A spec whose files are found from the recipe."""
     if is_script(spec) and ".py:" in spec:
-        return f"python:{Path(spec.removeprefix('python:')).expanduser().absolute()}"
-    folder = Path(spec.removeprefix("hf:")).expanduser()
-    return f"hf:{folder.absolute()}" if spec.startswith("hf:") and folder.is_dir() else spec
+        return f"python:{_place(spec.removeprefix('python:'), out)}"
+    folder = spec.removeprefix("hf:")
+    return f"hf:{_place(folder, out)}" if spec.startswith("hf:") and Path(folder).expanduser().is_dir() else spec
+
+
+def _place(path: str, out: Path) -> str:
+    """A path as it is read in the recipe: relative if it lies below the recipe's folder."""
+    place, folder = Path(path).expanduser().absolute(), out.expanduser().absolute().parent
+    return place.relative_to(folder).as_posix() if place.is_relative_to(folder) else str(place)
 
 
 def _number(written: str) -> str:

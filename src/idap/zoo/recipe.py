@@ -17,7 +17,7 @@ from idap.rebalance.run import Rebalance
 from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
 from idap.zoo.model_says import context_of
-from idap.zoo.recipe_file import Table, absolute, parted, read_changes, read_table, with_changes
+from idap.zoo.recipe_file import Table, absolute, check_named, parted, read_changes, read_table, with_changes
 from idap.zoo.resolve import COUNTED, Inputs, build_model, example_inputs
 from idap.zoo.script import PREFIX, call_object, is_script
 from idap.zoo.sections import (
@@ -30,7 +30,7 @@ from idap.zoo.sections import (
     read_sections,
 )
 from idap.zoo.shipped import recipe_path
-from idap.zoo.sources import SOURCES, Source, called, unnamed
+from idap.zoo.sources import SOURCES, Source, called
 
 Made = TypeVar("Made")
 
@@ -222,9 +222,7 @@ def read_recipe(
     path = None if path is None else recipe_path(path)
     table = {} if path is None else read_table(path, without=changes.keys())
     table = with_changes(table, changes)
-    given = (replaced or {}).get("data.path")
-    if given is not None and "task" not in table and "name" not in table["data"]:
-        raise ConfigError(f"{unnamed(str(given))}.")
+    check_named(table, (replaced or {}).get("data.path"))
     return make_recipe(table, "the command line" if path is None else str(path))
 
 

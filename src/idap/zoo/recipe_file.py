@@ -12,7 +12,7 @@ from idap.zoo import pretrained
 from idap.zoo.script import PREFIX, is_script
 from idap.zoo.sections import nearest_key
 from idap.zoo.shipped import shipped_recipes
-from idap.zoo.sources import named_data
+from idap.zoo.sources import named_data, unnamed
 
 Table = dict[str, Any]
 Changes = Mapping[tuple[str, str], Any]
@@ -120,6 +120,20 @@ def with_changes(table: Table, changes: Changes) -> Table:
             if value is None:
                 del values[key]
     return changed
+
+
+def check_named(table: Table, given: str | Path | None) -> None:
+    """Refuse data that are only a path, where nothing says what they are.
+
+    Args:
+        table: section -> key -> value, not checked.
+        given: what stands behind `--data`; None: nothing.
+
+    Raises:
+        ConfigError: says what was probably meant.
+    """
+    if given is not None and "task" not in table and "name" not in table["data"]:
+        raise ConfigError(f"{unnamed(str(given))}.")
 
 
 def absolute(table: Table) -> Table:
