@@ -133,7 +133,7 @@ def check_named(table: Table, given: str | Path | None) -> None:
         ConfigError: says what was probably meant.
     """
     if given is not None and "task" not in table and "name" not in table["data"]:
-        raise ConfigError(f"{unnamed(str(given))}.")
+        raise ConfigError(unnamed(str(given)))
 
 
 def absolute(table: Table) -> Table:

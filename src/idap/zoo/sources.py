@@ -141,7 +141,7 @@ def unnamed(text: str) -> str:
         advice = f"did you mean {_kind(Path(text))}:{text}?"
     else:
         forms = [f"{key}:PATH" if source.path else key for key, source in SOURCES.items()]
-        advice = f"write NAME:PATH, one of {', '.join(forms)}, or {PREFIX}FILE.py:FUNCTION"
+        advice = f"write NAME:PATH, one of {', '.join(forms)}, or {PREFIX}FILE.py:FUNCTION."
     return f"--data {text!r} does not say what data it is; {advice}"
 
 
