@@ -91,8 +91,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
         val_share: share of the training rows that decides, where nothing else is there to.
         seed: of that choice.
         labels_like: names of the model's classes; their order is taken where they are the labels of train.
-        vocabulary: tokens that the model knows.
-        positions: tokens of a text that the model can tell apart.
+        vocabulary, positions: how many tokens, and places in a text, the model knows.
 
     Returns:
         A `Task` with cross-entropy and accuracy; batches are dicts of int64 `(B, T)`, with labels `(B,)`.
@@ -112,8 +111,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     parts, taken = with_val(rows, val_share, seed, "rows")
     loaded = load_tokenizer(tokenizer)
     read = {part: _encoded(rows, names, loaded, max_length) for part, rows in parts.items()}
-    check_tokens(max(max(row) for part in read.values() for row in part.encoded["input_ids"]), vocabulary)
-    check_length(max(len(row) for part in read.values() for row in part.encoded["input_ids"]), positions, "max_length")
+    _check_read(read, vocabulary, positions)
     padded = Padded(_fill(loaded, read["train"]), max_length if pad_to_max else None)
     loader = partial(DataLoader, batch_size=batch_size, collate_fn=padded)
     train, val = loader(read["train"], shuffle=True), loader(read["val"])
@@ -182,6 +180,13 @@ def _encoded(rows: Sequence[Row], names: Sequence[str], tokenizer: Any, max_leng
             raise TaskError(f"{row.where}: the text {row.text!r:.60} has no tokens; take the row out.")
     places = {name: place for place, name in enumerate(names)}
     return Sentences(dict(encoded), [places[row.label] for row in rows])
+
+
+def _check_read(read: Mapping[str, Sentences], vocabulary: int | None, positions: int | None) -> None:
+    """Refuse tokens that the model does not know, and texts that are too long for it."""
+    rows = [row for part in read.values() for row in part.encoded["input_ids"]]
+    check_tokens(max(map(max, rows)), vocabulary)
+    check_length(max(map(len, rows)), positions, "max_length")
 
 
 def _fill(tokenizer: Any, read: Sentences) -> dict[str, int]:
