@@ -91,7 +91,8 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
         val_share: share of the training rows that decides, where nothing else is there to.
         seed: of that choice.
         labels_like: names of the model's classes; their order is taken where they are the labels of train.
-        vocabulary, positions: how many tokens, and places in a text, the model knows.
+        vocabulary: tokens that the model knows.
+        positions: places of a text that it knows.
 
     Returns:
         A `Task` with cross-entropy and accuracy; batches are dicts of int64 `(B, T)`, with labels `(B,)`.
@@ -105,8 +106,7 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     if tokenizer is None:
         raise ConfigError("which tokenizer is meant is not said: set data.tokenizer to a folder of transformers.")
     rows, columns = _parts(path, text, pair, label, split)
-    names = _ordered(rows["train"], labels, labels_like)
-    _check_labels(rows, names)
+    names = _checked_labels(rows, _ordered(rows["train"], labels, labels_like))
     told = (str(columns), f"labels are {', '.join(f'{place} = {name!r}' for place, name in enumerate(names))}")
     parts, taken = with_val(rows, val_share, seed, "rows")
     loaded = load_tokenizer(tokenizer)
@@ -114,9 +114,9 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     _check_read(read, vocabulary, positions)
     padded = Padded(_fill(loaded, read["train"]), max_length if pad_to_max else None)
     loader = partial(DataLoader, batch_size=batch_size, collate_fn=padded)
-    train, val = loader(read["train"], shuffle=True), loader(read["val"])
-    test = loader(read["test"]) if "test" in read else None
-    return replace(classification(train, val, test=test, num_classes=len(names)), notes=(*told, *taken))
+    sets = {part: loader(samples, shuffle=part == "train") for part, samples in read.items()}
+    task = classification(sets["train"], sets["val"], test=sets.get("test"), num_classes=len(names))
+    return replace(task, notes=(*told, *taken))
 
 
 def label_names(
@@ -163,13 +163,14 @@ def _ordered(rows: Sequence[Row], labels: Sequence[str] | None, like: Sequence[s
     return sorted(found)
 
 
-def _check_labels(parts: Mapping[str, Sequence[Row]], names: Sequence[str]) -> None:
+def _checked_labels(parts: Mapping[str, Sequence[Row]], names: list[str]) -> list[str]:
     for row in chain.from_iterable(parts.values()):
         if row.label not in names:
             raise TaskError(
                 f"{row.where}: label {row.label!r} is not in train, whose labels are "
                 f"{', '.join(map(repr, names[:8]))}{', ...' if len(names) > 8 else ''}."
             )
+    return names
 
 
 def _encoded(rows: Sequence[Row], names: Sequence[str], tokenizer: Any, max_length: int) -> Sentences:
