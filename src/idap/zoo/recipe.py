@@ -220,10 +220,10 @@ def read_recipe(
     """
     changes = read_changes(overrides, replaced or {})
     path = None if path is None else recipe_path(path)
-    table = {} if path is None else read_table(path, without=changes.keys())
-    table = with_changes(table, changes)
-    check_named(table, (replaced or {}).get("data.path"))
-    return make_recipe(table, "the command line" if path is None else str(path))
+    table = with_changes({} if path is None else read_table(path, without=changes.keys()), changes)
+    return make_recipe(
+        check_named(table, (replaced or {}).get("data.path")), "the command line" if path is None else str(path)
+    )
 
 
 def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:

@@ -122,18 +122,22 @@ def with_changes(table: Table, changes: Changes) -> Table:
     return changed
 
 
-def check_named(table: Table, given: str | Path | None) -> None:
+def check_named(table: Table, given: str | Path | None) -> Table:
     """Refuse data that are only a path, where nothing says what they are.
 
     Args:
         table: section -> key -> value, not checked.
         given: what stands behind `--data`; None: nothing.
 
+    Returns:
+        The table.
+
     Raises:
         ConfigError: says what was probably meant.
     """
     if given is not None and "task" not in table and "name" not in table["data"]:
         raise ConfigError(unnamed(str(given)))
+    return table
 
 
 def absolute(table: Table) -> Table:
