@@ -17,7 +17,7 @@ from idap.rebalance.run import Rebalance
 from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
 from idap.zoo.model_says import context_of
-from idap.zoo.recipe_file import Table, absolute, check_named, parted, read_changes, read_table, with_changes
+from idap.zoo.recipe_file import Table, absolute, parted, read_changes, read_table, with_changes
 from idap.zoo.resolve import COUNTED, Inputs, build_model, example_inputs
 from idap.zoo.script import PREFIX, call_object, is_script
 from idap.zoo.sections import (
@@ -220,10 +220,8 @@ def read_recipe(
     """
     changes = read_changes(overrides, replaced or {})
     path = None if path is None else recipe_path(path)
-    table = with_changes({} if path is None else read_table(path, without=changes.keys()), changes)
-    return make_recipe(
-        check_named(table, (replaced or {}).get("data.path")), "the command line" if path is None else str(path)
-    )
+    table = {} if path is None else read_table(path, without=changes.keys())
+    return make_recipe(with_changes(table, changes), "the command line" if path is None else str(path))
 
 
 def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:

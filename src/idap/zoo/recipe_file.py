@@ -111,7 +111,11 @@ def read_table(path: Path, without: Collection[tuple[str, str]] = ()) -> Table:
 
 
 def with_changes(table: Table, changes: Changes) -> Table:
-    """Put changes into a table; sections that it lacks are added."""
+    """Put changes into a table; sections that it lacks are added.
+
+    Raises:
+        ConfigError: data are only a path, and nothing says what they are.
+    """
     changed = {section: dict(values) if isinstance(values, dict) else values for section, values in table.items()}
     for (section, key), value in changes.items():
         values = changed.setdefault(section, {})
@@ -119,25 +123,10 @@ def with_changes(table: Table, changes: Changes) -> Table:
             values[key] = value
             if value is None:
                 del values[key]
+    path = changes.get(("data", "path"))
+    if path is not None and "task" not in changed and "name" not in changed["data"]:
+        raise ConfigError(unnamed(str(path)))
     return changed
-
-
-def check_named(table: Table, given: str | Path | None) -> Table:
-    """Refuse data that are only a path, where nothing says what they are.
-
-    Args:
-        table: section -> key -> value, not checked.
-        given: what stands behind `--data`; None: nothing.
-
-    Returns:
-        The table.
-
-    Raises:
-        ConfigError: says what was probably meant.
-    """
-    if given is not None and "task" not in table and "name" not in table["data"]:
-        raise ConfigError(unnamed(str(given)))
-    return table
 
 
 def absolute(table: Table) -> Table:
