@@ -1,5 +1,6 @@
 """Measuring streams, leaves nothing behind, and works on cut models as on whole ones."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -14,10 +15,11 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.testing import assert_close
 
 from idap.divergence import observe as observing
-from idap.divergence.measure import measure
+from idap.divergence.measure import measure, measure_all
 from idap.divergence.observe import Pass
 from idap.errors import ConfigError, StructureError, TaskError
 from idap.graph.trace import trace
+from idap.progress import Silent
 from idap.structure.analysis import analyze
 from idap.structure.blocks import Block
 from idap.surgery.apply import apply_plan
@@ -33,6 +35,21 @@ def transformer():
     return nets.Encoder(
         4, 8, *(nets.PreNorm(8, nets.FusedAttention(8, 3, 4), nets.FeedForward(8, 10)) for _ in range(2))
     )
+
+
+class Counting(Silent):
+    """Remembers of each phase how many steps were announced, and taken."""
+
+    def __init__(self):
+        self.announced, self.taken = [], 0
+
+    @contextlib.contextmanager
+    def phase(self, title, total):
+        self.announced.append((title, total))
+        yield self
+
+    def advance(self, note=""):
+        self.taken += 1
 
 
 NETS = {"convs": (Convs, IMAGES), "transformer": (transformer, TOKENS), "mlp": (Mlp, TOKENS)}
@@ -57,6 +74,21 @@ def test_batches_of_any_size_add_up_to_one_large_one(net, criterion):
     assert whole.unmeasured == ()
     assert set(whole.units) == {group.name for group in structure.groups}
     assert all(scores.dtype == torch.float64 and scores.sum() > 0 for scores in whole.units.values())
+
+
+@pytest.mark.parametrize("memory", [1, 2**30], ids=["a layer per pass", "one pass"])
+def test_every_batch_and_every_solved_layer_is_a_step(memory):
+    model, structure = build(Convs, IMAGES[:2])
+    passes = [Pass(lambda judged, part=part: judged(part)) for part in IMAGES.split(3)]
+    told, unknown = Counting(), Counting()
+    for batches, progress in ((passes, told), (iter(passes), unknown)):
+        measure_all(
+            model, structure, batches, criteria=["innovation"], memory=memory, progress=progress, title="looking"
+        )
+    assert told.announced == [("looking", told.taken)]
+    kept = memory == 1  # batches that are looked at several times are kept, so they can be counted
+    assert unknown.announced == [("looking", told.taken if kept else None)]
+    assert unknown.taken == told.taken > len(passes)
 
 
 @EVERY_NET

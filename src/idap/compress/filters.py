@@ -60,8 +60,7 @@ def _candidate(
 ) -> tuple[State, list[Removal]] | None:
     """Measure, rank, cut and recover; None if nothing more may go."""
     number = len(journal.steps)
-    with setting.progress.phase(f"{stage} {number}: measure", None):
-        found = setting.divergence(state, blocks=bool(blocks) or journal.opening)
+    found = setting.divergence(state, blocks=bool(blocks) or journal.opening, title=f"{stage} {number}: measure")
     journal.show(stage, state, found)
     with setting.clock.on("selection"):
         free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}

@@ -61,8 +61,7 @@ def _candidate(
 ) -> tuple[State, list[Removal]] | None:
     """Measure, try the lowest few, remove the best of them and recover; None if nothing more may go."""
     number = len(journal.steps)
-    with setting.progress.phase(f"layers {number}: measure", None):
-        measured = setting.divergence(state, units=journal.opening)
+    measured = setting.divergence(state, units=journal.opening, title=f"layers {number}: measure")
     journal.show("layers", state, measured)
     scores = measured.blocks
     left = [name for name in scores if name in allowed and not _overshoots(setting, state, goal, name)]

@@ -117,7 +117,9 @@ class Setting:
 
         return [on(batch) for batch in (self.calibration if batches is None else batches)]
 
-    def divergence(self, state: State, *, units: bool = True, blocks: bool = True) -> Divergence:
+    def divergence(
+        self, state: State, *, units: bool = True, blocks: bool = True, title: str = "measure"
+    ) -> Divergence:
         """The divergence of what may still go; of blocks in the relative form if the criterion knows none.
 
         Of what may become a projection it is what the best one leaves over, E‖y - P(x)‖² / E‖y‖². With such candidates
@@ -127,6 +129,7 @@ class Setting:
             state: what is left.
             units: measure units, which may cost much more than blocks.
             blocks: measure branches and blocks.
+            title: what the progress bar is called.
         """
         name, _ = opener_of(self.config.criterion)
         comparable = WITH_BLOCKS if self.config.layers.replacement == "identity" else LIKE_PROJECTIONS
@@ -135,7 +138,7 @@ class Setting:
         if blocks and not knows_blocks:
             criteria.append("relative")
         with self.clock.on("measurement"):
-            found = self._measured(state, criteria)
+            found = self._measured(state, criteria, title)
         own = found.get(name, found.get("relative"))
         assert own is not None
         other = found.get("relative", own)
@@ -158,7 +161,7 @@ class Setting:
         with self.clock.on("measurement"):
             return by_itself(fit_all)  # alike in every process
 
-    def _measured(self, state: State, criteria: Sequence[Criterion]) -> dict[str, Divergence]:
+    def _measured(self, state: State, criteria: Sequence[Criterion], title: str) -> dict[str, Divergence]:
         """Measure by several criteria; every process takes some of the calibration batches if there are enough."""
 
         def found() -> dict[str, Divergence]:
@@ -170,6 +173,8 @@ class Setting:
                 keep=state.keep,
                 removed=state.removed,
                 seed=self.config.seed,
+                progress=self.progress,
+                title=title,
             )
 
         if len(self.calibration) < process_count():

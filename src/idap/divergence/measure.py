@@ -1,7 +1,7 @@
 """Measure the divergence of every unit, branch and block of a model in one pass over calibration data."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from idap.divergence.ports import Wiring
 from idap.divergence.scene import Opener, Scene, Scorer
 from idap.divergence.watch import Watch
 from idap.errors import ConfigError, StructureError, TaskError
+from idap.progress import Phase, Progress, Silent
 from idap.structure.analysis import Structure
 
 
@@ -98,7 +99,7 @@ def measure(
     return found
 
 
-def measure_all(
+def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller may bring
     model: nn.Module,
     structure: Structure,
     passes: Iterable[Pass],
@@ -108,6 +109,8 @@ def measure_all(
     removed: Sequence[str] = (),
     seed: int = 0,
     memory: int = MEMORY,
+    progress: Progress | None = None,
+    title: str = "measure",
 ) -> dict[str, Divergence]:
     """Measure everything that may still be removed by several criteria at once.
 
@@ -124,6 +127,8 @@ def measure_all(
         seed: of criteria that draw.
         memory: bytes that second moments may take at once ("innovation"); what does not fit is measured in further
             passes over the data, for which `passes` is kept.
+        progress: told of each batch, and of each layer whose second moments are solved.
+        title: what the progress bar is called.
 
     Returns:
         The scores by name of the criterion.
@@ -146,14 +151,17 @@ def measure_all(
     rounds = packed(jobs, memory)
     if len(rounds) > 1:
         passes = list(passes)
-    _look(scene, passes, rounds[0])
-    for further in rounds[1:]:
-        observe(model, [probe for job in further for probe in job.probes], passes, begin=watch.begin)
-        _finish(further)
+    steps = len(passes) * len(rounds) + len(jobs) if isinstance(passes, Sized) else None
+    with (progress or Silent()).phase(title, steps) as phase:
+        _look(scene, passes, rounds[0], phase)
+        for further in rounds[1:]:
+            probes = [probe for job in further for probe in job.probes]
+            observe(model, probes, passes, begin=watch.begin, end=lambda *_: phase.advance())
+            _finish(further, phase)
     return {name: _divergence(scene, name, scorer) for name, scorer in scorers.items()}
 
 
-def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job]) -> None:
+def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job], phase: Phase) -> None:
     """The one pass that serves all criteria."""
     watch, gradients = scene.watch, bool(scene.gates.wanted)
     passes = iter(passes)
@@ -164,6 +172,7 @@ def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job]) -> None:
     def end(each: Pass, outputs: Any) -> None:
         if gradients:
             scene.gates.end(each, outputs)
+        phase.advance()
 
     with ExitStack() as stack:
         if gradients:
@@ -172,13 +181,14 @@ def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job]) -> None:
         everything = itertools.chain([first], passes)
         observe(scene.model, probes, everything, begin=watch.begin, end=end, gradients=gradients)
     sum_over_processes([*watch.held, scene.gates.sums])
-    _finish(jobs)
+    _finish(jobs, phase)
 
 
-def _finish(jobs: Sequence[Job]) -> None:
+def _finish(jobs: Sequence[Job], phase: Phase) -> None:
     sum_over_processes([sums for job in jobs for sums in job.sums])
     for job in jobs:
         job.finish()
+        phase.advance()
 
 
 class _Given:
