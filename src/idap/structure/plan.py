@@ -179,7 +179,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Plan":
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote; the plan.json of a folder is read by `idap.saving.checkpoint.read_plan`.
 
         Raises:
             PlanError: a part is missing, of the wrong type or out of range, or the parts contradict each other.
