@@ -96,8 +96,16 @@ def test_output_in_a_file_has_no_colours(tmp_path):
     assert "\x1b" not in (tmp_path / "out").read_text() and "innovation" in (tmp_path / "out").read_text()
 
 
+@pytest.fixture
+def interruptible():
+    """Programs that are started heed Ctrl-C, also where the tests run as a background job that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="signals are those of Unix")
-def test_a_real_interruption(tmp_path):
+def test_a_real_interruption(tmp_path, interruptible):
     (tmp_path / "slow.py").write_text(
         "import time\nfrom pathlib import Path\ndef build():\n    Path('started').touch()\n    time.sleep(60)\n"
     )

@@ -40,6 +40,8 @@ def launched() -> Iterator[torch.device]:
     try:
         # Sums of squares are kept in float64, which mps does not have.
         yield torch.device("cpu") if state.device.type == "mps" else state.device
+        if not joined and state.num_processes > 1:
+            dist.barrier()  # who leaves first takes the connections with it
     finally:
         if not joined:
             state.destroy_process_group()
