@@ -252,6 +252,18 @@ class RunFolder:
         return self.path / MODEL
 
 
+def read_json(file: Path) -> Any:
+    """Read one of the JSON files of a run.
+
+    Raises:
+        RunFolderError: it can't be read, or holds something else.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunFolderError(f"{file} can't be read: {error}") from error
+
+
 def read_steps(folder: str | Path, *, whole: bool = True) -> list[dict[str, Any]]:
     """The decisions of a run, in order; none where it has not come to one yet.
 

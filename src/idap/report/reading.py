@@ -1,6 +1,5 @@
 """Read a run folder, finished or not, into plain data."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from idap.errors import RunFolderError
-from idap.record import AFTER, BEFORE, MEASURED, RESULT, RUN, STEPS, Step, read_steps
+from idap.record import AFTER, BEFORE, MEASURED, RESULT, RUN, STEPS, Step, read_json, read_steps
 
 Kind = TypeVar("Kind")
 
@@ -245,11 +244,7 @@ def _read(file: Path, kind: type[Kind]) -> Kind | None:
     """A file of the folder; None where there is none."""
     if not file.is_file():
         return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunFolderError(f"{file} can't be read: {error}") from error
-    return _checked(found, kind, str(file))
+    return _checked(read_json(file), kind, str(file))
 
 
 def _step(line: Any, where: str) -> Step:

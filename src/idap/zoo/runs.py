@@ -1,12 +1,11 @@
 """What a run folder knows: the recipe it was begun with, and where its model is."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from idap.errors import ConfigError, RunFolderError
-from idap.record import CHECKPOINTS, RUN, RunFolder
+from idap.record import CHECKPOINTS, RUN, RunFolder, read_json
 from idap.saving.reading import PLAN
 from idap.zoo.recipe import Recipe, make_recipe
 from idap.zoo.recipe_file import read_changes, with_changes
@@ -47,10 +46,7 @@ def settings_of_run(folder: str | Path) -> dict[str, Any]:
         RunFolderError: the file can't be read.
     """
     file = Path(folder) / RUN
-    try:
-        noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunFolderError(f"{file} can't be read: {error}") from error
+    noted = read_json(file) if file.exists() else {}
     if not isinstance(noted, dict):
         raise RunFolderError(f"{file} holds {type(noted).__name__}, expected the settings of a run.")
     return noted
