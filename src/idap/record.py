@@ -168,7 +168,9 @@ class RunFolder:
                 self.open(settings)
                 return []
             begun = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            if not isinstance(begun, dict):
+                raise ValueError(f"{RUN} holds no settings")
+        except (OSError, ValueError) as error:
             raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
         now = json.loads(json.dumps(settings, default=_plain))
         for name in sorted({*begun, *now} - {"environment", "recipe", "preparation"}):

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MeanSquaredError
 
+from idap.compress import change
 from idap.compress import run as running
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.run import compress
-from idap.compress.state import Setting
 from idap.errors import BudgetError, RunFolderError, StructureError, TaskError, VerificationError
 from idap.record import read_steps
 from idap.saving.checkpoint import load, read_plan
@@ -337,13 +337,14 @@ def test_a_task_of_dictionaries_with_a_torchmetrics_metric():
 
 def test_the_final_training_has_its_own_settings(monkeypatch):
     used = []
-    real = Setting.recover
+    real = change.recover
 
-    def recover(self, model, plan, title, recovery):
+    def recover(setting, model, plan, title, recovery):
         used.append((title, recovery))
-        return real(self, model, plan, title, recovery)
+        return real(setting, model, plan, title, recovery)
 
-    monkeypatch.setattr(Setting, "recover", recover)
+    for module in (change, running):
+        monkeypatch.setattr(module, "recover", recover)
     final = Recovery(epochs=2, lr=0.005)
     compress(NET, task(), config(macs=0.8, final=final, **ONLY_FILTERS))
     assert [recovery == final for _, recovery in used] == [False] * (len(used) - 1) + [True]

@@ -8,16 +8,16 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from idap.compress import latencies, outcome
+from idap.compress import change, latencies, outcome, run
 from idap.compress import run as running
 from idap.compress import state as states
+from idap.compress.change import make_cut
 from idap.compress.clock import Clock
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.latencies import come_down
 from idap.compress.neighbours import neighbours, only_training
 from idap.compress.pace import Pace
 from idap.compress.run import compress
-from idap.compress.state import Setting
 from idap.errors import ConfigError, RunFolderError, TaskError
 from idap.graph.trace import trace
 from idap.record import RunFolder
@@ -221,7 +221,7 @@ def test_without_training_several_cuts_are_corrected_like_one():
     result = compress(NET, task(), config(filters=FilterStage(schedule="even", steps=3), **settings))
     assert len(result.steps) == 3
     setting, start, _ = prepare(**settings)
-    model, _, _ = setting.cut(start, {**start.keep, **result.plan.keep}, ())
+    model, _, _ = make_cut(setting, start, {**start.keep, **result.plan.keep}, ())
     assert_close(result.model.state_dict(), model.state_dict())
 
 
@@ -230,13 +230,14 @@ def test_without_training_several_cuts_are_corrected_like_one():
 
 def test_only_the_neighbours_of_what_went_recover(monkeypatch):
     trained_names = []
-    real = Setting.recover
+    real = change.recover
 
-    def recover(self, model, plan, title, recovery):
+    def recover(setting, model, plan, title, recovery):
         trained_names.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
-        return real(self, model, plan, title, recovery)
+        return real(setting, model, plan, title, recovery)
 
-    monkeypatch.setattr(Setting, "recover", recover)
+    for module in (change, run):
+        monkeypatch.setattr(module, "recover", recover)
     settings = config(filters=FilterStage(steps=0), layers=LayerStage(removals=1, tune="neighbours"), macs=0.7, **FREE)
     result = compress(NET, task(), settings)
     (gone,) = result.plan.removed
@@ -376,7 +377,7 @@ def test_what_can_not_be_split_is_refused(train):
 
 def test_a_validation_that_changes_is_said(monkeypatch):
     monkeypatch.setattr(running, "evaluate", lambda *_: 0.9)
-    monkeypatch.setattr(states, "evaluate", lambda *_: 0.9)
+    monkeypatch.setattr(change, "evaluate", lambda *_: 0.9)
     monkeypatch.setattr(outcome, "evaluate", lambda *_: 0.2)
     result = compress(NET, task(), config(max_drop=0.1, macs=0.9, recovery=Recovery(epochs=0)))
     assert not result.reached

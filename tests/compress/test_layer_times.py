@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 from idap.compress import choice, latencies, layer_times
@@ -33,7 +34,7 @@ def stairs(_model, structure, _example, widths_of, *, progress):
         seconds = tuple(1e-3 * -(-width // 4) for width in widths)
         layers[group.writers[0].node] = {group.name: len(curves)}
         curves.append(Curve(widths, seconds, (1e-6,) * len(widths)))
-    return LatencyTable(1, "here", 1, tuple(curves), layers)
+    return LatencyTable(1, "cpu", torch.get_num_threads(), tuple(curves), layers)
 
 
 @pytest.fixture
@@ -122,6 +123,30 @@ def test_what_can_be_reached_is_kept_also_where_no_table_is_needed(clock, monkey
     monkeypatch.setattr(latencies, "latency_share", lambda *_: 0.9)
     assert compress(NET, task(), settings, run_dir=tmp_path / "run", resume=True).reached
     assert not clock
+
+
+@pytest.mark.parametrize("other", [{"device": "NVIDIA T4"}, {"threads": 77}])
+def test_a_table_of_another_device_or_other_threads_is_measured_again(clock, tmp_path, other):
+    with pytest.raises(Interrupted):
+        compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", progress=StopsAt(9))
+    file, heard = tmp_path / "run" / "latency.json", Noting()
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "table": {**kept["table"], **other}}))
+    assert compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", resume=True, progress=heard).reached
+    value = next(iter(other.values()))
+    assert any(line.startswith("The layers are timed anew: ") and str(value) in line for line in heard.lines)
+    assert len(clock) == 2
+    assert json.loads(file.read_text())["table"] == kept["table"]
+
+
+def test_what_another_model_can_reach_says_nothing_of_this_one(clock, tmp_path):
+    """The folder is the mistake, not the budget."""
+    with pytest.raises(Interrupted):
+        compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", progress=StopsAt(14))
+    file = tmp_path / "run" / "latency.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "least": 0.99}))
+    with pytest.raises(RunFolderError, match="holds a run with another "):
+        compress(trained(blocks=4), task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("late", [0.0, 0.2])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from idap.compress import run as running
+from idap.compress.change import make_cut, next_state
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
@@ -106,7 +107,7 @@ def test_trying_a_projection_by_hooks_is_what_replacing_it_does():
     fits = setting.projections(state, ["stages.1.0", "stages.2"])
     for name, found in fits.items():
         loss = loss_without(setting, state, setting.structure.block(name), found.map)
-        model, _, _ = setting.cut(state, state.keep, [name])
+        model, _, _ = make_cut(setting, state, state.keep, [name])
         setting_loss = running_loss(setting, model)
         assert loss == pytest.approx(setting_loss, rel=1e-5)
         assert 0 < found.residual < 1
@@ -160,7 +161,7 @@ def test_blocks_become_projections_which_later_cuts_go_through():
 @pytest.mark.parametrize("criterion", ["innovation", "paper", "magnitude", "taylor"])
 def test_every_kind_of_criterion_sees_the_units_that_only_projections_read(criterion):
     setting, start, _ = prepare(criterion=criterion, max_drop=None)
-    state = setting.next_state(start, start.keep, ["stages.1.0"], "")
+    state = next_state(setting, start, start.keep, ["stages.1.0"], "")
     scores = setting.divergence(state).units
     assert {"stages.1.0.conv2", "stem.0"} <= set(scores)
     assert all(bool((values[~values.isnan()] > 0).any()) for values in scores.values())
@@ -228,12 +229,12 @@ def test_in_one_ranking_projections_go_beside_units():
 
 def test_recovery_trains_the_projection_and_its_neighbours():
     setting, start, _ = prepare(**ONLY_LAYERS)
-    fitted, _, _ = setting.cut(start, start.keep, ["stages.2"])
+    fitted, _, _ = make_cut(setting, start, start.keep, ["stages.2"])
     tuned = neighbours(setting.structure, setting.structure.block("stages.2"), ["stages.2"])
     assert tuned == {"stages.1.1.conv2.weight", "stages.1.1.bn2.weight", "stages.1.1.bn2.bias"} | {
         *("stages.2.map.weight", "stages.2.map.bias", "head.weight", "head.bias")
     }
-    state = setting.next_state(start, start.keep, ["stages.2"], "", tuned=tuned)
+    state = next_state(setting, start, start.keep, ["stages.2"], "", tuned=tuned)
     before = dict(fitted.named_parameters())
     changed = {name for name, tensor in state.model.named_parameters() if not torch.equal(tensor, before[name])}
     assert changed == tuned

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from idap.compress import change, run
 from idap.compress import run as running
+from idap.compress.change import next_state
 from idap.compress.choice import Candidates, Way, rank
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.filters import filter_stage
@@ -38,13 +40,14 @@ def scripted(monkeypatch):
 
     def script(*metrics):
         left = iter(metrics)
-        real = Setting.recover
+        real = change.recover
 
-        def recover(self, model, plan, title, recovery):
-            real(self, model, plan, title, recovery)
+        def recover(setting, model, plan, title, recovery):
+            real(setting, model, plan, title, recovery)
             return next(left)
 
-        monkeypatch.setattr(Setting, "recover", recover)
+        for module in (change, run):
+            monkeypatch.setattr(module, "recover", recover)
 
     return script
 
@@ -245,7 +248,7 @@ def test_only_what_was_proved_may_go():
 def test_a_state_is_judged_by_what_it_was_restored_to():
     setting, start, _ = prepare(recovery=Recovery(epochs=2, lr=0.02))
     keep = {group.name: tuple(range(group.size // 2)) for group in setting.structure.groups}
-    following = setting.next_state(start, keep, (), "recovery")
+    following = next_state(setting, start, keep, (), "recovery")
     assert following.metric == evaluate(following.model, setting.task)
     assert following.cost == setting.costs.cost(keep)
     assert following.error < 1e-4

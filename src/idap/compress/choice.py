@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from idap.compress.budget import Budget, Shares, shares_of
+from idap.compress.change import Made, make_cut
 from idap.compress.config import FilterStage
 from idap.compress.journal import block_removal
 from idap.compress.latencies import come_down
@@ -83,7 +85,7 @@ class Cut:
 
 def best_cut(
     setting: Setting, state: State, candidates: Candidates, aim: Budget, share: float, *, last: bool
-) -> tuple[Ranking, Cut]:
+) -> tuple[Ranking, Cut, Made | None]:
     """The ranking, and what stays after a step; of several ways to rank, that with the lowest calibration loss.
 
     Args:
@@ -93,12 +95,15 @@ def best_cut(
         aim: targets of the step.
         share: of the units that may go at most.
         last: the aim is that of the stage, so that widths are rounded where the step gets there.
+
+    Returns:
+        The ranking, the cut, and the model that it makes where it was made to find the loss.
     """
     ways = _ways(setting)
     rankings = {way: rank(setting, state, candidates, way) for way in ways}
     cuts = {ways[0]: _cut(setting, state, rankings[ways[0]], aim, share, last=last)}
     if len(ways) == 1:
-        return rankings[ways[0]], cuts[ways[0]]
+        return rankings[ways[0]], cuts[ways[0]], None
     named = aim.targets or ("macs",)
     # The others go as far down as the first, so that their losses can be compared.
     level = replace(aim, targets={n: share for n, share in _left(setting, state, cuts[ways[0]]).items() if n in named})
@@ -109,14 +114,19 @@ def best_cut(
         if level.shortfall(_left(setting, state, cut)) <= (LATENCY_NOISE if "latency" in level.targets else 0):
             cuts[way] = cut
     if len(cuts) == 1:
-        return rankings[ways[0]], cuts[ways[0]]
+        return rankings[ways[0]], cuts[ways[0]], None
+    made: list[tuple[float, Cut, Made]] = []
 
-    def loss(cut: Cut) -> float:
-        model, _, _ = setting.cut(state, cut.keep, cut.removed)
-        return calibration_loss(setting, model)
+    def loss(tried: Cut) -> float:
+        one = make_cut(setting, state, tried.keep, tried.removed)
+        found = calibration_loss(setting, one.model)
+        if isfinite(found) and (not made or found < made[0][0]):
+            made[:] = [(found, tried, one)]  # only the best model so far is held
+        return found
 
     chosen = best_of(cuts, loss)
-    return rankings[chosen], cuts[chosen]
+    best = next((one for _, tried, one in made if tried == cuts[chosen]), None)
+    return rankings[chosen], cuts[chosen], best
 
 
 def _left(setting: Setting, state: State, cut: Cut) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from idap.compress.budget import Budget
+from idap.compress.change import next_state
 from idap.compress.choice import Candidates, best_cut, removals
 from idap.compress.journal import Journal
 from idap.compress.pace import Pace
@@ -65,10 +66,10 @@ def _candidate(
     with setting.clock.on("selection"):
         free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}
         candidates = Candidates.of(setting, state, found.units, free)
-        ranking, cut = best_cut(setting, state, candidates, aim, share, last=aim == goal)
+        ranking, cut, made = best_cut(setting, state, candidates, aim, share, last=aim == goal)
     if not cut.takes_from(state):
         return None
-    candidate = setting.next_state(state, cut.keep, cut.removed, f"{stage} {number}: recovery")
+    candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=made)
     return candidate, removals(setting, state, cut, ranking, candidates)
 
 

@@ -26,7 +26,7 @@ from idap.errors import ConfigError, RunFolderError, StructureError, TaskError
 from idap.record import AFTER, RESULT, RunFolder
 from idap.saving.checkpoint import fingerprint
 from idap.structure.analysis import Structure
-from idap.training.batch import device_of
+from idap.training.batch import device_name, device_of
 from idap.training.processes import on_main, process_count
 from idap.training.task import Task
 
@@ -59,7 +59,6 @@ def settings_of(
 
 
 def _environment(model: nn.Module) -> dict[str, Any]:
-    device = device_of(model)
     try:
         own = version("idap")
     except PackageNotFoundError:
@@ -69,7 +68,7 @@ def _environment(model: nn.Module) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": device_name(device_of(model)),
         "threads": torch.get_num_threads(),
         "processes": process_count(),
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),

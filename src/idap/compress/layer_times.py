@@ -7,16 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from idap.cost.layers import measure_table
 from idap.cost.table import LatencyTable, table_from
 from idap.errors import RunFolderError, TraceError
 from idap.progress import Progress, Silent
-from idap.record import RunFolder, write_json
+from idap.record import RUN, RunFolder, read_json, write_json
 from idap.selection.steps import probes, step_of
 from idap.structure.analysis import Structure
-from idap.training.batch import Inputs
+from idap.training.batch import Inputs, device_name, device_of
 from idap.training.processes import by_itself, on_main
 
 Measure = Callable[[], LatencyTable]
@@ -79,15 +80,31 @@ class LayerTimes:
         return self._steps
 
 
-def recalled(folder: RunFolder | None, *, resume: bool) -> tuple[float | None, LatencyTable | None]:
-    """The least share of the latency and the table of a run that goes on; None and None where it has none yet.
+def recalled(
+    folder: RunFolder | None, model: nn.Module, fingerprint: str, progress: Progress, *, resume: bool
+) -> tuple[float | None, LatencyTable | None]:
+    """The least share of the latency and the table of a run that goes on; None and None where it has none for us.
+
+    Args:
+        folder: of the run.
+        model: on the device that counts now; a table of another one, or of other threads, is measured again.
+        fingerprint: of the original; what another model's run has measured is not read.
+        progress: hears of what is measured again.
+        resume: the run goes on.
 
     Raises:
         RunFolderError: the file is broken.
     """
     if folder is None or not resume:
         return None, None
-    found: tuple[float | None, LatencyTable | None] = on_main(partial(_read, folder.latency))
+    found: tuple[float | None, LatencyTable | None] = on_main(partial(_read_own, folder, fingerprint))
+    table, here = found[1], (device_name(device_of(model)), torch.get_num_threads())
+    if table is not None and (table.device, table.threads) != here:
+        progress.say(
+            f"The layers are timed anew: {folder.latency.name} was measured on {table.device} with {table.threads} "
+            f"threads, this is {here[0]} with {here[1]}."
+        )
+        return None, None
     return found
 
 
@@ -126,6 +143,13 @@ def _told(steps: Mapping[str, int], groups: int) -> str:
     return (
         f"The latency has steps {told} of {groups} groups." if told else f"No steps of the latency in {groups} groups."
     )
+
+
+def _read_own(folder: RunFolder, fingerprint: str) -> tuple[float | None, LatencyTable | None]:
+    """What the folder holds; nothing where it is another model's, which is said when the folder is opened."""
+    begun = read_json(folder.path / RUN) if (folder.path / RUN).exists() else {"fingerprint": fingerprint}
+    same = isinstance(begun, dict) and begun.get("fingerprint") == fingerprint
+    return _read(folder.latency) if same else (None, None)
 
 
 def _read(file: Path) -> tuple[float | None, LatencyTable | None]:

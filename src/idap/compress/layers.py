@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from idap.compress.budget import Budget, shares_of
+from idap.compress.change import next_state
 from idap.compress.journal import Journal, block_removal
 from idap.compress.neighbours import neighbours
 from idap.compress.state import Setting, State
@@ -76,7 +77,7 @@ def _candidate(
     tuned = frozenset[str]()
     if setting.config.layers.tune == "neighbours":
         tuned = neighbours(setting.structure, block, removed)
-    candidate = setting.next_state(state, state.keep, removed, f"layers {number}: recovery", tuned=tuned)
+    candidate = next_state(setting, state, state.keep, removed, f"layers {number}: recovery", tuned=tuned)
     rank = sorted(scores, key=lambda name: scores[name]).index(chosen)
     return candidate, [block_removal(block, scores[chosen], rank, costs[chosen])]
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from idap.compress.budget import budget_of
+from idap.compress.change import recover
 from idap.compress.clock import Clock
 from idap.compress.config import Config, LayerStage
 from idap.compress.features import check_features
@@ -28,6 +29,7 @@ from idap.errors import ConfigError, PlanError, VerificationError
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
 from idap.record import RunFolder
+from idap.saving.checkpoint import fingerprint
 from idap.saving.origin import checked_origin
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
@@ -180,7 +182,7 @@ def _prepare(
     costs = CostModel(structure, batch_size(*example) or 1, saved_tensors(model))
     whole = costs.cost()
     timed = resized_inputs(*task.example(device_of(model)), config.latency_batch)
-    at_least, table = recalled(folder, resume=resume)
+    at_least, table = recalled(folder, model, fingerprint(structure.graph.shapes), progress, resume=resume)
     with clock.on("latency"):
         least = least_shares(original, structure, costs, config, removable, timed, at_least)
     budget = budget_of(config, baseline, higher_is_better=task.higher_is_better, least=least)
@@ -284,7 +286,7 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
         journal.note("final", recalled[0], [], accepted=accepted, reason=_FINAL[accepted])
         return recalled[0] if accepted else state
     model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
-    metric = setting.recover(model, state.plan, "final recovery", recovery)
+    metric = recover(setting, model, state.plan, "final recovery", recovery)
     accepted = metric >= state.metric if setting.task.higher_is_better else metric <= state.metric
     candidate = replace(state, model=model, metric=metric, latency=setting.latency_of(model))
     journal.note("final", candidate, [], accepted=accepted, reason=_FINAL[accepted])

@@ -1,12 +1,9 @@
-"""One state of a run, and the way from one state to the next: cut, prove, recover, judge."""
+"""One state of a run, and what stays the same from one state to the next."""
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,36 +12,23 @@ from torch import nn
 from idap.compress.budget import Budget, shares_of
 from idap.compress.clock import Clock
 from idap.compress.config import Config
-from idap.compress.features import BlockOutputs
 from idap.compress.latencies import block_latencies, gone_nodes, latency_share
 from idap.compress.layer_times import LayerTimes
-from idap.compress.neighbours import only_training
 from idap.cost.count import Cost, CostModel
 from idap.cost.table import above_zero
 from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, Criterion, opener_of
 from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
-from idap.errors import StructureError
 from idap.progress import Progress
 from idap.rebalance.projections import FittedMap, fit_projections
-from idap.rebalance.run import rebalance_
 from idap.record import Curve, RunFolder
 from idap.structure.analysis import Structure
 from idap.structure.plan import Plan
-from idap.surgery.apply import apply_plan
-from idap.surgery.verify import verify
-from idap.training.batch import Inputs, device_of, merged, move
-from idap.training.evaluate import evaluate
-from idap.training.fit import fit
-from idap.training.loop import FitReport
-from idap.training.processes import align_, by_itself, mine, on_main, process_count, together
-from idap.training.recovery import Recovery
+from idap.training.batch import Inputs, device_of, move
+from idap.training.processes import by_itself, mine, on_main, process_count, together
 from idap.training.task import Task
 
 Keep = Mapping[str, tuple[int, ...]]
-
-POINTS = 40
-"""Points of a recovery's loss that are kept at most."""
 
 
 @dataclass(frozen=True)
@@ -224,41 +208,6 @@ class Setting:
             {name: whole - self.layer_times.table.seconds(numbers, nodes) for name, nodes in after.items()}
         )
 
-    def cut(self, state: State, keep: Keep, removed: Sequence[str]) -> tuple[nn.Module, Plan, float]:
-        """Cut a copy of a state's model further, prove the cut, and rebalance what is left.
-
-        Projections that stand in for blocks which the state still has are fitted to these. Where nothing is trained
-        between the cuts, each of them begins with the original anew: corrections of corrected weights lose more than
-        one correction does (docs/results.md).
-
-        Returns:
-            The model, the plan from the original, and the largest relative difference from the masked original.
-
-        Raises:
-            VerificationError: the cut model is not the masked original; the state is as it was.
-            StructureError: a block that should become a projection can't be seen while the model runs.
-        """
-        if not self.config.recovery.trains:
-            state = self.untouched()
-        with self.clock.on("cut"):
-            plan = self.structure.plan(keep, tuple(removed))
-            new = [path for path in plan.projections if path not in state.plan.projections]
-            maps = {path: fitted.map for path, fitted in self.projections(state, new).items()}
-            if len(maps) < len(new):
-                missing = min(set(new) - set(maps))
-                raise StructureError(f"block {missing!r} can't be seen while the model runs, so no projection fits it")
-            model = apply_plan(state.model, plan.since(state.plan), maps)
-        with self.clock.on("proof"):
-            proof = verify(self.structure, state.model, model, plan, self.example, since=state.plan, maps=maps)
-        if self.config.rebalance:
-            at_once = merged(self.calibration)
-            passes = self.passes([at_once]) if at_once is not None else self.passes()
-            settings = self.config.rebalance
-            with self.clock.on("rebalance"):
-                rebalance_(model, self.original, self.structure, plan, passes, settings, progress=self.progress)
-            align_(model)
-        return model, plan, proof.error
-
     def untouched(self, metric: float = math.nan) -> State:
         """The original as a state.
 
@@ -269,80 +218,9 @@ class Setting:
         latency = 1.0 if "latency" in self.budget.targets else None
         return State(self.original, keep, (), self.structure.plan(keep), self.whole, metric, latency=latency)
 
-    def next_state(
-        self, state: State, keep: Keep, removed: Sequence[str], title: str, *, tuned: frozenset[str] = frozenset()
-    ) -> State:
-        """Cut a copy of a state's model further, prove the cut, rebalance it, let it recover, and judge it.
-
-        Args:
-            state: where to start; it is not changed.
-            keep: group name -> units that stay.
-            removed: branches and blocks that are gone then.
-            title: of the recovery, for the progress.
-            tuned: names of the parameters that recover; empty: all.
-
-        Raises:
-            VerificationError: the cut model is not the masked original; the state is as it was.
-        """
-        model, plan, error = self.cut(state, keep, removed)
-        with only_training(model, tuned) if tuned else nullcontext():
-            metric = self.recover(model, plan, title, self.config.recovery)
-        cost = self.costs.cost(keep, removed)
-        return State(model, keep, tuple(removed), plan, cost, metric, max(state.error, error), self.latency_of(model))
-
     def latency_of(self, model: nn.Module) -> float | None:
         """The latency of a model as a share of the original's, measured now; None where it is no goal."""
         if "latency" not in self.budget.targets:
             return None
         with self.clock.on("latency"):
             return latency_share(self.original, model, self.timed)
-
-    def recover(self, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> float:
-        """Train what a plan made of the original beside it, keep its best state, and judge it on the validation data.
-
-        Returns:
-            The metric.
-        """
-        sign = 1.0 if self.task.higher_is_better else -1.0
-
-        def judge(judged: nn.Module) -> float:
-            with self.clock.on("judging"):
-                return sign * evaluate(judged, self.task)
-
-        if not recovery.trains:
-            return sign * judge(model)
-        features = BlockOutputs(self.structure, plan, model, self.original) if recovery.features > 0 else None
-        if features is not None and not len(features):
-            recovery = replace(recovery, features=0.0)  # no block is left
-        with self.clock.on("recovery"):
-            report = fit(
-                model,
-                self.task,
-                recovery,
-                teacher=self.original,
-                features=features,
-                optimizer=None if self.optimizer is None else self.optimizer(model, plan),
-                judge=judge,
-                salvage=True,
-                progress=self.progress,
-                title=title,
-            )
-        self.curves.append(_curve(title, report, sign))
-        if report.diverged:
-            self.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
-        assert report.best is not None  # there was a judge
-        return sign * report.best
-
-
-def _curve(title: str, report: FitReport, sign: float) -> Curve:
-    """What is kept of a training: its losses as means over equal stretches, and the metric whenever it was judged."""
-    losses = report.curve
-    count = min(len(losses), POINTS)
-    edges = [index * len(losses) // count for index in range(count + 1)] if count else []
-    return Curve(
-        title=title,
-        steps=report.steps,
-        losses=tuple(statistics.fmean(losses[start:end]) for start, end in pairwise(edges)),
-        metrics=tuple((steps, sign * score) for steps, score in report.scores),
-        diverged=report.diverged,
-    )

@@ -20,7 +20,7 @@ from idap.progress import Progress, Silent
 from idap.structure.analysis import Structure
 from idap.structure.groups import Group
 from idap.structure.layout import Presence, count
-from idap.training.batch import Inputs, device_of
+from idap.training.batch import Inputs, device_name, device_of
 
 SECONDS = 0.4
 """About how long each layer is measured for each of its groups."""
@@ -203,8 +203,7 @@ class _Timer:
         self._device = device_of(self.model)
         inputs = [leaf for leaf in (*self.example[0], *self.example[1].values()) if isinstance(leaf, Tensor)]
         self._channels_last = any(map(_lies_last, (*weights, *inputs)))
-        on_gpu = self._device.type == "cuda"
-        self.name = torch.cuda.get_device_name(self._device) if on_gpu else str(self._device)
+        self.name = device_name(self._device)
 
     def curve(self, widths: tuple[int, ...], calls: tuple[_Call, ...]) -> Curve:
         """Seconds of some calls, one for each width: the middle one of the medians of a few rounds."""

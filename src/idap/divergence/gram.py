@@ -7,7 +7,7 @@ batch by batch some of its rows are drawn and their products added up.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,24 @@ from torch.nn import functional as F
 from idap.graph.ir import Node
 from idap.graph.rules import Contraction
 from idap.graph.rules.flow import arguments, base_name
+
+
+class _Side(NamedTuple):
+    """How a kernel goes along one spatial dimension.
+
+    Attributes:
+        taps: extent of the kernel.
+        stride: from one position to the next.
+        apart: from one tap to the next.
+        padding: before and after the input.
+        positions: of the output.
+    """
+
+    taps: int
+    stride: int
+    apart: int
+    padding: tuple[int, int]
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -84,19 +102,23 @@ class Rows:
         if self.contraction.kind == "linear":
             flat = x.movedim(self.contraction.input_dim, -1)
             return exact(flat.reshape(-1, flat.shape[-1])[chosen.to(x.device)]).unsqueeze(0)
-        windows = self._windows(x, weight.shape[2:])  # (B, C, *out, *kernel)
-        spatial = len(weight.shape) - 2
-        out = windows.shape[2 : 2 + spatial]
-        places = torch.unravel_index(chosen.to(x.device), (len(x), *out))
-        index: tuple[Any, ...] = (places[0], slice(None), *places[1:])
-        taken = windows[index]  # (rows, C, *kernel)
+        sides = self._sides(x, weight)
+        padded = F.pad(x, [pad for side in reversed(sides) for pad in side.padding])  # torch wants the last one first
+        flat = padded.movedim(1, -1).reshape(-1, x.shape[1])  # a row per place: whole rows are copied fast
+        places = torch.unravel_index(chosen.to(x.device), (len(x), *(side.positions for side in sides)))
+        first, taps = places[0], torch.zeros(1, dtype=torch.long, device=x.device)
+        for side, extent, place in zip(sides, padded.shape[2:], places[1:], strict=True):
+            first = first * extent + place * side.stride
+            within = side.apart * torch.arange(side.taps, device=x.device)
+            taps = (taps.unsqueeze(1) * extent + within).ravel()
+        taken = flat[(first.unsqueeze(1) + taps).ravel()]
         parts = x.shape[1] // weight.shape[1]
-        return exact(taken.reshape(len(chosen), parts, -1).transpose(0, 1))
+        taken = taken.reshape(len(chosen), len(taps), parts, -1).permute(2, 0, 3, 1)
+        return exact(taken.reshape(parts, len(chosen), -1))
 
     def _extent(self, x: Tensor, weight: Tensor) -> int:
         """Number of positions in the output for one sample of a convolution."""
-        spatial = weight.dim() - 2
-        return prod(self._windows(x[:1, :1], weight.shape[2:]).shape[2 : 2 + spatial])
+        return prod(side.positions for side in self._sides(x, weight))
 
     def outputs(self, y: Tensor, chosen: Tensor) -> Tensor:
         """The outputs at the same positions, shape (rows, outputs)."""
@@ -114,15 +136,17 @@ class Rows:
         first = like.movedim(self.contraction.write_dim, 0)
         return matrix.reshape(first.shape).movedim(0, self.contraction.write_dim)
 
-    def _windows(self, x: Tensor, kernel: Sequence[int]) -> Tensor:
+    def _sides(self, x: Tensor, weight: Tensor) -> list["_Side"]:
+        """How the kernel goes along each spatial dimension of the input."""
         given = arguments(self.node)
-        spatial = len(kernel)
-        stride, dilation = (_each(given[name], spatial) for name in ("stride", "dilation"))
-        x = F.pad(x, _padding(given["padding"], kernel, dilation))
-        for place in range(spatial):
-            reach = (kernel[place] - 1) * dilation[place] + 1
-            x = x.unfold(2 + place, reach, stride[place])[..., :: dilation[place]]
-        return x
+        kernel = weight.shape[2:]
+        stride, dilation = (_each(given[name], len(kernel)) for name in ("stride", "dilation"))
+        padding = _padding(given["padding"], kernel, dilation)
+        sides = []
+        for extent, taps, step, apart, pads in zip(x.shape[2:], kernel, stride, dilation, padding, strict=True):
+            room = extent + sum(pads) - (taps - 1) * apart
+            sides.append(_Side(taps, step, apart, pads, (room - 1) // step + 1))
+        return sides
 
 
 @dataclass
@@ -172,14 +196,9 @@ def _each(value: Any, count: int) -> list[int]:
     return values * count if len(values) == 1 else values
 
 
-def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Padding before and after each dimension, last dimension first, as torch.nn.functional.pad wants it."""
-    sides = []
-    for place, size in enumerate(kernel):
-        if given == "same":
-            total = dilation[place] * (size - 1)
-            sides.append((total // 2, total - total // 2))
-        else:
-            side = 0 if given == "valid" else _each(given, len(kernel))[place]
-            sides.append((side, side))
-    return [side for pair in reversed(sides) for side in pair]
+def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """Padding before and after each dimension."""
+    if given == "same":
+        totals = [apart * (size - 1) for size, apart in zip(kernel, dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(side, side) for side in ([0] * len(kernel) if given == "valid" else _each(given, len(kernel)))]

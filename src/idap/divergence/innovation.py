@@ -31,6 +31,9 @@ DAMPING = 1e-3
 STEPS = 96
 """A group is eliminated in at most about so many steps; a wide one several units at a time."""
 
+COMPACT = 0.8
+"""Columns that are gone are dropped from the matrices once less than this share of them is left."""
+
 
 def innovation(scene: Scene) -> Scorer:
     """Accumulated cost of eliminating units when the layers that read them are refitted, over E‖x‖² of the stream."""
@@ -72,7 +75,7 @@ class System:
     """One consumer, or one part of a grouped convolution, on the way of elimination.
 
     Attributes:
-        inverse: H⁻¹ on the columns of the group, shape (columns, columns); downdated in place.
+        inverse: H⁻¹ on the columns, shape (columns, columns); downdated in place.
         weights: V, refitted as units go, shape (outputs, columns); in units of flow (divided by its root mean square).
         units: unit of each row of `columns`, shape (units here,).
         columns: the columns of each unit, shape (units here, columns of a unit).
@@ -96,9 +99,17 @@ class System:
         cols = self.columns[gone].ravel()
         part = self.inverse[cols]  # (k, columns)
         gain = torch.linalg.solve(_sound(part[:, cols]), part)
-        self.weights -= self.weights[:, cols] @ gain
-        self.inverse -= part.T @ gain
+        self.weights.addmm_(self.weights[:, cols], gain, alpha=-1)
+        self.inverse.addmm_(part.T, gain, alpha=-1)
         self.units, self.columns = self.units[~gone], self.columns[~gone]
+        if self.columns.numel() < COMPACT * len(self.inverse):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Forget the columns that no unit has any longer, so that further steps don't update them."""
+        live = self.columns.ravel()
+        self.inverse, self.weights = self.inverse[live][:, live], self.weights[:, live]
+        self.columns = torch.arange(len(live), device=live.device).reshape(self.columns.shape)
 
 
 def eliminate(systems: Sequence[System], size: int) -> Tensor:

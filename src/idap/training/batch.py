@@ -200,6 +200,11 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called: a GPU by its make."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def describe(value: object) -> str:
     """Say in a few words what a value is, for the text of an error.
 

@@ -1,0 +1,172 @@
+"""The way from one state of a run to the next: cut, prove, rebalance, recover, judge."""
+
+import statistics
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import nn
+
+from idap.compress.features import BlockOutputs
+from idap.compress.neighbours import only_training
+from idap.compress.state import Keep, Setting, State
+from idap.errors import StructureError
+from idap.rebalance.run import rebalance_
+from idap.record import Curve
+from idap.structure.plan import Plan
+from idap.surgery.apply import apply_plan
+from idap.surgery.verify import verify
+from idap.training.batch import merged
+from idap.training.evaluate import evaluate
+from idap.training.fit import fit
+from idap.training.loop import FitReport
+from idap.training.processes import align_
+from idap.training.recovery import Recovery
+
+POINTS = 40
+"""Points of a recovery's loss that are kept at most."""
+
+
+class Made(NamedTuple):
+    """A model that was cut and rebalanced, but not trained.
+
+    Attributes:
+        model: that was made.
+        plan: from the original to the model.
+        error: the largest relative difference from the masked original.
+    """
+
+    model: nn.Module
+    plan: Plan
+    error: float
+
+
+def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str]) -> Made:
+    """Cut a copy of a state's model further, prove the cut, and rebalance what is left.
+
+    Projections that stand in for blocks which the state still has are fitted to these. Where nothing is trained
+    between the cuts, each of them begins with the original anew: corrections of corrected weights lose more than
+    one correction does (docs/results.md).
+
+    Args:
+        setting: of the run.
+        state: where to start; it is not changed.
+        keep: group name -> units that stay.
+        removed: branches and blocks that are gone then.
+
+    Raises:
+        VerificationError: the cut model is not the masked original; the state is as it was.
+        StructureError: a block that should become a projection can't be seen while the model runs.
+    """
+    structure, clock = setting.structure, setting.clock
+    if not setting.config.recovery.trains:
+        state = setting.untouched()
+    with clock.on("cut"):
+        plan = structure.plan(keep, tuple(removed))
+        new = [path for path in plan.projections if path not in state.plan.projections]
+        maps = {path: fitted.map for path, fitted in setting.projections(state, new).items()}
+        if len(maps) < len(new):
+            missing = min(set(new) - set(maps))
+            raise StructureError(f"block {missing!r} can't be seen while the model runs, so no projection fits it")
+        model = apply_plan(state.model, plan.since(state.plan), maps)
+    with clock.on("proof"):
+        proof = verify(structure, state.model, model, plan, setting.example, since=state.plan, maps=maps)
+    if setting.config.rebalance:
+        at_once = merged(setting.calibration)
+        passes = setting.passes([at_once]) if at_once is not None else setting.passes()
+        settings = setting.config.rebalance
+        with clock.on("rebalance"):
+            rebalance_(model, setting.original, structure, plan, passes, settings, progress=setting.progress)
+        align_(model)
+    return Made(model, plan, proof.error)
+
+
+def next_state(
+    setting: Setting,
+    state: State,
+    keep: Keep,
+    removed: Sequence[str],
+    title: str,
+    *,
+    tuned: frozenset[str] = frozenset(),
+    made: Made | None = None,
+) -> State:
+    """Cut a copy of a state's model further, let it recover, and judge it.
+
+    Args:
+        setting: of the run.
+        state: where to start; it is not changed.
+        keep: group name -> units that stay.
+        removed: branches and blocks that are gone then.
+        title: of the recovery, for the progress.
+        tuned: names of the parameters that recover; empty: all.
+        made: the cut, if it was made before; its model becomes that of the next state.
+
+    Raises:
+        VerificationError: the cut model is not the masked original; the state is as it was.
+    """
+    model, plan, error = made or make_cut(setting, state, keep, removed)
+    with only_training(model, tuned) if tuned else nullcontext():
+        metric = recover(setting, model, plan, title, setting.config.recovery)
+    cost, error = setting.costs.cost(keep, removed), max(state.error, error)
+    return State(model, keep, tuple(removed), plan, cost, metric, error, setting.latency_of(model))
+
+
+def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> float:
+    """Train what a plan made of the original beside it, keep its best state, and judge it on the validation data.
+
+    Args:
+        setting: of the run; gets the curve of the training.
+        model: is trained in place.
+        plan: from the original to the model.
+        title: of the recovery, for the progress.
+        recovery: how it is trained.
+
+    Returns:
+        The metric.
+    """
+    sign = 1.0 if setting.task.higher_is_better else -1.0
+
+    def judge(judged: nn.Module) -> float:
+        with setting.clock.on("judging"):
+            return sign * evaluate(judged, setting.task)
+
+    if not recovery.trains:
+        return sign * judge(model)
+    features = BlockOutputs(setting.structure, plan, model, setting.original) if recovery.features > 0 else None
+    if features is not None and not len(features):
+        recovery = replace(recovery, features=0.0)  # no block is left
+    with setting.clock.on("recovery"):
+        report = fit(
+            model,
+            setting.task,
+            recovery,
+            teacher=setting.original,
+            features=features,
+            optimizer=None if setting.optimizer is None else setting.optimizer(model, plan),
+            judge=judge,
+            salvage=True,
+            progress=setting.progress,
+            title=title,
+        )
+    setting.curves.append(_curve(title, report, sign))
+    if report.diverged:
+        setting.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
+    assert report.best is not None  # there was a judge
+    return sign * report.best
+
+
+def _curve(title: str, report: FitReport, sign: float) -> Curve:
+    """What is kept of a training: its losses as means over equal stretches, and the metric whenever it was judged."""
+    losses = report.curve
+    count = min(len(losses), POINTS)
+    edges = [index * len(losses) // count for index in range(count + 1)] if count else []
+    return Curve(
+        title=title,
+        steps=report.steps,
+        losses=tuple(statistics.fmean(losses[start:end]) for start, end in pairwise(edges)),
+        metrics=tuple((steps, sign * score) for steps, score in report.scores),
+        diverged=report.diverged,
+    )
