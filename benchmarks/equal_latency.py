@@ -3,20 +3,23 @@
     python benchmarks/equal_latency.py --data DATA [--networks resnet56 vit resnet50 ...] [--batches 1 16]
 
 CIFAR-10 networks with public weights (resnet20, resnet56, vit) are compressed by `idap.compress` without training, in
-one shot of stage 1, to a share of their latency: once with units counted in multiply-adds and any width ("macs"), once
-with the latency table ("table"). Kept is the accuracy on test images that decide nothing. Networks for ImageNet have no
-weights at hand: ranked by the L2 norm, kept is the share of all norms that is left. Both cuts and the original take
-turns in one process in the end, so that the latencies compare. Rows already in the results are not measured again. It
-needs a core for itself.
+one shot of stage 1, to a few shares of their latency: once with units counted in multiply-adds and any width ("macs"),
+once with all that a goal of latency brings ("table": score per second as well, widths at the steps, whichever loses
+least). Kept is the accuracy on test images that decide nothing. Networks for ImageNet have no weights at hand: ranked
+by the L2 norm per multiply-add ("macs"), per second ("table"), or per second with widths at the steps ("steps"), kept
+is the share of all norms that is left. All cuts and the original take turns in one process in the end, so that the
+latencies compare; what is kept at one and the same latency is read off the line through the cuts of a way. Rows
+already in the results are not measured again. It needs a core for itself.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,7 +35,10 @@ from idap.compress.latencies import come_down, latency_share
 
 KEYS = ("network", "batch", "share")
 REAL = ("resnet20", "resnet56", "vit")
-REPEATS = {1: 60, 16: 15}
+AROUND = (0.9, 1.0, 1.1)
+"""Each way cuts to the wanted latency times these."""
+SECONDS, FEWEST, MOST = 60.0, 15, 400
+"""How long all cuts of a row take turns in the end, and how many passes of each there are at least and at most."""
 Kept = tuple[nn.Module, float]
 
 
@@ -53,9 +59,11 @@ def by_accuracy(bench: Bench, batch: int, share: float, which: str) -> Kept:
     return result.model.eval(), bench.accuracy(result.model)
 
 
-def by_norm(subject: Subject, batch: int, share: float, which: str, seconds: float) -> Kept:
+def by_norm(subject: Subject, batch: int, seconds: float, share: float, which: str) -> Kept:
     """Cut a network without weights down to a measured latency."""
-    ranking, steps = subject.ranking(subject.table(batch, seconds) if which == "table" else None)
+    ranking, steps = subject.ranking(None if which == "macs" else subject.table(batch, seconds))
+    if which != "steps":
+        steps = {}
     inputs = example(subject.name, batch)
     cuts: dict[float, tuple[nn.Module, float]] = {}
 
@@ -68,22 +76,31 @@ def by_norm(subject: Subject, batch: int, share: float, which: str, seconds: flo
 
 
 def row(
-    original: nn.Module, inputs: Any, batch: int, cut: Callable[[str], Kept], measure: str, base: float
+    original: nn.Module, inputs: Any, share: float, ways: Sequence[str], cut: Callable[[float, str], Kept], base: float
 ) -> dict[str, Any]:
-    """Both cuts, timed in turn with the original."""
-    found: Mapping[str, Kept] = {which: cut(which) for which in RANKINGS}
-    models = {"original": original, **{which: model for which, (model, _) in found.items()}}
-    with torch.inference_mode():
-        times = measure_latency(models, *inputs, repeats=REPEATS.get(batch, 20), warmup=3)
+    """All cuts, timed in turn with the original, and what each way keeps at the wanted share of the latency."""
+    found = {(way, around): cut(share * around, way) for way in ways for around in AROUND}
+    models = {"original": original, **{f"{way} {around}": model for (way, around), (model, _) in found.items()}}
+    once = measure_latency(models, *inputs, repeats=3, warmup=1)
+    repeats = int(min(MOST, max(FEWEST, SECONDS / sum(each.median for each in once.values()))))
+    times = measure_latency(models, *inputs, repeats=repeats, warmup=3)
     whole = times["original"].median
+    lines: dict[str, list[list[float]]] = {}
+    for (way, around), (_, kept) in found.items():
+        lines.setdefault(way, []).append([round(times[f"{way} {around}"].median / whole, 4), round(kept, 4)])
     return {
-        "measure": measure,
         "original": round(base, 4),
         "original_ms": round(1000 * whole, 3),
-        **{f"kept_{which}": round(kept, 4) for which, (_, kept) in found.items()},
-        **{f"latency_{which}": round(times[which].median / whole, 4) for which in RANKINGS},
-        **{f"quartiles_{which}": [round(each / whole, 4) for each in times[which].spread] for which in RANKINGS},
+        "repeats": repeats,
+        "kept": {way: round(at(points, share), 4) for way, points in lines.items()},
+        "latency_and_kept": lines,
     }
+
+
+def at(points: Sequence[Sequence[float]], latency: float) -> float:
+    """What the line through some points, of latency and what is kept, has at a latency."""
+    slope, height = np.polyfit(*zip(*points, strict=True), deg=1)
+    return float(slope * latency + height)
 
 
 def real(name: str, data: Path, batch: int, share: float) -> dict[str, Any]:
@@ -91,19 +108,16 @@ def real(name: str, data: Path, batch: int, share: float) -> dict[str, Any]:
     protocol = Protocol(device="cpu", train=1000, recovery=NONE)
     bench = vit_bench(data, 0) if name == "vit" else cifar_bench(name, data, protocol, 0)
     inputs = ((torch.randn(batch, 3, 32, 32),), {})
-    cut = partial(by_accuracy, bench, batch, share)
-    return row(bench.model, inputs, batch, cut, "accuracy", bench.accuracy(bench.model))
+    found = row(bench.model, inputs, share, RANKINGS, partial(by_accuracy, bench, batch), bench.accuracy(bench.model))
+    return {"measure": "accuracy", **found}
 
 
 def random(name: str, build: Callable[[], nn.Module], batch: int, share: float, seconds: float) -> dict[str, Any]:
     """The row of a network without weights."""
     subject = Subject.of(name, build)
-    inputs = example(name, batch)
-
-    def cut(which: str) -> Kept:
-        return by_norm(subject, batch, share, which, seconds)
-
-    return {**row(subject.model, inputs, batch, cut, "share of the norms", 1.0), "channels_last": has_images(name)}
+    cut = partial(by_norm, subject, batch, seconds)
+    found = row(subject.model, example(name, batch), share, (*RANKINGS, "steps"), cut, 1.0)
+    return {"measure": "share of the norms", "channels_last": has_images(name), **found}
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ from torch.testing import assert_close
 
 from idap.compress import choice
 from idap.compress.change import make_cut, next_state
-from idap.compress.choice import least_units, matching
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
 from idap.compress.profile import profile
+from idap.compress.ranking import least_units, matching
 from idap.compress.run import compress
 from idap.divergence.criteria import CRITERIA
 from idap.divergence.scene import Scene

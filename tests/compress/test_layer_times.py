@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from idap.compress import choice, latencies, layer_times
@@ -39,12 +40,14 @@ def stairs(_model, structure, _example, widths_of, *, progress):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Latency goes with the number of parameters, layers with the stairs; counts how often the table is measured."""
+    """Every layer is padded to a multiple of 4 units, in the whole and by itself; counts the tables measured."""
     measured = []
 
     def share(original, model, example):
-        weights = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
-        return 0.3 + 0.7 * weights(model) / weights(original)
+        def padded(net):
+            return sum(-(-layer.out_features // 4) for layer in net.modules() if isinstance(layer, nn.Linear))
+
+        return 0.3 + 0.7 * padded(model) / padded(original)
 
     def table(*args, **settings):
         measured.append(args)
@@ -60,14 +63,39 @@ def widths(result):
     return {name: len(units) for name, units in result.plan.keep.items()}
 
 
+def at_once(**changes):
+    return config(**{**ONLY, "layers": LayerStage(removals=0), "filters": FilterStage(schedule="one-shot"), **changes})
+
+
 def test_widths_are_chosen_at_the_steps(clock):
     heard = Noting()
-    result = compress(NET, task(), config(layers=LayerStage(removals=0), **ONLY), progress=heard)
+    result = compress(NET, task(), at_once(), progress=heard)
     assert result.reached, result.message
     assert widths(result)
     assert all(width % 4 == 0 for width in widths(result).values())
     assert any(line.startswith("The latency has steps of 4 units in ") for line in heard.lines)
     assert len(clock) == 1
+
+
+def test_steps_that_are_none_are_not_followed(clock, monkeypatch):
+    """Where whole passes know nothing of the steps of single layers, any width may be better."""
+
+    def share(original, model, example):
+        weights = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
+        return 0.3 + 0.7 * weights(model) / weights(original)
+
+    monkeypatch.setattr(states, "latency_share", share)
+    losses = []
+
+    def loss(trial, cut):
+        losses.append(sum(width % 4 == 0 for width in map(len, cut.keep.values())))
+        return float(losses[-1])  # fewer such widths are better
+
+    monkeypatch.setattr(choice._Trial, "loss", loss)
+    result = compress(NET, task(), at_once())
+    assert result.reached, result.message
+    assert losses[-1] == 4 > min(losses)
+    assert any(width % 4 for width in widths(result).values())
 
 
 @pytest.mark.parametrize("filters", [{"multiple": 5}, {"multiples": {"*": 5}}])

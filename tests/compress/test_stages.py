@@ -12,11 +12,11 @@ from torch.testing import assert_close
 from idap.compress import change, run
 from idap.compress import run as running
 from idap.compress.change import next_state
-from idap.compress.choice import Candidates, Way, rank
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal, describe
 from idap.compress.layers import calibration_loss, layer_stage, loss_without
+from idap.compress.ranking import Candidates, Way, rank
 from idap.compress.samples import few_samples
 from idap.compress.state import Setting, State
 from idap.progress import Silent

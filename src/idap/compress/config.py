@@ -34,7 +34,7 @@ class FilterStage:
             matches counts.
         multiple: in the end, the number of units left of each group is a multiple of this where that is possible
             (8, 16 or 32 suit the hardware); groups no larger stay whole. With 1 and a goal of latency, the steps that
-            are found on the device.
+            are found on the device, where that loses less.
         multiples: the same for some groups only, by name or pattern.
         alike: which groups end with the same number of units, so that a configuration with one number for all layers
             can say it: "layers", those of one kind and size at the same place of repeated layers; "model", all of one

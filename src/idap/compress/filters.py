@@ -4,9 +4,10 @@ from collections.abc import Collection, Sequence
 
 from idap.compress.budget import Budget
 from idap.compress.change import next_state
-from idap.compress.choice import Candidates, best_cut, removals
+from idap.compress.choice import best_cut, removals
 from idap.compress.journal import Journal
 from idap.compress.pace import Pace
+from idap.compress.ranking import Candidates
 from idap.compress.state import Setting, State
 from idap.record import Removal
 

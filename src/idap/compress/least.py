@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from idap.compress.budget import shares_of
-from idap.compress.choice import least_units
 from idap.compress.config import Config
 from idap.compress.latencies import least_share
+from idap.compress.ranking import least_units
 from idap.cost.count import CostModel
 from idap.structure.analysis import Structure
 from idap.surgery.apply import apply_plan
