@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import idap
 from tests.cli.test_commands import SCRIPT, plain_terminal, text  # noqa: F401 - a fixture
 from tests.cli.test_commands import idap as command
+from tests.zoo import small_data
 
 NET = SCRIPT.replace("nn.ReLU()", "nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout()")
 MODEL = ("--model", "python:mine.py:build_model", "--input-shape", "2,4")
@@ -80,7 +81,10 @@ def test_the_original_from_a_recipe_or_the_run(run, tmp_path):
     [
         (["run", "--to", "pt2", "--out", "a.pt2"], "does not say how its original is built; say it: --model"),
         (["nowhere", *MODEL, "--out", "a.onnx"], "nowhere holds neither a run (run.json) nor a compressed model"),
-        (["run", *MODEL, "--to", "tflite", "--out", "a"], "--to is onnx, pt2 or safetensors, found 'tflite'"),
+        (
+            ["run", *MODEL, "--to", "tflite", "--out", "a"],
+            "--to is onnx, pt2, safetensors or transformers, found 'tflite'",
+        ),
         (["run", *MODEL, "--to", "pt2", "--out", "a.onnx"], "a.onnx should end in .pt2"),
         (["run", *MODEL[:2], "--to", "pt2", "--out", "a.pt2"], "is not known; say it: --input-shape"),
         (["run", *MODEL[:3], "2,5", "--to", "pt2", "--out", "a.pt2"], "does not accept the example inputs"),
@@ -102,3 +106,72 @@ def test_a_run_without_a_result(run, tmp_path):
     Path("run/plan").rename("run/checkpoints/step-004/plan.json")
     found = text(command("export", "run", *MODEL, "--out", "a.onnx").stderr)
     assert "name an accepted state of it, such as run/checkpoints/step-004" in found
+
+
+# ---------------------------------------------------------------------------------------------- folders of transformers
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """The result of a run on a tiny BERT; gives a function that leaves so many neurons to each layer."""
+
+    def make(*left, tokens=True):
+        import transformers
+
+        folder = small_data.classifier_folder(tmp_path / "bert", tokens=tokens)
+        original = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+        tokens = torch.randint(0, 12, (2, 8))
+        structure = idap.analyze(idap.trace(original, (), {"input_ids": tokens, "attention_mask": tokens >= 0}))
+        groups = [group.name for group in structure.groups if "intermediate" in group.name]
+        plan = structure.plan({name: range(count) for name, count in zip(groups, left, strict=True)})
+        idap.save("run/model", idap.apply_plan(original, plan), plan)
+        Path("run/run.json").write_text('{"model": "transformers.BertForSequenceClassification"}')
+        return ("--model", f"hf:{folder}")
+
+    return make
+
+
+def test_a_plain_folder_of_transformers(bert):
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    result = command("export", "run", *bert(16, 16), "--to", "transformers", "--out", "small")
+    assert result.exit_code == 0, result.stderr
+    told = text(result.stdout)
+    assert "small is a plain folder (intermediate_size 32 -> 16); it loads with Bert" in told
+    assert "beside it lies " in told and "Tokenizer" in told
+    small = BertForSequenceClassification.from_pretrained("small")
+    assert small.config.intermediate_size == 16
+    assert len(AutoTokenizer.from_pretrained("small")) == 12
+
+
+def test_a_folder_with_a_plan_for_machines(bert):
+    words = (*bert(16, 20, tokens=False), "--to", "transformers", "--out", "small", "--json")
+    found = json.loads(command("export", "run", *words).stdout)
+    assert found["to"] == "transformers" and found["bytes"] > 0 and found["difference"] is None
+    how = found["pretrained"]
+    assert not how["plain"] and how["reason"] and how["tokenizer"] is None
+    assert eval(how["loads_with"], {"idap": idap}).bert.encoder.layer[1].intermediate.dense.out_features == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["--finalize"], "--finalize changes modules"), (["--static-batch"], "--static-batch is for onnx and pt2"),
+     (["--opset", "18"], "--opset is for onnx")],
+)  # fmt: skip
+def test_what_does_not_go_with_transformers(bert, words, expected):
+    result = command("export", "run", *bert(16, 16), "--to", "transformers", "--out", "small", *words)
+    assert result.exit_code == 2 and expected in text(result.stderr)
+    assert not Path("small").exists()
+
+
+def test_other_models_are_no_folder_of_transformers(run):
+    result = command("export", "run", *MODEL, "--to", "transformers", "--out", "small")
+    assert result.exit_code == 2 and "transformers" in text(result.stderr)
+    assert not Path("small").exists()
+
+
+def test_a_broken_tokenizer_is_named(bert, tmp_path):
+    words = bert(16, 16)
+    (tmp_path / "bert" / "tokenizer.json").write_text("{")
+    result = command("export", "run", *words, "--to", "transformers", "--out", "small")
+    assert result.exit_code == 2 and "its tokenizer can't be read" in text(result.stderr)

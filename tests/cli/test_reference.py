@@ -40,7 +40,7 @@ def test_every_command_says_what_its_document_holds(command):
         (evaluate.DOCUMENT, Measured, ()),
         (bench.DOCUMENT, Bench, ()),
         (apply.DOCUMENT, Applied, ()),
-        (export.DOCUMENT, Exported, ("finalized",)),
+        (export.DOCUMENT, Exported, ("finalized", "pretrained")),
     ],
 )
 def test_documents_of_dataclasses(documented, kind, more):

@@ -1,4 +1,4 @@
-"""`idap export`: a compressed model as a file that runs without its Python code."""
+"""`idap export`: a compressed model in a form that others read: ONNX, a program, weights, a folder of transformers."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -36,20 +36,22 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "idap export runs/net --out net.onnx",
     "idap export small --model idap:digits_vit --to pt2 --finalize --out small.pt2",
+    "idap export runs/bert --to transformers --out small-bert",
 )
 DOCUMENT = {
     "file": "what was written",
-    "to": "onnx, pt2 or safetensors",
+    "to": "onnx, pt2, safetensors or transformers",
     "bytes": "its size",
-    "difference": "the largest difference from the model over the model's largest output",
+    "difference": "the largest difference from the model over the model's largest output; null for transformers",
     "batches": "batch sizes at which the file was run; empty for weights, which are compared bit by bit",
     "dynamic_batch": "whether the file takes batches of any size",
     "inputs": "the file's own names of its inputs",
     "outputs": "the file's own names of its outputs",
     "opset": "of an ONNX file; null for others",
     "finalized": "`folded`, `kept`, `silenced`, `gone` and `difference` with --finalize; null without",
+    "pretrained": "`plain` (for `from_pretrained`), `changed`, `reason`, `loads_with` and `tokenizer`; null for others",
 }
-_FORMS = ("onnx", "pt2", "safetensors")
+_FORMS = ("onnx", "pt2", "safetensors", "transformers")
 
 
 def export_command(  # noqa: PLR0913 - one argument per option
@@ -69,26 +71,41 @@ def export_command(  # noqa: PLR0913 - one argument per option
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a compressed model as ONNX, as a torch.export program or as plain weights.
+    """Write a compressed model as ONNX, as a torch.export program, as plain weights or as a folder of transformers.
 
-    What was written is read back and compared with the model on fresh inputs; on a mismatch there is no file.
+    What was written is read back and compared with the model on fresh inputs; on a mismatch there is no file. A folder
+    of transformers is a plain one, for `from_pretrained`, where its configuration can say what is left.
     """
     outcome = Outcome(
         command="idap export", where=str(folder), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug
     )
     with outcome.reported():
-        if to not in _FORMS:
-            raise ConfigError(f"--to is {', '.join(_FORMS[:-1])} or {_FORMS[-1]}, found {to!r}.")
+        _check(to, finalize=finalize, static_batch=static_batch, opset=opset)
         from idap.zoo.runs import model_folder, recipe_of_run  # noqa: PLC0415 - torch is slow to import
 
         place = model_folder(folder)
         recipe = recipe_of(model, task, data) if model is not None else recipe_of_run(folder)
         spec = model or (recipe.network.build if recipe is not None else "")
         small, args, kwargs, report = _loaded(place, spec, recipe, input_shape or [], finalized=finalize)
+        if to == "transformers":
+            outcome.document = _as_folder(small, args, kwargs, out, spec, None if as_json or quiet else outcome.console)
+            return
         done = _written(small, args, kwargs, out, to=to, dynamic=not static_batch, opset=opset)
-        outcome.document = asdict(done) | {"finalized": None if report is None else asdict(report)}
+        outcome.document = asdict(done) | {"finalized": None if report is None else asdict(report), "pretrained": None}
         if not (as_json or quiet):
             _show(outcome.console, done, report)
+
+
+def _check(to: str, *, finalize: bool, static_batch: bool, opset: int | None) -> None:
+    """Refuse a form that there is not, and options that it does not have."""
+    if to not in _FORMS:
+        raise ConfigError(f"--to is {', '.join(_FORMS[:-1])} or {_FORMS[-1]}, found {to!r}.")
+    if to == "transformers" and finalize:
+        raise ConfigError("--finalize changes modules, which transformers builds anew; leave one of the two out.")
+    if static_batch and to not in ("onnx", "pt2"):
+        raise ConfigError(f"--static-batch is for onnx and pt2; {to} takes batches of any size.")
+    if opset is not None and to != "onnx":
+        raise ConfigError(f"--opset is for onnx, found --to {to}.")
 
 
 def _loaded(
@@ -115,6 +132,25 @@ def _written(
     if to == "safetensors":
         return export_weights(model, out)
     return export(model, args, out, kwargs=kwargs, to=to, dynamic_batch=dynamic, opset=opset)
+
+
+def _as_folder(
+    model: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], out: Path, spec: str, console: Console | None
+) -> dict[str, Any]:
+    """Save as a folder of transformers, with the tokenizer that lies beside the original."""
+    from idap.zoo.hugging_face import save_pretrained  # noqa: PLC0415 - torch is slow to import
+    from idap.zoo.pretrained import processor_of  # noqa: PLC0415 - as above
+
+    tokenizer = processor_of(spec)
+    saved = save_pretrained(model, None, out, tokenizer=tokenizer, inputs=(args, kwargs))
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    kind = None if tokenizer is None else type(tokenizer).__name__
+    if console is not None:
+        beside = f"beside it lies {kind}" if kind else "there is no tokenizer or image processor beside it"
+        console.print(f"{saved}; {beside}. {size / 1e6:.2f} MB.", markup=False, soft_wrap=not console.is_terminal)
+    told = {name: value for name, value in asdict(saved).items() if name != "folder"}
+    empty = dict.fromkeys(DOCUMENT) | {"batches": [], "inputs": [], "outputs": [], "dynamic_batch": True}
+    return empty | {"file": out, "to": "transformers", "bytes": size, "pretrained": told | {"tokenizer": kind}}
 
 
 def _show(console: Console, done: "Exported", report: "Finalized | None") -> None:

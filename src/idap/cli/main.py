@@ -59,7 +59,7 @@ COMMANDS = (
     Lazy(
         "export",
         "idap.cli.export:export_command",
-        "Write a compressed model as ONNX, as a torch.export program or as plain weights.",
+        "Write a compressed model as ONNX, as a torch.export program, as plain weights or as a folder of transformers.",
         RESULT,
     ),
     Lazy(

@@ -232,11 +232,14 @@ ExportTo = Annotated[
     typer.Option(
         "--to",
         metavar="FORM",
-        help="onnx, pt2 (torch.export) or safetensors.",
-        autocompletion=names.one_of(("onnx", "pt2", "safetensors")),
+        help="onnx, pt2 (torch.export), safetensors or transformers.",
+        autocompletion=names.one_of(("onnx", "pt2", "safetensors", "transformers")),
     ),
 ]
-ExportFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.", show_default=False)]
+ExportFile = Annotated[
+    Path,
+    typer.Option("--out", metavar="FILE", help="The file to write; for transformers a folder.", show_default=False),
+]
 Finalize = Annotated[
     bool, typer.Option("--finalize", metavar="", help="Fold batch norms and take out dropout first; see idap.finalize.")
 ]

@@ -90,6 +90,30 @@ def load_config(spec: str, library: ModuleType) -> Any:
     return _attempt(spec, lambda: library.AutoConfig.from_pretrained(_place(spec)))
 
 
+def processor_of(spec: str) -> Any:
+    """Load the tokenizer or the image processor that lies beside a model of `hf:`; None where there is none.
+
+    Args:
+        spec: `hf:FOLDER`, `hf:NAME` or any other.
+    """
+    if not spec.startswith(PREFIX):
+        return None
+    import transformers  # noqa: PLC0415 - optional, and slow to import
+
+    place = _place(spec)
+    for kind, loader, files in (
+        ("tokenizer", transformers.AutoTokenizer, ("tokenizer_config.json", "tokenizer.json", "vocab.txt")),
+        ("image processor", transformers.AutoImageProcessor, ("preprocessor_config.json",)),
+    ):
+        if not isinstance(place, Path) or any((place / file).is_file() for file in files):
+            try:
+                return loader.from_pretrained(place)
+            except (OSError, ValueError) as error:
+                if isinstance(place, Path):  # the files are there
+                    raise CheckpointError(f"{spec}: its {kind} can't be read: {error}") from error
+    return None
+
+
 def _place(spec: str) -> Path | str:
     """The folder that a spec names, or the name on the hub."""
     name = spec.removeprefix(PREFIX)
