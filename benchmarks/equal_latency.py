@@ -8,13 +8,13 @@ once with all that a goal of latency brings ("table": score per second as well, 
 least). Kept is the accuracy on test images that decide nothing. Networks for ImageNet have no weights at hand: ranked
 by the L2 norm per multiply-add ("macs"), per second ("table"), or per second with widths at the steps ("steps"), kept
 is the share of all norms that is left. All cuts and the original take turns in one process in the end, so that the
-latencies compare; what is kept at one and the same latency is read off the line through the cuts of a way. Rows
-already in the results are not measured again. It needs a core for itself.
+latencies compare; what is kept at one and the same latency is read off parallel lines, one through the cuts of each
+way. Rows already in the results are not measured again. It needs a core for itself.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,18 @@ def row(
         "original": round(base, 4),
         "original_ms": round(1000 * whole, 3),
         "repeats": repeats,
-        "kept": {way: round(at(points, share), 4) for way, points in lines.items()},
+        "kept": {way: round(kept, 4) for way, kept in at(lines, share).items()},
         "latency_and_kept": lines,
     }
 
 
-def at(points: Sequence[Sequence[float]], latency: float) -> float:
-    """What the line through some points, of latency and what is kept, has at a latency."""
-    slope, height = np.polyfit(*zip(*points, strict=True), deg=1)
-    return float(slope * latency + height)
+def at(lines: Mapping[str, Sequence[Sequence[float]]], latency: float) -> dict[str, float]:
+    """What each way keeps at one latency: parallel lines through the points, of latency and what is kept, of each."""
+    points = {way: np.asarray(line) for way, line in lines.items()}
+    middle = {way: line.mean(0) for way, line in points.items()}
+    apart = np.concatenate([line - middle[way] for way, line in points.items()])
+    slope = float((apart[:, 0] * apart[:, 1]).sum() / (apart[:, 0] ** 2).sum())
+    return {way: float(kept + slope * (latency - mean)) for way, (mean, kept) in middle.items()}
 
 
 def real(name: str, data: Path, batch: int, share: float) -> dict[str, Any]:
