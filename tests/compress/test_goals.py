@@ -1,6 +1,7 @@
 """Goals of every kind, orders, schedules: what is returned is what was asked for."""
 
 import dataclasses
+import statistics
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from idap.compress.latencies import come_down
 from idap.compress.neighbours import neighbours, only_training
 from idap.compress.pace import Pace
 from idap.compress.run import compress
+from idap.cost.latency import Latency
 from idap.errors import ConfigError, RunFolderError, TaskError
 from idap.graph.trace import trace
 from idap.record import RunFolder
@@ -105,6 +107,28 @@ def test_latency_by_the_clock():
     assert result.latency > 0
     found = latencies.latency_share(NET, NET, ((torch.zeros(4, 6),), {}))
     assert 0.3 < found < 3
+
+
+@pytest.mark.parametrize(
+    ("shares", "seconds", "rounds"),
+    [
+        ([0.5, 0.501, 0.502], 1e-3, 3),  # sure at once
+        ([0.4, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5] + [0.5] * 20, 1e-3, 7),  # until the middle is known well
+        ([0.3, 0.7] * 20, 1e-3, 20),  # never
+        ([0.3, 0.7] * 20, 0.5, 3),  # a slow model has had its time
+    ],
+)
+def test_a_latency_is_measured_until_it_is_known(monkeypatch, shares, seconds, rounds):
+    left = iter(shares)
+
+    def timed(models, args, kwargs, *, repeats, warmup):
+        return {
+            name: Latency(time, (time, time)) for name, time in (("original", seconds), ("model", seconds * next(left)))
+        }
+
+    monkeypatch.setattr(latencies, "measure_latency", timed)
+    assert latencies.latency_share(NET, NET, ((), {})) == pytest.approx(statistics.median(shares[:rounds]))
+    assert len(shares) - len(list(left)) == rounds
 
 
 def test_latency_is_that_of_the_batch_that_is_asked_for(monkeypatch):

@@ -20,7 +20,9 @@ from idap.training.processes import on_main
 REPEATS = 15
 """Timed passes where a block is taken out."""
 SECONDS, ROUNDS = 0.6, 3
-"""How long two models are compared, and in how many rounds."""
+"""How long two models are compared at least, and in how many rounds."""
+LONGEST, MOST_ROUNDS, SURE = 4.0, 20, 0.01
+"""More rounds follow, up to so many seconds and rounds, until their middle is known to this share of it."""
 FEWEST, MOST = 5, 100
 """Timed passes of each model in a round."""
 DOUBTS = 4
@@ -40,19 +42,32 @@ def latency_share(original: nn.Module, model: nn.Module, example: Inputs, *, sec
         original: the whole.
         model: its successor.
         example: inputs for one pass.
-        seconds: about how long is measured; slow models take longer, as each passes `FEWEST` times a round at least.
+        seconds: about how long is measured at least; slow models take longer, as each passes `FEWEST` times a round.
 
     Returns:
-        The middle one of the shares of a few rounds, each the ratio of two medians.
+        The middle one of the shares of all rounds, each the ratio of two medians.
     """
     args, kwargs = example
-    both, shares, repeats = {"original": original, "model": model}, [], FEWEST
-    for _ in range(ROUNDS):
+    both, shares, repeats, spent = {"original": original, "model": model}, list[float](), FEWEST, 0.0
+    while len(shares) < ROUNDS or (
+        len(shares) < MOST_ROUNDS and spent < max(seconds, LONGEST) and _error(shares) > SURE
+    ):
         times = on_main(partial(measure_latency, both, args, kwargs, repeats=repeats, warmup=2))
         shares.append(times["model"].median / times["original"].median)
         pair = times["model"].median + times["original"].median
+        spent += repeats * pair  # not by the clock, which says something else to each process
         repeats = int(min(MOST, max(FEWEST, seconds / (ROUNDS * pair))))
     return statistics.median(shares)
+
+
+def _error(shares: Sequence[float]) -> float:
+    """How far the middle of some measurements may be off, as a share of it: its standard error, by the quartiles.
+
+    >>> _error([0.5, 0.5, 0.5, 0.5, 0.9, 0.5, 0.5])
+    0.0
+    """
+    low, middle, high = statistics.quantiles(shares)
+    return 1.25 * (high - low) / (1.35 * math.sqrt(len(shares)) * middle)
 
 
 def least_share(original: nn.Module, smallest: nn.Module, example: Inputs, wanted: float) -> float:
