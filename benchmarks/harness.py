@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.subjects import ROOT, Subject, read_cifar10  # makes torchvision importable
 from idap import Recovery, fit
 from idap.cost.latency import measure_latency
-from idap.record import write_json
+from idap.files import write_json
 from idap.training.evaluate import evaluate, modes_kept
 from idap.training.task import Task, classification
 from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD, TensorLoader, crop_and_flip, normalise

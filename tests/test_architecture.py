@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "idap"
 FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = {
-    "errors": 0,
+    **dict.fromkeys(("errors", "files"), 0),
     **dict.fromkeys(("record", "progress"), 1),
     **dict.fromkeys(("graph", "training", "tensorboard", "report"), 2),
     "structure": 3,

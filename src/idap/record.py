@@ -1,6 +1,7 @@
 """The run folder: one JSON line per decision, every file written whole or not at all.
 
 run/
+├── original.safetensors    weights of the original, where the recipe trained it first
 ├── run.json                settings, environment, baseline; written before any work
 ├── steps.jsonl             one line per decision, in order
 ├── divergence-before.json  of the original, part by part
@@ -14,21 +15,20 @@ run/
 
 import json
 import os
-import re
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from idap.errors import RunFolderError
+from idap.files import plain, unfinished, write_bytes, write_json
 
 RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
 BEFORE, AFTER = "divergence-before.json", "divergence-after.json"
 RESULT, MEASURED = "result.json", "measured.json"
 LATENCY = "latency.json"
+ORIGINAL = "original.safetensors"
 
 LATENCY_NOISE = 0.02
 """By how much a last measurement of latency may be above what is wanted, as a share of it, and count as reached."""
@@ -125,6 +125,8 @@ class RunFolder:
     def check(self, *, size: int = 0) -> None:
         """Make sure that a run may be written here; writes nothing.
 
+        The weights of an original that was trained for the run may lie there already.
+
         Args:
             size: bytes for which there must be room.
 
@@ -134,7 +136,8 @@ class RunFolder:
         """
         if (self.path / RUN).exists():
             raise RunFolderError(f"{self.path} already holds a run ({RUN}); choose another folder, or delete this one.")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        others = self.path.is_dir() and {each.name for each in self.path.iterdir()} - {ORIGINAL}
+        if others or (self.path.exists() and not self.path.is_dir()):
             raise RunFolderError(f"{self.path} exists and is not an empty folder; choose another one for the run.")
         near = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
         if not os.access(near, os.W_OK | os.X_OK):
@@ -172,7 +175,7 @@ class RunFolder:
                 raise ValueError(f"{RUN} holds no settings")
         except (OSError, ValueError) as error:
             raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
-        now = json.loads(json.dumps(settings, default=_plain))
+        now = json.loads(json.dumps(settings, default=plain))
         for name in sorted({*begun, *now} - {"environment", "recipe", "preparation"}):
             if begun.get(name) != now.get(name):
                 what = _difference(begun.get(name), now.get(name))
@@ -187,7 +190,9 @@ class RunFolder:
         if not self.path.is_dir():
             return
         for file in [*self.path.glob(".*"), *self.path.glob("*/.*"), *self.path.glob("*/*/.*")]:
-            if unfinished(file.name):
+            if unfinished(file.name) and file.is_dir():
+                shutil.rmtree(file)
+            elif unfinished(file.name):
                 file.unlink()
         if not (self.path / RUN).exists():
             if (self.path / CHECKPOINTS).is_dir() and not any((self.path / CHECKPOINTS).iterdir()):
@@ -219,7 +224,7 @@ class RunFolder:
         Raises:
             RunFolderError: the folder can't be written.
         """
-        line = json.dumps(asdict(step), default=_plain) + "\n"
+        line = json.dumps(asdict(step), default=plain) + "\n"
         try:
             with (self.path / STEPS).open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -242,6 +247,11 @@ class RunFolder:
     def checkpoint(self, index: int) -> Path:
         """Where the state accepted at step `index` is kept."""
         return self.path / CHECKPOINTS / f"step-{index:03d}"
+
+    @property
+    def original(self) -> Path:
+        """Where the weights of an original that was trained first are kept."""
+        return self.path / ORIGINAL
 
     @property
     def latency(self) -> Path:
@@ -292,9 +302,6 @@ def read_steps(folder: str | Path, *, whole: bool = True) -> list[dict[str, Any]
     return found
 
 
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")
-
-
 def _difference(begun: Any, now: Any) -> str:
     if isinstance(begun, dict) and isinstance(now, dict):
         for name in sorted({*begun, *now}):
@@ -306,45 +313,3 @@ def _difference(begun: Any, now: Any) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_bytes(path, (json.dumps(data, indent=1, default=_plain) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    with written(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears whole or not at all: a neighbour is written, and takes its name in the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with neighbour.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        neighbour.replace(path)
-    except BaseException:
-        neighbour.unlink(missing_ok=True)
-        raise
-
-
-def unfinished(name: str) -> bool:
-    """Whether a file of this name is what a killed process left half-written."""
-    return _UNFINISHED.fullmatch(name) is not None
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)  # type: ignore[call-overload]
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} can't be written as JSON")

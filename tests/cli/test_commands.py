@@ -1,5 +1,6 @@
 """The commands as a user types them: texts, exit codes, panels, JSON, and a script of the user's own."""
 
+import importlib
 import json
 import re
 import shutil
@@ -320,6 +321,35 @@ class TestCompress:
         assert result.exit_code == 0, result.stdout
         assert json.loads(result.stdout)["val"]["before"] > 0.9
         assert (tmp_path / "runs/mine/run.json").is_file()
+        assert idap("evaluate", "runs/mine", "--json").exit_code == 0
+
+    def test_a_run_that_goes_on_does_not_train_its_original_again(self, tmp_path, script, monkeypatch):
+        (tmp_path / "mine.toml").write_text(
+            '[model]\nbuild="python:mine.py:build_model"\n[task]\nbuild="python:mine.py:task"\n[train]\nepochs=2\n'
+            "[goals]\nmacs=0.6\n[layers]\nremovals=0\n[recovery]\nepochs=0\n"
+        )
+        whole = json.loads(idap("compress", "mine.toml", "--json", "--run-dir", "whole").stdout)
+
+        def stopped(*args, **settings):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module("idap.compress.run"), "compress", stopped)
+            assert idap("compress", "mine.toml", "--run-dir", "part").exit_code == 130
+        half = tmp_path / "part" / f".original.safetensors.{'a' * 32}"  # as a killed process leaves it
+        half.mkdir()
+        refused = idap("compress", "mine.toml", "--run-dir", "part")
+        assert refused.exit_code == 2 and "is not an empty folder" in text(refused.stderr)
+        half.rmdir()
+        refused = idap("compress", "mine.toml", "--run-dir", "part")
+        assert refused.exit_code == 2 and "was stopped before it began" in text(refused.stderr)
+        half.mkdir()
+        monkeypatch.setattr(importlib.import_module("idap.training.fit"), "fit", None)  # can't be called
+        result = idap("compress", "mine.toml", "--json", "--run-dir", "part", "--resume")
+        assert result.exit_code == 0, result.stderr
+        assert "The original was trained before" in text(result.stderr)
+        assert json.loads(result.stdout)["val"] == whole["val"]
+        assert not half.exists()
 
     def test_the_next_free_folder(self, script, tmp_path):
         (tmp_path / "runs/build_model").mkdir(parents=True)

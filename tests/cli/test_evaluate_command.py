@@ -70,12 +70,12 @@ def test_a_run_knows_everything(small):
     Path("run/run.json").write_text(json.dumps({"recipe": table}))
     found = json.loads(command("evaluate", "run", "--json").stdout)
     assert [found["original"], found["compressed"]] == small
-    # Weights that came from training in the run are gone, so the original is not measured with others.
+    # Weights that came from training in the run are not there, so the original is not measured with others.
     Path("run/run.json").write_text(json.dumps({"recipe": table | {"train": {"epochs": 1}}}))
     found = json.loads(command("evaluate", "run", "--json").stdout)
     assert found["original"] is None and found["compressed"] == small[1]
     shown = text(command("evaluate", "run").stdout)
-    assert "The original was trained by its recipe and its weights were not kept" in shown and "points" not in shown
+    assert "The original was trained by its recipe, and its weights are not there" in shown and "points" not in shown
     save_file(
         {
             "0.weight": torch.ones(16, 4),
@@ -87,6 +87,8 @@ def test_a_run_knows_everything(small):
     )
     found = json.loads(command("evaluate", "run", "--weights", "ones.safetensors", "--json").stdout)
     assert found["original"] is not None and found["compressed"] == small[1]
+    Path("ones.safetensors").rename("run/original.safetensors")  # as a run keeps them
+    assert json.loads(command("evaluate", "run", "--json").stdout)["original"] == found["original"]
 
 
 def test_the_original_has_as_many_outputs_as_in_the_run(small, tmp_path):

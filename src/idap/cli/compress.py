@@ -31,7 +31,7 @@ from idap.cli.options import (
     WeightsPath,
 )
 from idap.cli.tables import Comparison, comparison_table
-from idap.errors import ConfigError
+from idap.errors import ConfigError, ExportError, RunFolderError
 from idap.progress import Progress
 from idap.record import MEASURED, RunFolder, read_steps
 from idap.tensorboard import TensorBoard
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from idap.compress.result import Result
+    from idap.training.recovery import Recovery
     from idap.training.task import Task
     from idap.zoo.recipe import Recipe
 
@@ -149,6 +150,11 @@ def _folder(wanted: Path | None, name: str, *, resume: bool) -> Path:
         return last if resume and last is not None else free
     if not resume:
         RunFolder(wanted).check()
+        if RunFolder(wanted).original.exists():
+            raise RunFolderError(
+                f"{wanted} holds an original that was trained for a run which was stopped before it began. Go on with "
+                "it: --resume; or choose another folder."
+            )
     return wanted
 
 
@@ -170,14 +176,13 @@ def _run(
     recipe: "Recipe", run_dir: Path, progress: Progress, device: "torch.device", *, resume: bool
 ) -> tuple["Result", Comparison]:
     from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
-    from idap.training.fit import fit  # noqa: PLC0415 - as above
     from idap.training.processes import align_, on_main  # noqa: PLC0415 - as above
 
     config, training = recipe.config(), recipe.training()
     model, task = recipe.model().to(device), recipe.task()
     align_(model)
     if training is not None:
-        fit(model, task, training, progress=progress, title="train")
+        _train(model, task, training, RunFolder(run_dir), progress, resume=resume)
     if _untrained(recipe):
         progress.say(
             f"{recipe.network.build} has random weights: none are named (--weights FILE), and it is not trained first "
@@ -190,6 +195,26 @@ def _run(
     numbers = compare(model, result, task, progress)
     on_main(lambda: RunFolder(run_dir).keep(MEASURED, numbers.to_json()))
     return result, numbers
+
+
+def _train(
+    model: "nn.Module", task: "Task", training: "Recovery", folder: RunFolder, progress: Progress, *, resume: bool
+) -> None:
+    """Train the original first and keep its weights, so that a run that goes on need not train it again."""
+    from idap.saving.export import export_weights  # noqa: PLC0415 - torch is slow to import
+    from idap.training.fit import fit  # noqa: PLC0415 - as above
+    from idap.training.processes import on_main  # noqa: PLC0415 - as above
+    from idap.zoo.weights import load_weights  # noqa: PLC0415 - as above
+
+    if resume and on_main(folder.original.exists):
+        load_weights(model, folder.original)
+        progress.say(f"The original was trained before: its weights are those of {folder.original}.")
+        return
+    fit(model, task, training, progress=progress, title="train")
+    try:
+        on_main(lambda: export_weights(model, folder.original))
+    except ExportError as error:  # the training is not lost for it
+        progress.say(f"The trained original is not kept, a run that is stopped trains it again: {error}")
 
 
 def _untrained(recipe: "Recipe") -> bool:

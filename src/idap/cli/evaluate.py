@@ -24,6 +24,7 @@ from idap.cli.options import (
 )
 from idap.cli.tables import metric_cells
 from idap.errors import ConfigError
+from idap.record import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ DOCUMENT = {
 }
 _SPLITS = ("val", "test")
 _TRAINED = (
-    "The original was trained by its recipe and its weights were not kept; give weights with --weights to measure it."
+    "The original was trained by its recipe, and its weights are not there; give weights with --weights to measure it."
 )
 
 
@@ -134,13 +135,20 @@ def _measure(
     from idap.saving.checkpoint import load  # noqa: PLC0415 - torch is slow to import
     from idap.training.evaluate import evaluate  # noqa: PLC0415 - as above
     from idap.zoo.runs import model_folder  # noqa: PLC0415 - as above
+    from idap.zoo.weights import load_weights  # noqa: PLC0415 - as above
 
     place = None if folder is None else model_folder(folder)
     small = None if place is None else load(place, recipe.model(weights=False)).to(device)
     task = recipe.task()
-    # Weights that came from training in the run are gone; those of a freshly built model would say nothing.
-    known = recipe.training() is None or given
-    original = evaluate(recipe.model().to(device), task, split=split, progress=progress) if known else None
+    # Where the recipe trains its model first, a freshly built one would say nothing.
+    trained = None if folder is None or given or recipe.training() is None else RunFolder(folder).original
+    known = recipe.training() is None or given or (trained is not None and trained.exists())
+    original = None
+    if known:
+        whole = recipe.model(weights=trained is None)
+        if trained is not None:
+            load_weights(whole, trained)
+        original = evaluate(whole.to(device), task, split=split, progress=progress)
     compressed = None if small is None else evaluate(small, task, split=split, progress=progress)
     if original is None and compressed is None:
         raise ConfigError(f"{recipe.where} trains its model first ([train]), so there is nothing to measure yet; "

@@ -32,7 +32,7 @@ from idap.cli.options import (
 from idap.cli.structure_view import StructureView, structure_tree, survey
 from idap.cli.subject import model_and_inputs, recipe_of
 from idap.errors import ConfigError
-from idap.record import write_json
+from idap.files import write_json
 
 if TYPE_CHECKING:
     from idap.cost.table import LatencyTable

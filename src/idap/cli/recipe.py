@@ -11,7 +11,7 @@ from idap.cli.failure import Outcome
 from idap.cli.lazy import CONTEXT, add_command
 from idap.cli.options import Debug, Json, WeightsPath
 from idap.errors import ConfigError
-from idap.record import write_bytes
+from idap.files import write_bytes
 from idap.zoo.shipped import shipped_recipes, summary
 
 NewData = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from idap.cli.failure import Outcome
 from idap.cli.options import Debug, Json, OneRun, OpenPage, PageFile, PdfFile, PngFile, Quiet, Verbose
 from idap.errors import ReportError
-from idap.record import write_bytes
+from idap.files import write_bytes
 
 if TYPE_CHECKING:
     from idap.report.reading import Run

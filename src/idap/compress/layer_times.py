@@ -13,8 +13,9 @@ from torch import nn
 from idap.cost.layers import measure_table
 from idap.cost.table import LatencyTable, table_from
 from idap.errors import RunFolderError, TraceError
+from idap.files import write_json
 from idap.progress import Progress, Silent
-from idap.record import RUN, RunFolder, read_json, write_json
+from idap.record import RUN, RunFolder, read_json
 from idap.selection.steps import probes, step_of
 from idap.structure.analysis import Structure
 from idap.training.batch import Inputs, device_name, device_of

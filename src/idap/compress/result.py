@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from idap.errors import CheckpointError
-from idap.record import Step, write_bytes
+from idap.files import write_bytes
+from idap.record import Step
 from idap.report import numbers
 from idap.report.headline import Fact, cost_fact, metric_fact
 from idap.report.notebook import result_display

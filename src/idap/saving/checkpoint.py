@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from idap.cost.count import saved_tensors
 from idap.errors import CheckpointError
-from idap.record import write_json
+from idap.files import write_json
 from idap.saving.origin import origin, remember_
 from idap.saving.reading import PLAN, WEIGHTS, read_json
 from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, write_tensors

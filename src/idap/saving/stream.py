@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from idap.errors import CheckpointError, PlanError
+from idap.files import unfinished, write_bytes, write_json
 from idap.progress import Phase, Progress, Silent
-from idap.record import unfinished, write_bytes, write_json
 from idap.saving.checkpoint import described_plan, digest, read_plan
 from idap.saving.names import sources
 from idap.saving.reading import INDEX, PLAN, WEIGHTS, inside

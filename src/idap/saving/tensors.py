@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from idap.errors import CheckpointError
-from idap.record import written
+from idap.files import written
 from idap.saving.reading import WEIGHTS, read_object, weight_files
 from idap.surgery.apply import cut_tensor
 

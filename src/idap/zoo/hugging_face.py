@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import CheckpointError, ConfigError
-from idap.record import write_bytes, write_json
+from idap.files import write_bytes, write_json
 from idap.saving.checkpoint import load, save
 from idap.saving.origin import origin
 from idap.saving.reading import PLAN

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from idap.compress.config import Config, FilterStage, LayerStage
+from idap.files import write_bytes
 from idap.rebalance.run import Rebalance
-from idap.record import write_bytes
 from idap.training.recovery import Recovery
 from idap.zoo.sections import SECTIONS, SHARES, DataSection, ModelSection, OutputSection, TaskSection
 from idap.zoo.sources import SOURCES
