@@ -11,7 +11,8 @@ Rows already in the results are not measured again.
 
 Methods:
     idap: ...               `idap.compress` with its defaults, both stages or one, in both orders; "inside blocks":
-                            stage 1 on the channels that Torch-Pruning can cut
+                            stage 1 on the channels that Torch-Pruning can cut; "per MAC": ranked by score per
+                            multiply-add, where the default ranks by score alone
     torch-pruning ...       its criteria (fpgm is the best of them here, see docs/results.md) on the channels inside of
                             residual blocks, ranked globally, cut to the same cost; as it comes, and rebalanced by us
     random, uniform L2      likewise; uniform takes the same share of each layer
@@ -132,6 +133,7 @@ METHODS: dict[str, Method] = {
     BOTH: ours(),
     "idap: filters": ours(layers=LayerStage(removals=0)),
     "idap: filters inside blocks": ours(layers=LayerStage(removals=0), inside=True),
+    "idap: filters per MAC": ours(layers=LayerStage(removals=0), cost_power=1.0),
     "idap: layers": ours(filters=FilterStage(steps=0), layers=ALL_BLOCKS),
     "idap: layers, filters": ours(filters_share=0.0),
     "torch-pruning fpgm": peer("fpgm"),
@@ -149,7 +151,7 @@ METHODS: dict[str, Method] = {
     "uniform L2": peer("magnitude_l2", ranking="uniform"),
     "uniform L2, rebalanced": peer("magnitude_l2", ranking="uniform", rebalanced=True),
 }
-FIRST = 13
+FIRST = 14
 """So many methods are measured at both costs before the others."""
 
 

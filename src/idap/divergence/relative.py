@@ -63,7 +63,7 @@ def reader_of(scene: Scene, group: Group, port: Port) -> "Reader | None":
     """Watch what a contraction reads of a group and the stream it feeds; None if one opaque call hides them."""
     place = scene.place(port)
     weight, argument = place.weight(), place.input_at
-    stats = scene.watch.channels(place.contraction.input, place.contraction.input_dim, reader=place.reads)
+    stats = scene.watch.channels(place.contraction.input, place.contraction.input_dim, reader=place.reads, means=True)
     flow = flow_behind(place)
     if weight is None or argument is None or stats is None or flow.energy is None:
         return None

@@ -44,7 +44,8 @@ class ChannelStats:
         dim: the dimension of the channels; the first one is that of the samples. None: all count as one channel.
 
     Attributes:
-        sums: "square" and "sum" of each channel, shape (channels,); "positions" and "samples".
+        sums: "square" and, where means are wanted, "sum" of each channel, shape (channels,); "positions" and "samples".
+        means: whether anybody wants the means: they take another look at every number.
         norms: norms of units, for whoever asked.
         latest: squared norm of each sample of the batch that is running, shape (samples,).
     """
@@ -52,16 +53,17 @@ class ChannelStats:
     def __init__(self, dim: int | None) -> None:
         self._dim = dim
         self.sums: dict[str, Tensor] = {}
+        self.means = False
         self.norms: list[UnitNorms] = []
         self.latest: Tensor | None = None
 
     def add(self, x: Tensor, padding: Tensor | None) -> None:
         """Add a batch."""
         if self._dim is None:
-            x = x.unsqueeze(-1)
+            x = x.unsqueeze(1)
         if self._dim == 0:
             x = x.unsqueeze(0)
-        dim = x.dim() - 1 if self._dim is None else max(1, self._dim)
+        dim = max(1, self._dim or 1)
         x = x.detach() if x.is_floating_point() else x.detach().float()
         counted = torch.full([len(x)], x[:1].numel() / max(1, x.shape[dim]), dtype=torch.float64)  # positions
         if padding is not None and (mask := _aligned(padding, x, dim)) is not None:
@@ -69,18 +71,17 @@ class ChannelStats:
             x = x * mask
         inner = [place for place in range(1, x.dim()) if place != dim]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if inner:
-            if dim == x.dim() - 1:  # norms over dimensions that are not the last are slow
-                squared = x.to(exact).square().sum(inner)  # (samples, channels)
-            else:
-                squared = torch.linalg.vector_norm(x, dim=inner, dtype=exact).square()
-            total = x.sum(inner, dtype=exact)
+        if not inner:
+            squared = x.to(exact).square()
+        elif dim == x.dim() - 1:  # norms over dimensions that are not the last are slow
+            squared = x.to(exact).square().sum(inner)  # (samples, channels)
         else:
-            total = x.to(exact)
-            squared = total.square()
+            squared = torch.linalg.vector_norm(x, dim=inner, dtype=exact).square()
+        if self.means:
+            total = x.sum(inner, dtype=exact) if inner else x.to(exact)
+            _accumulate(self.sums, "sum", total.sum(0, dtype=torch.float64))
         self.latest = squared.sum(1)
         _accumulate(self.sums, "square", squared.sum(0, dtype=torch.float64))
-        _accumulate(self.sums, "sum", total.sum(0, dtype=torch.float64))
         _accumulate(self.sums, "positions", counted.sum())
         _accumulate(self.sums, "samples", (counted > 0).sum().double())
         for norms in self.norms:
@@ -166,7 +167,7 @@ class Watch:
         self.padding: Tensor | None = None
 
     def channels(
-        self, node: str, dim: int, *, reader: tuple[CallKey | None, int | None] = (None, None)
+        self, node: str, dim: int, *, reader: tuple[CallKey | None, int | None] = (None, None), means: bool = False
     ) -> ChannelStats | None:
         """Statistics of the channels of a node's value; None if one opaque call hides it.
 
@@ -175,12 +176,16 @@ class Watch:
             dim: the dimension of its channels.
             reader: a call that is given the value, and as which of its tensors. It is looked at there if possible:
                 code that reshapes a tensor in other ways in an export than in an ordinary run hands on the same value.
+            means: whether the means of the channels are wanted too.
         """
         node = self._wiring.source(node)
         call, place = reader
         if call is not None and place is not None:
             self._sights.setdefault(node, Sight(node, call, place))
-        return self._stats(node, dim % max(1, len(self._wiring.graph.nodes[node].shape)))
+        found = self._stats(node, dim % max(1, len(self._wiring.graph.nodes[node].shape)))
+        if found is not None and means:
+            found.means = True
+        return found
 
     def _sight(self, node: str) -> Sight | None:
         return self._sights.get(node) or self._wiring.sight(node)
