@@ -190,9 +190,7 @@ class RunFolder:
         if not self.path.is_dir():
             return
         for file in [*self.path.glob(".*"), *self.path.glob("*/.*"), *self.path.glob("*/*/.*")]:
-            if unfinished(file.name) and file.is_dir():
-                shutil.rmtree(file)
-            elif unfinished(file.name):
+            if unfinished(file.name):
                 file.unlink()
         if not (self.path / RUN).exists():
             if (self.path / CHECKPOINTS).is_dir() and not any((self.path / CHECKPOINTS).iterdir()):

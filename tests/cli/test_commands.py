@@ -321,7 +321,8 @@ class TestCompress:
         assert result.exit_code == 0, result.stdout
         assert json.loads(result.stdout)["val"]["before"] > 0.9
         assert (tmp_path / "runs/mine/run.json").is_file()
-        assert idap("evaluate", "runs/mine", "--json").exit_code == 0
+        judged = json.loads(idap("evaluate", "runs/mine", "--json").stdout)
+        assert judged["original"] == json.loads(result.stdout)["val"]["before"]
 
     def test_a_run_that_goes_on_does_not_train_its_original_again(self, tmp_path, script, monkeypatch):
         (tmp_path / "mine.toml").write_text(
@@ -335,21 +336,35 @@ class TestCompress:
 
         with monkeypatch.context() as patch:
             patch.setattr(importlib.import_module("idap.compress.run"), "compress", stopped)
-            assert idap("compress", "mine.toml", "--run-dir", "part").exit_code == 130
+            ended = idap("compress", "mine.toml", "--run-dir", "part")
+        assert ended.exit_code == 130 and "holds the trained original. Go on with" in text(ended.stderr)
+        assert "begin one with idap compress RECIPE --run-dir part --resume" in text(idap("resume", "part").stderr)
         half = tmp_path / "part" / f".original.safetensors.{'a' * 32}"  # as a killed process leaves it
-        half.mkdir()
+        half.touch()
         refused = idap("compress", "mine.toml", "--run-dir", "part")
         assert refused.exit_code == 2 and "is not an empty folder" in text(refused.stderr)
-        half.rmdir()
+        half.unlink()
         refused = idap("compress", "mine.toml", "--run-dir", "part")
         assert refused.exit_code == 2 and "was stopped before it began" in text(refused.stderr)
-        half.mkdir()
+        half.touch()
         monkeypatch.setattr(importlib.import_module("idap.training.fit"), "fit", None)  # can't be called
         result = idap("compress", "mine.toml", "--json", "--run-dir", "part", "--resume")
         assert result.exit_code == 0, result.stderr
         assert "The original was trained before" in text(result.stderr)
         assert json.loads(result.stdout)["val"] == whole["val"]
         assert not half.exists()
+        assert json.loads(idap("resume", "part", "--json").stdout)["val"] == whole["val"]
+
+    def test_an_original_that_another_recipe_trained_is_refused(self, tmp_path, script, monkeypatch):
+        told = '[model]\nbuild="python:mine.py:build_model"\n[task]\nbuild="python:mine.py:task"\n[train]\nepochs={}\n'
+        (tmp_path / "mine.toml").write_text(told.format(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module("idap.compress.run"), "compress", None)
+            idap("compress", "mine.toml", "--run-dir", "part")
+        assert (tmp_path / "part/original.safetensors").is_file()
+        (tmp_path / "mine.toml").write_text(told.format(2))
+        result = idap("compress", "mine.toml", "--run-dir", "part", "--resume")
+        assert result.exit_code == 2 and "was trained with another [model], [data], [task]" in text(result.stderr)
 
     def test_the_next_free_folder(self, script, tmp_path):
         (tmp_path / "runs/build_model").mkdir(parents=True)

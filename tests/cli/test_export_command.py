@@ -153,6 +153,62 @@ def test_a_folder_with_a_plan_for_machines(bert):
     assert eval(how["loads_with"], {"idap": idap}).bert.encoder.layer[1].intermediate.dense.out_features == 20
 
 
+def test_a_recipe_knows_the_folder_of_its_model(bert):
+    _, build = bert(16, 16)
+    table = {"model": {"build": build, "classes": 2}, "data": {"name": "csv:reviews.tsv"}}
+    Path("run/run.json").write_text(json.dumps({"recipe": table}))
+    result = command("export", "run", "--to", "transformers", "--out", "small", "--json")
+    assert result.exit_code == 0, result.stderr
+    how = json.loads(result.stdout)["pretrained"]
+    assert how["plain"] and "Token" in how["tokenizer"]
+
+
+def test_heads_that_a_configuration_cannot_divide_are_no_plain_folder(tmp_path):
+    """Equal tokens would hide it: the scores of attention are the same whatever the heads."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    original = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    structure = idap.analyze(idap.trace(original, (), {"input_ids": torch.randint(0, 64, (2, 8))}))
+    groups = [group for group in structure.groups if group.kind == "head width"]
+    plan = structure.plan({group.name: range(group.size // 2) for group in groups})
+    small = idap.apply_plan(original, plan)
+    idap.save("run/model", small, plan)
+    Path("run/run.json").write_text('{"model": "transformers.LlamaForCausalLM"}')
+    words = ("--model", f"hf:{tmp_path / 'llama'}", "--to", "transformers", "--out", "small", "--json")
+    result = command("export", "run", *words)
+    assert result.exit_code == 0, result.stderr
+    how = json.loads(result.stdout)["pretrained"]
+    saved = eval(how["loads_with"], {"idap": idap, "LlamaForCausalLM": transformers.LlamaForCausalLM}).eval()
+    tokens = torch.randint(0, 64, (2, 8))
+    assert torch.allclose(saved(tokens).logits, small(tokens).logits, atol=1e-5), how
+
+
+def test_what_is_said_of_generating_stays(tmp_path):
+    import transformers
+
+    folder = small_data.language_folder(tmp_path / "gpt2")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5, "max_new_tokens": 7}')
+    original = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    original.config.use_cache = False
+    structure = idap.analyze(idap.trace(original, (torch.randint(0, 256, (2, 8)),)))
+    (first, *_) = [group for group in structure.groups if group.kind == "neurons"]
+    plan = structure.plan({first.name: range(first.size // 2)})
+    idap.save("run/model", idap.apply_plan(original, plan), plan)
+    table = {"model": {"build": f"hf:{folder}"}, "data": {"name": "text:stories.txt", "tokenizer": "bytes"}}
+    Path("run/run.json").write_text(json.dumps({"recipe": table}))
+    result = command("export", "run", "--to", "transformers", "--out", "small")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(Path("small/original/generation_config.json").read_text())
+    assert told["eos_token_id"] == 5 and told["max_new_tokens"] == 7
+    assert json.loads(Path("small/original/config.json").read_text())["use_cache"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [(["--finalize"], "--finalize changes modules"), (["--static-batch"], "--static-batch is for onnx and pt2"),
@@ -170,8 +226,9 @@ def test_other_models_are_no_folder_of_transformers(run):
     assert not Path("small").exists()
 
 
-def test_a_broken_tokenizer_is_named(bert, tmp_path):
+@pytest.mark.parametrize("broken", ["{", "{}", "[]"])
+def test_a_broken_tokenizer_is_named(bert, tmp_path, broken):
     words = bert(16, 16)
-    (tmp_path / "bert" / "tokenizer.json").write_text("{")
+    (tmp_path / "bert" / "tokenizer.json").write_text(broken)
     result = command("export", "run", *words, "--to", "transformers", "--out", "small")
     assert result.exit_code == 2 and "its tokenizer can't be read" in text(result.stderr)

@@ -1,5 +1,6 @@
 """`idap compress`: both stages, from a recipe or from a model and a task."""
 
+import json
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -31,7 +32,7 @@ from idap.cli.options import (
     WeightsPath,
 )
 from idap.cli.tables import Comparison, comparison_table
-from idap.errors import ConfigError, ExportError, RunFolderError
+from idap.errors import ConfigError, RunFolderError
 from idap.progress import Progress
 from idap.record import MEASURED, RunFolder, read_steps
 from idap.tensorboard import TensorBoard
@@ -41,9 +42,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from idap.compress.result import Result
-    from idap.training.recovery import Recovery
     from idap.training.task import Task
     from idap.zoo.recipe import Recipe
+
+MADE_BY = "idap.recipe"
+"""Under what the weights of a trained original note the recipe that trained them."""
 
 EXAMPLES = (
     "idap compress recipes/digits_resnet.toml --set goals.macs=40%",
@@ -178,11 +181,10 @@ def _run(
     from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
     from idap.training.processes import align_, on_main  # noqa: PLC0415 - as above
 
-    config, training = recipe.config(), recipe.training()
+    config = recipe.config()
     model, task = recipe.model().to(device), recipe.task()
     align_(model)
-    if training is not None:
-        _train(model, task, training, RunFolder(run_dir), progress, resume=resume)
+    _trained(model, task, recipe, RunFolder(run_dir), progress, resume=resume)
     if _untrained(recipe):
         progress.say(
             f"{recipe.network.build} has random weights: none are named (--weights FILE), and it is not trained first "
@@ -197,24 +199,32 @@ def _run(
     return result, numbers
 
 
-def _train(
-    model: "nn.Module", task: "Task", training: "Recovery", folder: RunFolder, progress: Progress, *, resume: bool
+def _trained(
+    model: "nn.Module", task: "Task", recipe: "Recipe", folder: RunFolder, progress: Progress, *, resume: bool
 ) -> None:
-    """Train the original first and keep its weights, so that a run that goes on need not train it again."""
-    from idap.saving.export import export_weights  # noqa: PLC0415 - torch is slow to import
-    from idap.training.fit import fit  # noqa: PLC0415 - as above
+    """Train the original as the recipe says and keep its weights, so that a run that goes on has them."""
+    from idap.training.fit import fit  # noqa: PLC0415 - torch is slow to import
     from idap.training.processes import on_main  # noqa: PLC0415 - as above
-    from idap.zoo.weights import load_weights  # noqa: PLC0415 - as above
+    from idap.zoo.weights import keep_weights, load_weights, notes_in  # noqa: PLC0415 - as above
 
-    if resume and on_main(folder.original.exists):
-        load_weights(model, folder.original)
-        progress.say(f"The original was trained before: its weights are those of {folder.original}.")
+    training = recipe.training()
+    if training is None:
+        return
+    table, file = recipe.table(), folder.original
+    made_by = json.dumps(
+        {name: table.get(name) for name in ("model", "data", "task", "train")}, sort_keys=True, default=str
+    )
+    if resume and on_main(file.exists):
+        if on_main(lambda: notes_in(file).get(MADE_BY)) != made_by:
+            raise RunFolderError(
+                f"{file} was trained with another [model], [data], [task] or [train] than the recipe has now. Go on "
+                "with the recipe that it was trained by, or choose another folder."
+            )
+        load_weights(model, file)
+        progress.say(f"The original was trained before: its weights are those of {file}.")
         return
     fit(model, task, training, progress=progress, title="train")
-    try:
-        on_main(lambda: export_weights(model, folder.original))
-    except ExportError as error:  # the training is not lost for it
-        progress.say(f"The trained original is not kept, a run that is stopped trains it again: {error}")
+    on_main(lambda: keep_weights(model, file, {MADE_BY: made_by}))
 
 
 def _untrained(recipe: "Recipe") -> bool:

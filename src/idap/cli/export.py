@@ -27,9 +27,10 @@ from idap.cli.subject import model_and_inputs, recipe_of
 from idap.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from idap.saving.export import Exported
+    from idap.surgery.compare import Inputs
     from idap.surgery.finalize import Finalized
     from idap.zoo.recipe import Recipe
 
@@ -88,7 +89,9 @@ def export_command(  # noqa: PLR0913 - one argument per option
         spec = model or (recipe.network.build if recipe is not None else "")
         small, args, kwargs, report = _loaded(place, spec, recipe, input_shape or [], finalized=finalize)
         if to == "transformers":
-            outcome.document = _as_folder(small, args, kwargs, out, spec, None if as_json or quiet else outcome.console)
+            build = spec if recipe is None else recipe.network.build
+            given = (tuple(map(_drawn, args)), kwargs) if input_shape else None
+            outcome.document = _as_folder(small, given, out, build, None if as_json or quiet else outcome.console)
             return
         done = _written(small, args, kwargs, out, to=to, dynamic=not static_batch, opset=opset)
         outcome.document = asdict(done) | {"finalized": None if report is None else asdict(report), "pretrained": None}
@@ -134,15 +137,26 @@ def _written(
     return export(model, args, out, kwargs=kwargs, to=to, dynamic_batch=dynamic, opset=opset)
 
 
-def _as_folder(
-    model: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any], out: Path, spec: str, console: Console | None
-) -> dict[str, Any]:
-    """Save as a folder of transformers, with the tokenizer that lies beside the original."""
-    from idap.zoo.hugging_face import save_pretrained  # noqa: PLC0415 - torch is slow to import
-    from idap.zoo.pretrained import processor_of  # noqa: PLC0415 - as above
+def _drawn(example: "Tensor") -> "Tensor":
+    """Random numbers in place of the zeros that stand for a shape."""
+    import torch  # noqa: PLC0415 - slow to import
 
+    return torch.randn_like(example) if example.is_floating_point() else torch.randint_like(example, 2)
+
+
+def _as_folder(
+    model: "nn.Module", inputs: "Inputs | None", out: Path, spec: str, console: Console | None
+) -> dict[str, Any]:
+    """Save as a folder of transformers, with the tokenizer that lies beside the original.
+
+    The example inputs of other forms would not do to compare on: equal tokens hide how heads are divided.
+    """
+    from idap.zoo.hugging_face import save_pretrained  # noqa: PLC0415 - torch is slow to import
+    from idap.zoo.pretrained import generate_as, processor_of  # noqa: PLC0415 - as above
+
+    generate_as(model, spec)
     tokenizer = processor_of(spec)
-    saved = save_pretrained(model, None, out, tokenizer=tokenizer, inputs=(args, kwargs))
+    saved = save_pretrained(model, None, out, tokenizer=tokenizer, inputs=inputs)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kind = None if tokenizer is None else type(tokenizer).__name__
     if console is not None:

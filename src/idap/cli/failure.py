@@ -195,6 +195,8 @@ def state_of(run_dir: Path | None) -> str:
     """Say in one line what a run folder holds after an interruption."""
     if run_dir is None:
         return "Nothing was written."
+    if not (run_dir / RUN).exists() and RunFolder(run_dir).original.exists():
+        return f"{run_dir} holds the trained original. Go on with the same command and --run-dir {run_dir} --resume."
     if not (run_dir / RUN).exists():
         return f"Nothing was written to {run_dir}."
     try:

@@ -6,7 +6,7 @@ from idap.cli.compress import DOCUMENT, carried_out
 from idap.cli.failure import GOAL_MISSED, Outcome
 from idap.cli.options import Debug, Json, Quiet, RunToResume, TensorBoardDir, Verbose
 from idap.errors import ConfigError, RunFolderError
-from idap.record import RUN
+from idap.record import RUN, RunFolder
 
 __all__ = ["DOCUMENT", "EXAMPLES", "resume_command"]
 
@@ -33,10 +33,10 @@ def resume_command(
     )
     with outcome.reported():
         if not (run / RUN).is_file():
-            raise RunFolderError(
-                f"{run} holds no run ({RUN}), so there is nothing to go on with; begin one with "
-                f"idap compress RECIPE --run-dir {run}."
-            )
+            trained = RunFolder(run).original.is_file()
+            what = "only an original that was trained for it" if trained else "so there is nothing to go on with"
+            begin = f"idap compress RECIPE --run-dir {run}{' --resume' if trained else ''}"
+            raise RunFolderError(f"{run} holds no run ({RUN}), {what}; begin one with {begin}.")
         from idap.zoo.runs import recipe_of_run, settings_of_run  # noqa: PLC0415 - torch is slow to import
 
         if "recipe" not in settings_of_run(run):

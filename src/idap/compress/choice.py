@@ -57,26 +57,27 @@ def best_cut(
     """
     first, *others = ways(setting)
     multiples = _multiples(setting, {}) if last else {}
-    steps = _multiples(setting, _hardware_steps(setting)) if last else {}
     rankings = {way: rank(setting, state, candidates, way) for way in (first, *others)}
     cuts = {first: _cut(setting, state, rankings[first], aim, share, multiples)}
-    if not others and steps == multiples:
+    may_step = last and setting.config.filters.multiple == 1 and "latency" in setting.budget.targets
+    if not others and not may_step:
         return rankings[first], cuts[first], None
-    named = aim.targets or ("macs",)
+    left = _left(setting, state, cuts[first])
+    may_step = may_step and _holds(aim, left)  # steps of the hardware only where the step gets to its aim
     # The others go as far down as the first, so that their losses can be compared.
-    level = replace(aim, targets={n: share for n, share in _left(setting, state, cuts[first]).items() if n in named})
+    level = replace(aim, targets={name: left[name] for name in aim.targets or ("macs",)})
 
     def compare(way: Way, multiples: Mapping[str, int]) -> None:
         cut = _cut(setting, state, rankings[way], level, 1.0, multiples)
-        if not cut.takes_from(state):
-            return  # a first cut that was measured too slow asks for nothing, and doing nothing loses nothing
-        if level.shortfall(_left(setting, state, cut)) <= (LATENCY_NOISE if "latency" in level.targets else 0):
+        # A first cut that was measured too slow asks for nothing, and doing nothing loses nothing.
+        if cut.takes_from(state) and _holds(level, _left(setting, state, cut)):
             cuts[way] = cut
 
     trial = _Trial(setting, state)
     for way in others:
         compare(way, multiples)
     chosen = best_of(cuts, trial.loss) if len(cuts) > 1 else first
+    steps = _multiples(setting, _hardware_steps(setting)) if may_step else multiples
     if steps != multiples:
         stepped = chosen._replace(stepped=True)
         rankings[stepped] = rankings[chosen]
@@ -84,6 +85,11 @@ def best_cut(
         if stepped in cuts:
             chosen = best_of({way: cuts[way] for way in (chosen, stepped)}, trial.loss)
     return rankings[chosen], cuts[chosen], trial.made_of(cuts[chosen])
+
+
+def _holds(aim: Budget, left: Shares) -> bool:
+    """Whether so little is left as is wanted; of a latency, within what a measurement of it is worth."""
+    return aim.shortfall(left) <= (LATENCY_NOISE if "latency" in aim.targets else 0)
 
 
 class _Trial:
@@ -170,9 +176,7 @@ def _multiples(setting: Setting, steps: Mapping[str, int]) -> dict[str, int]:
 
 
 def _hardware_steps(setting: Setting) -> Mapping[str, int]:
-    """Where the latency of each group has steps, if latency counts and no multiple is set."""
-    if setting.config.filters.multiple > 1 or "latency" not in setting.budget.targets:
-        return {}
+    """Where the latency of each group has steps."""
     with setting.clock.on("latency"):
         return setting.layer_times.steps
 

@@ -157,8 +157,9 @@ def come_down(
         0.49
     """
     high, low, cost = start, None, max(least, start[0] * wanted / start[1])
+    lowest = cost
     for _ in range(tries):
-        found = latency_at(cost)
+        found, lowest = latency_at(cost), min(lowest, cost)
         if found <= wanted:
             low = (cost, found)
             if found >= wanted * (1 - tolerance):
@@ -174,4 +175,4 @@ def come_down(
         else:
             share = (wanted * (1 - tolerance / 2) - low[1]) / max(high[1] - low[1], 1e-9)
             cost = low[0] + (high[0] - low[0]) * min(0.9, max(0.1, share))
-    return low[0] if low is not None else cost
+    return low[0] if low is not None else lowest

@@ -15,7 +15,7 @@ from idap.cost.table import LatencyTable, table_from
 from idap.errors import RunFolderError, TraceError
 from idap.files import write_json
 from idap.progress import Progress, Silent
-from idap.record import RUN, RunFolder, read_json
+from idap.record import RESULT, RUN, RunFolder, read_json
 from idap.selection.steps import probes, step_of
 from idap.structure.analysis import Structure
 from idap.training.batch import Inputs, device_name, device_of
@@ -98,15 +98,11 @@ def recalled(
     """
     if folder is None or not resume:
         return None, None
-    found: tuple[float | None, LatencyTable | None] = on_main(partial(_read_own, folder, fingerprint))
-    table, here = found[1], (device_name(device_of(model)), torch.get_num_threads())
-    if table is not None and (table.device, table.threads) != here:
-        progress.say(
-            f"The layers are timed anew: {folder.latency.name} was measured on {table.device} with {table.threads} "
-            f"threads, this is {here[0]} with {here[1]}."
-        )
-        return None, None
-    return found
+    here = device_name(device_of(model)), torch.get_num_threads()  # of the first process, which measures for all
+    least, table, note = on_main(partial(_read_own, folder, fingerprint, here))
+    if note:
+        progress.say(note)
+    return least, table
 
 
 def measured(
@@ -146,11 +142,22 @@ def _told(steps: Mapping[str, int], groups: int) -> str:
     )
 
 
-def _read_own(folder: RunFolder, fingerprint: str) -> tuple[float | None, LatencyTable | None]:
-    """What the folder holds; nothing where it is another model's, which is said when the folder is opened."""
+def _read_own(
+    folder: RunFolder, fingerprint: str, here: tuple[str, int]
+) -> tuple[float | None, LatencyTable | None, str]:
+    """What the folder holds that is good for this model and machine, and what to say of the rest."""
     begun = read_json(folder.path / RUN) if (folder.path / RUN).exists() else {"fingerprint": fingerprint}
-    same = isinstance(begun, dict) and begun.get("fingerprint") == fingerprint
-    return _read(folder.latency) if same else (None, None)
+    if not isinstance(begun, dict) or begun.get("fingerprint") != fingerprint:
+        return None, None, ""  # another model's, which is said when the folder is opened
+    least, table = _read(folder.latency)
+    finished = (folder.path / RESULT).exists()  # nothing is measured any longer
+    if table is None or finished or (table.device, table.threads) == here:
+        return least, table, ""
+    note = (
+        f"The layers are timed anew: {folder.latency.name} was measured on {table.device} with {table.threads} "
+        f"threads, this is {here[0]} with {here[1]}."
+    )
+    return None, None, note
 
 
 def _read(file: Path) -> tuple[float | None, LatencyTable | None]:

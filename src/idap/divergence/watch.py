@@ -73,6 +73,10 @@ class ChannelStats:
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         if not inner:
             squared = x.to(exact).square()
+        elif self._dim is None:  # one norm over all of a large sample would lose digits
+            row = min(inner, key=x.stride)
+            rows = torch.linalg.vector_norm(x, dim=row, keepdim=True, dtype=exact).square()
+            squared = rows.sum(inner, dtype=torch.float64)
         elif dim == x.dim() - 1:  # norms over dimensions that are not the last are slow
             squared = x.to(exact).square().sum(inner)  # (samples, channels)
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from idap.errors import CheckpointError, ConfigError
+from idap.zoo.tokens import FILES
 
 PREFIX = "hf:"
 Head = Literal["sequence", "language", "image", "segmentation"]
@@ -95,6 +96,9 @@ def processor_of(spec: str) -> Any:
 
     Args:
         spec: `hf:FOLDER`, `hf:NAME` or any other.
+
+    Raises:
+        CheckpointError: it is there and can't be read.
     """
     if not spec.startswith(PREFIX):
         return None
@@ -102,16 +106,39 @@ def processor_of(spec: str) -> Any:
 
     place = _place(spec)
     for kind, loader, files in (
-        ("tokenizer", transformers.AutoTokenizer, ("tokenizer_config.json", "tokenizer.json", "vocab.txt")),
+        ("tokenizer", transformers.AutoTokenizer, FILES),
         ("image processor", transformers.AutoImageProcessor, ("preprocessor_config.json",)),
     ):
         if not isinstance(place, Path) or any((place / file).is_file() for file in files):
             try:
                 return loader.from_pretrained(place)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # whatever a broken file raises
                 if isinstance(place, Path):  # the files are there
-                    raise CheckpointError(f"{spec}: its {kind} can't be read: {error}") from error
+                    raise CheckpointError(
+                        f"{spec}: its {kind} can't be read: {type(error).__name__}: {error}"
+                    ) from error
     return None
+
+
+def generate_as(model: Any, spec: str) -> None:
+    """Give a model that was built from a configuration alone what its folder says of generating.
+
+    Args:
+        model: of transformers.
+        spec: `hf:FOLDER` or `hf:NAME` that it came from; others change nothing.
+    """
+    if not spec.startswith(PREFIX):
+        return
+    import transformers  # noqa: PLC0415 - optional, and slow to import
+
+    published = load_config(spec, transformers)
+    if hasattr(published, "use_cache"):
+        model.config.use_cache = published.use_cache
+    if model.can_generate():
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(_place(spec))
+        except OSError:  # it has none: that of the configuration stays
+            return
 
 
 def _place(spec: str) -> Path | str:

@@ -61,5 +61,7 @@ def transformers_inputs(model: Any) -> dict[str, Tensor]:
             f"what {type(model).__name__} takes is not known ({name}); build it in a function of your own and say "
             "python:FILE.py:NAME with --input-shape."
         )
-    tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
+    known = getattr(config, "vocab_size", None) or 1
+    # Different ones: equal tokens hide what a model does with their order. The first ones mean padding and the like.
+    tokens = (known // 2 + torch.arange(TOKENS, device=device) % max(1, known - known // 2)).unsqueeze(0)
     return {name: tokens, **({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})}

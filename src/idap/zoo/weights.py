@@ -9,9 +9,11 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from idap.errors import CheckpointError
+from idap.files import write_bytes
 
 # Names under which training scripts keep the tensors within a larger checkpoint.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -44,6 +46,42 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     tensors = _completed(_without_prefixes(read, wanted), wanted)
     _check(tensors, wanted, path)
     model.load_state_dict(tensors)
+
+
+def keep_weights(model: nn.Module, file: Path, notes: Mapping[str, str]) -> None:
+    """Write all tensors of a model's state, each as one of its own, so that `load_weights` reads them back.
+
+    Args:
+        model: any module.
+        file: appears whole or not at all.
+        notes: to write beside the tensors.
+
+    Raises:
+        CheckpointError: it can't be written.
+    """
+    state = model.state_dict()
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    try:
+        write_bytes(file, save_safetensors(tensors, metadata=dict(notes)))
+    except OSError as error:
+        raise CheckpointError(f"cannot write the weights {file}: {error}") from error
+
+
+def notes_in(file: Path) -> dict[str, str]:
+    """What `keep_weights` noted beside the tensors; nothing where there is nothing.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    try:
+        with safetensors.safe_open(file, "pt") as held:
+            return dict(held.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is broken ({error}); delete it to have it made again.") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
