@@ -5,6 +5,7 @@ import pytest
 from benchmarks.ablation import QUESTIONS
 from benchmarks.bench import stages
 from benchmarks.compression_tables import ablation, contest, equal_latency, kinds, mean, phases, saving
+from benchmarks.equal_latency import at
 from benchmarks.report import put
 from idap.record import Removal, Step
 
@@ -121,13 +122,24 @@ def test_no_setting_is_measured_under_two_names():
 
 
 def test_what_is_kept_at_one_latency():
-    row = {"network": "a", "batch": 16, "share": 0.6, "measure": "accuracy", "original": 93.0, "kept_macs": 90.0}
-    row |= {"kept_table": 91.234, "latency_macs": 0.6, "latency_table": 0.598}
-    other = {**row, "measure": "share of the norms", "kept_table": 0.5, "kept_macs": 0.51234, "original": 1.0}
-    found = equal_latency([row, other])
-    assert found[2] == "| a | 16 | 0.6 | accuracy | 93.00 | 90.00 | 91.23 | 0.600 | 0.598 |"
-    assert "| 0.5123 | 0.5000 |" in found[3]
-    assert found[-2] == "The latency table keeps more in 1 of 2 rows."
+    row = {"network": "a", "batch": 16, "share": 0.6, "measure": "accuracy", "original": 93.0}
+    row |= {"kept": {"macs": 90.0, "table": 91.234}}
+    norms = {"macs": 0.51234, "table": 0.5, "steps": 0.52}
+    worse = {"macs": 0.6, "table": 0.5, "steps": 0.52}
+    found = equal_latency(
+        [row, *({**row, "measure": "share of the norms", "original": 1.0, "kept": kept} for kept in (norms, worse))]
+    )
+    assert found[0] == "| network | batch | latency | kept is | original | macs | table | steps |"
+    assert found[2] == "| a | 16 | 0.6 | accuracy | 93.00 | 90.00 | 91.23 |  |"
+    assert found[3] == "| a | 16 | 0.6 | share of the norms | 1.0000 | 0.5123 | 0.5000 | 0.5200 |"
+    assert found[-2] == "A way with the latency table keeps more in 2 of 3 rows."
+
+
+def test_lines_of_different_ways_are_parallel():
+    lines = {"macs": [[0.5, 50.0], [0.6, 60.0]], "table": [[0.55, 60.0], [0.65, 70.0]]}
+    assert at(lines, 0.7) == pytest.approx({"macs": 70.0, "table": 75.0})
+    lines["table"] = [[0.6, 66.0]]  # a single cut takes its slope from the others
+    assert at(lines, 0.5) == pytest.approx({"macs": 50.0, "table": 56.0})
 
 
 def test_seconds_of_saving():
