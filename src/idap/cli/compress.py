@@ -42,11 +42,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     from idap.compress.result import Result
+    from idap.training.recovery import Recovery
     from idap.training.task import Task
     from idap.zoo.recipe import Recipe
 
 MADE_BY = "idap.recipe"
 """Under what the weights of a trained original note the recipe that trained them."""
+
+_MAKES = ("model", "data", "task", "train")
+"""Sections of a recipe that make the original."""
 
 EXAMPLES = (
     "idap compress recipes/digits_resnet.toml --set goals.macs=40%",
@@ -181,10 +185,13 @@ def _run(
     from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
     from idap.training.processes import align_, on_main  # noqa: PLC0415 - as above
 
-    config = recipe.config()
+    config, about = recipe.config(), recipe.table()
     model, task = recipe.model().to(device), recipe.task()
     align_(model)
-    _trained(model, task, recipe, RunFolder(run_dir), progress, resume=resume)
+    training = recipe.training()
+    if training is not None:
+        made_by = json.dumps({name: about.get(name) for name in _MAKES}, sort_keys=True, default=str)
+        _trained(model, task, training, made_by, RunFolder(run_dir).original, progress, resume=resume)
     if _untrained(recipe):
         progress.say(
             f"{recipe.network.build} has random weights: none are named (--weights FILE), and it is not trained first "
@@ -192,7 +199,6 @@ def _run(
         )
     progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
     with progress.phase("compress", None):
-        about = recipe.table()
         result = compress(model, task, config, run_dir=run_dir, resume=resume, recipe=about, progress=progress)
     numbers = compare(model, result, task, progress)
     on_main(lambda: RunFolder(run_dir).keep(MEASURED, numbers.to_json()))
@@ -200,20 +206,20 @@ def _run(
 
 
 def _trained(
-    model: "nn.Module", task: "Task", recipe: "Recipe", folder: RunFolder, progress: Progress, *, resume: bool
+    model: "nn.Module",
+    task: "Task",
+    training: "Recovery",
+    made_by: str,
+    file: Path,
+    progress: Progress,
+    *,
+    resume: bool,
 ) -> None:
-    """Train the original as the recipe says and keep its weights, so that a run that goes on has them."""
+    """Train the original first and keep its weights in a file, so that a run that goes on has them."""
     from idap.training.fit import fit  # noqa: PLC0415 - torch is slow to import
     from idap.training.processes import on_main  # noqa: PLC0415 - as above
     from idap.zoo.weights import keep_weights, load_weights, notes_in  # noqa: PLC0415 - as above
 
-    training = recipe.training()
-    if training is None:
-        return
-    table, file = recipe.table(), folder.original
-    made_by = json.dumps(
-        {name: table.get(name) for name in ("model", "data", "task", "train")}, sort_keys=True, default=str
-    )
     if resume and on_main(file.exists):
         if on_main(lambda: notes_in(file).get(MADE_BY)) != made_by:
             raise RunFolderError(
