@@ -4,6 +4,7 @@ A script that imports more of idap than this file and `subjects` imports one of 
 """
 
 import copy
+import fcntl
 import json
 import os
 import platform
@@ -40,6 +41,8 @@ LATENCY = {1: 40, 64: 12}
 class Rows:
     """The rows of a result file; each is written as soon as it is known, and none is measured twice.
 
+    Several processes may measure rows of one file at the same time, as long as they are not the same rows.
+
     Args:
         path: of the file; what it holds is read.
         keys: names of the fields that say which row it is.
@@ -48,7 +51,10 @@ class Rows:
 
     def __init__(self, path: Path, keys: Sequence[str], about: Mapping[str, Any]) -> None:
         self.path, self.keys, self.about = path, tuple(keys), dict(about)
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+        self.rows = self._on_disk()
+
+    def _on_disk(self) -> list[dict[str, Any]]:
+        return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 
     def find(self, **wanted: object) -> dict[str, Any] | None:
         """The first row with these values, None if there is none."""
@@ -58,15 +64,26 @@ class Rows:
         """Measure a row and write the file, unless the row is there."""
         if set(key) != set(self.keys):
             raise ValueError(f"a row is named by {', '.join(self.keys)}, found {', '.join(key)}.")
+        self.rows = self._on_disk()
         if self.find(**key) is not None:
             return
-        self.rows.append({**key, **numbers()})
-        print(json.dumps(self.rows[-1]), flush=True)
-        self.write()
+        row = {**key, **numbers()}
+        print(json.dumps(row), flush=True)
+        with _alone(self.path):
+            self.rows = [*self._on_disk(), row]
+            self.write()
 
     def write(self) -> None:
         """Write what is known, whole or not at all."""
         write_json(self.path, {**self.about, **_circumstances(), "rows": self.rows})
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time reads a file and writes it."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _circumstances() -> dict[str, Any]:
