@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import Clock, Recovered, Rows, cifar_task, latencies, recover, reported, timed
+from benchmarks.harness import Clock, Recovered, Remembering, Rows, cifar_task, latencies, recover, reported, timed
 from benchmarks.subjects import Subject, build
 from idap import Recovery
 from idap.compress.config import Config, FilterStage
@@ -87,6 +87,7 @@ class Bench:
     def __init__(self, subject: Subject, task: Task, protocol: Protocol, seed: int) -> None:
         self.subject, self.task, self.protocol, self.seed = subject, task, protocol, seed
         self.model = copy.deepcopy(subject.model).to(protocol.device)
+        self.teacher = Remembering(self.model)
         self.structure = self.analysed()
         self.costs = CostModel(self.structure, 2)
 
@@ -134,6 +135,7 @@ class Bench:
             "latency_ms": latencies(self.model, best.model.eval(), sample),
             "compression": (cut.clock or clock).row(),
             "recovery": {**best.clock.row(), "rates": tried},
+            "average": best.average,
             "losses": list(best.losses),
             "left": {name: len(units) for name, units in cut.plan.keep.items() if len(units) < sizes[name]},
             "removed": list(cut.plan.removed),
@@ -146,7 +148,7 @@ class Bench:
         tried: dict[str, list[float]] = {}
         best: Recovered | None = None
         for rate in sorted({*(self.protocol.rates or (own.lr,)), *more}):
-            found = recover(model, self.model, self.task, replace(own, lr=rate))
+            found = recover(model, self.teacher, self.task, replace(own, lr=rate))
             tried[f"{rate:g}"] = [round(100 * found.quality, 2), self.accuracy(found.model)]
             if best is None or found.quality > best.quality:
                 best = found

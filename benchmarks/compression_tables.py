@@ -23,19 +23,23 @@ def mean(rows: Sequence[Row], value: Callable[[Row], float], digits: int = 2) ->
 
 
 def contest(rows: Sequence[Row]) -> list[str]:
-    """One table for each network and cost: every method that was measured there."""
+    """One table for each network, cost and protocol: every method that was measured there, the best one first."""
     found: list[str] = []
-    for network, target in dict.fromkeys((row["network"], row["target"]) for row in rows):
-        if target == "original":
-            continue
-        mine = [row for row in rows if (row["network"], row["target"]) == (network, target)]
+    keys = ("network", "target", "protocol")
+    measured = dict.fromkeys(tuple(row[key] for key in keys) for row in rows if row["target"] != "original")
+    for network, target, protocol in sorted(measured, key=lambda of: (of[0] != "resnet56", of[1:])):
+        mine = [row for row in rows if tuple(row[key] for key in keys) == (network, target, protocol)]
         whole = next(row for row in rows if (row["network"], row["target"]) == (network, "original"))
-        found += [f"#### {network}, {target} of the MACs, original {whole['accuracy']:.2f} %", ""]
-        titles = ("method", "MACs", "parameters", "cut", "recovered", "faster, batch 1 / 64")
+        _, _, apart = protocol.partition(", ")
+        found += [
+            f"#### {network}, {target} of the MACs, original {whole['accuracy']:.2f} %{apart and f', {apart}'}",
+            "",
+        ]
+        titles = ("method", "seeds", "MACs", "parameters", "cut", "recovered", "faster, batch 1 / 64")
         found += head(*titles, "cut, s", "recovery, s", "peak, GiB")
-        for method in dict.fromkeys(row["method"] for row in mine):
-            found.append(_method(method, [row for row in mine if row["method"] == method]))
-        found.append("")
+        methods = {name: [row for row in mine if row["method"] == name] for name in {row["method"] for row in mine}}
+        ordered = sorted(methods, key=lambda name: -statistics.mean(row["after"] for row in methods[name]))
+        found += [*(_method(name, methods[name]) for name in ordered), ""]
     return found
 
 
@@ -47,7 +51,7 @@ def _faster(row: Row, batch: str) -> float:
 
 def _seconds(row: Row, part: str) -> float:
     """Processor time; on a GPU wall-clock time."""
-    found: float = row[part]["processor_s" if row["protocol"] == "cpu" else "seconds"]
+    found: float = row[part]["seconds" if row["protocol"] == "gpu" else "processor_s"]
     return found
 
 
@@ -55,6 +59,7 @@ def _method(name: str, rows: Sequence[Row]) -> str:
     faster = " / ".join(mean(rows, lambda row, b=batch: _faster(row, b)) for batch in ("1", "64"))
     return line(
         name,
+        len(rows),
         f"{mean(rows, lambda row: row['macs_ratio'])}x fewer",
         f"{mean(rows, lambda row: row['parameters_ratio'])}x fewer",
         mean(rows, lambda row: row["before"]),

@@ -41,7 +41,7 @@ def measured(bench: Bench, method: str, temperature: float) -> dict[str, Any]:
     """One row."""
     model = cut(bench, method)
     recovery = replace(bench.protocol.recovery, lr=LR, temperature=temperature, seed=bench.seed)
-    found = recover(model, bench.model, bench.task, recovery)
+    found = recover(model, bench.teacher, bench.task, recovery)
     return {
         "before": bench.accuracy(model),
         "deciding": round(100 * found.quality, 2),

@@ -178,7 +178,8 @@ def _curve(found: Mapping[str, Any] | None) -> Curve | None:
     if found is None:
         return None
     metrics = tuple((steps, value) for steps, value in found["metrics"])
-    return Curve(**{**found, "losses": tuple(found["losses"]), "metrics": metrics})
+    average = None if found["average"] is None else tuple(found["average"])
+    return Curve(**{**found, "losses": tuple(found["losses"]), "metrics": metrics, "average": average})
 
 
 def block_removal(block: Block, score: float, rank: int, cost: float) -> Removal:

@@ -1,4 +1,4 @@
-"""Keep the best state of a model; last, try whether its batch norms can be estimated better."""
+"""Keep the best state of a model; last, try averages of states, and whether batch norms can be estimated better."""
 
 import copy
 import math
@@ -19,6 +19,12 @@ from idap.training.task import Task
 Judge = Callable[[nn.Module], float]
 """Scores a model, higher is better."""
 
+Weights = dict[str, Any]
+"""A model's state, on the CPU."""
+
+HALF_WAY, AROUND = (0.5,), (0.25, 0.75)
+"""How far from the untrained to the trained weights the averages lie that are tried, the second ones if one helped."""
+
 
 class Best:
     """Keeps the best state of a model so far, on the CPU; does nothing without a judge.
@@ -29,31 +35,53 @@ class Best:
 
     Attributes:
         value: the highest score; None without a judge.
-        scores: (steps taken, score then), in the order of judging.
+        scores: (steps taken, score then), in the order of judging; averages are left out.
+        average: how far from the untrained to the trained weights the best state lies; None where it is no average.
     """
 
     def __init__(self, model: nn.Module, judge: Judge | None) -> None:
         self._model, self._judge = model, judge
-        self._state: dict[str, Any] = {}
+        self._state: Weights = {}
         self.value: float | None = None
         self.scores: list[tuple[int, float]] = []
+        self.average: float | None = None
         self.look(0)
+        self._first = self._state
 
     def look(self, steps: int) -> None:
         """Judge the model as it is now, after so many steps; of equals, the later state is the better one."""
         if self._judge is None:
             return
-        with modes_kept(self._model):
-            value = from_main(float(self._judge(self._model)))
-        if math.isnan(value):
-            raise TaskError("the judge gave nan; expected a number that is higher for a better model.")
+        value = self._score(self._judge)
         self.scores.append((steps, value))
         if self.value is None or value >= self.value:
-            self.value = value
-            self._state = {
-                name: kept.detach().to("cpu", copy=True) if isinstance(kept, Tensor) else copy.deepcopy(kept)
-                for name, kept in self._model.state_dict().items()
-            }
+            self.value, self._state = value, _weights(self._model)
+
+    def _score(self, judge: Judge) -> float:
+        with modes_kept(self._model):
+            value = from_main(float(judge(self._model)))
+        if math.isnan(value):
+            raise TaskError("the judge gave nan; expected a number that is higher for a better model.")
+        return value
+
+    def try_averages(self) -> None:
+        """Judge averages of the first state and that of the model as it is now; only a better one is kept.
+
+        The weights and all statistics are averaged. Training from a good state wanders about it, and what is half-way
+        back has less of the noise (Wortsman et al., Robust fine-tuning of zero-shot models, arXiv 2109.01903).
+        """
+        if self._judge is None or self.value is None:
+            return
+        last = _weights(self._model)
+        for shares in (HALF_WAY, AROUND):
+            before = self.value
+            for share in shares:
+                self._model.load_state_dict(_between(self._first, last, share))
+                value = self._score(self._judge)
+                if value > self.value:
+                    self.value, self._state, self.average = value, _weights(self._model), share
+            if self.value == before:
+                return
 
     def restore(self) -> None:
         """Bring the model back to its best state."""
@@ -65,6 +93,24 @@ class Best:
         if self._judge is not None and reestimate_norms_(self._model, task, batches, draw):
             self.look(self.scores[-1][0])
             self.restore()
+
+
+def _weights(model: nn.Module) -> Weights:
+    return {
+        name: kept.detach().to("cpu", copy=True) if isinstance(kept, Tensor) else copy.deepcopy(kept)
+        for name, kept in model.state_dict().items()
+    }
+
+
+def _between(first: Weights, last: Weights, share: float) -> Weights:
+    """What lies a share of the way from one state to another; what is no floating-point number is that of the last."""
+
+    def between(old: Any, new: Any) -> Any:
+        if not isinstance(new, Tensor) or not new.is_floating_point():
+            return new
+        return torch.where(old == new, new, torch.lerp(old, new, share))  # infinite values, as in masks, stay
+
+    return {name: between(first[name], new) for name, new in last.items()}
 
 
 def reestimate_norms_(model: nn.Module, task: Task, batches: int, draw: Draw) -> bool:

@@ -34,6 +34,8 @@ class FitReport:
         scores: (steps taken, what the judge gave then), before training and after each epoch.
         seconds: wall-clock time, judging included.
         diverged: what ended it early; "" if nothing did.
+        average: how far from the untrained to the trained weights the model lies, if an average was the best; else
+            None.
     """
 
     steps: int
@@ -45,6 +47,7 @@ class FitReport:
     scores: tuple[tuple[int, float], ...]
     seconds: float
     diverged: str = ""
+    average: float | None = None
 
 
 class Loop:
@@ -136,6 +139,7 @@ class Loop:
             scores=tuple(best.scores),
             seconds=seconds,
             diverged=diverged,
+            average=best.average,
         )
 
     def put_back_rates(self) -> None:

@@ -26,10 +26,14 @@ class Recovery:
         features: weight of the distance to the teacher's features, at least 0; see `idap.training.distill`.
         clip_norm: the largest gradient norm, above 0; None: gradients are not clipped.
         precision: 'float32' leaves the model's own; 'bf16' computes the forward pass in bfloat16 where that is
-            accurate enough (autocast), weights and losses stay; 'auto' does so on a GPU that has bfloat16.
+            accurate enough (autocast), weights and losses stay; 'auto' does so on a GPU that has bfloat16. A CPU that
+            has no instructions for it takes several times longer.
         channels_last: keep the weights of convolutions in this order of memory during training, which is faster;
             'auto' where there are 2-d convolutions and the model runs that way.
         compile: run the model through `torch.compile` during training; not together with `features`.
+        averages: judge averages of the weights before and after training too, and keep one that is better than both:
+            where a cut has lost little, the noise of a short training is the greater harm. One more look at the
+            validation data, three where it helps.
         norm_batches: re-estimate the statistics of batch norms from so many training batches at the end, and keep
             that if the judge finds it no worse; 0 leaves them as training made them.
         seed: of torch's random state during training.
@@ -53,6 +57,7 @@ class Recovery:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     compile: bool = False
+    averages: bool = True
     norm_batches: int = 0
     seed: int = 0
 
