@@ -110,4 +110,4 @@ def _average(name: str, curve: Curve) -> str:
     if curve.average is None:
         return ""
     share, value = curve.average
-    return f"{numbers.metric(name, value)}, {share:.0%} of the way"
+    return f"{numbers.metric(name, value)}, {numbers.share(share, 0)} of the way"
