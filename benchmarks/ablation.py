@@ -13,8 +13,8 @@ Questions, each with the defaults as the row to compare with:
     stages         filters only and layers only, against both; layers only stops at the first block below the target
     order          of the stages; "interleaved" needs a criterion that scores blocks, so the orders are compared with
                    the criterion "relative" too
-    growth         alpha, how the share that a step removes grows from a small one; from the default one (alpha = 0, 0.75
-                   and 3 without rho_0, one seed) there are too few steps for it to matter
+    growth         alpha, how the share that a step removes grows from a small one; from the default one (rows without
+                   rho_0, one seed) there are too few steps for it to matter
     first_share    rho_0, the share that the first step removes
     schedule       growing steps, steps of equal cost, and one-shot
     replacement    of what stage 2 removes: the identity, or a projection that is fitted

@@ -162,6 +162,7 @@ def main() -> None:
     add_data_argument(parser)
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="cpu")
     parser.add_argument("--networks", nargs="*", choices=["resnet56", "resnet20"], default=["resnet56", "resnet20"])
+    parser.add_argument("--targets", nargs="*", choices=list(SHARES), default=list(SHARES))
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -182,7 +183,7 @@ def main() -> None:
         rows.measure({**key, "target": "original", "method": "original"}, bench.original)
         names = [method for method in METHODS if method in options.methods]
         for some in (names[:FIRST], names[FIRST:]):
-            for target in SHARES:
+            for target in options.targets:
                 for method in some:
                     one = {**key, "target": target, "method": method}
                     rows.measure(one, lambda t=target, m=method, b=bench: b.row(SHARES[t], METHODS[m], rows))
