@@ -124,14 +124,15 @@ def kinds(rows: Sequence[Row]) -> list[str]:
 
 def repeated(rows: Sequence[Row]) -> list[str]:
     """Several cuts beside one, from the original's weights or from corrected ones."""
-    found = head("groups", "steps", "from the original's weights", "from what the last correction left")
-    for groups, schedule in dict.fromkeys((row["groups"], row["schedule"]) for row in rows):
-        mine = [row for row in rows if (row["groups"], row["schedule"]) == (groups, schedule)]
+    found = head("criterion", "groups", "steps", "from the original's weights", "from what the last correction left")
+    keys = ("criterion", "groups", "schedule")
+    for way in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        mine = [row for row in rows if tuple(row[key] for key in keys) == way]
         cells = []
         for weights in ("original", "piled up"):
             some = [row for row in mine if row["weights"] == weights]
             cells.append(mean(some, lambda row: row["accuracy"]) if some else "")
-        found.append(line(groups, schedule, *cells))
+        found.append(line(*way, *cells))
     return [*found, ""]
 
 
