@@ -3,11 +3,10 @@
     python benchmarks/ablation.py --data DATA             # about three hours on one core
     python benchmarks/ablation.py --data DATA --tiny      # the same rows from a few images, to try the script
 
-ResNet-20 on CIFAR-10 at half of the multiply-adds. Every row is `idap.compress` with its defaults in growing steps
-("auto" would take one here, which is a row of its own) but for one setting, without training in between; then the same
-recovery for all, 5,000 images twice, without averages of weights. 2,000 test images decide, also of the best state of
-the recovery; the others are reported on. Three seeds draw the calibration images and those of the recovery, and their
-order. Rows already in the results are not measured again.
+ResNet-20 on CIFAR-10 at half of the multiply-adds. Every row is `idap.compress` with its defaults but for one setting,
+without training in between; then the same recovery for all, 5,000 images twice, without averages of weights. 2,000 test
+images decide, also of the best state of the recovery; the others are reported on. Three seeds draw the calibration
+images and those of the recovery, and their order. Rows already in the results are not measured again.
 
 Questions, each with the defaults as the row to compare with:
     stages         filters only and layers only, against both; layers only stops at the first block below the target
@@ -66,8 +65,7 @@ class Variant:
 
     def measure(self, bench: Bench, rows: Rows) -> dict[str, Any]:
         """One row."""
-        filters = FilterStage(**{"schedule": "growing", **self.filters})
-        stages = {"filters": filters, "layers": LayerStage(**self.layers)}
+        stages = {"filters": FilterStage(**self.filters), "layers": LayerStage(**self.layers)}
         recovery = replace(bench.protocol.recovery, **self.recovery)
         mine = bench.under(replace(bench.protocol, recovery=recovery))
         return mine.row(SHARE, ours(**stages, **self.config), rows)

@@ -10,8 +10,8 @@ heart, so 2,000 test images decide, of the learning rates and of the states befo
 other 8,000 are reported on. Rows already in the results are not measured again.
 
 Methods:
-    idap: ...               `idap.compress` with its defaults, both stages or one, in both orders; "several cuts" in
-                            growing steps instead of one; "inside blocks": stage 1 on the channels that Torch-Pruning
+    idap: ...               `idap.compress` with its defaults, both stages or one, in both orders; "one cut" instead
+                            of growing steps; "inside blocks": stage 1 on the channels that Torch-Pruning
                             can cut; "per MAC": ranked by score per multiply-add, where the default ranks by score alone
     torch-pruning ...       its criteria (fpgm is the best of them here, see docs/results.md) on the channels inside of
                             residual blocks, ranked globally, cut to the same cost; as it comes, and rebalanced by us
@@ -133,7 +133,7 @@ ALL_BLOCKS = LayerStage(removals=1000)
 METHODS: dict[str, Method] = {
     BOTH: ours(),
     "idap: filters": ours(layers=LayerStage(removals=0)),
-    "idap: filters, several cuts": ours(filters=FilterStage(schedule="growing"), layers=LayerStage(removals=0)),
+    "idap: filters, one cut": ours(filters=FilterStage(schedule="one-shot"), layers=LayerStage(removals=0)),
     "idap: filters inside blocks": ours(layers=LayerStage(removals=0), inside=True),
     "idap: filters per MAC": ours(layers=LayerStage(removals=0), cost_power=1.0),
     "idap: layers": ours(filters=FilterStage(steps=0), layers=ALL_BLOCKS),

@@ -60,7 +60,7 @@ def test_impossible_goals(settings, match):
         (lambda: FilterStage(growth=-1), r"^filters\.growth must be at least 0, found -1\.$"),
         (
             lambda: FilterStage(schedule="slow"),
-            r"^filters\.schedule must be 'auto' or 'growing' or 'even' or 'one-shot', found 'slow'\.$",
+            r"^filters\.schedule must be 'growing' or 'even' or 'one-shot', found 'slow'\.$",
         ),
         (
             lambda: Config(filters=FilterStage(schedule="even")),

@@ -14,7 +14,7 @@ from idap.compress import run as running
 from idap.compress import state as states
 from idap.compress.change import make_cut
 from idap.compress.clock import Clock
-from idap.compress.config import Config, FilterStage, LayerStage
+from idap.compress.config import FilterStage, LayerStage
 from idap.compress.latencies import come_down
 from idap.compress.neighbours import neighbours, only_training
 from idap.compress.pace import Pace
@@ -216,27 +216,6 @@ def test_one_shot_gets_there_in_one_step():
     settings = config(filters=FilterStage(schedule="one-shot", steps=3), layers=LayerStage(removals=0), **FREE)
     result = compress(NET, task(), settings)
     assert [step.stage for step in result.steps] == ["filters", "final"]
-    assert result.reached
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"max_drop": None, "macs": 0.5, "recovery": Recovery(epochs=0)}, "one-shot"),
-        ({"max_drop": None, "macs": 0.5}, "growing"),
-        ({"max_drop": 0.1, "macs": 0.5, "recovery": Recovery(epochs=0)}, "growing"),
-        ({"max_drop": 0.1, "macs": None, "recovery": Recovery(epochs=0)}, "growing"),
-    ],
-)
-def test_auto_goes_in_one_step_where_nothing_speaks_for_several(changes, expected):
-    assert Config(**changes).paced.schedule == expected
-    assert Config(**changes, filters=FilterStage(schedule="growing")).paced.schedule == "growing"
-
-
-def test_without_training_one_cut_is_enough():
-    settings = {"max_drop": None, "macs": 0.3, "recovery": Recovery(epochs=0), "layers": LayerStage(removals=0)}
-    result = compress(NET, task(), config(**settings))
-    assert [step.stage for step in result.steps] == ["filters"]
     assert result.reached
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, opener_of
@@ -21,9 +21,8 @@ class FilterStage:
 
     Args:
         schedule: "growing" removes a growing share of the remaining units in each step; "even" comes to the targets in
-            T steps of equal cost; "one-shot" comes there in one. A step that is rejected is halved in all of them.
-            "auto" is "one-shot" where only costs are goals and nothing is trained after a cut, since several cuts
-            are no better than one then (docs/results.md) and take longer; else "growing".
+            T steps of equal cost; "one-shot" comes there in one, in a fraction of the time. A step that is rejected is
+            halved in all of them.
         streams: "keep" leaves the channels of residual streams whole, "cut" ranks them with the others; "auto" tries
             both at each step, down to the same cost, and takes the one with the lower calibration loss.
         steps: T, the number of accepted steps at most.
@@ -46,7 +45,7 @@ class FilterStage:
         ConfigError: a setting is out of range.
     """
 
-    schedule: Literal["auto", "growing", "even", "one-shot"] = "auto"
+    schedule: Literal["growing", "even", "one-shot"] = "growing"
     streams: Literal["auto", "cut", "keep"] = "auto"
     steps: int = 10
     first_share: float = 0.1
@@ -60,7 +59,7 @@ class FilterStage:
 
     def __post_init__(self) -> None:
         _one_of("filters.streams", self.streams, ("auto", "cut", "keep"))
-        _one_of("filters.schedule", self.schedule, ("auto", "growing", "even", "one-shot"))
+        _one_of("filters.schedule", self.schedule, ("growing", "even", "one-shot"))
         _one_of("filters.alike", self.alike, ("none", "layers", "model"))
         _at_least("filters.multiple", self.multiple, 1)
         for pattern, share in self.keep.items():
@@ -189,7 +188,8 @@ class Config:
             raise BudgetError(f"worst_metric must be a finite number, found {self.worst_metric}.")
         for name in GOALS:
             self._check_share(name)
-        if not self.bounded and all(value is None for value in self.targets.values()):
+        bounds = (self.max_drop, self.max_relative_drop, self.worst_metric)
+        if all(value is None for value in (*bounds, *self.targets.values())):
             raise BudgetError(
                 "there is no goal: set max_drop (how much worse it may get), or a target such as macs or parameters."
             )
@@ -209,7 +209,7 @@ class Config:
     def _check_stages(self) -> None:
         if self.filters.steps == 0 and self.layers.removals == 0:
             raise ConfigError("filters.steps and layers.removals are both 0, so nothing could be removed.")
-        if self.filters.schedule in ("even", "one-shot") and not any(self.targets.values()):
+        if self.filters.schedule != "growing" and not any(self.targets.values()):
             raise ConfigError(
                 f"filters.schedule={self.filters.schedule!r} goes by the target, and there is none: set macs, "
                 'parameters, size or latency, or take "growing".'
@@ -229,19 +229,6 @@ class Config:
                 )
             if self.ranking != "global":
                 raise ConfigError("order='interleaved' is one ranking over everything: it needs ranking='global'.")
-
-    @property
-    def bounded(self) -> bool:
-        """Whether the metric binds."""
-        return any(value is not None for value in (self.max_drop, self.max_relative_drop, self.worst_metric))
-
-    @property
-    def paced(self) -> FilterStage:
-        """Stage 1 with the schedule that "auto" stands for."""
-        if self.filters.schedule != "auto":
-            return self.filters
-        at_once = any(self.targets.values()) and not self.bounded and not self.recovery.trains
-        return replace(self.filters, schedule="one-shot" if at_once else "growing")
 
     @property
     def targets(self) -> dict[str, float | None]:

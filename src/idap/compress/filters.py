@@ -27,7 +27,7 @@ def filter_stage(
     Returns:
         The last accepted state.
     """
-    stage, pace = "interleaved" if blocks else "filters", Pace(setting.config.paced, goal)
+    stage, pace = "interleaved" if blocks else "filters", Pace(setting.config.filters, goal)
     while pace.step < setting.config.filters.steps and not goal.reached(setting.shares(state)):
         aim, share = pace.next(setting.shares(state))
         found = journal.recall(stage, state)

@@ -9,7 +9,7 @@ class Pace:
     """Says how far the next step goes, and halves it after a rejection.
 
     Args:
-        stage: settings of stage 1, with a schedule that is not "auto".
+        stage: settings of stage 1.
         goal: targets of the stage.
     """
 
