@@ -256,7 +256,7 @@ class Config:
         return (1.0 if self.criterion in PER_COST else 0.0,)
 
 
-PER_COST = ("paper", "share", "taylor", "fisher")
+PER_COST = ("paper", "share", "activation", "taylor", "fisher", "bn_scale", "fpgm")
 """Criteria that rank better per cost (docs/results.md)."""
 
 

@@ -45,6 +45,7 @@ class Best:
         self.value: float | None = None
         self.scores: list[tuple[int, float]] = []
         self.average: float | None = None
+        self._as_it_is = False  # whether the best state is that of the model as it was judged last
         self.look(0)
         self._first = self._state
 
@@ -54,7 +55,8 @@ class Best:
             return
         value = self._score(self._judge)
         self.scores.append((steps, value))
-        if self.value is None or value >= self.value:
+        self._as_it_is = self.value is None or value >= self.value
+        if self._as_it_is:
             self.value, self._state = value, _weights(self._model)
 
     def _score(self, judge: Judge) -> float:
@@ -72,7 +74,7 @@ class Best:
         """
         if self._judge is None or self.value is None:
             return
-        last = _weights(self._model)
+        last = self._state if self._as_it_is else _weights(self._model)
         for shares in (HALF_WAY, AROUND):
             before = self.value
             for share in shares:

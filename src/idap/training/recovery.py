@@ -33,7 +33,7 @@ class Recovery:
         compile: run the model through `torch.compile` during training; not together with `features`.
         averages: judge averages of the weights before and after training too, and keep one that is better than both:
             where a cut has lost little, the noise of a short training is the greater harm. One more look at the
-            validation data, three where it helps.
+            validation data, three where it helps; the untrained weights are kept in memory until then.
         norm_batches: re-estimate the statistics of batch norms from so many training batches at the end, and keep
             that if the judge finds it no worse; 0 leaves them as training made them.
         seed: of torch's random state during training.
