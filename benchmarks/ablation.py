@@ -4,8 +4,8 @@
     python benchmarks/ablation.py --data DATA --tiny      # the same rows from a few images, to try the script
 
 ResNet-20 on CIFAR-10 at half of the multiply-adds. Every row is `idap.compress` with its defaults but for one setting,
-without training in between; then the same recovery for all, 5,000 images twice, without averages of weights. 2,000 test
-images decide, also of the best state of the recovery; the others are reported on. Three seeds draw the calibration
+without training in between; then the same recovery for all, 5,000 images twice, without the average of weights. 2,000
+test images decide, also of the best state of the recovery; the others are reported on. Three seeds draw the calibration
 images and those of the recovery, and their order. Rows already in the results are not measured again.
 
 Questions, each with the defaults as the row to compare with:

@@ -135,7 +135,7 @@ class Bench:
             "latency_ms": latencies(self.model, best.model.eval(), sample),
             "compression": (cut.clock or clock).row(),
             "recovery": {**best.clock.row(), "rates": tried},
-            "average": best.average,
+            "averaged": best.averaged,
             "losses": list(best.losses),
             "left": {name: len(units) for name, units in cut.plan.keep.items() if len(units) < sizes[name]},
             "removed": list(cut.plan.removed),

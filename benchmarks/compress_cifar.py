@@ -5,7 +5,7 @@
 
 Every row is one network, one share of the multiply-adds, one method, one seed: cut without training, judge, recover,
 judge again. The recovery is the same for all rows: images, augmentation, optimiser, schedule, distillation from the
-original, the learning rates and averages of weights that are tried. The public weights know all training images by
+original, the learning rates and the average of weights that are tried. The public weights know all training images by
 heart, so 2,000 test images decide, of the learning rates and of the states before training and after each epoch; the
 other 8,000 are reported on. Rows already in the results are not measured again.
 
@@ -56,7 +56,7 @@ PROTOCOLS = {
     "cpu": Protocol(device="cpu", train=10_000, recovery=CPU_RECOVERY, rates=(0.01,)),
     "gpu": Protocol(device="cuda", train=None, recovery=replace(CPU_RECOVERY, epochs=40), rates=(0.003, 0.01)),
 }
-"""Earlier rows, "cpu, no averages", tried 0.003 as well as 0.01; wherever training helped by more than 0.05 points, the
+"""Earlier rows, "cpu, no average", tried 0.003 as well as 0.01; wherever training helped by more than 0.05 points, the
 deciding images chose 0.01. They kept the best trained state or the untrained one, and computed in bf16."""
 
 

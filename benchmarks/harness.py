@@ -244,14 +244,14 @@ class Recovered:
     Attributes:
         model: the best state by the deciding images, the untrained one among them.
         quality: of that state on the deciding images.
-        average: how far from the untrained to the trained weights that state lies, if it is an average.
+        averaged: whether that state is the average of the untrained and the trained weights.
         losses: mean of each epoch.
         clock: what it took.
     """
 
     model: nn.Module
     quality: float
-    average: float | None
+    averaged: bool
     losses: tuple[float, ...]
     clock: Clock
 
@@ -270,7 +270,7 @@ def recover(model: nn.Module, teacher: nn.Module, task: Task, recovery: Recovery
             each.to(memory_format=torch.contiguous_format)
     if report.best is None:
         raise RuntimeError("a training with a judge ended without a score.")
-    return Recovered(trained, report.best, report.average, tuple(round(loss, 4) for loss in report.losses), clock)
+    return Recovered(trained, report.best, report.averaged, tuple(round(loss, 4) for loss in report.losses), clock)
 
 
 def latencies(original: nn.Module, model: nn.Module, sample: Tensor) -> dict[str, dict[str, Any]]:

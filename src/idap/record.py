@@ -71,8 +71,7 @@ class Curve:
         losses: training loss, as means over equal stretches of the steps, in order.
         metrics: (steps taken, validation metric then), from before the first step on.
         diverged: what ended it early; "" if nothing did.
-        average: where an average of the first and the last weights was the best, how far from the first to the last
-            it lies, and its validation metric; else None.
+        average: validation metric of the average of the first and the last weights, where that was the best; else None.
     """
 
     title: str
@@ -80,7 +79,7 @@ class Curve:
     losses: tuple[float, ...]
     metrics: tuple[tuple[int, float], ...]
     diverged: str = ""
-    average: tuple[float, float] | None = None
+    average: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ def test_each_recovery_has_its_curve(finished):
         assert step.curve.steps == 8 == len(step.curve.losses)  # one epoch of 256 samples by 32
         assert [steps for steps, _ in step.curve.metrics] == [0, 8]
         trained = max(value for _, value in step.curve.metrics)
-        assert step.metric == (trained if step.curve.average is None else step.curve.average[1])
+        assert step.metric == (trained if step.curve.average is None else step.curve.average)
     assert read_steps(folder)[0]["curve"]["title"] == "filters 0: recovery"
     assert result.steps[0].curve is not None
 

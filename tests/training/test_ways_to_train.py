@@ -231,7 +231,7 @@ class TestNorms:
             return next(scores)
 
         model = net()
-        report = fit(model, task(), Recovery(norm_batches=4, averages=False), judge=judge)
+        report = fit(model, task(), Recovery(norm_batches=4, average=False), judge=judge)
         assert report.best == max(3, last)
         assert not torch.equal(states[1]["norm.running_var"], states[2]["norm.running_var"])
         assert torch.equal(states[1]["conv.weight"], states[2]["conv.weight"])

@@ -169,5 +169,5 @@ def _curve(title: str, report: FitReport, sign: float) -> Curve:
         losses=tuple(statistics.fmean(losses[start:end]) for start, end in pairwise(edges)),
         metrics=tuple((steps, sign * score) for steps, score in report.scores),
         diverged=report.diverged,
-        average=None if report.average is None or report.best is None else (report.average, sign * report.best),
+        average=sign * report.best if report.averaged and report.best is not None else None,
     )

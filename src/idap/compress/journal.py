@@ -178,8 +178,7 @@ def _curve(found: Mapping[str, Any] | None) -> Curve | None:
     if found is None:
         return None
     metrics = tuple((steps, value) for steps, value in found["metrics"])
-    average = None if found["average"] is None else tuple(found["average"])
-    return Curve(**{**found, "losses": tuple(found["losses"]), "metrics": metrics, "average": average})
+    return Curve(**{**found, "losses": tuple(found["losses"]), "metrics": metrics})
 
 
 def block_removal(block: Block, score: float, rank: int, cost: float) -> Removal:

@@ -130,7 +130,9 @@ def _sum_of_squares(x: Tensor, inner: list[int], exact: torch.dtype) -> Tensor:
     if x.device.type != "cpu" or len(x) <= few:
         return x.to(exact).square().sum(inner)
     squares = torch.empty_like(x[:few], dtype=exact)
-    return torch.cat([torch.square(part.to(exact), out=squares[: len(part)]).sum(inner) for part in x.split(few)])
+    return torch.cat(
+        [torch.square(part.to(exact), out=squares[: len(part)]).sum(inner) for part in torch.split(x, few)]
+    )
 
 
 class SampleRatio:

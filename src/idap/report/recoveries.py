@@ -98,16 +98,9 @@ def _rows(run: Run, found: list[tuple[Step, Curve]]) -> Html:
             f"{curve.steps:,}",
             f"{curve.losses[0]:.4g} → {curve.losses[-1]:.4g}",
             " → ".join(numbers.metric(name, value) for _, value in curve.metrics),
-            _average(name, curve),
+            "" if curve.average is None else numbers.metric(name, curve.average),
             curve.diverged,
         ]
         for _, curve in found
     ]
     return table("The recoveries", ["recovery", "steps", "loss", name, "average kept", "ended early"], rows)
-
-
-def _average(name: str, curve: Curve) -> str:
-    if curve.average is None:
-        return ""
-    share, value = curve.average
-    return f"{numbers.metric(name, value)}, {numbers.share(share, 0)} of the way"

@@ -56,8 +56,8 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
         features: sees what is compared with weight `recovery.features`; needs a teacher.
         optimizer: of the model's parameters, instead of the one that `recovery` describes; the learning rate that each
             of its groups has is the highest one, and is put back at the end.
-        judge: scores the model, higher is better, before training and after each epoch, and averages of weights; the
-            best state is kept, the later one of equals, and an average only where it is better.
+        judge: scores the model, higher is better, before training and after each epoch, and the average of both ends;
+            the best state is kept, the later one of equals, and the average only where it is better.
         salvage: where a loss or gradient is not finite, end there with the judge's best state, and report it.
         progress: told of each step.
         title: what the progress bar is called.
@@ -82,8 +82,8 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
         lasting.callback(loop.put_back_rates)
         epoch = partial(loop.epoch, draw, lasting, expected=batches)
         diverged = _trained(epoch, best, pace if recovery.trains else None, salvage=salvage and judge is not None)
-        if recovery.trains and recovery.averages and not diverged:
-            best.try_averages()
+        if recovery.trains and recovery.average and not diverged:
+            best.try_average()
         best.restore()
         if recovery.trains:
             best.try_norms(task, recovery.norm_batches, draw)

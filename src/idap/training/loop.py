@@ -34,8 +34,7 @@ class FitReport:
         scores: (steps taken, what the judge gave then), before training and after each epoch.
         seconds: wall-clock time, judging included.
         diverged: what ended it early; "" if nothing did.
-        average: how far from the untrained to the trained weights the model lies, if an average was the best; else
-            None.
+        averaged: whether the model is the average of the untrained and the trained one.
     """
 
     steps: int
@@ -47,7 +46,7 @@ class FitReport:
     scores: tuple[tuple[int, float], ...]
     seconds: float
     diverged: str = ""
-    average: float | None = None
+    averaged: bool = False
 
 
 class Loop:
@@ -139,7 +138,7 @@ class Loop:
             scores=tuple(best.scores),
             seconds=seconds,
             diverged=diverged,
-            average=best.average,
+            averaged=best.averaged,
         )
 
     def put_back_rates(self) -> None:

@@ -31,9 +31,9 @@ class Recovery:
         channels_last: keep the weights of convolutions in this order of memory during training, which is faster;
             'auto' where there are 2-d convolutions and the model runs that way.
         compile: run the model through `torch.compile` during training; not together with `features`.
-        averages: judge averages of the weights before and after training too, and keep one that is better than both:
-            where a cut has lost little, the noise of a short training is the greater harm. One more look at the
-            validation data, three where it helps; the untrained weights are kept in memory until then.
+        average: judge the average of the weights before and after training too, and keep it if it is better: where a
+            cut has lost little, the noise of a short training is the greater harm. One more look at the validation
+            data; the untrained weights are kept in memory until then.
         norm_batches: re-estimate the statistics of batch norms from so many training batches at the end, and keep
             that if the judge finds it no worse; 0 leaves them as training made them.
         seed: of torch's random state during training.
@@ -57,7 +57,7 @@ class Recovery:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     compile: bool = False
-    averages: bool = True
+    average: bool = True
     norm_batches: int = 0
     seed: int = 0
 
