@@ -14,6 +14,7 @@ from idap.training.fit import fit
 from idap.training.pace import TICKS, Pace
 from idap.training.processes import Draw
 from idap.training.recovery import Recovery
+from idap.training.speed import broken_channels_last
 from idap.training.task import Task, classification
 
 LABELS = torch.arange(64) % 2
@@ -163,6 +164,32 @@ class TestChannelsLast:
         assert_close(found, weights(Recovery(channels_last=False)), rtol=0, atol=0)
         with pytest.raises(TaskError, match="channels_last=True, but the model does not run that way: view size"):
             fit(net(flatten="view"), task(), Recovery(channels_last=True))
+
+    @pytest.mark.parametrize(
+        ("layer", "broken"),
+        [
+            (nn.Conv2d(15, 32, 1, stride=2), True),
+            (nn.Conv2d(6, 12, 1, stride=(1, 2), bias=False), True),
+            (nn.Conv2d(16, 32, 1, stride=2), False),
+            (nn.Conv2d(6, 12, 1), False),
+            (nn.Conv2d(6, 12, (3, 1), stride=2), False),
+            (nn.Conv2d(6, 12, 3, stride=2), False),
+        ],
+    )
+    def test_what_would_overwrite_memory_on_a_cpu_is_known(self, layer, broken):
+        model = nn.Sequential(nn.ReLU(), layer)
+        assert bool(broken_channels_last(model, torch.device("cpu"))) == broken
+        assert broken_channels_last(model, torch.device("cuda")) is None
+
+    def test_it_is_left_out_where_it_would_overwrite_memory(self):
+        """Narrow shortcuts with a stride crash oneDNN; `auto` must not come to that, and True says why not."""
+        model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1, stride=2), nn.Flatten(), nn.Linear(36, 2))
+        expected = weights(Recovery(channels_last=False, epochs=5), model=copy.deepcopy(model))
+        assert_close(weights(Recovery(epochs=5), model=copy.deepcopy(model)), expected, rtol=0, atol=0)
+        with pytest.raises(
+            TaskError, match=r"layer '1' \(1×1, stride 2, 6 input channels\) runs into a fault of oneDNN"
+        ):
+            fit(model, task(), Recovery(channels_last=True))
 
 
 class TestCompile:

@@ -16,7 +16,7 @@ from idap.training.evaluate import modes_kept
 from idap.training.pace import Pace
 from idap.training.processes import Draw, align_tensors_, share, sum_gradients_, totals
 from idap.training.recovery import Recovery
-from idap.training.speed import Precision, channels_last, compiled, explained, has_convolutions
+from idap.training.speed import Precision, broken_channels_last, channels_last, compiled, explained, has_convolutions
 from idap.training.task import Task, empty_split
 
 
@@ -150,10 +150,12 @@ class Loop:
         """See on the first batch how the model can be run."""
         wanted = self._recovery.channels_last
         if wanted is True or (wanted == "auto" and has_convolutions(self._model)):
+            refusal = broken_channels_last(self._model, self._device)
             with ExitStack() as trial:
-                for model in filter(None, (self._model, self._teacher)):
-                    trial.enter_context(channels_last(model))
-                refusal = self._refusal(batch)
+                if refusal is None:
+                    for model in filter(None, (self._model, self._teacher)):
+                        trial.enter_context(channels_last(model))
+                    refusal = self._refusal(batch)
                 if refusal is None:
                     lasting.enter_context(trial.pop_all())
             if refusal is not None and wanted is True:

@@ -29,7 +29,8 @@ class Recovery:
             accurate enough (autocast), weights and losses stay; 'auto' does so on a GPU that has bfloat16. A CPU that
             has no instructions for it takes several times longer.
         channels_last: keep the weights of convolutions in this order of memory during training, which is faster;
-            'auto' where there are 2-d convolutions and the model runs that way.
+            'auto' where there are 2-d convolutions, the model runs that way, and no fault of the CPU's library is
+            known that it would run into.
         compile: run the model through `torch.compile` during training; not together with `features`.
         average: judge the average of the weights before and after training too, and keep it if it is better: where a
             cut has lost little, the noise of a short training is the greater harm. One more look at the validation

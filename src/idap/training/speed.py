@@ -47,6 +47,30 @@ def has_convolutions(model: nn.Module) -> bool:
     )
 
 
+NARROW = 16
+"""Input channels below which oneDNN writes past its memory: its block is 16 with AVX-512, 8 with AVX2."""
+
+
+def broken_channels_last(model: nn.Module, device: torch.device) -> str | None:
+    """Why a model must not be trained with its channels last on a device; None if nothing is known against it.
+
+    Of a 1×1 convolution with a stride over few channels, oneDNN computes the gradient of the weight in memory that is
+    not its own: wrong gradients, a crash or a hang (https://github.com/uxlfoundation/oneDNN/issues/6035). Shortcuts of
+    residual networks are such convolutions once their streams have been cut.
+    """
+    if device.type != "cpu":
+        return None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1} and max(module.stride) > 1:
+            channels = module.in_channels // module.groups
+            if channels < NARROW:
+                return (
+                    f"on a CPU, layer {name!r} (1×1, stride {max(module.stride)}, {channels} input channels) runs into "
+                    "a fault of oneDNN that overwrites memory"
+                )
+    return None
+
+
 @contextmanager
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Keep the 4-d parameters and buffers of a model in this order of memory for a while.
