@@ -214,6 +214,11 @@ class TestJudge:
         assert fit(model, task, Recovery(epochs=1), judge=judge).averaged  # each state is better than the last
         assert seen == [[0.0, -math.inf]] * 3
 
+    def test_an_average_that_can_not_be_judged_is_not_kept(self, task):
+        report, seen, final = self.judged(task, [1, 2, 3, 4, math.nan], average=True)
+        assert same(seen[3], final)
+        assert (report.best, report.averaged) == (4, False)
+
     def test_nan_is_refused(self, task):
         with pytest.raises(TaskError, match="the judge gave nan; expected a number that is higher for a better model"):
             self.judged(task, [0.1, math.nan])

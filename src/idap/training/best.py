@@ -64,6 +64,8 @@ class Best:
     def try_average(self) -> None:
         """Judge the average of the first state and that of the model as it is now; it is kept only if it is better.
 
+        The model is left as the average; `restore` brings the best state back.
+
         The weights and all statistics are averaged. Training from a good state wanders about it, and what is half-way
         back has less of the noise (Wortsman et al., Robust fine-tuning of zero-shot models, arXiv 2109.01903, who find
         the middle to be good everywhere). Other shares are not tried: choosing among them fits the validation data.
@@ -72,7 +74,10 @@ class Best:
             return
         middle = {name: _middle(self._first[name], kept) for name, kept in _weights(self._model).items()}
         self._model.load_state_dict(middle)
-        value = self._score(self._judge)
+        try:
+            value = self._score(self._judge)
+        except TaskError:  # between two states far apart, a metric such as the perplexity may not be finite
+            return
         if value > self.value:
             self.value, self._state, self.averaged = value, middle, True
 
