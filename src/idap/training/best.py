@@ -72,7 +72,7 @@ class Best:
         """
         if self._judge is None or self.value is None:
             return
-        middle = {name: _middle(self._first[name], kept) for name, kept in _weights(self._model).items()}
+        middle = {name: _middle(self._first[name], kept) for name, kept in self._model.state_dict().items()}
         self._model.load_state_dict(middle)
         try:
             value = self._score(self._judge)
@@ -94,16 +94,18 @@ class Best:
 
 
 def _weights(model: nn.Module) -> Weights:
-    return {
-        name: kept.detach().to("cpu", copy=True) if isinstance(kept, Tensor) else copy.deepcopy(kept)
-        for name, kept in model.state_dict().items()
-    }
+    return {name: _copied(kept) for name, kept in model.state_dict().items()}
+
+
+def _copied(kept: Any) -> Any:
+    return kept.detach().to("cpu", copy=True) if isinstance(kept, Tensor) else copy.deepcopy(kept)
 
 
 def _middle(first: Any, last: Any) -> Any:
-    """The average of two values; what is no floating-point number is the last one."""
+    """The average of two values, on the CPU; what is no floating-point number is a copy of the last one."""
     if not isinstance(last, Tensor) or not last.is_floating_point():
-        return last
+        return _copied(last)
+    last = last.detach().cpu()
     return torch.where(first == last, last, torch.lerp(first, last, 0.5))  # infinite values, as in masks, stay
 
 
