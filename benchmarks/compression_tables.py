@@ -26,9 +26,12 @@ def contest(rows: Sequence[Row]) -> list[str]:
     """One table for each network, cost and protocol: every method that was measured there, the best one first."""
     found: list[str] = []
     keys = ("network", "target", "protocol")
-    measured = dict.fromkeys(tuple(row[key] for key in keys) for row in rows if row["target"] != "original")
-    for network, target, protocol in sorted(measured, key=lambda of: (of[0] != "resnet56", of[1:])):
-        mine = [row for row in rows if tuple(row[key] for key in keys) == (network, target, protocol)]
+    measured: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row["target"] != "original":
+            measured.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for way in sorted(measured, key=lambda of: (of[0] != "resnet56", of[1:])):
+        (network, target, protocol), mine = way, measured[way]
         whole = next(row for row in rows if (row["network"], row["target"]) == (network, "original"))
         _, _, apart = protocol.partition(", ")
         found += [

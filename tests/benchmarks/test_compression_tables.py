@@ -35,13 +35,25 @@ class TestContest:
         found = "\n".join(contest([*rows, original("b")]))
         assert found.count("#### a") == 2
         assert "#### b" not in found
-        assert "| x | 2.00x fewer | 3.00x fewer | 80.00 | **90.00** | 2.00 / 2.00 | 12 | 12 | 1.50 |" in found
+        assert "| x | 1 | 2.00x fewer | 3.00x fewer | 80.00 | **90.00** | 2.00 / 2.00 | 12 | 12 | 1.50 |" in found
 
     def test_seeds_of_a_method_share_a_line(self):
         rows = [row(network="a", target="1/3", method="x", after=after) for after in (88.0, 90.0)]
         found = [line for line in contest([original("a"), *rows]) if line.startswith("| x")]
         assert len(found) == 1
+        assert found[0].startswith("| x | 2 |")
         assert "**89.00 ± 1.41**" in found[0]
+
+    def test_protocols_have_tables_of_their_own_and_the_best_method_comes_first(self):
+        same = {"network": "a", "target": "1/3"}
+        rows = [
+            row(**same, method="x", after=80.0),
+            row(**same, method="y"),
+            row(**same, method="z", protocol="cpu, old"),
+        ]
+        found = contest([original("a"), *rows])
+        assert [line[:3] for line in found if line[:2] == "| " and line[2] in "xyz"] == ["| y", "| x", "| z"]
+        assert [line for line in found if line.startswith("####")][1].endswith(", old")
 
     def test_a_gpu_is_judged_by_the_clock_on_the_wall(self):
         times = {batch: {"ratio": 9.0} for batch in ("1", "64")}

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from idap.divergence.observe import After, Before, Pass, Probe, result_of, tensors_in
 from idap.divergence.ports import Sight, Wiring
+from idap.divergence.squares import sum_of_squares
 from idap.graph.ir import CallKey
-
-PIECE = 2**19
-"""Numbers whose squares stay in the cache of a CPU."""
 
 
 @dataclass
@@ -81,7 +79,7 @@ class ChannelStats:
             rows = torch.linalg.vector_norm(x, dim=row, keepdim=True, dtype=exact).square()
             squared = rows.sum(inner, dtype=torch.float64)
         elif dim == x.dim() - 1:  # norms over dimensions that are not the last are slow
-            squared = _sum_of_squares(x, inner, exact)
+            squared = sum_of_squares(x, inner, exact)
         else:
             squared = torch.linalg.vector_norm(x, dim=inner, dtype=exact).square()
         if self.means:
@@ -118,21 +116,6 @@ class ChannelStats:
     def samples(self) -> float:
         """Number of samples seen."""
         return float(self.sums["samples"])
-
-
-def _sum_of_squares(x: Tensor, inner: list[int], exact: torch.dtype) -> Tensor:
-    """Σ x² over some dimensions of each sample, shape (samples, channels).
-
-    On a CPU a few samples at a time, in memory that is used again: the squares of a large tensor leave the cache before
-    they are added, and its memory has to be fetched from the system, which takes several times longer.
-    """
-    few = max(1, PIECE // max(1, x[:1].numel()))
-    if x.device.type != "cpu" or len(x) <= few:
-        return x.to(exact).square().sum(inner)
-    squares = torch.empty_like(x[:few], dtype=exact)
-    return torch.cat(
-        [torch.square(part.to(exact), out=squares[: len(part)]).sum(inner) for part in torch.split(x, few)]
-    )
 
 
 class SampleRatio:
