@@ -43,7 +43,8 @@ from idap.compress.config import FilterStage, LayerStage
 SHARE = 1 / 2
 KEYS = ("question", "setting", "seed")
 DEFAULT = "defaults"
-FULL = Protocol(device="cpu", train=5000, recovery=Recovery(epochs=2, lr=0.01, distil=0.9, temperature=8.0))
+RECOVERY = Recovery(epochs=2, lr=0.01, distil=0.9, temperature=8.0, average=False)
+FULL = Protocol(device="cpu", train=5000, recovery=RECOVERY)
 TINY = Protocol(device="cpu", train=128, val=64, calibration=128, batch=64, recovery=FULL.recovery)
 
 

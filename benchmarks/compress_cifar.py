@@ -51,7 +51,8 @@ KEYS = ("network", "target", "method", "seed", "protocol")
 
 
 CPU_RECOVERY = Recovery(epochs=2, distil=0.9, temperature=8.0)
-"""The higher the temperature, the better it is in benchmarks/temperature.py, by the deciding images."""
+"""In benchmarks/temperature.py the deciding images prefer the higher temperature each time,
+up to 4; 8 is not measured there yet."""
 PROTOCOLS = {
     "cpu": Protocol(device="cpu", train=10_000, recovery=CPU_RECOVERY, rates=(0.01,)),
     "gpu": Protocol(device="cuda", train=None, recovery=replace(CPU_RECOVERY, epochs=40), rates=(0.003, 0.01)),

@@ -40,7 +40,7 @@ def cut(bench: Bench, method: str) -> nn.Module:
 def measured(bench: Bench, method: str, temperature: float) -> dict[str, Any]:
     """One row."""
     model = cut(bench, method)
-    recovery = replace(bench.protocol.recovery, lr=LR, temperature=temperature, seed=bench.seed)
+    recovery = replace(bench.protocol.recovery, lr=LR, temperature=temperature, average=False, seed=bench.seed)
     found = recover(model, bench.teacher, bench.task, recovery)
     return {
         "before": bench.accuracy(model),
