@@ -5,7 +5,8 @@
 
 Every row is one cut and its corrections, judged on the whole test set: subject, task, criterion, ranking, power, what
 was corrected, calibration samples and seed. Rows already in the results are not measured again, so that a run that was
-interrupted goes on where it was. Calibration images are drawn from the training images by the seed.
+interrupted goes on where it was, and a second process may come from the other end (--backwards). Calibration images are
+drawn from the training images by the seed.
 
 Tasks: "macs 1/2" and "macs 1/3" leave that share of the multiply-adds ("inner": only the channels inside of residual
 blocks go, which Torch-Pruning can cut too; "all": any channel); "neurons 50 %" and so on leave that share of the units.
@@ -13,6 +14,7 @@ blocks go, which Torch-Pruning can cut too; "all": any channel); "neurons 50 %" 
 Parts:
     default     the default settings, three seeds, 256, 512 and 1,024 images
     criteria    every criterion with every power, uniform and global
+    draws       five criteria at their best power by calibration images and seed
     corrections nothing, means, norms, least squares and combinations, for a few criteria
     peers       Torch-Pruning's criteria with our corrections, uniform and global, beside the default
     depth       channels of the residual stream and blocks may go too
@@ -21,42 +23,39 @@ Parts:
 """
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.subjects import Subject, add_data_argument, build  # noqa: E402 - makes torchvision importable
-from idap.cost.count import CostModel  # noqa: E402
-from idap.divergence.criteria import CRITERIA  # noqa: E402
-from idap.divergence.measure import Divergence, measure_all  # noqa: E402
-from idap.divergence.observe import Pass  # noqa: E402
-from idap.graph.trace import trace  # noqa: E402
-from idap.rebalance.run import Rebalance, rebalance_  # noqa: E402
-from idap.selection.reach import reach  # noqa: E402
-from idap.selection.units import Ranking, ScoredBlock, rank_uniform, rank_units  # noqa: E402
-from idap.structure.analysis import Structure, analyze  # noqa: E402
-from idap.structure.plan import Plan  # noqa: E402
-from idap.surgery.apply import apply_plan  # noqa: E402
-from idap.training.batch import merged  # noqa: E402
+from benchmarks.criteria_tables import HALF, SQUARES, THIRD
+from benchmarks.harness import RESULTS, Rows
+from benchmarks.subjects import Subject, add_data_argument, build
+from idap.cost.count import CostModel
+from idap.divergence.criteria import CRITERIA
+from idap.divergence.measure import Divergence, measure_all
+from idap.divergence.observe import Pass
+from idap.graph.trace import trace
+from idap.rebalance.run import Rebalance, rebalance_
+from idap.selection.reach import reach
+from idap.selection.units import Ranking, ScoredBlock, rank_uniform, rank_units
+from idap.structure.analysis import Structure, analyze
+from idap.structure.plan import Plan
+from idap.surgery.apply import apply_plan
+from idap.training.batch import merged
 
-RESULTS = ROOT / "benchmarks" / "results" / "criteria.json"
 CORRECTIONS: Mapping[str, Rebalance | None] = {
     "none": None,
     "means": Rebalance(least_squares=False),
     "norms": Rebalance(least_squares=False, means=False, norms=True),
-    "least squares": Rebalance(),
+    SQUARES: Rebalance(),
     "least squares, no additions": Rebalance(through_additions=False),
     "least squares and norms": Rebalance(norms=True),
 }
@@ -172,7 +171,6 @@ class Bench:
         seconds = time.perf_counter() - start
         cost = self.costs.cost(*choice)
         return {
-            **asdict(row),
             "quality": round(self.subject.quality(model), 4),
             "macs": round(cost.macs / self.costs.cost().macs, 4),
             "parameters": round(cost.parameters / self.costs.cost().parameters, 4),
@@ -218,8 +216,7 @@ def _share(task: str) -> float:
     return float(above) / float(below)
 
 
-BEST = {"criterion": "innovation", "ranking": "global", "power": 0.0, "corrected": "least squares"}
-HALF, THIRD = "inner macs 1/2", "inner macs 1/3"
+BEST = {"criterion": "innovation", "ranking": "global", "power": 0.0, "corrected": SQUARES}
 
 
 def default(subject: str) -> Iterator[Row]:
@@ -235,10 +232,20 @@ def criteria(subject: str) -> Iterator[Row]:
     for task in (THIRD, HALF):
         for name in CRITERIA:
             for power in POWERS:
-                settings = {"criterion": name, "ranking": "global", "power": power, "corrected": "least squares"}
+                settings = {"criterion": name, "ranking": "global", "power": power, "corrected": SQUARES}
                 yield Row(subject=subject, task=task, **settings)
-            settings = {"criterion": name, "ranking": "uniform", "power": 0.0, "corrected": "least squares"}
+            settings = {"criterion": name, "ranking": "uniform", "power": 0.0, "corrected": SQUARES}
             yield Row(subject=subject, task=task, **settings)
+
+
+def draws(subject: str) -> Iterator[Row]:
+    best = {"innovation": 0.0, "paper": 1.0, "relative": 1.0, "taylor": 1.0, "magnitude": 0.5}
+    for samples in (512, 256, 1024):
+        for seed in range(3):
+            for name, power in best.items():
+                settings = {"criterion": name, "ranking": "global", "power": power, "corrected": SQUARES}
+                for task in (HALF, THIRD):
+                    yield Row(subject=subject, task=task, samples=samples, seed=seed, **settings)
 
 
 def corrections(subject: str) -> Iterator[Row]:
@@ -256,14 +263,14 @@ def peers(subject: str) -> Iterator[Row]:
         yield Row(subject=subject, task=task, **BEST)
         for name in THEIRS:
             for ranking in ("uniform", "global"):
-                settings = {"criterion": PEER + name, "ranking": ranking, "power": 0.0, "corrected": "least squares"}
+                settings = {"criterion": PEER + name, "ranking": ranking, "power": 0.0, "corrected": SQUARES}
                 yield Row(subject=subject, task=task, **settings)
 
 
 def depth(subject: str) -> Iterator[Row]:
     for share in ("1/2", "1/3"):
         for criterion, power in (("innovation", 0.0), ("innovation", 1.0), ("relative", 0.0), ("relative", 1.0)):
-            settings = {"criterion": criterion, "ranking": "global", "power": power, "corrected": "least squares"}
+            settings = {"criterion": criterion, "ranking": "global", "power": power, "corrected": SQUARES}
             yield Row(subject=subject, task=f"all macs {share}", **settings)
             if criterion == "relative":
                 yield Row(subject=subject, task=f"blocks macs {share}", **settings)
@@ -301,8 +308,8 @@ def llama(_: str) -> Iterator[Row]:
 
 
 PARTS = {
-    "default": default, "peers": peers, "criteria": criteria, "corrections": corrections, "depth": depth,
-    "repeated": repeated, "vit": vit, "llama": llama,
+    "default": default, "peers": peers, "criteria": criteria, "draws": draws, "corrections": corrections,
+    "depth": depth, "repeated": repeated, "vit": vit, "llama": llama,
 }  # fmt: skip
 
 
@@ -311,40 +318,20 @@ def main() -> None:
     add_data_argument(parser)
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--subject", choices=["resnet20", "resnet56"], default="resnet56")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "criteria.json")
+    parser.add_argument("--backwards", action="store_true", help="begin with the last row of each part")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = json.loads(arguments.results.read_text())["rows"] if arguments.results.exists() else []
-    done = {json.dumps({name: row[name] for name in asdict(_any())}) for row in found}
+    about = {"question": "Which criterion, ranking and correction keep most of a network, without any training?"}
+    rows = Rows(arguments.results, [entry.name for entry in fields(Row)], about)
     benches: dict[str, Bench] = {}
     for part in arguments.parts:
-        for row in PARTS[part](arguments.subject):
-            if json.dumps(asdict(row)) in done:
-                continue
+        wanted = list(PARTS[part](arguments.subject))
+        for row in reversed(wanted) if arguments.backwards else wanted:
             if row.subject not in benches:
                 benches[row.subject] = Bench(build(row.subject, arguments.data))
-            found.append(benches[row.subject].measure(row))
-            done.add(json.dumps(asdict(row)))
-            print(json.dumps(found[-1]), flush=True)
-            _write(arguments.results, found)
-
-
-def _any() -> Row:
-    return Row(subject="", task="", criterion="", ranking="", power=0.0, corrected="")
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    packages = ("torch", "numpy", "torch-pruning", "transformers")
-    document = {
-        "command": "python benchmarks/criteria.py --data DATA",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "rows": rows,
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=0) + "\n")
-    temporary.replace(path)
+            rows.measure(asdict(row), lambda r=row: benches[r.subject].measure(r))
 
 
 if __name__ == "__main__":

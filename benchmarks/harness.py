@@ -42,7 +42,7 @@ LATENCY = {1: 40, 64: 12}
 class Rows:
     """The rows of a result file; each is written as soon as it is known, and none is measured twice.
 
-    Several processes may measure rows of one file at the same time, as long as they are not the same rows.
+    Several processes may measure rows of one file at the same time; of a row that two measured the first counts.
 
     Args:
         path: of the file; what it holds is read.
@@ -73,8 +73,10 @@ class Rows:
         row = {**key, **numbers()}
         print(json.dumps(row), flush=True)
         with _alone(self.path):
-            self.rows = [*self._on_disk(), row]
-            self.write()
+            self.rows = self._on_disk()
+            if self.find(**key) is None:
+                self.rows.append(row)
+                self.write()
 
     def write(self) -> None:
         """Write what is known, whole or not at all."""
