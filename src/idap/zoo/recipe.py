@@ -1,9 +1,8 @@
 """Recipes: TOML files that say what is compressed, on which data, to which goals, and how."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +14,12 @@ from idap.compress.config import Config, FilterStage, LayerStage
 from idap.errors import ConfigError
 from idap.rebalance.run import Rebalance
 from idap.training.recovery import Recovery
-from idap.training.task import Task, classification
+from idap.training.task import Task
+from idap.zoo.given_task import check_keys, task_from, task_of
 from idap.zoo.model_says import context_of
 from idap.zoo.recipe_file import Table, absolute, parted, read_changes, read_table, with_changes
 from idap.zoo.resolve import COUNTED, Inputs, build_model, example_inputs
-from idap.zoo.script import PREFIX, call_object, is_script
+from idap.zoo.script import call_object
 from idap.zoo.sections import (
     DataSection,
     ModelSection,
@@ -30,7 +30,7 @@ from idap.zoo.sections import (
     read_sections,
 )
 from idap.zoo.shipped import recipe_path
-from idap.zoo.sources import SOURCES, Source, called
+from idap.zoo.sources import SOURCES, Source, called, data_problems
 
 Made = TypeVar("Made")
 
@@ -109,11 +109,11 @@ class Recipe:
             TaskError: the data is missing or broken.
         """
         if self.purpose is not None:
-            return call_object(self.purpose.build, _task_of)
+            return call_object(self.purpose.build, task_of)
         assert self.data is not None  # `make_recipe` saw to it
         if self._source is not None:
-            return _task_from(self._source.build(**self._keys()), self.where)
-        return call_object(self.data.name, lambda build: _task_from(self._from_script(build), self.where))
+            return task_from(self._source.build(**self._keys()), self.where)
+        return call_object(self.data.name, lambda build: task_from(self._from_script(build), self.where))
 
     def table(self) -> Table:
         """Everything that the recipe says, as section -> key -> value, with paths that hold in any working folder.
@@ -190,7 +190,7 @@ class Recipe:
     def _from_script(self, build: Any) -> Any:
         assert self.data is not None  # as above
         keys = self._keys()
-        _check_keys(build, keys, self.data.name, self.where)
+        check_keys(build, keys, self.data.name, self.where)
         return build(**keys)
 
 
@@ -258,7 +258,7 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     if data is None and purpose is None:
         problems.append('there is no task: write [data] with name = "digits", or [task] with build = "python:..."')
     if isinstance(data, DataSection):
-        problems += _data_problems(data)
+        problems += data_problems(data)
     if problems:
         raise ConfigError(in_recipe(where, problems))
     assert isinstance(network, ModelSection)
@@ -286,65 +286,3 @@ def _check_goals(recipe: Recipe) -> None:
             f"it would allow anything; for {config.max_drop:g} points write {config.max_drop / 100:g} or "
             f'"{config.max_drop:g}%".'
         )
-
-
-def _data_problems(data: DataSection) -> list[str]:
-    """What is wrong with `[data]`, before anything is read."""
-    if is_script(data.name):
-        return []
-    if data.name not in SOURCES:
-        near = difflib.get_close_matches(data.name, SOURCES, n=1)
-        advice = f"; did you mean {near[0]}?" if near else ""
-        return [f"data.name is {data.name!r}, expected {', '.join(SOURCES)} or {PREFIX}file.py:function{advice}"]
-    source = SOURCES[data.name]
-    known = source.takes()
-    problems = [
-        f"data.{key} does not suit {data.name}, which takes {', '.join(known)}"
-        for key in data.given()
-        if key not in ("name", "path", *known)
-    ]
-    if source.path and data.path is None:
-        problems.append(f"data.path is missing: give {source.path}, or pass --data {data.name}:PATH")
-    if not source.path and data.path is not None:
-        problems.append(f"data.path does not suit {data.name}, which takes {', '.join(known)}")
-    return problems
-
-
-def _task_from(found: Any, where: str) -> Task:
-    """The task of what a data set gave: the task itself, or splits for classification."""
-    if isinstance(found, Task):
-        return found
-    try:
-        task = classification(
-            found.train,
-            found.val,
-            test=found.test,
-            num_classes=found.num_classes,
-            calibration=getattr(found, "calibration", None),
-        )
-    except AttributeError as error:
-        raise ConfigError(
-            f"{where}: data.name gave {type(found).__name__} without {error.name!r}; expected an idap.Task, or train, "
-            "val, test (or None) and num_classes, as idap.zoo.data.Splits has them."
-        ) from error
-    return replace(task, notes=tuple(getattr(found, "notes", ())))
-
-
-def _task_of(found: Any) -> Task:
-    task = found() if callable(found) else found
-    if not isinstance(task, Task):
-        raise ConfigError(f"the task is {type(task).__name__}, expected an idap.Task; build one, or return it.")
-    return task
-
-
-def _check_keys(build: Any, keys: Mapping[str, Any], name: str, where: str) -> None:
-    if not callable(build):
-        raise ConfigError(f"{where}: data.name {name} is {type(build).__name__}, expected a function.")
-    parameters = inspect.signature(build).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for key in keys:
-        if key not in parameters:
-            raise ConfigError(
-                f"{where}: data.{key} does not suit {name}, which takes {', '.join(parameters) or 'nothing'}."
-            )

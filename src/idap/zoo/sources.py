@@ -14,6 +14,7 @@ from idap.zoo.masks import mask_classes, masks
 from idap.zoo.mnist import mnist, mnist_classes
 from idap.zoo.pretrained import Head
 from idap.zoo.script import PREFIX, is_script
+from idap.zoo.sections import DataSection
 from idap.zoo.sentences import label_names, sentences
 
 Shape = tuple[int, ...]
@@ -161,3 +162,25 @@ def called(function: Callable[..., Any], keys: Mapping[str, Any]) -> Any:
     """Call a function with those keys that it takes."""
     known = inspect.signature(function).parameters
     return function(**{key: value for key, value in keys.items() if key in known})
+
+
+def data_problems(data: DataSection) -> list[str]:
+    """Say what is wrong with `[data]`, before anything is read."""
+    if is_script(data.name):
+        return []
+    if data.name not in SOURCES:
+        near = difflib.get_close_matches(data.name, SOURCES, n=1)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        return [f"data.name is {data.name!r}, expected {', '.join(SOURCES)} or {PREFIX}file.py:function{advice}"]
+    source = SOURCES[data.name]
+    known = source.takes()
+    problems = [
+        f"data.{key} does not suit {data.name}, which takes {', '.join(known)}"
+        for key in data.given()
+        if key not in ("name", "path", *known)
+    ]
+    if source.path and data.path is None:
+        problems.append(f"data.path is missing: give {source.path}, or pass --data {data.name}:PATH")
+    if not source.path and data.path is not None:
+        problems.append(f"data.path does not suit {data.name}, which takes {', '.join(known)}")
+    return problems
