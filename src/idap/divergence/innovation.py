@@ -190,13 +190,15 @@ class _Reader:
         rows = replace(self.rows, limit=min(self.rows.limit, PER_SAMPLE * len(x)))
         chosen = rows.choose(x, self.weight, self.place.scene.watch.valid, self.batches)
         self.batches += 1
-        found = rows.of(x, self.weight, chosen)
-        self.gram.add(found[..., self._columns(found.shape[-1])] if self.parts == 1 else found)
+        if self.parts == 1 and len(self.slots) < len(self.units):
+            x = x.index_select(self.place.contraction.input_dim, self.slots.to(x.device))
+        self.gram.add(rows.by_tap(x, self.weight, chosen))
 
-    def _columns(self, count: int) -> Tensor:
-        """Columns of the group's slots (one part)."""
-        taps = count // len(self.units)
-        return (self.slots[:, None] * taps + torch.arange(taps)).ravel()
+    def _moments(self, taps: int) -> Tensor:
+        """Second moments about the mean, with the taps of a channel side by side as in the flat weight."""
+        moments = self.gram.centred().cpu()
+        order = torch.arange(moments.shape[-1]).reshape(taps, -1).T.ravel()
+        return moments[:, order][..., order]
 
     def systems(self) -> list[System]:
         """The consumer's parts, ready for elimination."""
@@ -205,10 +207,13 @@ class _Reader:
         contraction = self.place.contraction
         weight = scaled(self.weight.double().cpu(), contraction, self.flow.scale(self.place.scene))
         matrix = self.rows.matrix(weight, self.parts) / self.flow.mean_square**0.5
-        moments = self.gram.centred().cpu()
         units, taps = self.units.reshape(self.parts, -1), matrix.shape[-1] * self.parts // len(self.units)
+        moments = self._moments(taps)
         if self.parts == 1:
-            matrix, units = matrix[..., self._columns(matrix.shape[-1])], units[:, self.slots]
+            matrix, units = (
+                matrix.reshape(*matrix.shape[:-1], -1, taps)[..., self.slots, :].flatten(-2),
+                units[:, self.slots],
+            )
         return [self._system(matrix[part], moments[part], units[part], taps) for part in range(self.parts)]
 
     def _system(self, matrix: Tensor, moments: Tensor, units: Tensor, taps: int) -> System:

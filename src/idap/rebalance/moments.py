@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from idap.divergence.gram import about_mean
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges that are tried, as shares of the mean variance of a column."""
 
@@ -39,7 +41,7 @@ class Moments:
             y: shape (parts, rows, outputs).
         """
         count = x.shape[1]
-        (x, at_x, sum_x), (y, at_y, sum_y) = _shifted(x), _shifted(y)
+        (x, at_x, sum_x), (y, at_y, sum_y) = about_mean(x), about_mean(y)
         across = x.transpose(1, 2)
         half = (sum_x + count / 2 * at_x).unsqueeze(2) * at_x.unsqueeze(1)
         crossed = sum_x.unsqueeze(2) * at_y.unsqueeze(1) + at_x.unsqueeze(2) * (sum_y + count * at_y).unsqueeze(1)
@@ -124,13 +126,6 @@ def fit(
         return None
     found = _solved(learned + held_out, weight, bias, best[1], shift)
     return None if found is None else Fit(*found, before=old, after=best[0], ridge=best[1])
-
-
-def _shifted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows about a point near their mean, which would eat up the digits of their products; the point; what is left."""
-    at = x.sum(1) / max(1, x.shape[1])
-    x = x - at.unsqueeze(1)
-    return x, at.double(), x.sum(1, dtype=torch.float64)
 
 
 def _solved(moments: Moments, weight: Tensor, bias: Tensor, ridge: float, shift: bool) -> tuple[Tensor, Tensor] | None:
