@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from idap.divergence.gram import exact
 from idap.divergence.observe import is_result, result_of, tensors_in
 from idap.divergence.ports import Stream, factor_in, stream_of
 from idap.divergence.scene import Place, Scene, Scorer
+from idap.divergence.squares import sum_of_rows
 from idap.divergence.watch import Argument, ChannelStats, SampleRatio
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules import Contraction
@@ -147,31 +150,47 @@ class Reader:
         assert self._order is not None and self._place.input_at is not None
         x = tensors_in(args, kwargs)[self._place.input_at].detach().movedim(self._place.contraction.input_dim, -1)
         x = x if x.dtype == torch.float64 else x.float()
-        x = self._place.scene.watch.counted(x).reshape(-1, x.shape[-1])
-        parts = x[:, self._order.ravel().to(x.device)].reshape(len(x), *self._order.shape).permute(1, 2, 0)
-        added = (parts @ parts.transpose(1, 2)).double()
+        x = _ordered(self._place.scene.watch.counted(x).reshape(-1, x.shape[-1]), self._order)
+        parts = x.transpose(0, 1)  # (U, rows, w)
+        added = (parts.transpose(1, 2) @ parts).double()
         self.sums["moments"] = self.sums["moments"] + added if "moments" in self.sums else added
 
     def scores(self, *, centred: bool) -> Tensor:
         """E‖V_u a_u‖² / E‖x‖² of each unit, shape (size,); units that the model no longer has get 0."""
-        assert self._weight.value is not None
-        contraction, scene = self._place.contraction, self._place.scene
-        weight = scaled(self._weight.value.double().cpu(), contraction, self._flow.scale(scene))
         found = torch.zeros(self._size, dtype=torch.float64)
-        mine = self._units >= 0
         mean = self._stats.mean
         if self._order is not None:
-            rows = weight.movedim(contraction.read_dim, -1).flatten(0, -2)  # (O x taps, I)
-            parts = rows[:, self._order.ravel()].reshape(len(rows), *self._order.shape)  # (O x taps, U, w)
             moments = self.sums["moments"].cpu() / self._stats.sums["positions"]
             if centred:
                 moments = moments - mean[self._order].unsqueeze(2) * mean[self._order].unsqueeze(1)
-            found[self._units[self._order[:, 0]]] = torch.einsum("ouw,uwv,ouv->u", parts, moments, parts)
+            found[self._units[self._order[:, 0]]] = (self._weighing * moments).sum((1, 2))
         else:
             moments = self._stats.square - (mean.square() if centred else 0)
-            energy = moments * squared_norms(weight, contraction, len(moments))
-            found.index_add_(0, self._units[mine], energy[mine])
+            mine = self._units >= 0
+            found.index_add_(0, self._units[mine], (moments * self._weighing)[mine])
         return found.clamp_min(0) / self._flow.mean_square
+
+    @cached_property
+    def _weighing(self) -> Tensor:
+        """V_uᵀ V_u of each unit, (U, w, w), where units have several slots; else ‖V_i‖² of each input channel, (I,)."""
+        assert self._weight.value is not None
+        contraction = self._place.contraction
+        weight = exact(self._weight.value.detach()).cpu()
+        scale = self._flow.scale(self._place.scene)
+        weight = scaled(weight, contraction, None if scale is None else scale.to(weight.dtype))
+        if self._order is None:
+            return squared_norms(weight, contraction, self._stats.square.numel())
+        rows = weight.movedim(contraction.read_dim, -1).flatten(0, -2)  # (O x taps, I)
+        parts = _ordered(rows, self._order).transpose(0, 1).double()
+        return parts.transpose(1, 2) @ parts
+
+
+def _ordered(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows of shape (rows, slots) by unit, shape (rows, units, slots of a unit)."""
+    flat = order.ravel()
+    if len(flat) != rows.shape[1] or not torch.equal(flat, torch.arange(len(flat))):
+        rows = rows[:, flat.to(rows.device)]
+    return rows.reshape(len(rows), *order.shape)
 
 
 def block_ratios(scene: Scene) -> dict[str, SampleRatio]:
@@ -280,7 +299,8 @@ def scaled(weight: Tensor, contraction: Contraction, scale: Tensor | None) -> Te
 
 
 def squared_norms(weight: Tensor, contraction: Contraction, channels: int) -> Tensor:
-    """‖V_i‖² of each input channel i, over output channels and kernel taps; shape (I,)."""
-    squared = weight.square().movedim((contraction.read_dim, contraction.write_dim), (0, 1))  # (I, O, ...)
-    parts = channels // len(squared)  # of a grouped convolution; fewer than were traced, if some were cut
-    return squared.reshape(len(squared), parts, -1).sum(2).T.ravel()
+    """‖V_i‖² of each input channel i, over output channels and kernel taps; shape (I,), float64."""
+    squared = weight.square().movedim((contraction.write_dim, contraction.read_dim), (0, 1))
+    squared = squared.flatten(2).sum(2) if weight.dim() > 2 else squared  # over the taps
+    parts = channels // squared.shape[1]  # of a grouped convolution; fewer than were traced, if some were cut
+    return sum_of_rows(squared.reshape(parts, -1, squared.shape[1])).ravel()
