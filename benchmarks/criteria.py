@@ -179,7 +179,7 @@ class Bench:
 
     def _cut(self, row: Row) -> tuple[nn.Module, Plan, Any]:
         """Cut once, or several times with corrections and new scores in between; the last cut is left uncorrected."""
-        share = _share(row.task)
+        share = share_of(row.task)
         found = self.scores(row.criterion, row.samples, row.seed)
         model, plan, keep = self.subject.model, self.structure.plan({}), self.whole
         for number in range(1, row.cuts + 1):
@@ -210,7 +210,8 @@ class Bench:
         return apply_plan(self.subject.model, plan), plan, (self.whole, removed)
 
 
-def _share(task: str) -> float:
+def share_of(task: str) -> float:
+    """What a task leaves."""
     last = task.rsplit(maxsplit=1)[-1] if not task.endswith("%") else task.split()[-2] + "/100"
     above, _, below = last.partition("/")
     return float(above) / float(below)
