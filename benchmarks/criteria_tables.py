@@ -1,4 +1,4 @@
-"""Tables of docs/results.md about criteria and corrections: criteria.json, truth.json and overhead.json."""
+"""Tables of docs/results.md about criteria and corrections: criteria.json, exchange.json, truth.json, overhead.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -145,6 +145,19 @@ def repeated(rows: Sequence[Row]) -> list[str]:
         seeds = {row["seed"] for row in chosen(some, cuts=3)} & {row["seed"] for row in chosen(some, cuts=1)}
         cells = [quality(chosen(some, cuts=cuts, seed=tuple(seeds))) for cuts in (1, 3)]
         found.append(line(f"`{name}`", len(seeds), *cells))
+    return found
+
+
+def exchange(rows: Sequence[Row]) -> list[str]:
+    """Ways to divide a cut among the groups, over seeds."""
+    found = head("network", "divided by", "p", "seeds", *SHARES.values(), "more processor time, s")
+    keys = ("subject", "divided by", "power")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+        mine = chosen(rows, **dict(zip(keys, key, strict=True)))
+        cells = [quality(chosen(mine, task=task)) for task in SHARES]
+        subject, way, power = key
+        seeds = len({row["seed"] for row in mine})
+        found.append(line(RESNETS[subject], way, f"{power:g}", seeds, *cells, mean(mine, lambda row: row["more_s"], 0)))
     return found
 
 

@@ -22,12 +22,13 @@ from benchmarks.compression_tables import (
     saving,
     temperatures,
 )
-from benchmarks.criteria_tables import criteria, overhead, truth
+from benchmarks.criteria_tables import criteria, exchange, overhead, truth
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 OF_ROWS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[str]]] = {
     "criteria": criteria,
+    "exchange": exchange,
     "overhead": overhead,
     "compress_cifar": contest,
     "ablation": ablation,

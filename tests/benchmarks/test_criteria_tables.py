@@ -1,7 +1,7 @@
 """Tables about criteria: seeds share a cell, what was not measured stays empty."""
 
 from benchmarks.criteria import HALF, SQUARES, THIRD, Row
-from benchmarks.criteria_tables import criteria, overhead, truth
+from benchmarks.criteria_tables import criteria, exchange, overhead, truth
 
 
 def row(criterion="innovation", quality=80.0, **changed):
@@ -65,3 +65,9 @@ def test_overhead_says_what_the_passes_took():
     numbers = {"plain_s": 3.7, "images": 32, "forward_ratio": 1.2, "peak_ratio": 1.0, "innovation_to_plain_512": 1.1}
     found = overhead([{"model": "net", **numbers, "peak_gib": {"innovation": 2.0}}])
     assert found[-1] == "| net | 3.70 s for 32 images | 1.20x | 1.00x | 1.10x | 2.00 GiB |"
+
+
+def test_ways_to_divide_a_cut_are_averaged_over_seeds():
+    base = {"subject": "resnet20", "task": THIRD, "divided by": "x", "power": 0.5}
+    rows = [{**base, "seed": seed, "quality": 80.0 + 2 * seed, "more_s": 100} for seed in (0, 1)]
+    assert exchange(rows)[-1] == "| ResNet-20 | x | 0.5 | 2 |  | 81.00 ± 1.41 | 100 ± 0 |"
