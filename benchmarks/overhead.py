@@ -3,9 +3,9 @@
     python benchmarks/overhead.py                # needs the extra vision
 
 ResNet-50 at 224 and ViT-S/16, random weights: the plain forward passes over some batches against the same passes with
-all forward criteria measured together, alternating in one process; then `innovation` over as many batches as make 512 images.
-Peak memory is that of a process of its own for each way. Processor time of one thread, so that other processes on the
-machine hardly matter.
+all forward criteria measured together, alternating in one process; then `innovation` over as many batches as make 512
+images. Peak memory is that of a process of its own for each way. Processor time of one thread, so that other processes
+on the machine hardly matter.
 """
 
 import argparse
