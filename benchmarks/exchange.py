@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_argument(parser)
     parser.add_argument("--subject", choices=["resnet20", "resnet56"], default="resnet20")
+    parser.add_argument("--ways", nargs="*", choices=[INNOVATION, *WAYS], default=[INNOVATION, *WAYS], metavar="WAY")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS / "exchange.json")
     options = parser.parse_args()
@@ -129,8 +130,8 @@ def main() -> None:
     bench = Bench(build(options.subject, options.data))
     for seed in options.seeds:
         exchange = Exchange(bench, seed)
-        for way, powers in {INNOVATION: (0.0,), **dict.fromkeys(WAYS, (0.5, 1.0))}.items():
-            for power in powers:
+        for way in options.ways:
+            for power in (0.0,) if way == INNOVATION else (1.0, 0.5):
                 for task in (HALF, THIRD):
                     key = dict(zip(KEYS, (options.subject, task, way, power, seed), strict=True))
                     rows.measure(key, partial(exchange.row, task, way, power))
