@@ -136,6 +136,17 @@ def test_second_moments_keep_their_digits_beside_a_large_mean():
     assert_close(gram.centred(), exact.transpose(1, 2) @ exact / 50, rtol=1e-4, atol=1e-5)
 
 
+def test_few_rows_wait_for_more_and_none_is_lost():
+    rows = torch.randn(2, 700, 4)
+    gram, at_once = Gram(), Gram()
+    for part in rows.split([100, 100, 300, 200], 1):
+        gram.add(part)
+        assert bool(gram.sums) == (part.shape[1] >= 200)
+    at_once.add(rows)
+    assert gram.count == at_once.count == 700
+    assert_close(gram.centred(), at_once.centred(), rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------- the elimination
 
 

@@ -18,6 +18,9 @@ from idap.graph.ir import Node
 from idap.graph.rules import Contraction
 from idap.graph.rules.flow import arguments, base_name
 
+WAIT = 0.25
+"""As many rows as this share of the columns are multiplied at once."""
+
 
 class _Side(NamedTuple):
     """How a kernel goes along one spatial dimension.
@@ -167,35 +170,56 @@ class Rows:
 class Gram:
     """Sums over rows: the rows, their products, and their number; float64.
 
+    Rows wait until there are enough for their products to cost more than adding these up.
+
     Attributes:
-        sums: "total" of shape (parts, columns), "products" of shape (parts, columns, columns), "count".
+        sums: "total" of shape (parts, columns), "products" of shape (parts, columns, columns), "count"; of all rows
+            once `settle` was called.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
+    _waiting: list[Tensor] = field(default_factory=list)
 
     def add(self, rows: Tensor) -> None:
         """Add rows of shape (parts, rows, columns)."""
+        self._waiting.append(rows)
+        if sum(part.shape[1] for part in self._waiting) >= max(BLOCK, WAIT * rows.shape[2]):
+            self.settle()
+
+    def settle(self) -> None:
+        """Add up the rows that wait."""
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting, 1) if len(self._waiting) > 1 else self._waiting[0]
+        self._waiting.clear()
         count = rows.shape[1]
         rows, shift, rest = about_mean(rows)
-        crossed = (rest + count / 2 * shift).unsqueeze(2) * shift.unsqueeze(1)
-        added = {
-            "total": rest + count * shift,
-            "products": (rows.transpose(1, 2) @ rows).double() + crossed + crossed.transpose(1, 2),
-            "count": torch.tensor(float(count), dtype=torch.float64),
-        }
-        for name, value in added.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if not self.sums:
+            size = (len(rows), rows.shape[2])
+            self.sums["total"] = shift.new_zeros(size)
+            self.sums["products"] = shift.new_zeros((*size, size[1]))
+            self.sums["count"] = torch.tensor(0.0, dtype=torch.float64)
+        self.sums["total"] += rest + count * shift
+        self.sums["count"] += count
+        self.sums["products"].add_(rows.transpose(1, 2) @ rows)
+        one, other = (
+            torch.stack([rest + count / 2 * shift, shift], 2),
+            torch.stack([shift, rest + count / 2 * shift], 1),
+        )
+        self.sums["products"].baddbmm_(one, other)  # in place: these matrices are large
 
     @property
     def count(self) -> float:
         """Number of rows."""
+        self.settle()
         return float(self.sums["count"]) if self.sums else 0.0
 
     def centred(self) -> Tensor:
         """Second moments about the mean, shape (parts, columns, columns)."""
+        self.settle()
         mean = self.sums["total"] / self.sums["count"].to(self.sums["total"].device)
         moments = self.sums["products"] / self.sums["count"].to(self.sums["products"].device)
-        return moments - mean.unsqueeze(2) * mean.unsqueeze(1)
+        return moments.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
 
 
 def about_mean(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,8 +66,12 @@ class InnovationScores:
             for reader in readers:
                 reader.gram.sums.clear()
 
-        probes: list[Probe] = [reader.probe() for reader in readers]
-        return Job(sum(reader.size for reader in readers), probes, [reader.gram.sums for reader in readers], finish)
+        def settle() -> None:
+            for reader in readers:
+                reader.gram.settle()
+
+        size, probes = sum(reader.size for reader in readers), [reader.probe() for reader in readers]
+        return Job(size, probes, settle, [reader.gram.sums for reader in readers], finish)
 
 
 @dataclass
@@ -175,7 +179,7 @@ class _Reader:
             for extent in shape[2:]:
                 taps *= extent
         parts = _parts(self.place, len(self.units))
-        return 8 * parts * (len(self.slots) // parts * taps) ** 2
+        return 9 * parts * (len(self.slots) // parts * taps) ** 2  # an eighth are rows that wait
 
     def probe(self) -> Probe:
         call = self.place.node.call

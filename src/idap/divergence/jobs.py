@@ -18,12 +18,14 @@ class Job:
     Attributes:
         size: bytes that it holds during a pass.
         probes: what it looks at.
-        sums: what is added up over processes; filled during the pass.
-        finish: called once, after its pass.
+        settle: called once, after its pass and before sums are added up over processes.
+        sums: what is added up over processes; filled by then.
+        finish: called once, after that.
     """
 
     size: int
     probes: Sequence[Probe]
+    settle: Callable[[], None]
     sums: Sequence[dict[str, Tensor]]
     finish: Callable[[], None]
 

@@ -185,6 +185,8 @@ def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job], phase: Phas
 
 
 def _finish(jobs: Sequence[Job], phase: Phase) -> None:
+    for job in jobs:
+        job.settle()
     sum_over_processes([sums for job in jobs for sums in job.sums])
     for job in jobs:
         job.finish()
