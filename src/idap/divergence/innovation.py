@@ -80,7 +80,7 @@ class System:
 
     Attributes:
         inverse: H⁻¹ on the columns, shape (columns, columns); downdated in place.
-        weights: V, refitted as units go, shape (outputs, columns); in units of flow (divided by its root mean square).
+        weights: Vᵀ, refitted as units go, shape (columns, outputs); in units of flow (divided by its root mean square).
         units: unit of each row of `columns`, shape (units here,).
         columns: the columns of each unit, shape (units here, columns of a unit).
     """
@@ -94,16 +94,17 @@ class System:
         """Cost of each unit that is left, shape (units here,)."""
         cols = self.columns
         blocks = self.inverse[cols.unsqueeze(2), cols.unsqueeze(1)]  # (U, w, w)
-        weights = self.weights[:, cols].permute(1, 2, 0)  # (U, w, O)
-        costs: Tensor = (torch.linalg.solve(_sound(blocks), weights) * weights).sum((1, 2)).clamp_min(0)
-        return costs
+        weights = self.weights[cols]  # (U, w, O)
+        # tr(V_u (H⁻¹_uu)⁻¹ V_uᵀ) through V_uᵀ V_u, which is as small as the block, however many outputs there are.
+        costs: Tensor = (torch.linalg.inv(_sound(blocks)) * (weights @ weights.transpose(1, 2))).sum((1, 2))
+        return costs.clamp_min(0)
 
     def remove(self, gone: Tensor) -> None:
         """Eliminate units, those of the mask of shape (units here,), and refit the others."""
         cols = self.columns[gone].ravel()
         part = self.inverse[cols]  # (k, columns)
         gain = torch.linalg.solve(_sound(part[:, cols]), part)
-        self.weights.addmm_(self.weights[:, cols], gain, alpha=-1)
+        self.weights.addmm_(gain.T, self.weights[cols], alpha=-1)
         self.inverse.addmm_(part.T, gain, alpha=-1)
         self.units, self.columns = self.units[~gone], self.columns[~gone]
         if self.columns.numel() < COMPACT * len(self.inverse):
@@ -112,7 +113,7 @@ class System:
     def _compact(self) -> None:
         """Forget the columns that no unit has any longer, so that further steps don't update them."""
         live = self.columns.ravel()
-        self.inverse, self.weights = self.inverse[live][:, live], self.weights[:, live]
+        self.inverse, self.weights = self.inverse[live][:, live], self.weights[live]
         self.columns = torch.arange(len(live), device=live.device).reshape(self.columns.shape)
 
 
@@ -235,7 +236,7 @@ class _Reader:
         present = torch.nonzero(counts).ravel()
         width = int(counts[present[0]])
         columns = (mine[:, None] * taps + torch.arange(taps)).reshape(len(present), width * taps)
-        return System(torch.cholesky_inverse(factor), matrix.clone(), present, columns)
+        return System(torch.cholesky_inverse(factor), matrix.T.contiguous(), present, columns)
 
 
 def _parts(place: Place, slots: int) -> int:
