@@ -100,9 +100,9 @@ class Exchange:
     def row(self, task: str, way: str, power: float) -> dict[str, Any]:
         """Rank, cut, rebalance, judge."""
         units, seconds = self.scores(way)
-        bench, row = self.bench, Row(
-            subject=self.bench.subject.name, task=task, criterion=way, ranking="global", power=power, corrected=SQUARES
-        )  # fmt: skip
+        bench = self.bench
+        name = bench.subject.name
+        row = Row(subject=name, task=task, criterion=way, ranking="global", power=power, corrected=SQUARES)
         choice = bench.choose(row, Divergence(way, dict(units), {}), bench.whole, share_of(task))
         plan = bench.structure.plan(choice.keep)
         model = apply_plan(bench.subject.model, plan)

@@ -202,11 +202,9 @@ class Gram:
         self.sums["total"] += rest + count * shift
         self.sums["count"] += count
         self.sums["products"].add_(rows.transpose(1, 2) @ rows)
-        one, other = (
-            torch.stack([rest + count / 2 * shift, shift], 2),
-            torch.stack([shift, rest + count / 2 * shift], 1),
-        )
-        self.sums["products"].baddbmm_(one, other)  # in place: these matrices are large
+        half = rest + count / 2 * shift
+        pairs = torch.stack([half, shift], 2), torch.stack([shift, half], 1)
+        self.sums["products"].baddbmm_(*pairs)  # in place: these matrices are large
 
     @property
     def count(self) -> float:
