@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from idap.divergence.squares import BLOCK, sum_of_rows
+from idap.divergence.squares import BLOCK, add_products, mirrored_, sum_of_rows
 from idap.graph.ir import Node
 from idap.graph.rules import Contraction
 from idap.graph.rules.flow import arguments, base_name
@@ -173,8 +173,8 @@ class Gram:
     Rows wait until there are enough for their products to cost more than adding these up.
 
     Attributes:
-        sums: "total" of shape (parts, columns), "products" of shape (parts, columns, columns), "count"; of all rows
-            once `settle` was called.
+        sums: "total" of shape (parts, columns), "products" of shape (parts, columns, columns), on and above the
+            diagonal, "count"; of all rows once `settle` was called.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -201,10 +201,7 @@ class Gram:
             self.sums["count"] = torch.tensor(0.0, dtype=torch.float64)
         self.sums["total"] += rest + count * shift
         self.sums["count"] += count
-        self.sums["products"].add_(rows.transpose(1, 2) @ rows)
-        half = rest + count / 2 * shift
-        pairs = torch.stack([half, shift], 2), torch.stack([shift, half], 1)
-        self.sums["products"].baddbmm_(*pairs)  # in place: these matrices are large
+        add_products(self.sums["products"], rows, shift, rest)
 
     @property
     def count(self) -> float:
@@ -216,7 +213,7 @@ class Gram:
         """Second moments about the mean, shape (parts, columns, columns)."""
         self.settle()
         mean = self.sums["total"] / self.sums["count"].to(self.sums["total"].device)
-        moments = self.sums["products"] / self.sums["count"].to(self.sums["products"].device)
+        moments = mirrored_(self.sums["products"] / self.sums["count"].to(self.sums["products"].device))
         return moments.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
 
 

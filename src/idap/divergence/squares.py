@@ -7,6 +7,8 @@ PIECE = 2**19
 """Numbers whose squares stay in the cache of a CPU."""
 BLOCK = 256
 """Rows that are added up in their own precision."""
+STRIP = 512
+"""Columns whose products with all that follow are computed at once."""
 
 
 def sum_of_rows(rows: Tensor) -> Tensor:
@@ -41,3 +43,33 @@ def sum_of_squares(x: Tensor, inner: list[int], exact: torch.dtype) -> Tensor:
     return torch.cat(
         [torch.square(part.to(exact), out=squares[: len(part)]).sum(inner) for part in torch.split(x, few)]
     )
+
+
+def add_products(sums: Tensor, rows: Tensor, at: Tensor, rest: Tensor) -> None:
+    """Add Σ x xᵀ over rows x that were moved to a point near their mean, on and above the diagonal only.
+
+    What is below would be computed a second time; without it, half of the work is left where there are many columns.
+
+    Args:
+        sums: what is added to, shape (parts, columns, columns), float64.
+        rows: x - at, shape (parts, rows, columns).
+        at: the point, shape (parts, columns), float64.
+        rest: sum over the moved rows, shape (parts, columns), float64.
+    """
+    half = rest + rows.shape[1] / 2 * at
+    left, right = torch.stack([half, at], 2), torch.stack([at, half], 1)
+    for first in range(0, rows.shape[2], STRIP):
+        strip = slice(first, first + STRIP)
+        part = sums[:, strip, first:]
+        part.add_(rows[:, :, strip].transpose(1, 2) @ rows[:, :, first:])
+        part.baddbmm_(left[:, strip], right[:, :, first:])  # in place: these matrices are large
+
+
+def mirrored_(sums: Tensor) -> Tensor:
+    """Copy what is above the diagonal of matrices of shape (parts, columns, columns) below it, in place."""
+    for first in range(0, sums.shape[2], STRIP):
+        end = first + STRIP
+        square = sums[:, first:end, first:end]
+        square.copy_(square.triu() + square.triu(1).transpose(1, 2))
+        sums[:, end:, first:end] = sums[:, first:end, end:].transpose(1, 2)
+    return sums

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from idap.divergence.gram import about_mean
+from idap.divergence.squares import add_products, mirrored_
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges that are tried, as shares of the mean variance of a column."""
@@ -42,15 +43,15 @@ class Moments:
         """
         count = x.shape[1]
         (x, at_x, sum_x), (y, at_y, sum_y) = about_mean(x), about_mean(y)
-        across = x.transpose(1, 2)
-        half = (sum_x + count / 2 * at_x).unsqueeze(2) * at_x.unsqueeze(1)
+        products = sum_x.new_zeros((*sum_x.shape, sum_x.shape[1]))
+        add_products(products, x, at_x, sum_x)
         crossed = sum_x.unsqueeze(2) * at_y.unsqueeze(1) + at_x.unsqueeze(2) * (sum_y + count * at_y).unsqueeze(1)
         return cls(
             float(count),
             sum_x + count * at_x,
             sum_y + count * at_y,
-            (across @ x).double() + half + half.transpose(1, 2),
-            (across @ y).double() + crossed,
+            mirrored_(products),
+            (x.transpose(1, 2) @ y).double() + crossed,
             y.square().sum(1, dtype=torch.float64) + (2 * sum_y + count * at_y) * at_y,
         )
 
