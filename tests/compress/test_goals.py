@@ -100,7 +100,14 @@ def test_a_latency_out_of_reach_is_an_error_before_any_work(latency_is):
         compress(NET, task(), config(macs=None, latency=0.4, **FREE))
 
 
-def test_latency_by_the_clock():
+@pytest.fixture
+def short_looks(monkeypatch):
+    """Let the clock be read for a moment only, where how exactly is not what is asked."""
+    monkeypatch.setattr(latencies, "SECONDS", 0.1)
+    monkeypatch.setattr(latencies, "LONGEST", 0.2)
+
+
+def test_latency_by_the_clock(short_looks):
     filters = FilterStage(steps=2, min_keep=0.5)
     result = compress(NET, task(), config(macs=None, latency=0.99, cost="macs", filters=filters, **FREE))
     assert result.latency is not None
@@ -131,7 +138,7 @@ def test_a_latency_is_measured_until_it_is_known(monkeypatch, shares, seconds, r
     assert len(shares) - len(list(left)) == rounds
 
 
-def test_latency_is_that_of_the_batch_that_is_asked_for(monkeypatch):
+def test_latency_is_that_of_the_batch_that_is_asked_for(monkeypatch, short_looks):
     seen = []
     real = latencies.measure_latency
 
