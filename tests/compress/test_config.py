@@ -3,7 +3,8 @@
 import pytest
 
 from idap.compress.budget import Budget, budget_of
-from idap.compress.config import Config, FilterStage, LayerStage
+from idap.compress.config import Config, FilterStage, LayerStage, checked
+from idap.divergence.criteria import CRITERIA
 from idap.errors import BudgetError, ConfigError
 
 
@@ -80,6 +81,21 @@ def test_impossible_goals(settings, match):
             r"^order='interleaved' is one ranking over everything: it needs ranking='global'\.$",
         ),
         (lambda: Config(latency_batch=0), r"^latency_batch must be at least 1, found 0\.$"),
+        (lambda: Config(macs="0.5"), r"^macs must be a number, found '0\.5'\.$"),
+        (lambda: Config(max_drop=True), r"^max_drop must be a number, found True\.$"),
+        (lambda: Config(calibration_batches=2.5), r"^calibration_batches must be a whole number, found 2\.5\.$"),
+        (lambda: FilterStage(steps=2.5), r"^filters\.steps must be a whole number, found 2\.5\.$"),
+        (lambda: FilterStage(first_share=None), r"^filters\.first_share must be a number, found None\.$"),
+        (
+            lambda: Config(filters={"steps": 1}),
+            r"^filters must be an idap\.FilterStage\(\.\.\.\), found \{'steps': 1\}\.$",
+        ),
+        (lambda: Config(recovery=None), r"^recovery must be an idap\.Recovery\(\.\.\.\), found None\.$"),
+        (
+            lambda: Config(contracts="logits"),
+            r"^contracts must be several names, found 'logits'; write \('logits',\)\.$",
+        ),
+        (lambda: checked({"macs": 0.5}), r"^config must be an idap\.Config\(\.\.\.\), found \{'macs': 0\.5\}\.$"),
         (lambda: LayerStage(removals=-1), r"^layers\.removals must be at least 0, found -1\.$"),
         (lambda: LayerStage(short_list=0), r"^layers\.short_list must be at least 1, found 0\.$"),
         (lambda: LayerStage(patience=0), r"^layers\.patience must be at least 1, found 0\.$"),
@@ -92,6 +108,37 @@ def test_impossible_goals(settings, match):
 def test_settings_out_of_range(make, match):
     with pytest.raises(ConfigError, match=match):
         make()
+
+
+def test_own_criteria_are_taken_for_what_they_are():
+    def taylor(scene):
+        return {}
+
+    assert Config(criterion=taylor).powers == (0.0,)
+    assert Config(criterion=CRITERIA["taylor"]).powers == Config(criterion="taylor").powers == (1.0,)
+    Config(order="interleaved", criterion=taylor)  # whether it scores blocks shows when it is asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"filters": FilterStage(keep={"*": 1.0})},
+            r" Hardly anything may go: lower filters\.keep and filters\.min_keep\.",
+        ),
+        (
+            {"filters": FilterStage(steps=0)},
+            r" Hardly anything may go: let stage 1 take steps \(filters\.steps is 0\)\.",
+        ),
+        (
+            {"layers": LayerStage(removals=0)},
+            r" lower filters\.min_keep, or let layers go \(layers\.removals is 0\)\.$",
+        ),
+    ],
+)
+def test_a_target_out_of_reach_names_what_holds_it_back(settings, told):
+    with pytest.raises(BudgetError, match=told):
+        budget_of(Config(macs=0.2, **settings), 0.9, higher_is_better=True, least={"macs": 1.0})
 
 
 def test_edges_are_allowed():

@@ -163,6 +163,10 @@ def test_a_recovery_that_breaks_ends_early_and_is_judged_as_it_is(tmp_path):
     told = [
         line for line in listener.lines if "ended early, and the best state before that is kept: the loss is " in line
     ]
+    said = (
+        f"; {len(told)} of the trainings ended early, and the best states before that were kept (filters 0: recovery: "
+    )
+    assert said in result.message
     assert told
     assert all("inf at step" in line for line in told)
     assert result.steps
@@ -404,6 +408,14 @@ class Endless(IterableDataset):
 def test_what_can_not_be_split_is_refused(train):
     with pytest.raises(TaskError, match=r"^the task has no validation data, and its training .*pass val=batches\.$"):
         with_validation(classification(train, num_classes=3))
+
+
+@pytest.mark.parametrize(("count", "size"), [(190, 10), (40, 5), (23, 2)])
+def test_what_is_split_off_leaves_no_batch_of_one_sample(count, size):
+    loader = DataLoader(TensorDataset(*clusters(count, 1)), size)
+    split, _ = with_validation(classification(loader, num_classes=3))
+    assert all(len(x) > 1 for x, _ in split.train) or count % size == 1
+    assert sum(len(x) for part in (split.train, split.val) for x, _ in part) == count
 
 
 def test_a_validation_that_changes_is_said(monkeypatch):

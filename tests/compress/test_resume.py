@@ -1,5 +1,6 @@
 """A run that is killed at any moment goes on to the same result; a run that is another one is refused."""
 
+import copy
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 from idap.compress.config import Config
@@ -107,6 +109,11 @@ def test_another_run_is_refused_by_the_setting_that_differs(tmp_path):
         compress(NET, task(), config(max_drop=0.03, macs=0.6), run_dir=tmp_path / "run", resume=True)
     with pytest.raises(RunFolderError, match="holds a run with another baseline: macs, "):
         compress(trained(blocks=4), task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
+    other = copy.deepcopy(NET)
+    with torch.no_grad():
+        other.head.bias.mul_(1.0001)  # names every sample as the original does
+    with pytest.raises(RunFolderError, match=r'holds a run with another weights: "\w{16}" then, "\w{16}" now\. Go on'):
+        compress(other, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
     assert (tmp_path / "run" / STEPS).read_text() == before
     with pytest.raises(ConfigError, match=r"^to go on with a run, say where it is"):
         compress(NET, task(), Config(), resume=True)

@@ -364,6 +364,10 @@ def test_a_function_of_ones_own_may_watch():
         ),
         ({"fc1": torch.ones(10, 1)}, r"gave scores of shape \(10, 1\) for group 'fc1'"),
         ({"fc9": torch.ones(9)}, r"^criterion 'mine' gave scores for 'fc9', which is no group of this model\.$"),
+        (
+            None,
+            r"^criterion 'mine' returned None; expected a dict from group to the scores of its units, or an object ",
+        ),
     ],
 )
 def test_scores_of_ones_own_that_fit_no_group(given, said):

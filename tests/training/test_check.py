@@ -47,6 +47,51 @@ def test_a_good_task_passes_and_leaves_the_model_and_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("worst", torch.tensor(torch.nan))
+
+    def forward(self, x):
+        self.calls += 1
+        self.worst = torch.zeros(())  # another tensor under the same name
+        return self.layer(x)
+
+
+def test_buffers_that_a_pass_changes_are_put_back():
+    model = Counting()
+    calls = model.calls
+    check_task(model, custom())
+    assert model.calls is calls and float(calls) == 0
+    assert model.worst.isnan()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "told"),
+    [
+        (
+            lambda model: torch.compile(model, backend="eager"),
+            r"^the model went through torch\.compile, .* Give .*, model\._orig_mod, and",
+        ),
+        (
+            lambda model: nn.Sequential(torch.compile(model, backend="eager")),
+            r"^module '0' went .*, model\.0\._orig_mod, and compile the",
+        ),
+        (lambda model: model.forward, r"^the model is a method; expected a torch\.nn\.Module\.$"),
+    ],
+)
+def test_what_can_not_be_traced_is_refused_at_once(wrap, told):
+    with pytest.raises(TaskError, match=told):
+        check_task(wrap(net()), custom())
+
+
+def test_inference_mode_is_refused_by_name():
+    with torch.inference_mode(), pytest.raises(TaskError, match=r"^this was called within torch\.inference_mode\(\), "):
+        check_task(net(), custom())
+
+
 def test_modes_come_back_after_a_failure_too():
     model = net()
     model[1].eval()

@@ -88,12 +88,21 @@ def budget_of(config: Config, baseline: float, *, higher_is_better: bool, least:
         if share < least[name]:
             raise BudgetError(
                 f"{name}={share:g} can't be reached: even with everything removable gone, {least[name]:.1%} of the "
-                f"{name} would stay. Ask for {name}={_rounded_up(least[name]):g} or more, or lower filters.min_keep."
+                f"{name} would stay. {_way_out(config, name, least[name])}"
             )
     return Budget(
         sign * max((sign * bound for bound in bounds), default=0) if bounds else None, higher_is_better, targets
     )
 
 
-def _rounded_up(share: float) -> float:
-    return min(0.99, int(share * 100 + 1) / 100)
+def _way_out(config: Config, name: str, least: float) -> str:
+    """What may be asked for instead, and which settings hold more back."""
+    filters, layers = config.filters, config.layers
+    held = [] if filters.steps else ["let stage 1 take steps (filters.steps is 0)"]
+    if filters.steps:
+        held.append(f"lower {'filters.keep and ' if filters.keep else ''}filters.min_keep")
+    if not layers.removals:
+        held.append("let layers go (layers.removals is 0)")
+    ask = int(least * 100 + 1) / 100
+    asked = f"Ask for {name}={ask:g} or more, or " if ask < 1 else "Hardly anything may go: "
+    return f"{asked}{', or '.join(held)}."

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, opener_of
+from idap.divergence.criteria import CRITERIA, LIKE_PROJECTIONS, WITH_BLOCKS, opener_of
 from idap.errors import BudgetError, ConfigError
 from idap.rebalance.run import Rebalance
 from idap.structure.projectable import Replacement
@@ -69,7 +70,7 @@ class FilterStage:
         _between("filters.first_share", self.first_share, 0, 1)
         _between("filters.min_share", self.min_share, 0, 1)
         _between("filters.min_keep", self.min_keep, 0, 1, closed=True)
-        _at_least("filters.steps", self.steps, 0)
+        _at_least("filters.steps", self.steps, 0, whole=True)
         _at_least("filters.growth", self.growth, 0)
 
 
@@ -101,9 +102,9 @@ class LayerStage:
     tune: Literal["all", "neighbours"] = "all"
 
     def __post_init__(self) -> None:
-        _at_least("layers.removals", self.removals, 0)
-        _at_least("layers.short_list", self.short_list, 1)
-        _at_least("layers.patience", self.patience, 1)
+        _at_least("layers.removals", self.removals, 0, whole=True)
+        _at_least("layers.short_list", self.short_list, 1, whole=True)
+        _at_least("layers.patience", self.patience, 1, whole=True)
         _one_of("layers.replacement", self.replacement, get_args(Replacement))
         _one_of("layers.parts", self.parts, ("all", "blocks"))
         _one_of("layers.tune", self.tune, ("all", "neighbours"))
@@ -145,6 +146,7 @@ class Config:
             hidden states, may shrink.
         swap: write the code of a module anew where its own code can't come to the sizes of a cut; False leaves whole
             what would need it.
+        freeze_unknown: leave whole what an operator without a rule touches; False refuses the model, naming it.
         calibration_batches: batches on which divergence is measured, at least 1.
         seed: of everything that is random.
 
@@ -174,10 +176,12 @@ class Config:
     final: Recovery | None = None
     contracts: tuple[str, ...] | None = None
     swap: bool = True
+    freeze_unknown: bool = False
     calibration_batches: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name in ("max_drop", "max_relative_drop"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
@@ -202,9 +206,24 @@ class Config:
         elif self.cost_power is not None:
             _between("cost_power", self.cost_power, 0, 1, closed=True, open_low=False)
         _between("filters_share", self.filters_share, 0, 1, closed=True, open_low=False)
-        _at_least("calibration_batches", self.calibration_batches, 1)
-        _at_least("latency_batch", self.latency_batch, 1)
+        _at_least("calibration_batches", self.calibration_batches, 1, whole=True)
+        _at_least("latency_batch", self.latency_batch, 1, whole=True)
+        _at_least("seed", self.seed, 0, whole=True)
         self._check_stages()
+
+    def _check_kinds(self) -> None:
+        for name in ("max_drop", "max_relative_drop", "worst_metric", *GOALS):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name))
+        kinds = {"filters": FilterStage, "layers": LayerStage, "recovery": Recovery, "final": Recovery}
+        for name, kind in (kinds | {"rebalance": Rebalance}).items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (value is not None or name not in ("final", "rebalance")):
+                raise ConfigError(f"{name} must be an idap.{kind.__name__}(...), found {value!r}.")
+        if isinstance(self.contracts, str):
+            raise ConfigError(
+                f"contracts must be several names, found {self.contracts!r}; write ({self.contracts!r},)."
+            )
 
     def _check_stages(self) -> None:
         if self.filters.steps == 0 and self.layers.removals == 0:
@@ -215,8 +234,8 @@ class Config:
                 'parameters, size or latency, or take "growing".'
             )
         if self.order == "interleaved":
-            name = opener_of(self.criterion)[0]
-            if name not in WITH_BLOCKS:
+            name, opener = opener_of(self.criterion)
+            if CRITERIA.get(name) is opener and name not in WITH_BLOCKS:  # of others it shows when they are asked
                 raise ConfigError(
                     f"order='interleaved' compares units with blocks, and criterion {name!r} scores no blocks; take "
                     f"one of {', '.join(map(repr, WITH_BLOCKS))}."
@@ -253,7 +272,21 @@ class Config:
             return (0.0, 0.5, 1.0)
         if self.cost_power is not None:
             return (self.cost_power,)
-        return (1.0 if self.criterion in PER_COST else 0.0,)
+        name, opener = opener_of(self.criterion)
+        return (1.0 if CRITERIA.get(name) is opener and name in PER_COST else 0.0,)
+
+
+def checked(config: Config | None) -> Config:
+    """The settings of a run, the defaults where none are given.
+
+    Raises:
+        ConfigError: they are something else than a `Config`.
+    """
+    if config is None:
+        return Config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"config must be an idap.Config(...), found {config!r:.60}.")
+    return config
 
 
 PER_COST = ("paper", "share", "activation", "taylor", "fisher", "bn_scale", "fpgm")
@@ -265,7 +298,13 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be {' or '.join(map(repr, allowed))}, found {value!r}.")
 
 
+def _number(name: str, value: object, *, whole: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise ConfigError(f"{name} must be a {'whole ' if whole else ''}number, found {value!r}.")
+
+
 def _between(name: str, value: float, low: float, high: float, *, closed: bool = False, open_low: bool = True) -> None:
+    _number(name, value)
     above = value > low if open_low else value >= low
     below = value <= high if closed else value < high
     if not (above and below):
@@ -273,6 +312,7 @@ def _between(name: str, value: float, low: float, high: float, *, closed: bool =
         raise ConfigError(f"{name} must lie in {left}{low:g}, {high:g}{right}, found {value}.")
 
 
-def _at_least(name: str, value: float, low: float) -> None:
+def _at_least(name: str, value: float, low: float, *, whole: bool = False) -> None:
+    _number(name, value, whole=whole)
     if not value >= low:
         raise ConfigError(f"{name} must be at least {low:g}, found {value}.")

@@ -9,6 +9,8 @@ from idap.compress.journal import Journal
 from idap.compress.pace import Pace
 from idap.compress.ranking import Candidates
 from idap.compress.state import Setting, State
+from idap.divergence.criteria import WITH_BLOCKS
+from idap.errors import ConfigError
 from idap.record import Removal
 
 
@@ -64,6 +66,11 @@ def _candidate(
     number = len(journal.steps)
     found = setting.divergence(state, blocks=bool(blocks) or journal.opening, title=f"{stage} {number}: measure")
     journal.show(stage, state, found)
+    if blocks and not found.blocks:
+        raise ConfigError(
+            f"order='interleaved' compares units with blocks, and criterion {found.criterion!r} scored no block of "
+            f"this model; take one of {', '.join(map(repr, WITH_BLOCKS))}, or let blocks() of your own give scores."
+        )
     with setting.clock.on("selection"):
         free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}
         candidates = Candidates.of(setting, state, found.units, free)

@@ -31,6 +31,7 @@ def concluded(
         latency = setting.latency_of(state.model)
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency)
     reached, message = _verdict(setting, final, journal, untouched=state is start)
+    message += _cut_short(journal)
     base = origin(setting.original)
     result = Result(
         model=final.model,
@@ -74,6 +75,15 @@ def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
         for kind, seconds in phases.items():
             found[kind] = found.get(kind, 0.0) + seconds
     return found
+
+
+def _cut_short(journal: Journal) -> str:
+    """What is said of trainings that broke; "" if none did."""
+    broken = [step.curve for step in journal.steps if step.curve is not None and step.curve.diverged]
+    if not broken:
+        return ""
+    first = f"{broken[0].title}: {broken[0].diverged.rstrip('.')}"
+    return f"; {len(broken)} of the trainings ended early, and the best states before that were kept ({first})"
 
 
 def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: bool) -> tuple[bool, str]:

@@ -12,7 +12,7 @@ from torch import nn
 from idap.compress.budget import budget_of
 from idap.compress.change import recover
 from idap.compress.clock import Clock
-from idap.compress.config import Config, LayerStage
+from idap.compress.config import Config, LayerStage, checked
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
 from idap.compress.folder import settings_of
@@ -39,7 +39,7 @@ from idap.surgery.compare import batch_size, resized_inputs
 from idap.surgery.optimizer import hyperparameters, slice_optimizer
 from idap.surgery.verify import verify
 from idap.training.batch import Inputs, device_of
-from idap.training.check import check_task
+from idap.training.check import check_model, check_task
 from idap.training.evaluate import evaluate
 from idap.training.processes import align_, is_main, on_main
 from idap.training.split import with_validation
@@ -89,7 +89,8 @@ def compress(
         TaskError, TraceError, StructureError, BudgetError, ConfigError, RunFolderError: before any work is done.
         VerificationError: a cut did not equal the masked original; names the axis.
     """
-    config, progress = config or Config(), (progress if is_main() else None) or Silent()
+    check_model(model)
+    config, progress = checked(config), (progress if is_main() else None) or Silent()
     if resume and run_dir is None:
         raise ConfigError("to go on with a run, say where it is: resume=True needs run_dir.")
     folder = RunFolder(run_dir) if run_dir is not None else None
@@ -222,7 +223,11 @@ def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tup
     phase.advance("task")
     example = few_samples(task.example(device_of(model)), TRACED_SAMPLES)
     structure = analyze(
-        trace(model, *example), contracts=config.contracts, swap=config.swap, replacement=config.layers.replacement
+        trace(model, *example),
+        freeze_unknown=config.freeze_unknown,
+        contracts=config.contracts,
+        swap=config.swap,
+        replacement=config.layers.replacement,
     )
     phase.advance("structure")
     return structure, example

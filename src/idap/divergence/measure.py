@@ -146,7 +146,7 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
     wiring = Wiring(structure, removed)
     watch = Watch(wiring)
     scene = Scene(model, structure, keep, tuple(removed), structure.presence(keep), wiring, watch, seed=seed)
-    scorers = {name: _opened(opener(scene)) for name, opener in openers.items()}
+    scorers = {name: _opened(name, opener(scene)) for name, opener in openers.items()}
     jobs = [job for scorer in scorers.values() for job in getattr(scorer, "jobs", ())]
     rounds = packed(jobs, memory)
     if len(rounds) > 1:
@@ -206,8 +206,15 @@ class _Given:
         return None
 
 
-def _opened(found: "Scorer | Mapping[str, Tensor]") -> Scorer:
-    return _Given(found) if isinstance(found, Mapping) else found
+def _opened(name: str, found: "Scorer | Mapping[str, Tensor]") -> Scorer:
+    if isinstance(found, Mapping):
+        return _Given(found)
+    if not all(callable(getattr(found, method, None)) for method in ("units", "blocks")):
+        raise ConfigError(
+            f"criterion {name!r} returned {found!r:.60}; expected a dict from group to the scores of its units, or an "
+            "object with units() and blocks() (idap.divergence.scene.Scorer)."
+        )
+    return found
 
 
 def _divergence(scene: Scene, name: str, scorer: Scorer) -> Divergence:

@@ -21,7 +21,7 @@ from idap.errors import CheckpointError
 from idap.files import write_json
 from idap.saving.origin import origin, remember_
 from idap.saving.reading import PLAN, WEIGHTS, read_json
-from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, write_tensors
+from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, without_subnormals, write_tensors
 from idap.structure.chain import chained
 from idap.structure.plan import Plan
 from idap.structure.strict import shown
@@ -121,6 +121,16 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """A short name for an architecture: a hash of its tensors' names and shapes."""
     text = json.dumps(sorted((name, list(shape)) for name, shape in shapes.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short name for the weights of a model: a hash of what a saved file holds, where subnormal numbers are 0."""
+    found, state = hashlib.sha256(), model.state_dict()
+    for name in saved_tensors(model):
+        tensor, _ = without_subnormals(state[name].detach().cpu())
+        found.update(name.encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def described_plan(plan: Plan) -> dict[str, Any]:

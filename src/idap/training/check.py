@@ -1,12 +1,14 @@
 """Try a task on one batch of each split, so that mistakes show before any work is done."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
@@ -38,15 +40,58 @@ def check_task(model: nn.Module, task: Task, *, trains: bool = True) -> None:
             precision, or gives other outputs each time; the loss is not a finite scalar with a gradient, the metric is
             not a finite number, or labels do not fit the outputs.
     """
+    check_model(model)
     _check_precision(model)
     device = device_of(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), modes_kept(model), alone():
+    cuda = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=cuda), modes_kept(model), _buffers_kept(model), alone():
         for split in _given(task):
             batch = move(_first_batch(task.batches(split), split), device)
             if split in ("train", "calibration"):
                 _check_loss(model, task, batch, split=split, trains=trains)
             else:
                 _check_metric(model, task, batch, split=split)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the buffers that a forward pass changes, such as counters."""
+    held = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if not is_lazy(buffer)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in held:
+                module._buffers[name] = buffer  # a pass may have set another one
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what can't be traced and trained, before anything is tried.
+
+    Raises:
+        TaskError: the model is no module, went through `torch.compile`, or inference mode is on.
+    """
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"the model is {describe(model)}; expected a torch.nn.Module.")
+    if torch.is_inference_mode_enabled():
+        raise TaskError(
+            "this was called within torch.inference_mode(), where nothing can be trained. Call it outside of that "
+            "context, and load or build the model outside as well."
+        )
+    for name, part in model.named_modules():
+        if type(part).__name__ == "OptimizedModule" and hasattr(part, "_orig_mod"):
+            called = f"module {name!r}" if name else "the model"
+            raise TaskError(
+                f"{called} went through torch.compile, and what it does can't be traced or cut. Give the module that "
+                f"was compiled, {f'model.{name}' if name else 'model'}._orig_mod, and compile the result."
+            )
 
 
 def _given(task: Task) -> list[Split]:

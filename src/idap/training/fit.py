@@ -23,6 +23,7 @@ from idap.training.batch import device_of
 from idap.training.best import Best, Judge
 from idap.training.distill import Features
 from idap.training.evaluate import modes_kept
+from idap.training.generators import generators_seeded
 from idap.training.loop import FitReport, Loop
 from idap.training.pace import Pace
 from idap.training.processes import Draw, align_, process_rank
@@ -45,8 +46,8 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
 ) -> FitReport:
     """Train a model in place.
 
-    The same seed on the same device gives the same weights if the loader draws from torch's global random state, as a
-    `DataLoader` without a generator does, and the end is not set in minutes. That state is put back.
+    The same seed on the same device gives the same weights if the loader draws from torch's global random state or from
+    its generators (`DataLoader(generator=...)`), and the end is not set in minutes. These states are put back.
 
     Args:
         model: trained in place, in training mode; every module gets its mode back, gradients are cleared.
@@ -72,7 +73,7 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
     """
     started = time.perf_counter()
     _check_features(recovery, teacher, features)
-    with _training(model, teacher, seed=recovery.seed) as (draw, lasting):
+    with _training(model, teacher, task, seed=recovery.seed) as (draw, lasting):
         steps, batches = _length(task, recovery, draw)
         best = Best(model, judge)
         phase = lasting.enter_context((progress or Silent()).phase(title, steps))
@@ -105,8 +106,12 @@ def _trained(epoch: Callable[[], None], best: Best, pace: Pace | None, *, salvag
 
 
 @contextmanager
-def _training(model: nn.Module, teacher: nn.Module | None, *, seed: int) -> Iterator[tuple[Draw, ExitStack]]:
+def _training(
+    model: nn.Module, teacher: nn.Module | None, task: Task, *, seed: int
+) -> Iterator[tuple[Draw, ExitStack]]:
     """Fork and seed the random state, set the modes, and put everything back but the weights.
+
+    Gradients are on, whatever the caller switched off around the call.
 
     Yields:
         What draws batches, and a stack for what lasts as long as the training.
@@ -115,7 +120,14 @@ def _training(model: nn.Module, teacher: nn.Module | None, *, seed: int) -> Iter
         _check_teacher(model, teacher)
     teacher_modes = nullcontext() if teacher is None else modes_kept(teacher)
     cuda = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=cuda), teacher_modes, modes_kept(model, training=True), ExitStack() as lasting:
+    with (
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=cuda),
+        generators_seeded(task.train, seed),
+        teacher_modes,
+        modes_kept(model, training=True),
+        ExitStack() as lasting,
+    ):
         torch.manual_seed(seed)
         draw = Draw()
         if process_rank() > 0:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from idap.errors import DivergedError, TaskError
+from idap.errors import DivergedError, IdapError, TaskError
 from idap.progress import Phase
-from idap.training.batch import Batch, device_of, move
+from idap.training.batch import Batch, Outputs, device_of, move
 from idap.training.best import Best
 from idap.training.distill import Features, distillation_loss, feature_distance
 from idap.training.evaluate import modes_kept
@@ -153,7 +153,7 @@ class Loop:
             refusal = broken_channels_last(self._model, self._device)
             with ExitStack() as trial:
                 if refusal is None:
-                    for model in filter(None, (self._model, self._teacher)):
+                    for model in self._models():
                         trial.enter_context(channels_last(model))
                     refusal = self._refusal(batch)
                 if refusal is None:
@@ -168,7 +168,7 @@ class Loop:
         """Why the models can't run on a batch as they are now; None if they can."""
         cuda = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices=cuda), modes_kept(self._model), self._precision.autocast():
-            for model in filter(None, (self._model, self._teacher)):
+            for model in self._models():
                 try:
                     self._task.run(model, batch)
                 except RuntimeError as error:  # such as a view that the usual order of memory would allow
@@ -207,9 +207,9 @@ class Loop:
         ours: list[Tensor] = []
         with self._precision.autocast():
             if self._features is None:
-                outputs = self._task.run(self._called, batch)
+                outputs = self._run(batch)
             else:
-                outputs, ours = self._features.student(lambda: self._task.run(self._called, batch))
+                outputs, ours = self._features.student(lambda: self._run(batch))
         outputs = self._precision.whole(outputs)
         if self._teacher is None:
             return weight * self._task.loss(outputs, batch)
@@ -223,6 +223,29 @@ class Loop:
             parts.append((1 - distil) * self._task.loss(outputs, batch))
         loss = weight * torch.stack(parts).sum()
         return loss if self._features is None else loss + self._recovery.features * feature_distance(ours, theirs)
+
+    def _run(self, batch: Batch) -> Outputs:
+        """The model's outputs; what it raises says on which batch.
+
+        The first batch of each split was tried before, but not in training, and others may be smaller.
+        """
+        try:
+            return self._task.run(self._called, batch)
+        except (IdapError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if self._called is not self._model:  # what went wrong may be the compilation, see `explained`
+                raise
+            samples = self._task.size(batch)
+            advice = " A batch norm can't learn from one sample: drop_last=True leaves it out." if samples == 1 else ""
+            raise TaskError(
+                f"{type(self._model).__name__} failed in training at {self._pace}, on a batch with "
+                f"{samples} sample{'' if samples == 1 else 's'}: {type(error).__name__}: {error}.{advice}"
+            ) from error
+
+    def _models(self) -> list[nn.Module]:
+        """The model, and its teacher if there is one."""
+        return [model for model in (self._model, self._teacher) if model is not None]
 
     @torch.no_grad()
     def _taught(self, teacher: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:

@@ -39,7 +39,7 @@ def with_validation(task: Task, *, seed: int = 0) -> tuple[Task, str]:
     if isinstance(task.train, DataLoader):
         train, val, counts = _split_loader(task.train, seed)
     elif isinstance(task.train, Sequence) and len(task.train) > 1:
-        chosen = _chosen(len(task.train), seed)
+        chosen = _chosen(len(task.train), _tenth(len(task.train)), seed)
         train = [batch for place, batch in enumerate(task.train) if place not in chosen]
         val = [batch for place, batch in enumerate(task.train) if place in chosen]
         counts = f"{len(val)} of its {len(task.train)} training batches decide, the others train"
@@ -60,7 +60,10 @@ def _split_loader(loader: DataLoader[Batch], seed: int) -> tuple[Iterable[Batch]
             "choosing samples: split the data yourself and pass val=batches."
         )
     total = len(data)  # type: ignore[arg-type]
-    chosen = _chosen(total, seed)
+    count = _tenth(total)
+    if _leaves_one(loader, total - count) and not _leaves_one(loader, total):
+        count += 1 if total - count > 1 else 0
+    chosen = _chosen(total, count, seed)
     rest = [place for place in range(total) if place not in chosen]
 
     def made(places: list[int], *, training: bool) -> DataLoader[Batch]:
@@ -84,6 +87,16 @@ def _split_loader(loader: DataLoader[Batch], seed: int) -> tuple[Iterable[Batch]
     return made(rest, training=True), made(sorted(chosen), training=False), counts
 
 
-def _chosen(total: int, seed: int) -> set[int]:
+def _leaves_one(loader: DataLoader[Batch], samples: int) -> bool:
+    """Whether the last batch would hold a single sample, which a batch norm can't learn from."""
+    size = loader.batch_size or 1
+    return not loader.drop_last and size > 1 and samples % size == 1
+
+
+def _tenth(total: int) -> int:
+    return max(1, round(SHARE * total))
+
+
+def _chosen(total: int, count: int, seed: int) -> set[int]:
     dice = torch.Generator().manual_seed(seed)
-    return set(torch.randperm(total, generator=dice)[: max(1, round(SHARE * total))].tolist())
+    return set(torch.randperm(total, generator=dice)[:count].tolist())

@@ -251,8 +251,8 @@ def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknow
         if not freeze_unknown:
             raise UnknownOperatorError(
                 f"no rule for operator {node.where()}: how channels pass through it is not known. "
-                "Write one with @idap.graph.rules.flow.rule, or analyse with freeze_unknown=True to leave what it "
-                "touches as it is."
+                "Write one with @idap.graph.rules.flow.rule, or leave what it touches as it is: freeze_unknown=True "
+                "of Config or analyze, --set compress.freeze_unknown=true of the commands."
             )
         found = freeze_all
     dims = found(flow, node)
