@@ -85,9 +85,13 @@ class Converter:
     def comparisons(self) -> tuple[Comparison, ...]:
         """The sizes that the code compared, with what it found."""
         return tuple(
-            replace(note, left=self._rename(note.left), right=self._rename(note.right))
+            replace(note, left=self._rename(note.left), right=self._rename(note.right), known=self._knows(note))
             for note in self._record.compared
         )
+
+    def _knows(self, note: Comparison) -> bool:
+        read = sources(note.left) | sources(note.right)
+        return all(leaf.node in self.places for leaf in read if isinstance(leaf, Extent))
 
     def _returned(self, names: Mapping[fx.Node, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         wanted = set(self._program.graph_signature.user_outputs)

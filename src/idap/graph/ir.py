@@ -194,6 +194,7 @@ class Comparison:
         source: ``file.py:line`` of the comparison.
         module: path of the module whose code compares.
         symbol: what it found, such as ``==`` or ``<``.
+        known: whether the graph knows all sizes in it; one that it doesn't know is a number here.
     """
 
     left: Expression
@@ -201,6 +202,7 @@ class Comparison:
     source: str
     module: str = ""
     symbol: str = "=="
+    known: bool = True
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,15 @@ from keyword import iskeyword
 from typing import Any
 
 from idap.errors import PlanError
+from idap.graph.ir import ARITHMETIC
+from idap.graph.provenance import RELATIONS
 from idap.structure.strict import LARGEST, shown, whole
 
 Tree = Any
 """A plain value or a tagged tuple, see above."""
+
+Guard = tuple[Tree, str, Tree, int]
+"""Two sizes, the relation in which they must stand, and the number of steps that make both known."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,14 @@ class Routine:
         kwargs: keyword arguments, likewise.
         steps: in order.
         output: what is returned.
-        guards: sizes that must be as they were, because the code took its way by them or computed with them: the
-            size, its value then, and the number of steps that make it known.
+        guards: what must be as it was, because the code took its way by it or computed with it.
     """
 
     args: tuple[Tree, ...]
     kwargs: tuple[tuple[str, Tree], ...]
     steps: tuple[Instruction, ...]
     output: Tree
-    guards: tuple[tuple[Tree, int, int], ...] = ()
+    guards: tuple[Guard, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,14 +170,37 @@ def check_routine(routine: Routine) -> None:
         if not isinstance(key, str) or not key.isidentifier() or iskeyword(key):
             raise PlanError(f"the code of a rewritten module has an argument named {key!r}")
     trees = [*routine.args, *(tree for _, tree in named), *(tree for step in routine.steps for tree in step.args)]
-    for tree in (*trees, routine.output, *(guard for guard, _, _ in routine.guards)):
+    for tree in (*trees, routine.output):
         check_tree(tree)
+    for guard in routine.guards:
+        _check_guard(guard, len(routine.steps))
     for step in routine.steps:
         if type(step.function) is not str or type(step.module) is not str:
             raise PlanError(f"the code of a rewritten module calls {step.function!r}, which is no function of torch")
         for path, number in step.results:
             if type(number) is not int or number < 0 or any(type(key) not in (int, str) for key in path):
                 raise PlanError(f"the code of a rewritten module makes value {number!r}, which means nothing")
+
+
+def _check_guard(guard: Guard, steps: int) -> None:
+    """Nothing but numbers, sizes of values and their arithmetic, in a relation, after one of the steps."""
+    if not isinstance(guard, tuple) or len(guard) != 4 or type(guard[3]) is not int or not 0 <= guard[3] <= steps:
+        raise PlanError(f"the code of a rewritten module checks {guard!r}, which means nothing")
+    left, symbol, right, _ = guard
+    if type(symbol) is not str or symbol not in RELATIONS or not (_is_size(left) and _is_size(right)):
+        raise PlanError(f"the code of a rewritten module checks {guard!r}, which means nothing")
+
+
+def _is_size(tree: Tree) -> bool:
+    match tree:
+        case ("value", number):
+            return type(number) is int and number >= 0
+        case ("size", ("value", number), dim):
+            return type(number) is int and number >= 0 and type(dim) is int and abs(dim) < LARGEST
+        case ("calc", str(symbol), *operands):
+            return symbol in ARITHMETIC and bool(operands) and all(map(_is_size, operands))
+        case _:
+            return type(tree) is int and abs(tree) < LARGEST
 
 
 def _checked(routine: Routine) -> Routine:

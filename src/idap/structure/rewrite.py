@@ -6,17 +6,18 @@ sizes, such as the scale of an attention, keep their original value.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from idap.graph.frames import Frame, SameType, Step, Unseen
-from idap.graph.ir import Attribute, Expression, Extent, Graph, Literal, Node, Operation, Ref
+from idap.graph.ir import Attribute, Comparison, Expression, Extent, Graph, Literal, Node, Operation, Ref
 from idap.graph.provenance import sources
 from idap.graph.rules.attention import implied_scale
 from idap.structure.attributes import Values
 from idap.structure.demands import size_position
+from idap.structure.guards import Guards, Hand, asked_of, ever_at_hand
 from idap.structure.layout import Layout
 from idap.structure.program import Instruction, Program, Routine, Tree
 
@@ -48,16 +49,8 @@ class Rewriter:
         for node in graph.nodes.values():
             if node.place:
                 self.nodes.setdefault(node.place, []).append(node)
-        # Sizes of tensors that each module's code compared, or computed with.
-        self.asked: dict[str, dict[Extent, None]] = {}
-        for leaf, modules in graph.escaped.items():
-            if isinstance(leaf, Extent):
-                for path in modules:
-                    self.asked.setdefault(path, {})[leaf] = None
-        for note in graph.comparisons:
-            for leaf in sources(note.left) | sources(note.right):
-                if isinstance(leaf, Extent):
-                    self.asked.setdefault(note.module, {})[leaf] = None
+        self._asked = asked_of(graph)
+        self._ever: dict[str, Hand] = {}
         self._names: dict[str, list[str]] = {name: [name] for name in graph.shapes}
         for alias, name in graph.aliases.items():
             self._names[name].append(alias)
@@ -104,6 +97,23 @@ class Rewriter:
             found.append(first)
         return Program(tuple(dict.fromkeys(found)))
 
+    def asked(self, path: str) -> tuple[Sequence[Comparison], Hand]:
+        """What a module's code asked of sizes, and all that it has at hand in one of its calls at least."""
+        if path not in self._ever:
+            frames = (frame for calls in self.graph.frames[path] for frame in calls)
+            self._ever[path] = ever_at_hand(frames, self.graph.places, self.local)
+        return self._asked.get(path, ()), self._ever[path]
+
+    def local(self, expression: Expression) -> Expression:
+        """An expression of a frame in the names of the graph."""
+        if isinstance(expression, Extent) and expression.node not in self.graph.nodes:
+            node = self.graph.places.get(expression.node)
+            return Extent(node, expression.dim, expression.value) if node else Literal(expression.value)
+        if isinstance(expression, Operation):
+            operands = tuple(self.local(part) for part in expression.operands)
+            return Operation(expression.symbol, operands, expression.value)
+        return expression
+
     def below(self, path: str, name: str, *, tensor: bool) -> str:
         """The name of a tensor or module as seen from the module at `path`."""
         prefix = f"{path}." if path else ""
@@ -137,22 +147,29 @@ class _Writer:
         """What the module does in this call."""
         args = tuple(self._input(item) for item in self._frame.args)
         kwargs = tuple((name, self._input(item)) for name, item in self._frame.kwargs.items())
-        # Those that no cut changes must be as they were: the code took its way by them.
-        waiting = [extent for extent in self._rewriter.asked.get(self._path, ()) if self._now(extent) == extent.value]
-        guards = list(self._guards(waiting, 0))
+        waiting = self._guards()
+        guards = list(waiting.known(self._hand(), 0))
         steps = []
         for step in self._frame.steps:
             steps.append(self._step(step))
-            guards += self._guards(waiting, len(steps))
+            guards += waiting.known(self._hand(), len(steps)) if waiting else ()
         self._targets, self._known, self._handing_on = {}, True, False
         return Routine(args, kwargs, tuple(steps), self._tree(self._frame.output), tuple(guards))
 
-    def _guards(self, waiting: list[Extent], place: int) -> Iterator[tuple[Tree, int, int]]:
-        """The sizes of those tensors that are at hand by now; they wait no longer."""
-        held = {self._rewriter.graph.places.get(name): number for name, number in self._number.items()}
-        for extent in [extent for extent in waiting if extent.node in held]:
-            waiting.remove(extent)
-            yield ("size", ("value", held[extent.node]), extent.dim), extent.value, place
+    def _guards(self) -> Guards:
+        """What must stay as the code found it."""
+        notes, ever = self._rewriter.asked(self._path)
+        return Guards(notes, self._follows_input, ever)
+
+    def _hand(self) -> Hand:
+        places, local = self._rewriter.graph.places, self._rewriter.local
+        held = {places.get(name): number for name, number in self._number.items()}
+        return Hand(held, {local(item): n for item, n in self._given.items() if self._now(item) == item.value})
+
+    def _follows_input(self, extent: Extent) -> bool:
+        """Whether a size is what the input makes it, before the cut as after it."""
+        node = self._rewriter.graph.nodes[extent.node]
+        return node.op not in ("parameter", "buffer", "constant") and self._now(extent) == extent.value
 
     def _input(self, item: Any) -> Tree:
         """An argument as it comes: tensors and sizes get a number, all else must be the same each time."""
@@ -284,20 +301,7 @@ class _Writer:
         return reads and self._now(expression) == expression.value
 
     def _now(self, expression: Expression) -> int | None:
-        return expression.value if self._values is None else self._values.of(self._local(expression))
-
-    def _local(self, expression: Expression) -> Expression:
-        """The expression in the names of the graph."""
-        if isinstance(expression, Extent) and expression.node in self._rewriter.graph.nodes:
-            return expression
-        if isinstance(expression, Extent):
-            node = self._rewriter.graph.places.get(expression.node)
-            return Extent(node, expression.dim, expression.value) if node else Literal(expression.value)
-        if isinstance(expression, Operation):
-            return Operation(
-                expression.symbol, tuple(self._local(part) for part in expression.operands), expression.value
-            )
-        return expression
+        return expression.value if self._values is None else self._values.of(self._rewriter.local(expression))
 
     def _calc(self, expression: Expression) -> Tree:
         if expression in self._given:

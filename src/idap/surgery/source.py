@@ -1,6 +1,7 @@
 """Turn the routine of a rewritten module into a Python function; its source is made of checked parts only."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from keyword import iskeyword
 from typing import Any
 
@@ -26,17 +27,16 @@ def function_of(routine: Routine, inputs: Sequence[int]) -> Callable[..., Any]:
         PlanError: a part of the routine means nothing.
     """
     check_routine(routine)
-    globals_: dict[str, Any] = {"torch": torch, "calc": _calculate, "device_of": _device_of, "check": _check_size}
+    globals_: dict[str, Any] = {"torch": torch, "calc": _calculate, "device_of": _device_of, "check": _check_sizes}
     globals_["type_of"] = _type_of
     lines = [f"def body(self, {', '.join(f'v{int(number)}' for number in inputs)}):"]
     given = f"v{inputs[0]}" if inputs else "None"
     lines.append(f"    device, kind = device_of(self, {given}), type_of(self, {', '.join(f'v{n}' for n in inputs)})")
     last = _last_uses(routine)
-    guards = [(_source(tree), int(value), int(place)) for tree, value, place in routine.guards]
-    lines += [f"    check(self, {source}, {value})" for source, value, place in guards if place == 0]
+    lines += [f"    {check}" for check in _checks(routine, 0)]
     for place, step in enumerate(routine.steps):
         lines += [f"    {line}" for line in _lines(step, place, globals_)]
-        lines += [f"    check(self, {source}, {value})" for source, value, known in guards if known == place + 1]
+        lines += [f"    {check}" for check in _checks(routine, place + 1)]
         over = [f"v{int(n)}" for n, used in last.items() if used == place]
         if over:
             lines.append(f"    {' = '.join(over)} = None")
@@ -47,12 +47,24 @@ def function_of(routine: Routine, inputs: Sequence[int]) -> Callable[..., Any]:
     return body
 
 
+def _checks(routine: Routine, place: int) -> Iterator[str]:
+    """The guards after so many steps."""
+    for left, symbol, right, known in routine.guards:
+        if known == place:
+            yield f"check(self, {_source(left)}, {symbol!r}, {_source(right)}, {isinstance(right, tuple)})"
+
+
 def _check_values(routine: Routine) -> None:
     """Every value must be made before it is used."""
     made = set(inputs_of(routine))
-    for step in routine.steps:
+    asked: dict[int, list[Tree]] = {}
+    for left, _, right, known in routine.guards:
+        asked.setdefault(known, []).extend((left, right))
+    _check_made(_used(asked.get(0, ())), made)
+    for place, step in enumerate(routine.steps):
         _check_made(_used(step.trees()), made)
         made |= {number for _, number in step.results}
+        _check_made(_used(asked.get(place + 1, ())), made)
     _check_made(_used([routine.output]), made)
 
 
@@ -73,7 +85,7 @@ def _last_uses(routine: Routine) -> dict[int, int]:
     for place, step in enumerate(routine.steps):
         for number in _used(step.trees()):
             last[number] = place
-    for number in _used([routine.output, *(tree for tree, _, _ in routine.guards)]):
+    for number in _used([routine.output, *(tree for left, _, right, _ in routine.guards for tree in (left, right))]):
         last.pop(number, None)
     return last
 
@@ -165,13 +177,24 @@ def _path(name: str) -> str:
     return found
 
 
-def _check_size(module: nn.Module, size: int, expected: int) -> None:
-    if size != expected:
-        raise RewrittenModuleError(
-            f"the code of this {type(module).__name__} was rewritten for a size of {expected}, found {size}: it takes "
-            "another way for other sizes, or computes with them. Trace the model with inputs of the size that it gets "
-            "in use, or analyze with swap=False."
-        )
+_HOLDS: Mapping[str, Callable[[int, int], bool]] = {
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "<=": operator.le,
+}  # fmt: skip
+
+
+def _check_sizes(module: nn.Module, left: int, symbol: str, right: int, both: bool) -> None:
+    """What the code found when it was traced must hold; `both` says whether the right side is a size of the input."""
+    if _HOLDS[symbol](left, right):
+        return
+    if both:
+        wanted, found = f"sizes with a {symbol} b", f"a = {left}, b = {right}"
+    else:
+        wanted, found = f"a size {'of' if symbol == '==' else symbol} {right}", f"{left}"
+    raise RewrittenModuleError(
+        f"the code of this {type(module).__name__} was rewritten for {wanted}, found {found}: it takes another way "
+        "then, or computes other numbers. Trace the model with inputs of the size that it gets in use; if it gets "
+        "both kinds, leave the code as it is by swap=False, an option of idap.analyze and of idap.Config."
+    )
 
 
 def _type_of(module: nn.Module, *given: Any) -> torch.dtype:
