@@ -43,6 +43,26 @@ class OnlyInTraining(Written):
         return F.dropout(x, 0.5) if self.training else x
 
 
+class NoiseInTraining(Written):
+    def between(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x) if self.training else x
+
+
+class DropsInPlace(Written):
+    def between(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, inplace=True) if self.training else x
+
+
+class OtherDropout(Written):
+    def between(self, x: Tensor) -> Tensor:
+        return F.alpha_dropout(x, 0.5, training=True) if self.training else x
+
+
+class DropsAndMore(Written):
+    def between(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5).relu() if self.training else x.sigmoid()
+
+
 class Dropping(Written):
     def between(self, x: Tensor) -> Tensor:
         return F.dropout(x, 0.5, self.training)
@@ -87,7 +107,10 @@ def cut(model: nn.Module, structure: Structure) -> nn.Module:
     ("inner", "reason"),
     [
         (InNoGrad, "unknown to torch"),
-        (OnlyInTraining, "something else in training"),
+        (NoiseInTraining, "something else in training"),
+        (DropsInPlace, "something else in training"),
+        (OtherDropout, "something else in training"),
+        (DropsAndMore, "something else in training"),
         (MixedTypes, "data type of unknown origin"),
     ],
 )
@@ -97,7 +120,7 @@ def test_code_that_new_code_would_not_follow_stays(inner: type[nn.Module], reaso
     assert reason in structure.rewriter.refused["inner"]
 
 
-@pytest.mark.parametrize("inner", [Written, Dropping])
+@pytest.mark.parametrize("inner", [Written, Dropping, OnlyInTraining])
 def test_code_that_it_can_follow_is_rewritten(inner: type[nn.Module]) -> None:
     model, structure = structure_of(inner())
     small = cut(model, structure)

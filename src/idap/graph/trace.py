@@ -19,7 +19,7 @@ from idap.graph.frames import Frame
 from idap.graph.ir import Graph, ModuleInfo
 from idap.graph.provenance import sizes_held
 from idap.graph.recording import recorded
-from idap.graph.ways import Frames, other_ways
+from idap.graph.ways import Frames, Ways, other_ways
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Graph:
@@ -73,7 +73,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         escaped=converter.escaped(),
         comparisons=converter.comparisons(),
         returned=converter.returned,
-        frames=_variants([record.frames, *alone]),
+        frames=_in_both_modes(_variants([record.frames, *alone]), other),
         places=converter.places,
         dropped=other.dropped,
         unwritable=other.unwritable,
@@ -117,6 +117,19 @@ def _variants(runs: Sequence[Frames]) -> dict[str, tuple[tuple[Frame, ...], ...]
             if frames and frames not in ways:
                 ways.append(frames)
         found[path] = tuple(ways)
+    return found
+
+
+def _in_both_modes(
+    variants: Mapping[str, tuple[tuple[Frame, ...], ...]], other: Ways
+) -> dict[str, tuple[tuple[Frame, ...], ...]]:
+    """The same with the dropouts that modules call only in training."""
+    found = dict(variants)
+    for path, frames in other.training.items():
+        if len(variants[path]) == 1:
+            found[path] = (frames,)
+        else:
+            other.unwritable.setdefault(path, "it drops only in training, and goes several ways in evaluation")
     return found
 
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from idap.graph.copies import own_inputs, skeleton
+from idap.graph.dropouts import only_in_training, with_them, without
 from idap.graph.frames import Frame, Step
 from idap.graph.ir import Attribute, Extent, Operation, leaves
 from idap.graph.recording import recorded
@@ -36,11 +37,13 @@ class Ways:
     Attributes:
         unmasked: what the modules do if no mask masks anything, as far as that could be tried.
         dropped: call of a fused attention -> its dropout in training.
+        training: what the modules do that call dropout only in training, with these calls put in.
         unwritable: modules whose code can't be written anew, with the reason.
     """
 
     unmasked: list[Frames] = field(default_factory=list)
     dropped: dict[str, float] = field(default_factory=dict)
+    training: dict[str, tuple[Frame, ...]] = field(default_factory=dict)
     unwritable: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,15 +56,20 @@ def other_ways(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         kwargs: keyword example inputs.
         frames: what they do in evaluation.
     """
-    found = Ways(_run_unmasked(model, args, kwargs), {}, dict(_closed(model, frames)))
+    found = Ways(_run_unmasked(model, args, kwargs), unwritable=dict(_closed(model, frames)))
     modules = model.named_modules()
     asking = [path for path, module in modules if _is_given_sizes(frames.get(path, ())) and _asks_for_training(module)]
     if not asking:
         return found
     training = _run_in_training(model, args, kwargs)
+    dropped = only_in_training(_steps(training or {}), _steps(frames))
     for path in asking:
-        if training is None or _without_dropout(training.get(path, ())) != _without_dropout(frames.get(path, ())):
+        trained, plain = (training or {}).get(path, ()), frames.get(path, ())
+        if training is None or _modes_differ(trained, plain, dropped):
             found.unwritable.setdefault(path, "it does something else in training, which new code would not do")
+        elif sum(len(frame.steps) for frame in trained) > sum(len(frame.steps) for frame in plain):
+            pairs = zip(plain, trained, strict=True)
+            found.training[path] = tuple(with_them(one, other, dropped) for one, other in pairs)
     for step in _steps(training or {}):
         if step.function.endswith(_ATTENTION):
             share = step.kwargs.get("dropout_p", step.args[4] if len(step.args) > 4 else 0.0)
@@ -118,6 +126,11 @@ def _run_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     except Exception:
         return None
     return record.frames
+
+
+def _modes_differ(trained: Sequence[Frame], plain: Sequence[Frame], dropped: Mapping[str, str]) -> bool:
+    """Whether a module does more in training than to drop."""
+    return _without_dropout([without(frame, dropped) for frame in trained]) != _without_dropout(plain)
 
 
 def _without_dropout(frames: Sequence[Frame]) -> list[tuple[Any, ...]]:
