@@ -11,7 +11,7 @@ from idap.compress.change import Made, make_cut
 from idap.compress.journal import block_removal
 from idap.compress.latencies import come_down
 from idap.compress.layers import calibration_loss, joined
-from idap.compress.ranking import Candidates, Way, matching, rank, ways
+from idap.compress.ranking import Candidates, Way, multiples_of, rank, ways
 from idap.compress.state import Keep, Setting, State
 from idap.record import LATENCY_NOISE, Removal
 from idap.selection.alike import shortest
@@ -50,15 +50,14 @@ def best_cut(
         candidates: what may go.
         aim: targets of the step.
         share: of the units that may go at most.
-        last: the aim is that of the stage, so that widths are rounded where the step gets there.
+        last: the aim is that of the stage, so that widths may end at the steps of the hardware.
 
     Returns:
         The ranking, the cut, and the model that it makes where it was made to find the loss.
     """
     first, *others = ways(setting)
-    multiples = _multiples(setting, {}) if last else {}
     rankings = {way: rank(setting, state, candidates, way) for way in (first, *others)}
-    cuts = {first: _cut(setting, state, rankings[first], aim, share, multiples)}
+    cuts = {first: _cut(setting, state, rankings[first], aim, share, rankings[first].multiples)}
     may_step = last and setting.config.filters.multiple == 1 and "latency" in setting.budget.targets
     if not others and not may_step:
         return rankings[first], cuts[first], None
@@ -75,9 +74,10 @@ def best_cut(
 
     trial = _Trial(setting, state)
     for way in others:
-        compare(way, multiples)
+        compare(way, rankings[way].multiples)
     chosen = best_of(cuts, trial.loss) if len(cuts) > 1 else first
-    steps = _multiples(setting, _hardware_steps(setting)) if may_step else multiples
+    multiples = rankings[chosen].multiples
+    steps = multiples_of(setting.structure, setting.config.filters, _hardware_steps(setting)) if may_step else multiples
     if steps != multiples:
         stepped = chosen._replace(stepped=True)
         rankings[stepped] = rankings[chosen]
@@ -140,14 +140,15 @@ def _cut(
         state: before the step.
         ranking: of what may go.
         aim: targets of the step.
-        share: of the units that may go at most; where groups are alike, one bundle may go in any case.
-        multiples: of the number of units of each group, where the step gets to its aim; empty: any.
+        share: of the units that may go at most; where units go in bundles, one bundle may go in any case.
+        multiples: of the number of units of each group: those that are set, or steps of the hardware besides.
     """
     units = sum(len(units) for units in state.keep.values())
     most = min(len(ranking), max(1, round(share * units), shortest(ranking)))
     if not aim.targets:
-        keep = rounded(ranking, ranking.keep(most), 1)
-        return Cut(keep, joined(setting.structure, state.removed, ranking.removed(most)))
+        taken = replace(ranking, parts=ranking.parts[:most])  # so that a bundle that is not all among them stays
+        keep = rounded(taken, taken.keep(most), multiples)
+        return Cut(keep, joined(setting.structure, state.removed, taken.removed(most)))
 
     def down_to(targets: Shares) -> Cut:
         wanted = replace(aim, targets=targets)
@@ -156,23 +157,12 @@ def _cut(
             cost = setting.costs.cost(keep, joined(setting.structure, state.removed, removed))
             return 1 + wanted.shortfall(shares_of(cost, setting.whole))
 
-        choice = reach(ranking, times_the_goal, 1.0, most=most)
-        if choice.cost <= 1 and max(multiples.values(), default=1) > 1:
-            choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=len(ranking))
+        choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=most)
         return Cut(choice.keep, joined(setting.structure, state.removed, choice.removed))
 
     if "latency" not in aim.targets:
         return down_to(aim.targets)
     return _down_to_latency(setting, state, ranking, aim, down_to)
-
-
-def _multiples(setting: Setting, steps: Mapping[str, int]) -> dict[str, int]:
-    """What the number of units of each group is a multiple of in the end: as set, else where these steps are."""
-    stage = setting.config.filters
-    return {
-        group.name: int(matching(stage.multiples, group.name, steps.get(group.name, stage.multiple)))
-        for group in setting.structure.groups
-    }
 
 
 def _hardware_steps(setting: Setting) -> Mapping[str, int]:

@@ -30,18 +30,20 @@ def filter_stage(
         The last accepted state.
     """
     stage, pace = "interleaved" if blocks else "filters", Pace(setting.config.filters, goal)
+    rejected: State | None = None
     while pace.step < setting.config.filters.steps and not goal.reached(setting.shares(state)):
         aim, share = pace.next(setting.shares(state))
         found = journal.recall(stage, state)
-        found = found or _candidate(setting, state, goal, aim, share, journal, stage, blocks)
+        found = found or _candidate(setting, state, goal, aim, share, journal, stage, blocks, rejected)
         if found is None:
             break
         candidate, removed = found
         if goal.holds(candidate.metric):
             journal.note(stage, candidate, removed, accepted=True, reason="within the budget")
-            state = candidate
+            state, rejected = candidate, None
             pace.accept()
             continue
+        rejected = candidate
         units = sum(map(len, state.keep.values()))
         taken = units - sum(map(len, candidate.keep.values()))
         smaller = pace.reject(setting.shares(state), taken, units)
@@ -61,8 +63,9 @@ def _candidate(
     journal: Journal,
     stage: str,
     blocks: Sequence[str],
+    rejected: State | None,
 ) -> tuple[State, list[Removal]] | None:
-    """Measure, rank, cut and recover; None if nothing more may go."""
+    """Measure, rank, cut and recover; None if nothing more may go, or only what was rejected just now."""
     number = len(journal.steps)
     found = setting.divergence(state, blocks=bool(blocks) or journal.opening, title=f"{stage} {number}: measure")
     journal.show(stage, state, found)
@@ -76,6 +79,9 @@ def _candidate(
         candidates = Candidates.of(setting, state, found.units, free)
         ranking, cut, made = best_cut(setting, state, candidates, aim, share, last=aim == goal)
     if not cut.takes_from(state):
+        return None
+    if rejected is not None and not cut.takes_from(rejected):
+        setting.progress.say(f"{stage} {number}: no smaller step is possible; units go in bundles.")
         return None
     candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=made)
     return candidate, removals(setting, state, cut, ranking, candidates)

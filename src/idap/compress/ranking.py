@@ -12,6 +12,7 @@ from idap.compress.state import Setting, State
 from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError
 from idap.selection.alike import alike_groups, tied
+from idap.selection.rounding import common_multiple
 from idap.selection.units import Ranking, ScoredBlock, rank_uniform, rank_units
 from idap.structure.analysis import Structure
 
@@ -85,17 +86,26 @@ def rank(setting: Setting, state: State, candidates: Candidates, way: Way) -> Ra
     plain = {name: values.tolist() for name, values in candidates.scores.items() if name not in whole}
     there = [group for group in setting.structure.groups if costs.get(group.name, 0.0) > 0]
     alike = alike_groups(there, setting.config.filters.alike)
+    multiples = multiples_of(setting.structure, setting.config.filters)
     if setting.config.ranking == "uniform":
         plain = {name: values for name, values in plain.items() if costs.get(name, 0.0) > 0}
-        return tied(rank_uniform(plain, state.keep, floors=floors), alike)
+        return tied(rank_uniform(plain, state.keep, floors=floors), alike, multiples)
     ranking = rank_units(plain, state.keep, costs, floors=floors, power=way.power, blocks=candidates.blocks)
     allowed = set(ranking.blocks[: max(0, setting.config.layers.removals - len(state.removed))])
     parts = tuple(part for part in ranking.parts if part.unit is not None or part.name in allowed)
-    return tied(replace(ranking, parts=parts), alike)
+    return tied(replace(ranking, parts=parts), alike, multiples)
+
+
+def multiples_of(structure: Structure, stage: FilterStage, steps: Mapping[str, int] | None = None) -> dict[str, int]:
+    """What the number of units of each group is a multiple of: as set, else where these steps of the hardware are."""
+    return {
+        group.name: int(matching(stage.multiples, group.name, (steps or {}).get(group.name, stage.multiple)))
+        for group in structure.groups
+    }
 
 
 def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
-    """The number of units that always stay of each group.
+    """The number of units that always stay of each group: a multiple if one is set, or the whole group.
 
     Raises:
         ConfigError: a pattern of the settings fits no group.
@@ -112,9 +122,13 @@ def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
         group.name: max(1, round(group.size * matching(stage.keep, group.name, stage.min_keep)))
         for group in structure.groups
     }
-    for members in alike_groups(structure.groups, stage.alike):
-        least |= dict.fromkeys(members, max(least[name] for name in members))
-    return least
+    multiples, alike = multiples_of(structure, stage), alike_groups(structure.groups, stage.alike)
+    found = {}
+    for group in structure.groups:
+        members = next((names for names in alike if group.name in names), (group.name,))
+        multiple = common_multiple(multiples, members)
+        found[group.name] = min(group.size, -(-max(least[name] for name in members) // multiple) * multiple)
+    return found
 
 
 def matching(settings: Mapping[str, float], name: str, default: float) -> float:

@@ -38,7 +38,7 @@ def rounded(ranking: Ranking, keep: Keep, multiples: Mapping[str, int] | int) ->
         return dict(keep)
     numbers: dict[str, int] = {}
     for members in ranking.classes:
-        multiple = _multiple(multiples, members)
+        multiple = common_multiple(multiples, members)
         left = _nearest(ranking, members, max(len(keep[name]) for name in members), multiple)
         numbers |= {name: max(0, len(ranking.before[name]) - left) for name in members}
     return ranking.without(numbers)
@@ -58,7 +58,7 @@ def neighbours(
         >>> neighbours(ranking, rounded(ranking, ranking.keep(5), 8), 8, ["a"])
         ({'a': 20}, {'a': 8})
     """
-    multiple = _multiple(multiples, members)
+    multiple = common_multiple(multiples, members)
     least, held = _range(ranking, members)
     left = max(len(keep[name]) for name in members)
     found = []
@@ -70,8 +70,12 @@ def neighbours(
     )
 
 
-def _multiple(multiples: Mapping[str, int] | int, members: Sequence[str]) -> int:
-    """What the number of units of groups alike must be a multiple of."""
+def common_multiple(multiples: Mapping[str, int] | int, members: Sequence[str]) -> int:
+    """What the number of units of groups alike must be a multiple of.
+
+    Raises:
+        ConfigError: a multiple is below 1.
+    """
     each = {name: multiples if isinstance(multiples, int) else multiples.get(name, 1) for name in members}
     for name, multiple in each.items():
         if multiple < 1:

@@ -55,6 +55,7 @@ class Ranking:
         sizes: group name -> number of units of the original, for the groups that have scores.
         contains: block name -> blocks that go with it.
         alike: groups that keep the same number of units, see `tied`.
+        multiples: group name -> what its number of units comes to multiples of, see `tied`; 1 where it isn't named.
     """
 
     parts: tuple[Part, ...]
@@ -62,6 +63,7 @@ class Ranking:
     sizes: Mapping[str, int] = field(default_factory=dict)
     contains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     alike: tuple[tuple[str, ...], ...] = ()
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.parts)
