@@ -124,7 +124,7 @@ def test_own_criteria_are_taken_for_what_they_are():
     [
         (
             {"filters": FilterStage(keep={"*": 1.0})},
-            r" Hardly anything may go: lower filters\.keep and filters\.min_keep\.",
+            r" Hardly anything may go: lower filters\.keep or filters\.min_keep\.",
         ),
         (
             {"filters": FilterStage(steps=0)},

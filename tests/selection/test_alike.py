@@ -1,6 +1,7 @@
 """Groups that are alike end with the same number of units, whatever else holds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -156,6 +157,31 @@ def test_blocks_rank_between_bundles():
     ranking = tied(rank_units(scores, present, {"a": 1.0, "b": 1.0}, floors={}, blocks=blocks), [("a", "b")])
     assert [part.name for part in ranking.parts] == ["early", "a", "b", "late"]
     assert shortest(ranking) == 1
+
+
+@given(problems(), CLASSES, MULTIPLES, SHARES)
+def test_bundles_go_down_to_the_next_multiple(problem, alike, multiple, share):
+    multiples = dict.fromkeys(problem.present, multiple)
+    plain, ranking = problem.rank(), tied(problem.rank(), alike, multiples)
+    assert all(units == plain.order[name][: len(units)] for name, units in ranking.order.items())
+    ends = [ranking.keep(shortest(ranking)), ranking.keep(len(ranking))]
+    assert not ranking.parts or ranking.parts[0].unit is None or ends[0] != ranking.before
+    first = replace(ranking, parts=ranking.parts[: round(share * len(ranking))])
+    for keep in (*ends, rounded(first, first.keep(len(first)), multiples)):
+        for members in ranking.classes:
+            left, before = (max(len(units[name]) for name in members) for units in (keep, ranking.before))
+            assert left == before or left % multiple == 0
+            assert [len(keep[name]) for name in members] == [level(problem.present[name], left) for name in members]
+
+
+def test_what_lies_below_the_last_multiple_in_reach_stays():
+    ranking = rank_units({"a": [float(unit) for unit in range(20)]}, {"a": tuple(range(20))}, {"a": 1.0}, floors={})
+    down_to = tied(ranking, [], {"a": 8})
+    assert [(part.unit, part.key) for part in down_to.parts] == [
+        *((unit, 1.5) for unit in range(4)),
+        *((unit, 7.5) for unit in range(4, 12)),
+    ]
+    assert shortest(down_to) == 4
 
 
 @pytest.mark.parametrize(

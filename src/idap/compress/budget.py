@@ -96,11 +96,13 @@ def budget_of(config: Config, baseline: float, *, higher_is_better: bool, least:
 
 
 def _way_out(config: Config, name: str, least: float) -> str:
-    """What may be asked for instead, and which settings hold more back."""
+    """What may be asked for instead, and which settings hold more back: floors are multiples where these are set."""
     filters, layers = config.filters, config.layers
     held = [] if filters.steps else ["let stage 1 take steps (filters.steps is 0)"]
     if filters.steps:
-        held.append(f"lower {'filters.keep and ' if filters.keep else ''}filters.min_keep")
+        several = max((filters.multiple, *filters.multiples.values())) > 1
+        names = {"keep": bool(filters.keep), "min_keep": True, "multiple": several}
+        held.append(f"lower {' or '.join(f'filters.{each}' for each, counts in names.items() if counts)}")
     if not layers.removals:
         held.append("let layers go (layers.removals is 0)")
     ask = int(least * 100 + 1) / 100

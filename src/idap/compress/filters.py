@@ -29,12 +29,12 @@ def filter_stage(
     Returns:
         The last accepted state.
     """
-    stage, pace = "interleaved" if blocks else "filters", Pace(setting.config.filters, goal)
+    stage, pace = _stage(blocks), Pace(setting.config.filters, goal)
     rejected: State | None = None
     while pace.step < setting.config.filters.steps and not goal.reached(setting.shares(state)):
         aim, share = pace.next(setting.shares(state))
         found = journal.recall(stage, state)
-        found = found or _candidate(setting, state, goal, aim, share, journal, stage, blocks, rejected)
+        found = found or _candidate(setting, state, goal, aim, share, journal, blocks, rejected)
         if found is None:
             break
         candidate, removed = found
@@ -54,6 +54,11 @@ def filter_stage(
     return state
 
 
+def _stage(blocks: Sequence[str]) -> str:
+    """What the stage is called in the record."""
+    return "interleaved" if blocks else "filters"
+
+
 def _candidate(
     setting: Setting,
     state: State,
@@ -61,12 +66,11 @@ def _candidate(
     aim: Budget,
     share: float,
     journal: Journal,
-    stage: str,
     blocks: Sequence[str],
     rejected: State | None,
 ) -> tuple[State, list[Removal]] | None:
     """Measure, rank, cut and recover; None if nothing more may go, or only what was rejected just now."""
-    number = len(journal.steps)
+    stage, number = _stage(blocks), len(journal.steps)
     found = setting.divergence(state, blocks=bool(blocks) or journal.opening, title=f"{stage} {number}: measure")
     journal.show(stage, state, found)
     if blocks and not found.blocks:

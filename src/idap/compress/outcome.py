@@ -88,6 +88,11 @@ def _cut_short(journal: Journal) -> str:
 
 def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: bool) -> tuple[bool, str]:
     goal, shares = setting.budget, setting.shares(state)
+    if untouched and not journal.steps:
+        return False, (
+            "nothing may be removed: filters.min_keep, keep and multiples hold every group as it is, and no branch or "
+            "block may go; this is the original"
+        )
     if untouched:
         return False, "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
     if not goal.holds(state.metric):

@@ -105,8 +105,6 @@ def _bundles(ranking: Ranking, free: Mapping[str, Sequence[Part]], members: Sequ
     multiple = common_multiple(ranking.multiples, members)
     stops = [most, *(left for left in range(most - 1, least - 1, -1) if left % multiple == 0)]
     return [
-        tuple(
-            free[name][held[name] - left] for left in range(high, low, -1) for name in members if held[name] >= left
-        )
+        tuple(free[name][held[name] - left] for left in range(high, low, -1) for name in members if held[name] >= left)
         for high, low in pairwise(stops)
     ]
