@@ -1,6 +1,9 @@
 """Widths are multiples, or whole groups, however a run ends and after each of its steps."""
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
 
 from idap.compress import change
@@ -11,6 +14,7 @@ from idap.compress.ranking import least_units
 from idap.compress.run import compress
 from idap.errors import BudgetError
 from idap.training.recovery import Recovery
+from idap.training.task import classification
 from tests.compress.test_resume import Interrupted, StopsAt, outcome
 from tests.compress.test_stages import prepare
 from tests.compress.tiny import Noting, config, task, trained
@@ -84,6 +88,45 @@ def test_small_steps_pass_no_multiple_that_is_in_reach(streams):
     for name, size in bundles:  # whatever comes back, the target is missed
         more = {other: range(size if other == name else width) for other, width in left.items()}
         assert costs.cost(more).macs > 0.7 * costs.cost().macs, (name, size)
+
+
+class Images(nn.Module):
+    """A stream of some channels, and one convolution inside a block."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.c1, self.c2, self.c3 = (nn.Conv2d(of, width, 3, padding=1) for of in (3, width, width))
+        self.f = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = F.relu(self.c1(x))
+        return self.f(F.relu(x + self.c3(F.relu(self.c2(x)))).mean((2, 3)))
+
+
+def in_turn(scene):
+    """The first few units of c1, of c2, and then the others of c1 before those of c2."""
+    late = {"c1": (0.0, 2.0), "c2": (1.0, 3.0)}
+    return {
+        group.name: torch.tensor([late[group.name][unit >= 4] for unit in range(group.size)]) for group in scene.groups
+    }
+
+
+def test_of_two_bundles_that_meet_the_target_the_last_step_takes_the_closer_one():
+    """From 16 and 16, the stream would go to 8 first, 32.6 %; but 16 and 8, 35.4 %, do."""
+    torch.manual_seed(0)
+    images = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)]
+    settings = {**UNTRAINED, "criterion": in_turn, "cost_power": 0.0, "macs": 0.5}
+    result = compress(
+        Images(20).eval(),
+        classification(images, images, num_classes=4),
+        config(**settings, filters=FilterStage(steps=3, multiple=8, streams="cut")),
+    )
+    assert [{removal.name: removal.left for removal in step.removed} for step in result.steps] == [
+        {"c1": 16},
+        {"c2": 16},
+        {"c2": 8},
+    ]
+    assert result.reached
 
 
 @pytest.mark.parametrize("target", [None, 0.3])

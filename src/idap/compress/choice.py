@@ -158,6 +158,9 @@ def _cut(
             return 1 + wanted.shortfall(shares_of(cost, setting.whole))
 
         choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=most)
+        if choice.cost <= 1 and most < len(ranking) and max(multiples.values(), default=1) > 1:
+            # The last bundle may save much too much, and one that ranks further behind come closer.
+            choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=len(ranking))
         return Cut(choice.keep, joined(setting.structure, state.removed, choice.removed))
 
     if "latency" not in aim.targets:
