@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from idap.compress import choice
@@ -16,7 +17,7 @@ from idap.compress.ranking import least_units, matching
 from idap.compress.run import compress
 from idap.divergence.criteria import CRITERIA
 from idap.divergence.scene import Scene
-from idap.errors import ConfigError
+from idap.errors import ConfigError, UnknownOperatorError
 from idap.rebalance.run import Rebalance
 from idap.selection.best import best_of
 from idap.training.batch import default_padding, merged
@@ -268,3 +269,27 @@ def test_a_step_that_may_take_little_still_takes_one_of_each_group_alike():
     setting, end, _ = cut_once(filters=stage, criterion=largest_first, cost_power=0.0, macs=None, max_drop=1.0)
     gone = {group.name: group.size - len(end.keep[group.name]) for group in setting.structure.groups}
     assert sorted(gone.values()) == [0, 1, 1, 1]
+
+
+class Cell(nn.Module):
+    """A layer whose operator has no rule, and one that can be cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.hidden, self.head = nn.LSTMCell(6, 8), nn.Linear(8, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.cell(x)[0]).relu())
+
+
+def test_what_no_rule_knows_may_be_left_whole():
+    torch.manual_seed(0)
+    goal = {"max_drop": None, "macs": 0.8}
+    with pytest.raises(
+        UnknownOperatorError, match=r"aten\.lstm_cell\.default .* freeze_unknown=True of Config or analyze"
+    ):
+        compress(Cell().eval(), task(), config(**goal))
+    result = compress(Cell().eval(), task(), config(**goal, freeze_unknown=True))
+    assert result.reached
+    assert result.model.cell.weight_hh.shape == (32, 8)
+    assert result.model.hidden.out_features < 32
