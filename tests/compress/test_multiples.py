@@ -10,11 +10,14 @@ from idap.compress import change
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
-from idap.compress.ranking import least_units
+from idap.compress.ranking import least_units, multiples_of
 from idap.compress.run import compress
 from idap.errors import BudgetError
+from idap.graph.trace import trace
+from idap.structure.analysis import analyze
 from idap.training.recovery import Recovery
 from idap.training.task import classification
+from tests import nets
 from tests.compress.test_resume import Interrupted, StopsAt, outcome
 from tests.compress.test_stages import prepare
 from tests.compress.tiny import Noting, config, task, trained
@@ -227,3 +230,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_multiples(monkeypatch, tmp_p
     resumed = compress(NET, task(), chosen, run_dir=tmp_path / "run", resume=True)
     assert outcome(resumed) == outcome(whole)
     assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def test_heads_go_one_by_one_unless_they_are_named():
+    structure = analyze(trace(nets.TorchEncoder().eval(), (nets.sequence(4),)))
+    heads = {group.name for group in structure.groups if group.kind == "heads"}
+    assert heads
+    found = multiples_of(structure, FilterStage(multiple=8))
+    assert {name for name, multiple in found.items() if multiple == 1} == heads
+    assert set(found.values()) == {1, 8}
+    assert {multiples_of(structure, FilterStage(multiple=8, multiples={"*:heads": 2}))[name] for name in heads} == {2}
+    assert multiples_of(structure, FilterStage(), dict.fromkeys(heads, 4)).items() >= dict.fromkeys(heads, 4).items()

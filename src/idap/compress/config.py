@@ -34,11 +34,11 @@ class FilterStage:
         min_keep: share of each group that always stays, in (0, 1].
         keep: the same for some groups only, by name or pattern, such as ``{"layer1.*": 0.5}``; the last one that
             matches counts.
-        multiple: the number of units left of each group that is cut is a multiple of this (8, 16 or 32 suit the
-            hardware), whatever ends the run: units go in bundles, down to the next multiple, and a step takes one at
-            least. A group that is not cut keeps its size, and one that is no larger always does. Floors are rounded
-            up to it. With 1 and a goal of latency, the steps that are found on the device, where that loses less.
-        multiples: the same for some groups only, by name or pattern.
+        multiple: the number of units left of each group that is cut, but for heads, is a multiple of this (8, 16 or 32
+            suit the hardware), whatever ends the run: units go in bundles, down to the next multiple, and a step takes
+            one at least. A group that is not cut keeps its size, and one that is no larger always does. Floors are
+            rounded up to it. With 1 and a goal of latency, the steps found on the device, where that loses less.
+        multiples: the same for some groups only, by name or pattern, heads among them.
         alike: which groups end with the same number of units, so that a configuration with one number for all layers
             can say it: "layers", those of one kind and size at the same place of repeated layers; "model", all of one
             kind and size; "none". They lose a unit each at a time, and the mean of the scores counts.

@@ -97,11 +97,13 @@ def rank(setting: Setting, state: State, candidates: Candidates, way: Way) -> Ra
 
 
 def multiples_of(structure: Structure, stage: FilterStage, steps: Mapping[str, int] | None = None) -> dict[str, int]:
-    """What the number of units of each group is a multiple of: as set, else where these steps of the hardware are."""
-    return {
-        group.name: int(matching(stage.multiples, group.name, (steps or {}).get(group.name, stage.multiple)))
-        for group in structure.groups
-    }
+    """What the number of units of each group is a multiple of: as set, else where these steps of the hardware are.
+
+    What is set for all groups does not count for heads: the width of a layer is a multiple of theirs in any case.
+    """
+    usual = {group.name: 1 if group.kind == "heads" else stage.multiple for group in structure.groups}
+    usual |= steps or {}
+    return {name: int(matching(stage.multiples, name, multiple)) for name, multiple in usual.items()}
 
 
 def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
