@@ -411,21 +411,22 @@ def test_without_transformers_it_says_what_to_install(tmp_path, monkeypatch):
         save_pretrained(small, plan, tmp_path)
 
 
-def test_code_written_anew_needs_inputs_of_its_size_and_none_in_a_plain_folder(tmp_path):
-    model, structure, inputs = made("llama")
-    queries = [group.name for group in structure.groups if group.name.endswith("#2")]
-    plan = structure.plan(dict.fromkeys(queries, (0,)))
+def test_code_written_anew_runs_at_other_sizes_and_is_not_in_a_plain_folder(tmp_path):
+    model, structure, _ = made("llama")
+    plan = structure.plan({group.name: (0,) for group in structure.groups if group.name.endswith("#2")})
     small = apply_plan(model, plan)
     assert plan.programs
+    one = {"input_ids": TOKENS[:, :1]}  # of one token, attention is called without a causal mask
     with pytest.raises(
         ConfigError, match=r"RewrittenModuleError: .* Pass inputs=\(args, kwargs\), of the kind and size"
     ):
-        save_pretrained(small, plan, tmp_path / "small")
-    saved = save_pretrained(small, plan, tmp_path / "small", inputs=((), inputs))
+        save_pretrained(small, plan, tmp_path / "small", inputs=((), one))
+    saved = save_pretrained(small, plan, tmp_path / "small")
     assert saved.changed == {"num_attention_heads": (4, 2)}
     again = load_pretrained(tmp_path / "small")
-    assert_same(again, small, inputs)
-    assert again(TOKENS[:, :3]).logits.shape == (2, 3, VOCABULARY)
+    for tokens in (TOKENS, TOKENS[:1], TOKENS[:, :3]):
+        assert_same(again, small, {"input_ids": tokens})
+    assert again(TOKENS[:, :1]).logits.shape == (2, 1, VOCABULARY)
 
 
 def test_a_selection_that_is_alike_gives_a_plain_folder(tmp_path):
