@@ -24,7 +24,7 @@ from idap.divergence.criteria import opener_of
 from idap.divergence.measure import Divergence
 from idap.errors import ConfigError, RunFolderError, StructureError, TaskError
 from idap.record import AFTER, RESULT, RunFolder
-from idap.saving.checkpoint import fingerprint, weights_digest
+from idap.saving.checkpoint import fingerprint
 from idap.structure.analysis import Structure
 from idap.training.batch import device_name, device_of
 from idap.training.processes import on_main, process_count
@@ -39,7 +39,6 @@ def settings_of(
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "fingerprint": fingerprint(structure.graph.shapes),
-        "weights": weights_digest(model),
         "config": asdict(config) | {"criterion": opener_of(config.criterion)[0]},
         "task": {"metric": task.metric_name, "higher_is_better": task.higher_is_better, "worst": budget.worst},
         "baseline": {"metric": baseline, "macs": cost.macs, "parameters": cost.parameters, "size": cost.size},

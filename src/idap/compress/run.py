@@ -29,7 +29,7 @@ from idap.errors import ConfigError, PlanError, VerificationError
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
 from idap.record import RunFolder
-from idap.saving.checkpoint import fingerprint
+from idap.saving.checkpoint import fingerprint, weights_digest
 from idap.saving.origin import checked_origin
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
@@ -100,6 +100,8 @@ def compress(
         settings["optimizer"] = hyperparameters(optimizer)
     if recipe is not None:
         settings["recipe"] = dict(recipe)
+    if folder is not None:  # every weight is read
+        settings["weights"] = weights_digest(model)
     settings["preparation"] = preparation = setting.clock.take()
     past = [] if folder is None else on_main(partial(_begun, folder, settings, resume=resume))
     setting.layer_times.keep_least()

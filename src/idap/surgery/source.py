@@ -10,6 +10,7 @@ from torch import nn
 
 from idap.errors import PlanError, RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
+from idap.graph.provenance import RELATIONS
 from idap.graph.recording import torch_functions
 from idap.structure.program import Instruction, Routine, Tree, check_routine, tagged
 
@@ -178,8 +179,8 @@ def _path(name: str) -> str:
 
 
 _HOLDS: Mapping[str, Callable[[int, int], bool]] = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "<=": operator.le,
-}  # fmt: skip
+    symbol: getattr(operator, name) for symbol, name in RELATIONS.items()
+}
 
 
 def _check_sizes(module: nn.Module, left: int, symbol: str, right: int, both: bool) -> None:
