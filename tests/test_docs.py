@@ -69,6 +69,7 @@ def _needs(blocks: list[Block]) -> list[str]:
     return [name for name in PACKAGES if re.search(rf"^(?:from|import) {name}\b|\b{name}:\w", code, re.MULTILINE)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of other packages, which a reader sees as well
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_the_code_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

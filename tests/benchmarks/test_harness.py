@@ -60,6 +60,7 @@ def test_the_clock_sees_memory_that_is_free_again():
     assert large.processor > 0
 
 
+@pytest.mark.slow
 def test_latencies_compare_the_same_inputs():
     model = cifar_resnet20().eval()
     found = latencies(model, model, torch.zeros(1, 3, 32, 32))

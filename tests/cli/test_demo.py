@@ -32,6 +32,7 @@ def hurried(monkeypatch):
     monkeypatch.setattr(demo, "MAX_DROP", 0.9)
 
 
+@pytest.mark.slow
 def test_the_whole_story(hurried, tmp_path):
     console = Console(record=True, width=100)
     played = demo.run_demo(console, Silent(), seed=1, out=tmp_path / "runs")
@@ -48,6 +49,7 @@ def test_the_whole_story(hurried, tmp_path):
         assert "filters" in stages
 
 
+@pytest.mark.slow
 def test_a_model_that_loads_differently_is_an_error(hurried, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "MACS", 0.95)  # hardly any cutting either
     monkeypatch.setattr(demo, "load", lambda folder, model: demo.DigitsResNet())

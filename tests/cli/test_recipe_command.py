@@ -26,6 +26,7 @@ def test_from_options(tmp_path):
     assert out.read_text().startswith("# idap:digits_resnet on digits")
 
 
+@pytest.mark.slow
 def test_by_five_questions_and_then_it_runs(tmp_path):
     out = tmp_path / "mine.toml"
     result = run("new", "--out", out, answers="digits\n\n\nnone\n70%\n")

@@ -101,6 +101,13 @@ def test_a_floor_that_makes_the_target_impossible_is_an_error_before_any_work():
         compress(NET, task(), config(macs=0.2, filters=FilterStage(keep={"*": 0.9}), layers=LayerStage(removals=0)))
 
 
+def test_streams_that_stay_whole_make_a_target_impossible_before_any_work():
+    goal = {"macs": 0.15, "layers": LayerStage(removals=0)}
+    prepare(filters=FilterStage(streams="cut"), **goal)
+    with pytest.raises(ConfigError, match=r"^macs=0\.15 can't be reached: even with everything removable gone, "):
+        compress(NET, task(), config(filters=FilterStage(streams="keep"), **goal))
+
+
 def test_auto_takes_the_power_with_the_lowest_calibration_loss(monkeypatch):
     seen = []
     real = best_of

@@ -107,6 +107,7 @@ def short_looks(monkeypatch):
     monkeypatch.setattr(latencies, "LONGEST", 0.2)
 
 
+@pytest.mark.slow
 def test_latency_by_the_clock(short_looks):
     filters = FilterStage(steps=2, min_keep=0.5)
     result = compress(NET, task(), config(macs=None, latency=0.99, cost="macs", filters=filters, **FREE))
@@ -138,6 +139,7 @@ def test_a_latency_is_measured_until_it_is_known(monkeypatch, shares, seconds, r
     assert len(shares) - len(list(left)) == rounds
 
 
+@pytest.mark.slow
 def test_latency_is_that_of_the_batch_that_is_asked_for(monkeypatch, short_looks):
     seen = []
     real = latencies.measure_latency

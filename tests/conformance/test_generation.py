@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed; make 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "opt", "mamba"])
 @pytest.mark.parametrize("kind", ["block", "branch"])
 def test_it_generates_the_same_with_and_without_a_cache(name: str, kind: str) -> None:

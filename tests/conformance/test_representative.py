@@ -37,6 +37,7 @@ REPRESENTATIVE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of other libraries, while they are imported
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_the_architecture_is_cut_exactly(name: str) -> None:

@@ -1,6 +1,7 @@
 """The cost of any plan equals what PyTorch counts on the model that the plan builds."""
 
 import random
+from functools import cache
 from math import prod
 
 import pytest
@@ -116,7 +117,9 @@ CASES = {
 }
 
 
+@cache
 def analysed(make, args):
+    """A net that no test changes, and its structure; traced once for all tests."""
     torch.manual_seed(0)
     model = make().eval()
     return model, analyze(trace(model, args))

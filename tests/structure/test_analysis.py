@@ -88,6 +88,32 @@ def test_nothing_to_prune_says_what_stands_in_the_way() -> None:
     assert analyze(graph, required=False).groups == ()
 
 
+class Noisy(nn.Module):
+    """Code that counts its channels by a number, and can't be written anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        split = self.first(x).view(x.shape[0], 2, 3)
+        if self.training:
+            split = split + torch.randn_like(split)
+        return split.reshape(x.shape[0], 6)
+
+
+def test_why_code_cant_be_written_anew_is_said_first() -> None:
+    model = nn.Sequential(Noisy(), nn.Linear(6, 2))
+    held = (
+        r"\n  0\.first\.weight, dimension 0 and 1 more: size\[1\] of aten\.view\.default "
+        r"in module '0' \([^\n]*\) is always 2:"
+        r" no attribute of a module and no shape tells it; the code can't be written anew: "
+        r"it does something else in training, which new code would not do\n"
+    )
+    with pytest.raises(StructureError, match=rf"nothing can be pruned: [^\n]*{held}"):
+        structure_of(model, torch.randn(3, 4), swap=True)
+
+
 @pytest.fixture(scope="module")
 def mlp() -> Structure:
     return structure_of(nets.mlp(), nets.sequence(4))

@@ -109,6 +109,8 @@ def multiples_of(structure: Structure, stage: FilterStage, steps: Mapping[str, i
 def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
     """The number of units that always stay of each group: a multiple if one is set, or the whole group.
 
+    Streams that are to be left whole hold back the groups that are to stay alike with them.
+
     Raises:
         ConfigError: a pattern of the settings fits no group.
     """
@@ -124,6 +126,8 @@ def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
         group.name: max(1, round(group.size * matching(stage.keep, group.name, stage.min_keep)))
         for group in structure.groups
     }
+    if stage.streams == "keep":
+        least |= {name: structure.group(name).size for name in structure.streams}
     multiples, alike = multiples_of(structure, stage), alike_groups(structure.groups, stage.alike)
     found = {}
     for group in structure.groups:

@@ -290,12 +290,23 @@ def analyze(
         blocked = blocked_dims(flow, layout)
     structure = Structure(graph, groups, blocks, blocked, layout, demands, rewriter, rewritten)
     if required and not groups and not blocks:
-        reasons = "\n".join(f"  {b.tensor}, dimension {b.dim}: {b.reason}" for b in structure.blocked[:8])
+        reasons = "\n".join(f"  {line}" for line in _reasons(structure.blocked)[:8])
         raise StructureError(
             "nothing can be pruned: the model has no group of units and no residual block that may go."
             + (f" What stands in the way:\n{reasons}" if reasons else " It has no layer between two others.")
         )
     return structure
+
+
+def _reasons(blocked: Sequence[Blocked]) -> list[str]:
+    """Why slots can't go, a line for each reason: first what holds most of them."""
+    held: dict[str, list[Blocked]] = {}
+    for item in blocked:
+        held.setdefault(item.reason, []).append(item)
+    return [
+        f"{first.tensor}, dimension {first.dim}{f' and {len(others)} more' if others else ''}: {first.reason}"
+        for first, *others in sorted(held.values(), key=len, reverse=True)
+    ]
 
 
 @contextmanager

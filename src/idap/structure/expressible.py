@@ -10,7 +10,7 @@ from idap.structure.demands import demands_of
 from idap.structure.groups import Group, build_groups
 from idap.structure.layout import Layout
 from idap.structure.rewrite import Rewriter
-from idap.structure.settle import settle
+from idap.structure.settle import Settled, settle
 
 TRIALS = 4
 """How many random cuts must be expressible: one of all groups at once, the others of about half of them."""
@@ -56,6 +56,13 @@ def _try_cuts(
         }
         settled = settle(demands, layout, layout.presence(kept), rewriter, known=rewritten)
         if settled.unmet:
-            return {demand: demand.why(settled.values, settled.closed) for demand in settled.unmet}, ()
+            return {demand: _why(demand, settled, rewriter) for demand in settled.unmet}, ()
         rewritten |= dict.fromkeys(settled.programs)
     return {}, tuple(rewritten)
+
+
+def _why(demand: Demand, settled: Settled, rewriter: Rewriter) -> str:
+    """Why the code can't follow, and why it can't be written anew either: one line."""
+    why = demand.why(settled.values, settled.closed)
+    refusal = None if demand.defines else rewriter.refused.get(demand.module)
+    return f"{why}; the code can't be written anew: {refusal}" if refusal else why
