@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test conformance check docs format clean
+.PHONY: demo test slow conformance check docs format clean
 
 $(STAMP): pyproject.toml constraints.txt tests/conformance/vision_operators.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -17,8 +17,11 @@ $(STAMP): pyproject.toml constraints.txt tests/conformance/vision_operators.py
 demo: $(STAMP)  ## train two small networks on handwritten digits and compress them
 	$(BIN)/idap demo
 
-test: $(STAMP)  ## everything that must hold, in under 10 minutes
-	$(BIN)/python -m pytest -n 2
+test: $(STAMP)  ## what must hold after each change, in under 10 minutes
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(STAMP)  ## what takes longer: pages run as a reader does, launched processes, kills, whole architectures
+	$(BIN)/python -m pytest -n 2 -m slow
 
 conformance: $(STAMP)  ## every architecture, and what Torch-Pruning does with it; takes hours, writes docs/coverage.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

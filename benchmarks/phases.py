@@ -32,7 +32,7 @@ FOREIGN = ("recovery", "judging", "rebalance")
 
 def measured(data: Path, network: str, images: int) -> dict[str, Any]:
     """One row; `images` are learnt from after each change, 0: no recovery."""
-    recovery = Recovery(epochs=1, lr=0.005, distil=0.9, precision="bf16") if images else NONE
+    recovery = Recovery(epochs=1, lr=0.005, distil=0.9) if images else NONE
     bench = cifar_bench(network, data, Protocol(device="cpu", train=images or 1000, recovery=recovery), 0)
     config = Config(macs=0.5, max_drop=None, recovery=recovery, final=recovery, calibration_batches=4)
     with tempfile.TemporaryDirectory() as folder:
