@@ -2,13 +2,11 @@
 
 import importlib.util
 import os
-from collections.abc import Generator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-from _pytest.doctest import DoctestModule
 
 from tests.conformance.vision_operators import make_importable
 
@@ -19,13 +17,6 @@ if importlib.util.find_spec("torchvision") is not None:
 
 # Several test processes run side by side; more threads than cores would only slow them down.
 torch.set_num_threads(1)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
-    """Look for examples in docstrings of the package only, which takes as long again for the files of tests."""
-    found = yield
-    return [collector for collector in found if not isinstance(collector, DoctestModule)]
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,9 @@ class Convs(nn.Module):
         return self.head(F.max_pool2d(F.relu(self.last(x)), 2).flatten(1))
 
 
+_STRUCTURES: dict[tuple[object, ...], Structure] = {}
+
+
 def build(make: Callable[[], nn.Module], *example: Tensor, seed: int = 0) -> tuple[nn.Module, Structure]:
     """A net with weights that hide nothing, and its structure."""
     torch.manual_seed(seed)
@@ -68,9 +71,6 @@ def build(make: Callable[[], nn.Module], *example: Tensor, seed: int = 0) -> tup
     if known not in _STRUCTURES:  # weights do not matter to it
         _STRUCTURES[known] = analyze(trace(model, example))
     return model, _STRUCTURES[known]
-
-
-_STRUCTURES: dict[tuple[object, ...], Structure] = {}
 
 
 def passes(*batches: Tensor) -> list[Pass]:

@@ -10,6 +10,7 @@ from rich.tree import Tree
 if TYPE_CHECKING:
     from idap.cost.count import CostModel
     from idap.structure.analysis import Structure
+    from idap.structure.groups import Blocked
 
 
 MOST_SHOWN = 3
@@ -55,16 +56,6 @@ class BlockView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockedView:
-    """One dimension of a weight that can't shrink, and why."""
-
-    tensor: str
-    dim: int
-    size: int
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class StructureView:
     """Everything that `idap inspect` shows.
 
@@ -85,7 +76,7 @@ class StructureView:
     prunable: float
     groups: tuple[GroupView, ...]
     blocks: tuple[BlockView, ...]
-    blocked: tuple[BlockedView, ...]
+    blocked: tuple["Blocked", ...]
     rewritten: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -132,10 +123,7 @@ def survey(model: str, structure: "Structure", costs: "CostModel") -> StructureV
             )
             for block in structure.blocks
         ),
-        blocked=tuple(
-            BlockedView(tensor=item.tensor, dim=item.dim, size=item.size, reason=item.reason)
-            for item in structure.blocked
-        ),
+        blocked=structure.blocked,
         rewritten=structure.rewritten,
     )
 
@@ -150,6 +138,8 @@ def structure_tree(view: StructureView, *, members: bool = False) -> Tree:
     Returns:
         A rich tree: groups, blocks with the branches in them, and what stays.
     """
+    from idap.structure.groups import by_reason  # noqa: PLC0415 - imports torch
+
     facts = f"{view.parameters:,} parameters, {view.macs:,} MACs per sample, {view.prunable:.0%} prunable"
     root = Tree(Text.assemble((view.model, "bold"), f": {facts}"))
     _add_groups(root, view.groups, members=members)
@@ -159,19 +149,13 @@ def structure_tree(view: StructureView, *, members: bool = False) -> Tree:
         root.add(Text(what, style="bold")).add(Text(", ".join(view.rewritten), style="dim"))
     if view.blocked:
         branch = root.add(Text(f"{_count(len(view.blocked), 'dimension')} of weights can't shrink", style="bold"))
-        for reason, places in _by_reason(view.blocked).items():
+        for reason, items in by_reason(view.blocked).items():
+            places = [f"{item.tensor}, dimension {item.dim} of size {item.size}" for item in items]
             shown = ", ".join(places[:MOST_SHOWN]) + (
                 f" and {len(places) - MOST_SHOWN} more" * (len(places) > MOST_SHOWN)
             )
             branch.add(Text(shown)).add(Text(reason, style="dim"))
     return root
-
-
-def _by_reason(blocked: Sequence[BlockedView]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for item in blocked:
-        found.setdefault(item.reason, []).append(f"{item.tensor}, dimension {item.dim} of size {item.size}")
-    return found
 
 
 def _add_groups(root: Tree, groups: Sequence[GroupView], *, members: bool) -> None:

@@ -1,6 +1,6 @@
 """From labels to groups: units that look alike to every tensor form one group, and each may go on its own."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,6 +105,14 @@ def blocked_dims(flow: Flow, layout: Layout) -> tuple[Blocked, ...]:
                 reason = flow.labels.reason(original[:, stuck].ravel()) or "its weights are read by no other operator"
                 found[node.target, dim] = Blocked(node.target, dim, int(stuck.sum()), reason)
     return tuple(found.values())
+
+
+def by_reason(blocked: Iterable[Blocked]) -> dict[str, list[Blocked]]:
+    """Dimensions that can't shrink for the same reason, together."""
+    found: dict[str, list[Blocked]] = {}
+    for item in blocked:
+        found.setdefault(item.reason, []).append(item)
+    return found
 
 
 def _final_dims(flow: Flow) -> tuple[dict[str, tuple[tuple[Dim, ...], ...]], dict[str, tuple[Dim, ...]]]:
