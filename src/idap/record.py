@@ -159,7 +159,8 @@ class RunFolder:
         What a killed process left half-written is cleared away: unfinished files, and a last line cut short.
 
         Args:
-            settings: of the run as it is now; all but its environment, recipe and time must be what it was begun with.
+            settings: of the run as it is now; all but its environment, recipe, time and calibration data must be what
+                it was begun with.
 
         Returns:
             The decisions that were taken, in order.
@@ -178,7 +179,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
         now = json.loads(json.dumps(settings, default=plain))
-        for name in sorted({*begun, *now} - {"environment", "recipe", "preparation"}):
+        for name in sorted({*begun, *now} - {"environment", "recipe", "preparation", "calibration"}):
             if begun.get(name) != now.get(name):
                 what = _difference(begun.get(name), now.get(name))
                 raise RunFolderError(

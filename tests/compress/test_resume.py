@@ -18,7 +18,7 @@ from idap.compress.run import compress
 from idap.errors import ConfigError, RunFolderError
 from idap.record import STEPS, read_steps
 from idap.saving.checkpoint import load
-from tests.compress.tiny import Noting, config, task, trained
+from tests.compress.tiny import Noting, batches, config, task, trained
 
 NET = trained()
 SETTINGS = {"max_drop": 0.03, "macs": 0.4}
@@ -119,6 +119,20 @@ def test_another_run_is_refused_by_the_setting_that_differs(tmp_path):
         compress(NET, task(), Config(), resume=True)
     with pytest.raises(RunFolderError, match="already holds a run"):
         compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run")
+
+
+def test_other_calibration_data_are_said(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        compress(NET, task(), config(**SETTINGS), run_dir=folder, progress=StopsAt(14))
+    decided = read_steps(folder)
+    same, other = Noting(), Noting()
+    compress(NET, task(train=batches(256, 9)), config(**SETTINGS), run_dir=folder, resume=True, progress=other)
+    compress(NET, task(), config(**SETTINGS), run_dir=folder, resume=True, progress=same)
+    said = "The calibration data are not those that the run was begun with: "
+    assert [line.startswith(said) for line in other.lines].count(True) == 1
+    assert not any(line.startswith(said) for line in same.lines)
+    assert read_steps(folder)[: len(decided)] == decided
 
 
 KILLED = """

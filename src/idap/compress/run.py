@@ -22,13 +22,13 @@ from idap.compress.layers import layer_stage
 from idap.compress.least import least_shares
 from idap.compress.outcome import concluded
 from idap.compress.result import Result
-from idap.compress.samples import calibration_batches, few_samples
+from idap.compress.samples import calibration_batches, few_samples, samples_digest
 from idap.compress.state import Setting, State
 from idap.cost.count import CostModel, saved_tensors
 from idap.errors import ConfigError, PlanError, VerificationError
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
-from idap.record import RunFolder
+from idap.record import RUN, RunFolder, read_json
 from idap.saving.checkpoint import fingerprint, weights_digest
 from idap.saving.origin import checked_origin
 from idap.structure.analysis import Structure, analyze
@@ -102,8 +102,9 @@ def compress(
         settings["recipe"] = dict(recipe)
     if folder is not None:  # every weight is read
         settings["weights"] = weights_digest(model)
+        settings["calibration"] = samples_digest(setting.calibration)
     settings["preparation"] = preparation = setting.clock.take()
-    past = [] if folder is None else on_main(partial(_begun, folder, settings, resume=resume))
+    past = [] if folder is None else on_main(partial(_begun, folder, settings, progress, resume=resume))
     setting.layer_times.keep_least()
     journal = Journal(setting, state.metric, past, preparation)
     start, state = state, _stages(setting, state, removable, journal)
@@ -132,12 +133,18 @@ def _stages(setting: Setting, state: State, removable: list[str], journal: Journ
     return state
 
 
-def _begun(folder: RunFolder, settings: dict[str, Any], *, resume: bool) -> list[dict[str, Any]]:
+def _begun(folder: RunFolder, settings: dict[str, Any], progress: Progress, *, resume: bool) -> list[dict[str, Any]]:
     """Begin a run in its folder, or go on with it; gives the decisions that were taken."""
-    if resume:
-        return folder.reopen(settings)
-    folder.open(settings)
-    return []
+    if not resume:
+        folder.open(settings)
+        return []
+    past = folder.reopen(settings)
+    if read_json(folder.path / RUN).get("calibration") != settings["calibration"]:
+        progress.say(
+            "The calibration data are not those that the run was begun with: other data, or a loader that gives others "
+            "each time. What was decided stays; what comes may be decided otherwise than without the break."
+        )
+    return past
 
 
 def _slicer(

@@ -1,5 +1,7 @@
 """The samples that a run works with: for calibration, and for tracing."""
 
+import hashlib
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 
 from idap.compress.config import Config
 from idap.surgery.compare import batch_size, resized_inputs
-from idap.training.batch import Inputs
+from idap.training.batch import Batch, Inputs, move, tensors_of
 from idap.training.generators import generators_seeded
 from idap.training.task import Task
 
@@ -19,6 +21,15 @@ def calibration_batches(task: Task, config: Config) -> tuple[Any, ...]:
     with torch.random.fork_rng(devices=cuda), generators_seeded(batches, config.seed):
         torch.manual_seed(config.seed)
         return tuple(islice(batches, config.calibration_batches))
+
+
+def samples_digest(batches: Sequence[Batch]) -> str:
+    """A short name for batches: a hash of every tensor in them."""
+    found = hashlib.sha256()
+    for tensor in tensors_of(move(batches, "cpu")):
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def few_samples(example: Inputs, count: int) -> Inputs:

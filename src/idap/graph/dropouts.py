@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from idap.graph.frames import Built, Frame, Step
-from idap.graph.ir import Extent, Operation, Ref
+from idap.graph.ir import Attribute, Extent, Operation, Ref
 
 _FUNCTION = "torch.nn.functional.dropout"
 _GIVEN: Mapping[str, tuple[str, ...]] = {
@@ -26,8 +26,10 @@ def dropout_in(step: Step) -> Step | None:
         return None
     given = {"p": 0.5, "training": True, "inplace": False, **dict(zip(names, step.args, strict=False)), **step.kwargs}
     given["training"] = given.pop("train", given["training"])
-    share = given["p"]
-    if not isinstance(given["input"], Ref) or type(share) is not float or not given["training"] or given["inplace"]:
+    share = given["p"].value if isinstance(given["p"], Attribute) else given["p"]  # an int: nn.Dropout(0)
+    if not isinstance(given["input"], Ref) or type(share) not in (int, float):
+        return None
+    if not given["training"] or given["inplace"]:
         return None
     return replace(step, function=_FUNCTION, args=(given["input"],), kwargs={"p": share, "training": True})
 
@@ -70,9 +72,9 @@ def with_them(evaluation: Frame, training: Frame, dropped: Mapping[str, str]) ->
     rest = iter(evaluation.steps)
     for step in training.steps:
         if _is_one(step, dropped):
-            called = dropout_in(step)
-            assert called is not None
-            steps.append(replace(called, args=(_read(_named(called.args[0], dropped), called.args[0], made),)))
+            called = dropout_in(step) or step  # the call of a module that drops is one already
+            args, kwargs = (_read(_named(given, dropped), given, made) for given in (called.args, dict(called.kwargs)))
+            steps.append(replace(called, args=args, kwargs=kwargs))
             made.add(step.results[0][1])
         else:
             plain = next(rest)

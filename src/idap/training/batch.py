@@ -1,6 +1,6 @@
 """Batches of the usual layouts: where the inputs, the labels and the logits are, how to move and describe them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -184,6 +184,25 @@ def move(batch: Batch, device: torch.device | str) -> Batch:
     if isinstance(batch, tuple | list):
         return type(batch)(move(part, device) for part in batch)
     return batch
+
+
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """Find the tensors of a batch.
+
+    Args:
+        batch: tensors nested in tuples, lists and dicts.
+
+    Returns:
+        The tensors, in order; what is no tensor is left out.
+    """
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for key in batch:
+            yield from tensors_of(batch[key])
+    elif isinstance(batch, tuple | list):
+        for part in batch:
+            yield from tensors_of(part)
 
 
 def device_of(model: nn.Module) -> torch.device:
