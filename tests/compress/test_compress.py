@@ -12,11 +12,11 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MeanSquaredError
 
-from idap.compress import change
+from idap.compress import change, proving
 from idap.compress import run as running
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.run import compress
-from idap.errors import BudgetError, RunFolderError, StructureError, TaskError, VerificationError
+from idap.errors import BudgetError, ConfigError, RunFolderError, StructureError, TaskError, VerificationError
 from idap.record import read_steps
 from idap.saving.checkpoint import load, read_plan
 from idap.surgery.apply import apply_plan
@@ -406,7 +406,7 @@ def test_a_cut_that_cannot_be_proved_touches_nothing(monkeypatch):
     def doubtful(*_args, **_kwargs):
         raise VerificationError("not equal (cut: stem)")
 
-    monkeypatch.setattr(running, "verify", doubtful)
+    monkeypatch.setattr(proving, "verify", doubtful)
     rejects(VerificationError, r"not equal \(cut: stem\)")
 
 
@@ -432,3 +432,70 @@ def test_a_loss_that_fails_in_the_middle_leaves_the_model_as_it_was():
 
     rejects(RuntimeError, "out of memory", own=imitation(loss=loss), max_drop=3.0)
     assert len(calls) == 13
+
+
+def test_logits_that_are_not_finite_cost_only_the_output_error(tmp_path):
+    class Masked(Net):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.tensor([True, False, False]), -torch.inf)
+
+    model = Masked().eval()
+    model.load_state_dict(NET.state_dict())
+    own = [(samples[labels > 0], labels[labels > 0]) for samples, labels in batches(256, 1)]
+    heard, untrained = Noting(), Recovery(epochs=0)
+    settings = config(max_drop=0.5, recovery=untrained, final=None)
+    result = compress(model, task(train=own, val=own), settings, run_dir=tmp_path / "run", progress=heard)
+    assert result.reached and result.output_error != result.output_error
+    assert any(line.startswith("The relative output error is not known: ") for line in heard.lines)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["output_error"] is None
+    assert load(tmp_path / "run" / "model", Masked()) is not None
+
+
+@pytest.mark.parametrize("tune", ["all", "neighbours"])
+@pytest.mark.parametrize("of", ["flags", "optimizer"])
+def test_a_candidate_of_which_nothing_is_trained_is_judged_as_it_is(tune, of):
+    """The trained block is the one that goes, or what is trained is not next to what goes."""
+    model, heard = copy.deepcopy(NET), Noting()
+    learned = model.head if tune == "neighbours" else model.blocks[0]
+    optimizer = torch.optim.SGD(learned.parameters(), lr=0.01) if of == "optimizer" else None
+    if of == "flags":
+        model.requires_grad_(False)
+        learned.requires_grad_(True)
+    settings = config(max_drop=1.0, macs=0.4, filters=FilterStage(steps=0), layers=LayerStage(removals=3, tune=tune))
+    result = compress(model, task(), settings, optimizer=optimizer, progress=heard)
+    assert result.reached, result.message
+    assert any("nothing that is left there is trained" in line for line in heard.lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"task": None}, "^the task is a NoneType; expected an idap.Task"),
+        ({"optimizer": torch.optim.SGD}, "^optimizer must be a torch.optim.Optimizer of the model's parameters, found"),
+        ({"run_dir": 3}, "^run_dir must be the path of a folder, found 3"),
+        ({"recipe": 3}, "^recipe must be the sections of a recipe file by name, found 3"),
+        ({"recipe": {"model": "x"}}, "^recipe must be the sections of a recipe file by name, found"),
+        ({"recipe": {"model": {"a": object()}}}, "^recipe can't be written down as JSON: object can't be written"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_written(given, match, tmp_path):
+    given = {"task": task(), "run_dir": tmp_path / "run"} | given
+    with pytest.raises((ConfigError, TaskError), match=match):
+        compress(NET, given.pop("task"), config(), **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_way_out_of_an_impossible_goal_names_what_stands_in_the_way():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.small = nn.Linear(6, 64), nn.Linear(6, 4)
+            self.read = nn.Linear(68, 3)
+
+        def forward(self, x):
+            return self.read(torch.cat([self.wide(x).cumsum(1), F.relu(self.small(x))], 1))
+
+    with pytest.raises(
+        BudgetError, match=r"(?s)Ask for macs=0\.96 or more, .*in the way .*the order of its slots matters"
+    ):
+        compress(Sorted().eval(), task(), config(macs=0.5))

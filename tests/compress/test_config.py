@@ -6,6 +6,7 @@ from idap.compress.budget import Budget, budget_of
 from idap.compress.config import Config, FilterStage, LayerStage, checked
 from idap.divergence.criteria import CRITERIA
 from idap.errors import BudgetError, ConfigError
+from idap.rebalance.run import Rebalance
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,15 @@ def test_impossible_goals(settings, match):
         ),
         (lambda: Config(latency_batch=0), r"^latency_batch must be at least 1, found 0\.$"),
         (lambda: Config(macs="0.5"), r"^macs must be a number, found '0\.5'\.$"),
+        (lambda: Config(seed=2**70), r"^seed must lie in \[0, 9\.22337e\+18\), found "),
+        (lambda: Config(swap="no"), r"^swap must be True or False, found 'no'\.$"),
+        (lambda: Config(contracts=3), r"^contracts must be several of a text or None, found 3\.$"),
+        (lambda: Config(criterion=["a"]), r"^there is no criterion \['a'\]; "),
+        (lambda: FilterStage(keep=None), r"^filters\.keep must be a mapping of a text to a number, found None\.$"),
+        (lambda: FilterStage(keep={1: 0.5}), r"^filters\.keep must be a mapping of a text to a number, found \{1: 0"),
+        (lambda: FilterStage(multiple=2.5), r"^filters\.multiple must be a whole number, found 2\.5\.$"),
+        (lambda: FilterStage(growth=1e6), r"^filters\.growth must be at most 100, found 1e\+06\.$"),
+        (lambda: Rebalance(rows=300.5), r"^rebalance\.rows must be a whole number, found 300\.5\.$"),
         (lambda: Config(max_drop=True), r"^max_drop must be a number, found True\.$"),
         (lambda: Config(calibration_batches=2.5), r"^calibration_batches must be a whole number, found 2\.5\.$"),
         (lambda: FilterStage(steps=2.5), r"^filters\.steps must be a whole number, found 2\.5\.$"),

@@ -160,7 +160,9 @@ def test_groups_no_larger_than_their_multiple_stay_whole():
     assert set(left.values()) == {12, 15}
     filters = FilterStage(multiple=32)
     result = compress(NET, task(), config(**(UNTRAINED | {"max_drop": 1.0, "filters": filters})))
-    assert result.message.startswith("nothing may be removed: filters.min_keep, keep and multiples hold every group")
+    assert result.message.startswith(
+        "nothing may be removed: filters.min_keep, keep, multiples and streams hold every group"
+    )
     assert (result.macs[0], result.reached) == (result.macs[1], False)
     hopeless = r"^macs=0\.5 can't be reached: .*, 100\.0% of the macs would stay\. Hardly anything may go: lower "
     with pytest.raises(BudgetError, match=hopeless + r"filters\.min_keep or filters\.multiple, or let layers go "):

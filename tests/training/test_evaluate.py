@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -139,3 +141,32 @@ def test_output_error_that_is_not_known_is_refused(ours, theirs):
 def test_output_error_on_an_empty_split_is_refused():
     with pytest.raises(TaskError, match="the 'val' split gave no batches"):
         output_error(nn.Identity(), nn.Identity(), custom(lambda outputs, batch: 1.0, val=[]))
+
+
+def test_a_loader_that_shuffles_gives_the_same_number_each_time_and_draws_nothing():
+    torch.manual_seed(0)
+    images, labels = torch.randn(97, 3), torch.randint(0, 3, (97,))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True)
+    task = custom(lambda outputs, batch: F.cross_entropy(outputs, batch[1]), val=loader)
+    model, before = nn.Linear(3, 3), torch.get_rng_state()
+    assert len({evaluate(model, task) for _ in range(4)}) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("fails", ["model", "metric"])
+def test_an_error_on_a_later_batch_names_it(fails):
+    def metric(outputs, batch):
+        if len(outputs) == 1:
+            raise ValueError("too few")
+        return 1.0
+
+    batches = [*BATCHES[:1], (torch.eye(2), BATCHES[1][1])] if fails == "model" else BATCHES
+    task = custom(metric if fails == "metric" else lambda outputs, batch: 1.0, val=batches)
+    why = "ValueError: too few" if fails == "metric" else "RuntimeError: mat1 and mat2"
+    with pytest.raises(TaskError, match=f"^batch 1 of the 'val' split, counted from 0, can't be judged .*{why}"):
+        evaluate(nn.Linear(3, 3), task)
+
+
+def test_an_empty_batch_is_named():
+    with pytest.raises(TaskError, match=r"^a batch holds no samples\."):
+        evaluate(nn.Identity(), classification([], [(X[:0], torch.zeros(0).long())], num_classes=3))

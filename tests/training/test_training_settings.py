@@ -29,7 +29,12 @@ def test_steps_and_minutes_win_over_epochs(setting, trains):
     [
         ({"steps": 1, "minutes": 2.0}, "steps=1 and minutes=2 are both given; give one of them"),
         ({"steps": -1}, "steps must be 0 or more and finite, got -1"),
-        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"epochs": "1"}, "epochs must be a number, got '1'"),
+        ({"epochs": None}, "epochs must be a number, got None"),
+        ({"average": "no"}, "average must be True or False, got 'no'"),
+        ({"lr": True}, "lr must be a number, got True"),
+        ({"seed": 2**70}, "seed must fit into 64 bits, got 1180591620717411303424"),
+        ({"steps": 1.5}, "steps must be a whole number or None, got 1.5"),
         ({"minutes": math.inf}, "minutes must be 0 or more and finite, got inf"),
         ({"precision": "fp16"}, "precision must be 'auto', 'float32' or 'bf16', got 'fp16'"),
         ({"channels_last": "yes"}, "channels_last must be 'auto', True or False, got 'yes'"),

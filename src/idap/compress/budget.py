@@ -1,11 +1,12 @@
 """The goals of a run as shares of the original, and whether a state keeps them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from idap.compress.config import GOALS, Config
 from idap.cost.count import Cost
 from idap.errors import BudgetError
+from idap.structure.groups import Blocked, obstacles
 
 Shares = Mapping[str, float]
 """What of the original's costs is left: the name of a goal -> its share."""
@@ -60,7 +61,9 @@ def shares_of(cost: Cost, whole: Cost) -> dict[str, float]:
     }
 
 
-def budget_of(config: Config, baseline: float, *, higher_is_better: bool, least: Shares) -> Budget:
+def budget_of(
+    config: Config, baseline: float, *, higher_is_better: bool, least: Shares, blocked: Sequence[Blocked] = ()
+) -> Budget:
     """The goals of a configuration for one model.
 
     Args:
@@ -68,6 +71,7 @@ def budget_of(config: Config, baseline: float, *, higher_is_better: bool, least:
         baseline: metric of the original on the validation data.
         higher_is_better: how to read the metric.
         least: what is left of each cost when everything removable is gone.
+        blocked: dimensions that can't shrink, told where hardly anything may go.
 
     Raises:
         BudgetError: no compression can meet a target, or the original does not keep the budget itself.
@@ -88,11 +92,22 @@ def budget_of(config: Config, baseline: float, *, higher_is_better: bool, least:
         if share < least[name]:
             raise BudgetError(
                 f"{name}={share:g} can't be reached: even with everything removable gone, {least[name]:.1%} of the "
-                f"{name} would stay. {_way_out(config, name, least[name])}"
+                f"{name} would stay. {_way_out(config, name, least[name])}{_told(blocked, least[name])}"
             )
     return Budget(
         sign * max((sign * bound for bound in bounds), default=0) if bounds else None, higher_is_better, targets
     )
+
+
+HARDLY = 0.9
+"""Of a cost that can't come below this share, it is told what holds it."""
+
+
+def _told(blocked: Sequence[Blocked], least: float) -> str:
+    if least <= HARDLY or not blocked:
+        return ""
+    lines = "\n".join(f"  {line}" for line in obstacles(blocked, most=3))
+    return f" What stands in the way (idap inspect shows all of it):\n{lines}"
 
 
 def _way_out(config: Config, name: str, least: float) -> str:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from torch import nn
@@ -135,6 +135,11 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
 
     if not recovery.trains:
         return sign * judge(model)
+    optimizer = None if setting.optimizer is None else setting.optimizer(model, plan)
+    learned = model.parameters() if optimizer is None else chain(*(g["params"] for g in optimizer.param_groups))
+    if not any(parameter.requires_grad for parameter in learned):
+        setting.progress.say(f"{title}: nothing that is left there is trained, so the model is judged as it is.")
+        return sign * judge(model)
     features = BlockOutputs(setting.structure, plan, model, setting.original) if recovery.features > 0 else None
     if features is not None and not len(features):
         recovery = replace(recovery, features=0.0)  # no block is left
@@ -145,7 +150,7 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
             recovery,
             teacher=setting.original,
             features=features,
-            optimizer=None if setting.optimizer is None else setting.optimizer(model, plan),
+            optimizer=optimizer,
             judge=judge,
             salvage=True,
             progress=setting.progress,

@@ -8,12 +8,17 @@ from typing import Any, Literal, get_args
 
 from idap.divergence.criteria import CRITERIA, LIKE_PROJECTIONS, WITH_BLOCKS, opener_of
 from idap.errors import BudgetError, ConfigError
+from idap.kinds import check_kinds
 from idap.rebalance.run import Rebalance
 from idap.structure.projectable import Replacement
 from idap.training.recovery import Recovery
 
 GOALS = ("macs", "parameters", "size", "latency")
 """Costs that may have a target."""
+
+
+MOST_GROWTH = 100
+"""Largest alpha: with more, every step but the first would take all that may go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,7 @@ class FilterStage:
     alike: Literal["none", "layers", "model"] = "none"
 
     def __post_init__(self) -> None:
+        check_kinds(self, prefix="filters.")
         _one_of("filters.streams", self.streams, ("auto", "cut", "keep"))
         _one_of("filters.schedule", self.schedule, ("growing", "even", "one-shot"))
         _one_of("filters.alike", self.alike, ("none", "layers", "model"))
@@ -73,6 +79,8 @@ class FilterStage:
         _between("filters.min_keep", self.min_keep, 0, 1, closed=True)
         _at_least("filters.steps", self.steps, 0, whole=True)
         _at_least("filters.growth", self.growth, 0)
+        if self.growth > MOST_GROWTH:
+            raise ConfigError(f"filters.growth must be at most {MOST_GROWTH}, found {self.growth:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +217,7 @@ class Config:
         _between("filters_share", self.filters_share, 0, 1, closed=True, open_low=False)
         _at_least("calibration_batches", self.calibration_batches, 1, whole=True)
         _at_least("latency_batch", self.latency_batch, 1, whole=True)
-        _at_least("seed", self.seed, 0, whole=True)
+        _between("seed", self.seed, 0, 2**63, open_low=False)
         self._check_stages()
 
     def _check_kinds(self) -> None:
@@ -221,10 +229,12 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, kind) and (value is not None or name not in ("final", "rebalance")):
                 raise ConfigError(f"{name} must be an idap.{kind.__name__}(...), found {value!r}.")
+        check_kinds(self, only=("swap", "freeze_unknown", "seed", "criterion", "filters_share"))
         if isinstance(self.contracts, str):
             raise ConfigError(
                 f"contracts must be several names, found {self.contracts!r}; write ({self.contracts!r},)."
             )
+        check_kinds(self, only=("contracts",))
 
     def _check_stages(self) -> None:
         if self.filters.steps == 0 and self.layers.removals == 0:

@@ -1,5 +1,6 @@
 """The end of a run: the last measurement, what was reached, and what was not and why."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from idap.compress.folder import ended, keep_end
 from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
+from idap.errors import TaskError
 from idap.record import LATENCY_NOISE
 from idap.saving.origin import origin, remember_
 from idap.training.evaluate import evaluate, output_error
@@ -25,7 +27,7 @@ def concluded(
     past = ended(setting.folder)
     with setting.clock.on("judging"):
         metric = start.metric if state is start else evaluate(state.model, setting.task)
-        error = output_error(state.model, setting.original, setting.task)
+        error = _output_error(setting, state)
     latency = None if past is None else past["latency"]
     if latency is None and state is not start:
         latency = setting.latency_of(state.model)
@@ -59,6 +61,15 @@ def concluded(
     return result
 
 
+def _output_error(setting: Setting, state: State) -> float:
+    """How far the outputs are from the original's; NaN, which is said, where no number can tell."""
+    try:
+        return output_error(state.model, setting.original, setting.task)
+    except TaskError as error:
+        setting.progress.say(f"The relative output error is not known: {error}")
+        return math.nan
+
+
 def _build(recipe: Mapping[str, Any]) -> str | None:
     """The call that builds the original as a recipe says; None where it takes more than the recipe's words."""
     model = recipe.get("model", {})
@@ -89,10 +100,14 @@ def _cut_short(journal: Journal) -> str:
 def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: bool) -> tuple[bool, str]:
     goal, shares = setting.budget, setting.shares(state)
     if untouched and not journal.steps:
-        return False, (
-            "nothing may be removed: filters.min_keep, keep and multiples hold every group as it is, and no branch or "
-            "block may go; this is the original"
+        filters, layers = setting.config.filters, setting.config.layers
+        units = (
+            "filters.steps is 0"
+            if filters.steps == 0
+            else "filters.min_keep, keep, multiples and streams hold every group"
         )
+        blocks = "layers.removals is 0" if layers.removals == 0 else "no branch or block may go"
+        return False, f"nothing may be removed: {units}, and {blocks}; this is the original"
     if untouched:
         return False, "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
     if not goal.holds(state.metric):

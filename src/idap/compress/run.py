@@ -1,5 +1,6 @@
 """The story of a run: look at the model, cut width, cut depth, finish, and say what was reached."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from torch import nn
 from idap.compress.budget import budget_of
 from idap.compress.change import recover
 from idap.compress.clock import Clock
-from idap.compress.config import Config, LayerStage, checked
+from idap.compress.config import Config, checked
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
 from idap.compress.folder import settings_of
@@ -21,11 +22,13 @@ from idap.compress.layer_times import LayerTimes, measured, recalled
 from idap.compress.layers import layer_stage
 from idap.compress.least import least_shares
 from idap.compress.outcome import concluded
+from idap.compress.proving import proved
 from idap.compress.result import Result
 from idap.compress.samples import calibration_batches, few_samples, samples_digest
 from idap.compress.state import Setting, State
 from idap.cost.count import CostModel, saved_tensors
-from idap.errors import ConfigError, PlanError, VerificationError
+from idap.errors import ConfigError, TaskError
+from idap.files import plain
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
 from idap.record import RUN, RunFolder, read_json
@@ -34,11 +37,9 @@ from idap.saving.origin import checked_origin
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
-from idap.surgery.bypass import trial_map
 from idap.surgery.compare import batch_size, resized_inputs
 from idap.surgery.optimizer import hyperparameters, slice_optimizer
-from idap.surgery.verify import verify
-from idap.training.batch import Inputs, device_of
+from idap.training.batch import Inputs, describe, device_of
 from idap.training.check import check_model, check_task
 from idap.training.evaluate import evaluate
 from idap.training.processes import align_, is_main, on_main
@@ -89,7 +90,7 @@ def compress(
         TaskError, TraceError, StructureError, BudgetError, ConfigError, RunFolderError: before any work is done.
         VerificationError: a cut did not equal the masked original; names the axis.
     """
-    check_model(model)
+    _check_arguments(model, task, optimizer, run_dir, recipe)
     config, progress = checked(config), (progress if is_main() else None) or Silent()
     if resume and run_dir is None:
         raise ConfigError("to go on with a run, say where it is: resume=True needs run_dir.")
@@ -110,6 +111,30 @@ def compress(
     start, state = state, _stages(setting, state, removable, journal)
     state = _finish(setting, start, state, journal)
     return concluded(setting, start, state, journal, recipe)
+
+
+def _check_arguments(model: nn.Module, task: object, optimizer: object, run_dir: object, recipe: object) -> None:
+    """Refuse what is of another kind than it should be.
+
+    Raises:
+        TaskError, ConfigError: names the argument.
+    """
+    check_model(model)
+    if not isinstance(task, Task):
+        raise TaskError(f"the task is {describe(task)}; expected an idap.Task, such as idap.classification(...) makes.")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer must be a torch.optim.Optimizer of the model's parameters, found {optimizer!r}.")
+    if run_dir is not None and (not isinstance(run_dir, str | Path) or "\0" in str(run_dir)):
+        raise ConfigError(f"run_dir must be the path of a folder, found {run_dir!r}.")
+    if recipe is None:
+        return
+    try:
+        sections = isinstance(recipe, Mapping) and all(isinstance(part, Mapping) for part in recipe.values())
+        json.dumps(recipe, default=plain)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"recipe can't be written down as JSON: {error}.") from error
+    if not sections:
+        raise ConfigError(f"recipe must be the sections of a recipe file by name, found {recipe!r:.80}.")
 
 
 def _stages(setting: Setting, state: State, removable: list[str], journal: Journal) -> State:
@@ -184,7 +209,7 @@ def _prepare(
         original = apply_plan(model, Plan(shapes=structure.graph.shapes))  # a copy: the teacher
         align_(original)
         with clock.on("proof"):
-            removable = _proved(original, structure, example, progress, config.layers)
+            removable, config = proved(original, structure, example, progress, config)
         phase.advance("proof")
         with clock.on("judging"):
             baseline = evaluate(original, task)
@@ -195,7 +220,7 @@ def _prepare(
     at_least, table = recalled(folder, model, fingerprint(structure.graph.shapes), progress, resume=resume)
     with clock.on("latency"):
         least = least_shares(original, structure, costs, config, removable, timed, at_least)
-    budget = budget_of(config, baseline, higher_is_better=task.higher_is_better, least=least)
+    budget = budget_of(config, baseline, higher_is_better=task.higher_is_better, least=least, blocked=structure.blocked)
     setting = Setting(
         original=original,
         task=task,
@@ -240,49 +265,6 @@ def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tup
     )
     phase.advance("structure")
     return structure, example
-
-
-def _proved(
-    original: nn.Module, structure: Structure, example: Inputs, progress: Progress, layers: LayerStage
-) -> list[str]:
-    """Try the structure on the real model before hours of work: every group cut at once, every block removed singly.
-
-    Returns:
-        The branches and blocks that may be removed, of the kinds that are wanted; those whose removal could not be
-        proved are reported.
-
-    Raises:
-        VerificationError: a group's cut is not what was planned; names the group.
-    """
-    halves = {group.name: tuple(range(0, group.size, 2)) for group in structure.groups}
-    try:
-        _try(original, structure, example, halves, ())
-    except (VerificationError, PlanError):
-        for name, units in halves.items():
-            _try(original, structure, example, {name: units}, ())
-        raise
-    removable = []
-    for block in structure.blocks:
-        if layers.parts == "blocks" and block.kind == "branch":
-            continue
-        try:
-            _try(original, structure, example, {}, (block.name,))
-            removable.append(block.name)
-        except (VerificationError, PlanError) as error:
-            progress.say(f"{block.kind} {block.name} stays: {error}")
-    return removable
-
-
-def _try(
-    original: nn.Module,
-    structure: Structure,
-    example: Inputs,
-    keep: dict[str, tuple[int, ...]],
-    removed: tuple[str, ...],
-) -> None:
-    plan = structure.plan(keep, removed)
-    maps = {path: trial_map(projected) for path, projected in plan.projections.items()}
-    verify(structure, original, apply_plan(original, plan, maps), plan, example, maps=maps)
 
 
 _FINAL = {True: "the best so far", False: "no better than before"}

@@ -10,16 +10,14 @@ import torch
 from idap.compress.config import Config
 from idap.surgery.compare import batch_size, resized_inputs
 from idap.training.batch import Batch, Inputs, move, tensors_of
-from idap.training.generators import generators_seeded
+from idap.training.generators import drawn_by
 from idap.training.task import Task
 
 
 def calibration_batches(task: Task, config: Config) -> tuple[Any, ...]:
     """The first batches of the calibration data; a loader that shuffles does so by the run's seed."""
     batches = task.batches("calibration")
-    cuda = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=cuda), generators_seeded(batches, config.seed):
-        torch.manual_seed(config.seed)
+    with drawn_by(batches, config.seed):
         return tuple(islice(batches, config.calibration_batches))
 
 

@@ -47,7 +47,7 @@ def opener_of(criterion: Criterion) -> tuple[str, Opener]:
     """
     if callable(criterion):
         return getattr(criterion, "__name__", type(criterion).__name__), criterion
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ConfigError(
             f"there is no criterion {criterion!r}; there are {', '.join(CRITERIA)}, or a function of your own that "
             "takes a scene (idap.divergence.scene.Scene)."

@@ -74,12 +74,18 @@ class Converter:
             gives,
         )
 
-    def escaped(self) -> dict[Expression, dict[str, str]]:
-        """The leaves of the sizes from which other numbers were computed: for each the modules, with the place."""
+    def escaped(self, training: Mapping[Expression, dict[str, str]]) -> dict[Expression, dict[str, str]]:
+        """The leaves of the sizes from which other numbers were computed: for each the modules, with the place.
+
+        Args:
+            training: what was noted of a run in training; sizes of tensors that only it makes are left out.
+        """
         found: dict[Expression, dict[str, str]] = {}
-        for expression, places in self._record.escaped.items():
-            for leaf in sources(self._rename(expression)):
-                found[leaf] = places | found.get(leaf, {})
+        for expression, places in (*self._record.escaped.items(), *training.items()):
+            for leaf in sources(expression):
+                if not isinstance(leaf, Extent) or leaf.node in self.places:
+                    renamed = self._rename(leaf)
+                    found[renamed] = places | found.get(renamed, {})
         return found
 
     def comparisons(self) -> tuple[Comparison, ...]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from idap.errors import TraceError
 from idap.graph.calls import watch_attributes
 from idap.graph.convert import Converter, module_names, tensor_names
-from idap.graph.copies import own_inputs, skeleton
+from idap.graph.copies import own_inputs, skeleton, uninitialised
 from idap.graph.frames import Frame
 from idap.graph.ir import Graph, ModuleInfo
 from idap.graph.provenance import sizes_held
@@ -42,6 +42,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         (1, (2, 3))
     """
     _check_arguments(args)
+    if (name := uninitialised(model)) is not None:
+        raise TraceError(f"{name!r} of the model is not initialised yet: run the model once on a batch, then trace it.")
     kwargs = dict(kwargs or {})
     paths = module_names(model)
     shared = len(set(paths.values())) < len(paths)
@@ -70,7 +72,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
             for path, info in modules
         },
         constants=converter.constants,
-        escaped=converter.escaped(),
+        escaped=converter.escaped(other.escaped),
         comparisons=converter.comparisons(),
         returned=converter.returned,
         frames=_in_both_modes(_variants([record.frames, *alone]), other),
@@ -172,10 +174,14 @@ def _way_out(reason: str) -> str:
             "A model of transformers must not return its cache of keys and values while it is traced: set "
             "model.config.use_cache = False. It can generate with the cache all the same: generate(use_cache=True)."
         )
-    return (
-        "Code whose path depends on the values in a tensor cannot be exported: rewrite it, or compress the part of the "
-        "model that has none."
-    )
+    rest = "or compress a part of the model that has none of it."
+    if "pytree" in reason and "register" in reason:
+        return f"Return a tensor, a tuple or a dict, register the class (torch.export.register_dataclass), {rest}"
+    if "is not an instance of torch.nn.Parameter" in reason:
+        return f"A scripted module can't be exported: build the model with the module that was scripted, {rest}"
+    if any(part in reason.lower() for part in ("data-dependent", "data dependent", "datadependent", "unbacked")):
+        return f"Code whose path depends on the values in a tensor cannot be exported: rewrite it, {rest}"
+    return f"Write what the exporter names in another way, {rest}"
 
 
 def _describe(model: nn.Module) -> Iterator[tuple[str, ModuleInfo]]:

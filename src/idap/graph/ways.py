@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from idap.graph.copies import own_inputs, skeleton
+from idap.graph.copies import computed, own_inputs, skeleton
 from idap.graph.dropouts import only_in_training, with_them, without
 from idap.graph.frames import Frame, Step
-from idap.graph.ir import Attribute, Extent, Operation, leaves
-from idap.graph.recording import recorded
+from idap.graph.ir import Attribute, Expression, Extent, Operation, leaves
+from idap.graph.recording import Record, recorded
 
 Frames = Mapping[str, Sequence[Frame]]
 """Module path -> what its own code did in each of its calls."""
@@ -39,12 +39,14 @@ class Ways:
         dropped: call of a fused attention -> its dropout in training.
         training: what the modules do that call dropout only in training, with these calls put in.
         unwritable: modules whose code can't be written anew, with the reason.
+        escaped: sizes from which the code computes other numbers in training: for each the modules, with the place.
     """
 
     unmasked: list[Frames] = field(default_factory=list)
     dropped: dict[str, float] = field(default_factory=dict)
     training: dict[str, tuple[Frame, ...]] = field(default_factory=dict)
     unwritable: dict[str, str] = field(default_factory=dict)
+    escaped: dict[Expression, dict[str, str]] = field(default_factory=dict)
 
 
 def other_ways(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frames: Frames) -> Ways:
@@ -57,13 +59,14 @@ def other_ways(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         frames: what they do in evaluation.
     """
     found = Ways(_run_unmasked(model, args, kwargs), unwritable=dict(_closed(model, frames)))
-    modules = model.named_modules()
-    asking = [path for path, module in modules if _is_given_sizes(frames.get(path, ())) and _asks_for_training(module)]
+    asking = [path for path, module in model.named_modules() if _asks_for_training(module)]
     if not asking:
         return found
-    training = _run_in_training(model, args, kwargs)
+    record = _run_in_training(model, args, kwargs)
+    training = None if record is None else record.frames
+    found.escaped.update({} if record is None else record.escaped)
     dropped = only_in_training(_steps(training or {}), _steps(frames))
-    for path in asking:
+    for path in (path for path in asking if _is_given_sizes(frames.get(path, ()))):
         trained, plain = (training or {}).get(path, ()), frames.get(path, ())
         if training is None or _modes_differ(trained, plain, dropped):
             found.unwritable.setdefault(path, "it does something else in training, which new code would not do")
@@ -116,7 +119,7 @@ def _asks_for_training(module: nn.Module) -> bool:
     return False
 
 
-def _run_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frames | None:
+def _run_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record | None:
     copied = skeleton(model).train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
@@ -125,7 +128,7 @@ def _run_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                 copied(*given, **named)
     except Exception:
         return None
-    return record.frames
+    return record
 
 
 def _modes_differ(trained: Sequence[Frame], plain: Sequence[Frame], dropped: Mapping[str, str]) -> bool:
@@ -159,7 +162,7 @@ def _run_unmasked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if all(one is other for one, other in zip(tree_leaves((args, kwargs)), tree_leaves(unmasked), strict=True)):
         return []
     given, named = own_inputs(*unmasked)
-    copied = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model, computed(model)).eval()
     try:
         with torch.random.fork_rng(), torch.no_grad(), recorded(copied) as record:
             copied(*given, **named)

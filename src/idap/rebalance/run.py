@@ -13,6 +13,7 @@ from idap.errors import ConfigError, StructureError, TaskError
 from idap.graph.calls import intercept
 from idap.graph.ir import CallKey
 from idap.graph.run import tensors_of
+from idap.kinds import check_kinds
 from idap.progress import Progress, Silent
 from idap.rebalance.cases import Case, by_addition, by_call, by_original
 from idap.rebalance.consumers import Consumer, changed_nodes, consumers_of
@@ -51,6 +52,7 @@ class Rebalance:
     memory: int = 2**30
 
     def __post_init__(self) -> None:
+        check_kinds(self, prefix="rebalance.")
         if self.memory < 1:
             raise ConfigError(f"rebalance.memory must be at least 1, found {self.memory}.")
         if self.rows < 256:

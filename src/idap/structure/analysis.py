@@ -16,7 +16,7 @@ from idap.structure.attributes import Demand
 from idap.structure.blocks import Block
 from idap.structure.demands import new_values
 from idap.structure.expressible import expressible
-from idap.structure.groups import Blocked, Group, blocked_dims, by_reason
+from idap.structure.groups import Blocked, Group, blocked_dims, obstacles
 from idap.structure.layout import Layout, Presence, slots
 from idap.structure.ordinals import renumbered
 from idap.structure.plan import Called, Plan
@@ -290,21 +290,12 @@ def analyze(
         blocked = blocked_dims(flow, layout)
     structure = Structure(graph, groups, blocks, blocked, layout, demands, rewriter, rewritten)
     if required and not groups and not blocks:
-        reasons = "\n".join(f"  {line}" for line in _reasons(structure.blocked))
+        reasons = "\n".join(f"  {line}" for line in obstacles(structure.blocked))
         raise StructureError(
             "nothing can be pruned: the model has no group of units and no residual block that may go."
             + (f" What stands in the way:\n{reasons}" if reasons else " It has no layer between two others.")
         )
     return structure
-
-
-def _reasons(blocked: Sequence[Blocked]) -> list[str]:
-    """Why dimensions can't shrink, a line for each of the first reasons: those that hold most of them."""
-    held = sorted(by_reason(blocked).values(), key=len, reverse=True)
-    return [
-        f"{first.tensor}, dimension {first.dim}{f' and {len(others)} more' if others else ''}: {first.reason}"
-        for first, *others in held[:8]
-    ]
 
 
 @contextmanager

@@ -115,6 +115,15 @@ def by_reason(blocked: Iterable[Blocked]) -> dict[str, list[Blocked]]:
     return found
 
 
+def obstacles(blocked: Iterable[Blocked], most: int = 8) -> list[str]:
+    """Why dimensions can't shrink, a line for each of the first reasons: those that hold most of them."""
+    held = sorted(by_reason(blocked).values(), key=len, reverse=True)
+    return [
+        f"{first.tensor}, dimension {first.dim}{f' and {len(others)} more' if others else ''}: {first.reason}"
+        for first, *others in held[:most]
+    ]
+
+
 def _final_dims(flow: Flow) -> tuple[dict[str, tuple[tuple[Dim, ...], ...]], dict[str, tuple[Dim, ...]]]:
     """Settle every dim until no more label turns out to fill a whole dimension."""
     flow.labels.because("removing it would leave nothing of a dimension")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import PlanError
-from idap.graph.copies import forget_cached
+from idap.graph.copies import computed, forget_cached, uninitialised
 from idap.graph.provenance import sizes_held
 from idap.structure.plan import Plan
 from idap.surgery.bypass import LinearMap, Projection, stand_in
@@ -40,7 +40,7 @@ def apply_plan(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | Non
     check_fit(model, plan, maps)
     slices = _sliced(model, plan)
     # Handing the small tensors to deepcopy means that the large ones are never copied.
-    memo: dict[int, object] = dict(slices)
+    memo: dict[int, object] = {**computed(model), **slices}
     small = copy.deepcopy(model, memo)
     _restructure(small, plan, maps or {})
     return small
@@ -77,6 +77,10 @@ def check_fit(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None
     Raises:
         PlanError: names the first that isn't.
     """
+    if (lazy := uninitialised(model)) is not None:
+        raise PlanError(
+            f"{lazy!r} of the model is not initialised yet: run the model once on a batch before it is cut."
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
     learned = {name for name, _ in model.named_parameters()}  # buffers may be tables that a forward pass makes anew
     for name, expected in plan.shapes.items():

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from idap.errors import TaskError
+from idap.errors import IdapError, TaskError
 from idap.progress import Progress, Silent
 from idap.training.batch import Batch, Outputs, describe, device_of, move
+from idap.training.generators import drawn_by
 from idap.training.processes import Draw, alone, process_count, process_rank, together, totals
 from idap.training.task import Split, Task, empty_split, from_torchmetrics
 
@@ -43,14 +44,15 @@ def evaluate(model: nn.Module, task: Task, *, split: Split = "val", progress: Pr
     Args:
         model: run in evaluation mode without gradients; every module gets its mode back.
         task: a function as metric is averaged over batches, weighted by their size.
-        split: which batches.
+        split: which batches; a loader that shuffles does so by the same seed each time.
         progress: told of each batch.
 
     Returns:
         The metric, a finite number.
 
     Raises:
-        TaskError: the split is missing or empty, or the metric is NaN, infinite or no number.
+        TaskError: the split is missing or empty, a batch of it fails in the model or in the metric, or the metric is
+            NaN, infinite or no number.
     """
     device = device_of(model)
     batches = task.batches(split)
@@ -58,11 +60,12 @@ def evaluate(model: nn.Module, task: Task, *, split: Split = "val", progress: Pr
     total = operator.length_hint(batches) or None
     # no_grad, not inference_mode: a model may keep a tensor for later, and training could not use an inference tensor.
     phase_of = (progress or Silent()).phase(f"evaluate {split}", total)
-    with together(), modes_kept(model), torch.no_grad(), phase_of as phase:
+    with together(), modes_kept(model), torch.no_grad(), drawn_by(batches, 0), phase_of as phase:
         for number, loaded in enumerate(Draw(seed=0).batches(batches)):
             if number % process_count() == process_rank():
-                batch = move(loaded, device)
-                meter.add(task.run(model, batch), batch)
+                with _named(task, split, number):
+                    batch = move(loaded, device)
+                    meter.add(task.run(model, batch), batch)
             meter.seen += 1
             phase.advance()
     if from_torchmetrics(task.metric) and meter.seen < process_count():
@@ -91,14 +94,16 @@ def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: S
     device = device_of(model)
     error = power = 0.0
     seen = 0
-    with together(), modes_kept(model), modes_kept(reference), torch.no_grad():
-        for number, loaded in enumerate(Draw(seed=0).batches(task.batches(split))):
+    batches = task.batches(split)
+    with together(), modes_kept(model), modes_kept(reference), torch.no_grad(), drawn_by(batches, 0):
+        for number, loaded in enumerate(Draw(seed=0).batches(batches)):
             seen += 1
             if number % process_count() != process_rank():
                 continue
-            batch = move(loaded, device)
-            ours = task.logits(task.run(model, batch)).float()
-            theirs = task.logits(task.run(reference, batch)).float()
+            with _named(task, split, number):
+                batch = move(loaded, device)
+                ours = task.logits(task.run(model, batch)).float()
+                theirs = task.logits(task.run(reference, batch)).float()
             if ours.shape != theirs.shape:
                 raise TaskError(
                     f"the model's logits have shape {tuple(ours.shape)}, those of the reference {tuple(theirs.shape)}; "
@@ -112,9 +117,24 @@ def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: S
     if power == 0 or not math.isfinite(error + power):
         raise TaskError(
             f"on the {split!r} split the squared logits of the reference sum to {power} and the squared differences to "
-            f"{error}; a relative error needs both finite and the first above 0. Look for NaN in both models' outputs."
+            f"{error}; a relative error needs both finite and the first above 0. Look for NaN and infinity in both "
+            "models' outputs."
         )
     return error / power
+
+
+@contextmanager
+def _named(task: Task, split: Split, number: int) -> Iterator[None]:
+    """Add to errors of the user's model and metric which batch they came from."""
+    try:
+        yield
+    except (IdapError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"batch {number} of the {split!r} split, counted from 0, can't be judged by {task.metric_name!r}: "
+            f"{type(error).__name__}: {error}. Look at that batch, and at the model and the metric on it."
+        ) from error
 
 
 class Meter:

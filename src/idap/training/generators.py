@@ -9,6 +9,20 @@ from idap.training.batch import Batch
 
 
 @contextmanager
+def drawn_by(loader: Iterable[Batch], seed: int) -> Iterator[None]:
+    """Let all that a loader draws begin at a seed, and put torch's random state and the loader's own back afterwards.
+
+    Args:
+        loader: any batches.
+        seed: of what is drawn within the context.
+    """
+    cuda = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=cuda), generators_seeded(loader, seed):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def generators_seeded(loader: Iterable[Batch], seed: int) -> Iterator[None]:
     """Let the generators of a loader and its samplers begin at a seed, and give each its own state back.
 

@@ -276,7 +276,7 @@ def _described(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:
     others = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recovery.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if recovery.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recovery.lr, betas=(recovery.momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=recovery.lr, betas=(float(recovery.momentum), 0.999))
     return torch.optim.SGD(groups, lr=recovery.lr, momentum=recovery.momentum)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from idap.errors import ConfigError
+from idap.kinds import check_kinds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,9 @@ class Recovery:
 
     def __post_init__(self) -> None:
         self._check_choices()
+        check_kinds(self, word="got")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed must fit into 64 bits, got {self.seed}.")
         for name in ("epochs", "steps", "minutes", "weight_decay", "features", "norm_batches"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
@@ -88,10 +92,6 @@ class Recovery:
                 raise ConfigError(f"{name} must be {_either(allowed)}, got {getattr(self, name)!r}.")
         if self.channels_last not in ("auto", True, False):
             raise ConfigError(f"channels_last must be 'auto', True or False, got {self.channels_last!r}.")
-        for name in ("steps", "norm_batches"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
-                raise ConfigError(f"{name} must be a whole number, got {value!r}.")
 
     @property
     def trains(self) -> bool:

@@ -25,6 +25,7 @@ from idap.training.batch import (
     describe,
     move,
 )
+from idap.training.generators import drawn_by
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -129,13 +130,15 @@ class Task:
             device: where the tensors are wanted.
 
         Returns:
-            Positional and keyword arguments of the model.
+            Positional and keyword arguments of the model; the same each time, even of a loader that shuffles.
 
         Raises:
             TaskError: the calibration split is empty.
         """
-        for batch in self.batches("calibration"):
-            return self.inputs(move(batch, device))
+        batches = self.batches("calibration")
+        with drawn_by(batches, 0):
+            for batch in batches:
+                return self.inputs(move(batch, device))
         raise empty_split("calibration" if self.calibration is not None else "train")
 
 
@@ -174,8 +177,10 @@ def classification(
     Raises:
         ConfigError: `num_classes` or `label_smoothing` is out of range.
     """
-    if num_classes < 2:
-        raise ConfigError(f"num_classes must be 2 or more, got {num_classes}.")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ConfigError(f"num_classes must be 2 or more, got {num_classes!r}.")
+    if not isinstance(label_smoothing, int | float):
+        raise ConfigError(f"label_smoothing must be a number, got {label_smoothing!r}.")
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
 
@@ -213,6 +218,8 @@ def _logits_and_labels(outputs: Outputs, batch: Batch, num_classes: int) -> tupl
             f"the labels are {describe(labels)}; expected integers of shape ({len(logits)},), one class per sample. "
             "Turn one-hot rows into indices with argmax(1), and columns of shape (B, 1) into squeeze(1)."
         )
+    if not len(labels):
+        raise TaskError("a batch holds no samples. Leave such batches out; a DataLoader with drop_last=True does.")
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= num_classes:
         raise TaskError(

@@ -246,6 +246,12 @@ def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknow
         return [flow.dims[source.name][index]]
     if not node.shapes:
         return []  # an assertion, a side effect
+    if node.op.count(".") != 2:
+        raise UnknownOperatorError(
+            f"{node.where()} is no operator but control flow, or a transform such as torch.vmap, which can't be "
+            "followed: write that part of the forward with ordinary operators, or compress a part of the model that "
+            "does not have it."
+        )
     found = rule_of(node)
     if found is None:
         if not freeze_unknown:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from idap.graph.ir import Node
+from idap.graph.ir import Node, Ref
 from idap.graph.labels import Dim, fixed
 from idap.graph.rules.flow import RULES, Flow, arguments, broadcast, rule
 
@@ -74,8 +74,8 @@ def reduction(flow: Flow, node: Node) -> list[Dim] | list[list[Dim]]:
     axes = _axes(given.get("dim"), len(x))
     reduced = [x[axis] for axis in axes]
     flow.crosses(node, "reduction", reduced)
-    if _returns_places(node):
-        flow.freeze(reduced)
+    if _returns_places(flow, node):
+        flow.freeze(reduced, "the places of its slots are read")
         x = flow.of(given["self"])
     if given.get("keepdim"):
         result = [fixed(1) if axis in axes else dim for axis, dim in enumerate(x)]
@@ -131,9 +131,16 @@ def along_dims(flow: Flow, node: Node) -> list[list[Dim]]:
     return result
 
 
-def _returns_places(node: Node) -> bool:
+def _returns_places(flow: Flow, node: Node) -> bool:
+    """Whether anyone learns at which place of a dimension a value was found."""
     name = node.op.split(".")[1]
-    return name.startswith("arg") or (name in ("max", "min") and len(node.shapes) > 1)
+    if name.startswith("arg"):
+        return True
+    if name not in ("max", "min") or len(node.shapes) < 2:
+        return False
+    nodes, outputs = flow.graph.nodes.values(), flow.graph.outputs
+    taken = {each.name for each in nodes if each.op == "getitem" and each.args == (Ref(node.name), 1)}
+    return not taken.isdisjoint([*outputs, *(read for each in nodes for read in each.inputs())])
 
 
 def _axes(dim: Any, rank: int) -> list[int]:
