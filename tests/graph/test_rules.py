@@ -143,6 +143,17 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "max with places": (lambda x: x.max(1).values, (8,)),
     "max of two": (lambda x: torch.max(x, x * 2), (8,)),
     "var, std": (lambda x: x.var(1, keepdim=True) + x.std((2, 3), keepdim=True), (8,)),
+    "fourier over places": (lambda x: torch.fft.irfft2(torch.fft.rfft2(x, dim=(2, 3)) * 0.5, dim=(2, 3)), (8,)),
+    "fourier over channels": (lambda x: torch.fft.fft(torch.fft.fft(x, dim=1), dim=-1).real, ()),
+    "fourier over everything": (lambda x: torch.fft.fftn(x).abs(), ()),
+    "fftshift": (lambda x: torch.fft.fftshift(x, dim=(2,)) * torch.fft.ifftshift(x, dim=-1), (8,)),
+    "complex": (lambda x: torch.complex(x, x * 2).conj().imag + torch.polar(x.abs(), x).real, (8,)),
+    "complex view of places": (lambda x: torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:3], 2, 2))), (8,)),
+    "complex view of channels": (
+        lambda x: torch.view_as_complex(x.flatten(2).mT.contiguous().view(2, 16, 4, 2)).abs(),
+        (),
+    ),
+    "outer": (lambda x: x * torch.outer(x.mean((0, 2, 3)), x.mean((0, 1, 3)))[:, :, None], (8,)),
     "norm": (lambda x: x / x.norm(dim=1, keepdim=True) + F.normalize(x, dim=1), (8,)),
     "diff of places": (lambda x: x.diff(dim=2), (8,)),
     "diff of channels": (lambda x: x.diff(dim=1), ()),
@@ -178,6 +189,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 }
 
 REWRITTEN: dict[str, tuple[int, ...]] = {
+    "complex view of channels": (4,),
     # Name: the units if the operator's ints may be written anew, where that makes a difference.
     "view into a half and two": (4, 2),
     "view with literals": (4, 2),

@@ -15,6 +15,7 @@ from idap.graph.rules import (
     pooling,
     recurrent,
     shape,
+    spectral,
 )
 from idap.graph.rules.flow import Contraction, Flow, Pin, SizeUse, flow_of
 
@@ -34,4 +35,5 @@ __all__ = [
     "pooling",
     "recurrent",
     "shape",
+    "spectral",
 ]

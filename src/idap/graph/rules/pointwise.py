@@ -50,6 +50,13 @@ from idap.graph.rules.flow import Flow, arguments, broadcast, rule
     "__and__",
     "__or__",
     "__xor__",
+    "real",
+    "imag",
+    "complex",
+    "polar",
+    "_conj",
+    "resolve_conj",
+    "resolve_neg",
 )
 def elementwise(flow: Flow, node: Node) -> list[Dim]:
     """Dims that meet become one dimension."""
