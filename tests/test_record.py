@@ -111,7 +111,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 def test_a_file_in_the_way_is_refused(tmp_path, below):
     file = tmp_path / "file"
     file.write_text("text")
-    with pytest.raises(RunFolderError, match=r"exists and is not an empty folder|cannot write the run folder"):
+    with pytest.raises(RunFolderError, match=r"exists and is not an empty folder|is a file, so no run can be kept in"):
         RunFolder(file / below).open({})
     assert file.read_text() == "text"
 
@@ -190,3 +190,13 @@ def test_what_is_no_json_is_refused(tmp_path):
 def test_numbers_keep_their_digits(tmp_path):
     write_json(tmp_path / "a.json", {"pi": math.pi})
     assert json.loads((tmp_path / "a.json").read_text()) == {"pi": math.pi}
+
+
+def test_a_run_below_a_file_or_with_an_impossible_name_is_refused(tmp_path):
+    (tmp_path / "notes").write_text("x")
+    with pytest.raises(
+        RunFolderError, match=r"notes is a file, so no run can be kept in .*notes/runs/a; choose another"
+    ):
+        RunFolder(tmp_path / "notes" / "runs" / "a").check()
+    with pytest.raises(RunFolderError, match=r"can't be the folder of a run: .*[Tt]oo long"):
+        RunFolder(tmp_path / ("n" * 300)).check()

@@ -136,12 +136,18 @@ class RunFolder:
             RunFolderError: the folder holds another run or other files, or is none; it can't be written, or the disk is
                 full.
         """
-        if (self.path / RUN).exists():
+        try:
+            begun = (self.path / RUN).exists()
+        except OSError as error:
+            raise RunFolderError(f"{self.path} can't be the folder of a run: {error}. Choose another one.") from error
+        if begun:
             raise RunFolderError(f"{self.path} already holds a run ({RUN}); choose another folder, or delete this one.")
         others = self.path.is_dir() and {each.name for each in self.path.iterdir()} - {ORIGINAL}
         if others or (self.path.exists() and not self.path.is_dir()):
             raise RunFolderError(f"{self.path} exists and is not an empty folder; choose another one for the run.")
-        near = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
+        near = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not near.is_dir():
+            raise RunFolderError(f"{near} is a file, so no run can be kept in {self.path}; choose another folder.")
         if not os.access(near, os.W_OK | os.X_OK):
             raise RunFolderError(
                 f"{near} can't be written, so no run can be kept in {self.path}; choose another folder."
