@@ -82,7 +82,7 @@ class _Trial:
         verify(self._structure, self._original, small, plan, self._example, maps=maps)
         failure = training_failure(small, *self._example) if self._trains else ""
         if failure:
-            raise TrainingFailure(f"without it the model fails in training, where its code does more: {failure}")
+            raise TrainingFailure(f"the smaller model fails in training, where its code does more: {failure}")
 
 
 def _keeping_whole(config: Config, groups: Sequence[str]) -> Config:
