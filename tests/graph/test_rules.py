@@ -189,8 +189,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 }
 
 REWRITTEN: dict[str, tuple[int, ...]] = {
-    "complex view of channels": (4,),
     # Name: the units if the operator's ints may be written anew, where that makes a difference.
+    "complex view of channels": (4,),
     "view into a half and two": (4, 2),
     "view with literals": (4, 2),
     "unflatten": (2, 4),

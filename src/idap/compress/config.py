@@ -229,12 +229,11 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, kind) and (value is not None or name not in ("final", "rebalance")):
                 raise ConfigError(f"{name} must be an idap.{kind.__name__}(...), found {value!r}.")
-        check_kinds(self, only=("swap", "freeze_unknown", "seed", "criterion", "filters_share"))
         if isinstance(self.contracts, str):
             raise ConfigError(
                 f"contracts must be several names, found {self.contracts!r}; write ({self.contracts!r},)."
             )
-        check_kinds(self, only=("contracts",))
+        check_kinds(self, only=("swap", "freeze_unknown", "seed", "contracts"))
 
     def _check_stages(self) -> None:
         if self.filters.steps == 0 and self.layers.removals == 0:

@@ -153,15 +153,9 @@ def default_size(batch: Batch) -> int:
     Raises:
         TaskError: the batch holds no tensor with a dimension.
     """
-    pending = [batch]
-    while pending:
-        part = pending.pop(0)
-        if isinstance(part, Tensor) and part.ndim:
-            return len(part)
-        if isinstance(part, Mapping):
-            pending[:0] = part.values()
-        elif isinstance(part, tuple | list):
-            pending[:0] = part
+    for tensor in tensors_of(batch):
+        if tensor.ndim:
+            return len(tensor)
     raise TaskError(f"a batch is {describe(batch)}, so its size is not known. Pass size=lambda batch: ... to the task.")
 
 

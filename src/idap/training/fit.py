@@ -23,7 +23,7 @@ from idap.training.batch import device_of
 from idap.training.best import Best, Judge
 from idap.training.distill import Features
 from idap.training.evaluate import modes_kept
-from idap.training.generators import generators_seeded
+from idap.training.generators import drawn_by
 from idap.training.loop import FitReport, Loop
 from idap.training.pace import Pace
 from idap.training.processes import Draw, align_, process_rank
@@ -119,16 +119,13 @@ def _training(
     if teacher is not None:
         _check_teacher(model, teacher)
     teacher_modes = nullcontext() if teacher is None else modes_kept(teacher)
-    cuda = range(torch.cuda.device_count())
     with (
         torch.enable_grad(),
-        torch.random.fork_rng(devices=cuda),
-        generators_seeded(task.train, seed),
+        drawn_by(task.train, seed),
         teacher_modes,
         modes_kept(model, training=True),
         ExitStack() as lasting,
     ):
-        torch.manual_seed(seed)
         draw = Draw()
         if process_rank() > 0:
             torch.manual_seed(seed + process_rank())  # so that dropout differs
