@@ -4,12 +4,14 @@
     python benchmarks/ablation.py --data DATA --tiny      # the same rows from a few images, to try the script
 
 ResNet-20 on CIFAR-10 at half of the multiply-adds. Every row is `idap.compress` with its defaults but for one setting,
+and layers go unasked (against="nothing") where nothing else is said, as was the default when most rows were measured,
 without training in between; then the same recovery for all, 5,000 images twice, without the average of weights. 2,000
 test images decide, also of the best state of the recovery; the others are reported on. Three seeds draw the calibration
 images and those of the recovery, and their order. Rows already in the results are not measured again.
 
 Questions, each with the defaults as the row to compare with:
     stages         filters only and layers only, against both; layers only stops at the first block below the target
+    against        both stages, but a layer goes only where filters that save as much would lose more: the default now
     order          of the stages; "interleaved" needs a criterion that scores blocks, so the orders are compared with
                    the criterion "relative" too
     growth         alpha, how the share that a step removes grows from a small one; from the default one (rows without
@@ -43,6 +45,7 @@ from idap.compress.config import FilterStage, LayerStage
 SHARE = 1 / 2
 KEYS = ("question", "setting", "seed")
 DEFAULT = "defaults"
+"""The row that all others differ from by one setting."""
 RECOVERY = Recovery(epochs=2, lr=0.01, distil=0.9, temperature=8.0, average=False)
 FULL = Protocol(device="cpu", train=5000, recovery=RECOVERY)
 TINY = Protocol(device="cpu", train=128, val=64, calibration=128, batch=64, recovery=FULL.recovery)
@@ -66,7 +69,8 @@ class Variant:
 
     def measure(self, bench: Bench, rows: Rows) -> dict[str, Any]:
         """One row."""
-        stages = {"filters": FilterStage(**self.filters), "layers": LayerStage(**self.layers)}
+        layers = LayerStage(**{"against": "nothing", **self.layers})
+        stages = {"filters": FilterStage(**self.filters), "layers": layers}
         recovery = replace(bench.protocol.recovery, **self.recovery)
         mine = bench.under(replace(bench.protocol, recovery=recovery))
         return mine.row(SHARE, ours(**stages, **self.config), rows)
@@ -79,6 +83,7 @@ QUESTIONS: Mapping[str, Mapping[str, Variant]] = {
         "filters only": Variant(layers={"removals": 0}),
         "layers only": Variant(filters={"steps": 0}, layers={"removals": 1000}),
     },
+    "against": {"filters": Variant(layers={"against": "filters"})},
     "order": {
         "layers-filters": Variant(config={"order": "layers-filters"}),
         "filters-layers, relative": Variant(config={"order": "filters-layers", **RELATIVE}),

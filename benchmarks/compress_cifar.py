@@ -10,8 +10,9 @@ heart, so 2,000 test images decide, of the learning rates and of the states befo
 other 8,000 are reported on. Rows already in the results are not measured again.
 
 Methods:
-    idap: ...               `idap.compress` with its defaults, both stages or one, in both orders; "one cut" instead
-                            of growing steps; "inside blocks": stage 1 on the channels that Torch-Pruning
+    idap: ...               `idap.compress`: "defaults", where blocks go only if filters would lose more; "filters,
+                            layers", where they go unasked; one stage; the other order; "one cut" instead of growing
+                            steps; "inside blocks": stage 1 on the channels that Torch-Pruning
                             can cut; "per MAC": ranked by score per multiply-add, where the default ranks by score alone
     torch-pruning ...       its criteria (fpgm is the best of them here, see docs/results.md) on the channels inside of
                             residual blocks, ranked globally, cut to the same cost; as it comes, and rebalanced by us
@@ -131,7 +132,8 @@ def forget(model: nn.Module, seed: int) -> None:
 BOTH = "idap: filters, layers"
 ALL_BLOCKS = LayerStage(removals=1000)
 METHODS: dict[str, Method] = {
-    BOTH: ours(),
+    "idap: defaults": ours(),
+    BOTH: ours(layers=LayerStage(against="nothing")),
     "idap: filters": ours(layers=LayerStage(removals=0)),
     "idap: filters, one cut": ours(filters=FilterStage(schedule="one-shot"), layers=LayerStage(removals=0)),
     "idap: filters inside blocks": ours(layers=LayerStage(removals=0), inside=True),
@@ -153,7 +155,7 @@ METHODS: dict[str, Method] = {
     "uniform L2": peer("magnitude_l2", ranking="uniform"),
     "uniform L2, rebalanced": peer("magnitude_l2", ranking="uniform", rebalanced=True),
 }
-FIRST = 15
+FIRST = 16
 """So many methods are measured at both costs before the others."""
 
 

@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,27 @@ class Curve:
     average: float | None = None
 
 
+@dataclass(frozen=True)
+class Contest:
+    """A layer against filters that save as much; neither was trained.
+
+    Attributes:
+        layer: mean loss on the calibration data without the layer.
+        filters: the same without the filters.
+    """
+
+    layer: float
+    filters: float
+
+    @property
+    def lost(self) -> bool:
+        """Whether the filters lose less, so that the layer stays."""
+        return not self.layer <= self.filters and isfinite(self.filters)
+
+    def __str__(self) -> str:
+        return f"{self.filters:.4g} in place of {self.layer:.4g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """The record of one decision.
@@ -92,7 +114,8 @@ class Step:
         removed: what the step removed.
         macs: multiply-adds for one sample after the step.
         parameters: after the step.
-        metric: on the validation data, measured after the step's recovery.
+        metric: on the validation data, measured after the step's recovery; of a layer that lost its contest, without
+            one.
         accepted: whether the step was kept; otherwise everything was rolled back.
         reason: why it was kept or not.
         error: largest relative difference between the pruned model and the masked original, before recovery.
@@ -101,6 +124,7 @@ class Step:
             goal.
         phases: kind of work -> seconds of the step that it took.
         curve: of the step's recovery; None where nothing was trained.
+        contest: with filters, where a layer had to beat them.
     """
 
     index: int
@@ -116,6 +140,7 @@ class Step:
     shares: Mapping[str, float] = field(default_factory=dict)
     phases: Mapping[str, float] = field(default_factory=dict)
     curve: Curve | None = None
+    contest: Contest | None = None
 
 
 class RunFolder:

@@ -12,11 +12,12 @@ from idap.compress.change import make_cut, next_state
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
-from idap.compress.layers import layer_stage, loss_without
+from idap.compress.layers import layer_stage
 from idap.compress.neighbours import neighbours
 from idap.compress.profile import profile
 from idap.compress.run import compress
 from idap.compress.state import Setting, State
+from idap.compress.trial import loss_without
 from idap.cost.count import CostModel, saved_tensors
 from idap.errors import ConfigError, PlanError
 from idap.graph.trace import trace

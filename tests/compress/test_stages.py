@@ -15,10 +15,11 @@ from idap.compress.change import next_state
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal, describe
-from idap.compress.layers import calibration_loss, layer_stage, loss_without
+from idap.compress.layers import layer_stage
 from idap.compress.ranking import Candidates, Way, rank
 from idap.compress.samples import few_samples
 from idap.compress.state import Setting, State
+from idap.compress.trial import calibration_loss, loss_without
 from idap.progress import Silent
 from idap.record import Removal, Step
 from idap.surgery.apply import apply_plan

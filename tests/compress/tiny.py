@@ -76,7 +76,7 @@ def config(**changes: object) -> Config:
         "max_drop": 0.05,
         "macs": 0.5,
         "filters": FilterStage(steps=5, first_share=0.2),
-        "layers": LayerStage(removals=2),
+        "layers": LayerStage(removals=2, against="nothing"),  # so that both stages have something to do
         "filters_share": 0.4,
         "recovery": Recovery(epochs=1, lr=0.02),
         "calibration_batches": 2,

@@ -116,3 +116,31 @@ def test_inputs_that_the_model_refuses_are_shown() -> None:
 def test_a_path_that_depends_on_values_is_explained() -> None:
     with pytest.raises(TraceError, match=r"torch\.export cannot export Decides: .* depends on the values in a tensor"):
         trace(Decides(), (torch.randn(3, 4),))
+
+
+class Mixed(nn.Module):
+    def __init__(self, dtype: torch.dtype, *, enabled: bool, device: str = "cpu") -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+        self.how = (device, dtype, enabled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device, dtype, enabled = self.how
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            x = self.fc(x)
+        return x.float()
+
+
+def test_code_that_lowers_the_precision_itself_is_named() -> None:
+    with pytest.raises(
+        TraceError,
+        match=r"by torch\.autocast\('cpu', torch\.bfloat16\), as in test_trace\.py:\d+: x = self\.fc\(x\)\. .* "
+        r"around the call of the model",
+    ):
+        trace(Mixed(torch.bfloat16, enabled=True), (torch.zeros(2, 4),))
+
+
+@pytest.mark.parametrize(("device", "enabled"), [("cpu", False), ("cuda", True)])
+def test_autocast_that_lowers_nothing_here_is_followed(device: str, enabled: bool) -> None:
+    graph = trace(Mixed(torch.bfloat16, enabled=enabled, device=device), (torch.zeros(2, 4),))
+    assert "aten.linear.default" in {node.op for node in graph.nodes.values()}

@@ -10,9 +10,9 @@ from idap.compress.budget import Budget, Shares, shares_of
 from idap.compress.change import Made, make_cut
 from idap.compress.journal import block_removal
 from idap.compress.latencies import come_down
-from idap.compress.layers import calibration_loss, joined
 from idap.compress.ranking import Candidates, Way, multiples_of, rank, ways
-from idap.compress.state import Keep, Setting, State
+from idap.compress.state import Keep, Setting, State, joined
+from idap.compress.trial import calibration_loss
 from idap.record import LATENCY_NOISE, Removal
 from idap.selection.alike import shortest
 from idap.selection.best import best_of
@@ -61,7 +61,7 @@ def best_cut(
     may_step = last and setting.config.filters.multiple == 1 and "latency" in setting.budget.targets
     if not others and not may_step:
         return rankings[first], cuts[first], None
-    left = _left(setting, state, cuts[first])
+    left = left_after(setting, state, cuts[first])
     may_step = may_step and _holds(aim, left)  # steps of the hardware only where the step gets to its aim
     # The others go as far down as the first, so that their losses can be compared.
     level = replace(aim, targets={name: left[name] for name in aim.targets or ("macs",)})
@@ -69,7 +69,7 @@ def best_cut(
     def compare(way: Way, multiples: Mapping[str, int]) -> None:
         cut = _cut(setting, state, rankings[way], level, 1.0, multiples)
         # A first cut that was measured too slow asks for nothing, and doing nothing loses nothing.
-        if cut.takes_from(state) and _holds(level, _left(setting, state, cut)):
+        if cut.takes_from(state) and _holds(level, left_after(setting, state, cut)):
             cuts[way] = cut
 
     trial = _Trial(setting, state)
@@ -90,6 +90,17 @@ def best_cut(
 def _holds(aim: Budget, left: Shares) -> bool:
     """Whether so little is left as is wanted; of a latency, within what a measurement of it is worth."""
     return aim.shortfall(left) <= (LATENCY_NOISE if "latency" in aim.targets else 0)
+
+
+def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> nn.Module | None:
+    """The model that filters alone make of a state when they come down to an aim; None if they can't."""
+    found = setting.divergence(state, blocks=False, title=title)
+    with setting.clock.on("selection"):
+        candidates = Candidates.of(setting, state, found.units, {})
+        _, cut, made = best_cut(setting, state, candidates, aim, 1.0, last=False)
+        if not cut.takes_from(state) or not _holds(aim, left_after(setting, state, cut)):
+            return None
+    return (made or make_cut(setting, state, cut.keep, cut.removed)).model
 
 
 class _Trial:
@@ -117,7 +128,7 @@ class _Trial:
         return self._best[2] if self._best is not None and self._best[1] == cut else None
 
 
-def _left(setting: Setting, state: State, cut: Cut) -> dict[str, float]:
+def left_after(setting: Setting, state: State, cut: Cut) -> dict[str, float]:
     """What a cut leaves of each of the original's costs; latency, where it is a goal, as measured now."""
     found = shares_of(setting.costs.cost(cut.keep, cut.removed), setting.whole)
     latency = setting.latency_of(_applied(setting, state, cut))

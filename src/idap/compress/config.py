@@ -97,6 +97,10 @@ class LayerStage:
             such a map in place of every whole block.
         parts: "all", or "blocks": whole blocks only, never a single branch of one. A configuration of transformers
             can say how many layers there are, not that one of them lacks its attention.
+        against: what a layer has to beat before it goes, where costs have targets and stage 1 comes first. "filters":
+            those that would save as much; where they lose less on calibration data, they go in its place, and layers
+            only if filters don't come to the targets. "nothing": layers go unasked, which makes a network faster than
+            its multiply-adds say.
         tune: which weights recover after a removal: "all", or "neighbours", those of the layers next to what went.
 
     Raises:
@@ -108,6 +112,7 @@ class LayerStage:
     patience: int = 3
     replacement: Replacement = "identity"
     parts: Literal["all", "blocks"] = "all"
+    against: Literal["filters", "nothing"] = "filters"
     tune: Literal["all", "neighbours"] = "all"
 
     def __post_init__(self) -> None:
@@ -116,6 +121,7 @@ class LayerStage:
         _at_least("layers.patience", self.patience, 1, whole=True)
         _one_of("layers.replacement", self.replacement, get_args(Replacement))
         _one_of("layers.parts", self.parts, ("all", "blocks"))
+        _one_of("layers.against", self.against, ("filters", "nothing"))
         _one_of("layers.tune", self.tune, ("all", "neighbours"))
 
 

@@ -5,13 +5,12 @@ from collections.abc import Collection, Sequence
 from idap.compress.budget import Budget
 from idap.compress.change import next_state
 from idap.compress.choice import best_cut, removals
-from idap.compress.journal import Journal
+from idap.compress.journal import Decision, Journal
 from idap.compress.pace import Pace
 from idap.compress.ranking import Candidates
 from idap.compress.state import Setting, State
 from idap.divergence.criteria import WITH_BLOCKS
 from idap.errors import ConfigError
-from idap.record import Removal
 
 
 def filter_stage(
@@ -37,9 +36,9 @@ def filter_stage(
         found = found or _candidate(setting, state, goal, aim, share, journal, blocks, rejected)
         if found is None:
             break
-        candidate, removed = found
+        candidate = found.state
         if goal.holds(candidate.metric):
-            journal.note(stage, candidate, removed, accepted=True, reason="within the budget")
+            journal.note(stage, found, accepted=True, reason="within the budget")
             state, rejected = candidate, None
             pace.accept()
             continue
@@ -48,7 +47,7 @@ def filter_stage(
         taken = units - sum(map(len, candidate.keep.values()))
         smaller = pace.reject(setting.shares(state), taken, units)
         reason = f"outside the budget; {f'next step {smaller}' if smaller else 'no smaller step is worth trying'}"
-        journal.note(stage, candidate, removed, accepted=False, reason=reason)
+        journal.note(stage, found, accepted=False, reason=reason)
         if not smaller:
             break
     return state
@@ -68,7 +67,7 @@ def _candidate(
     journal: Journal,
     blocks: Sequence[str],
     rejected: State | None,
-) -> tuple[State, list[Removal]] | None:
+) -> Decision | None:
     """Measure, rank, cut and recover; None if nothing more may go, or only what was rejected just now."""
     stage, number = _stage(blocks), len(journal.steps)
     found = setting.divergence(state, blocks=bool(blocks) or journal.opening, title=f"{stage} {number}: measure")
@@ -88,7 +87,7 @@ def _candidate(
         setting.progress.say(f"{stage} {number}: no smaller step is possible; units go in bundles.")
         return None
     candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=made)
-    return candidate, removals(setting, state, cut, ranking, candidates)
+    return Decision(candidate, removals(setting, state, cut, ranking, candidates))
 
 
 def _free(setting: Setting, state: State, scored: Collection[str], blocks: Sequence[str]) -> list[str]:

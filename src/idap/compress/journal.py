@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from idap.compress.folder import profile_of
 from idap.compress.state import Setting, State
 from idap.divergence.measure import Divergence
 from idap.errors import RunFolderError
 from idap.progress import Status
-from idap.record import BEFORE, Curve, Removal, RunFolder, Step
+from idap.record import BEFORE, Contest, Curve, Removal, RunFolder, Step
 from idap.saving.checkpoint import load, save
 from idap.structure.blocks import Block
 from idap.structure.projected import PROJECTION
@@ -17,6 +17,20 @@ from idap.training.processes import on_main
 
 COST_NAMES = {"macs": "MACs", "parameters": "parameters", "size": "file size", "latency": "latency"}
 """How costs are called in text."""
+
+
+class Decision(NamedTuple):
+    """What a step decides on.
+
+    Attributes:
+        state: that the step came to.
+        removed: what it took.
+        contest: with filters, where a layer had to beat them.
+    """
+
+    state: State
+    removed: Sequence[Removal]
+    contest: Contest | None = None
 
 
 class Journal:
@@ -46,7 +60,7 @@ class Journal:
         self._past = list(past)
         self.steps: list[Step] = []
 
-    def recall(self, stage: str, state: State) -> tuple[State, list[Removal]] | None:
+    def recall(self, stage: str, state: State) -> Decision | None:
         """The next decision, if it was taken before the run was stopped.
 
         Args:
@@ -54,8 +68,8 @@ class Journal:
             state: from which the decision was taken.
 
         Returns:
-            The candidate of then and what it lost; None if the decision is yet to be taken. The model of a candidate
-            that was rejected is that of `state`: it is not needed.
+            The decision of then; None if it is yet to be taken. The model of a candidate that was rejected is that of
+            `state`: it is not needed.
 
         Raises:
             RunFolderError: an earlier decision does not fit the run.
@@ -86,17 +100,18 @@ class Journal:
             assert setting.folder is not None
             model = load(setting.folder.checkpoint(index), setting.original)
         cost, latency = setting.costs.cost(keep, parts), found["shares"].get("latency")
-        return State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"], latency), removed
+        recalled = State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"], latency)
+        return Decision(recalled, removed, None if found["contest"] is None else Contest(**found["contest"]))
 
-    def note(self, stage: str, state: State, removed: Sequence[Removal], *, accepted: bool, reason: str) -> None:
+    def note(self, stage: str, decision: Decision, *, accepted: bool, reason: str) -> None:
         """Record one decision; an accepted state is saved before the decision is written."""
-        index = len(self.steps)
+        index, state = len(self.steps), decision.state
         recalled = index < len(self._past)
         phases = self._past[index]["phases"] if recalled else self._setting.clock.take()
         step = Step(
             index=index,
             stage=stage,
-            removed=tuple(removed),
+            removed=tuple(decision.removed),
             macs=state.cost.macs,
             parameters=state.cost.parameters,
             metric=state.metric,
@@ -107,6 +122,7 @@ class Journal:
             shares=self._setting.shares(state),
             phases=phases,
             curve=_curve(self._past[index]["curve"]) if recalled else self._curve(),
+            contest=decision.contest,
         )
         folder = self._setting.folder
         if folder is not None and not recalled:

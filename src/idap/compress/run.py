@@ -17,7 +17,7 @@ from idap.compress.config import Config, checked
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
 from idap.compress.folder import settings_of
-from idap.compress.journal import Journal
+from idap.compress.journal import Decision, Journal
 from idap.compress.layer_times import LayerTimes, measured, recalled
 from idap.compress.layers import layer_stage
 from idap.compress.least import least_shares
@@ -151,10 +151,15 @@ def _stages(setting: Setting, state: State, removable: list[str], journal: Journ
     if width:
         aim = goal.part_way(setting.shares(state), config.filters_share) if depth else goal
         state = filter_stage(setting, state, aim, journal)
-    if depth:
+    if not depth:
+        return state
+    contested = width and bool(goal.targets) and config.layers.against == "filters"
+    state = layer_stage(setting, state, goal, journal, removable, contested=contested)
+    if width and goal.targets:
+        state = filter_stage(setting, state, goal, journal)  # what stage 2 left over
+    if contested and not goal.reached(setting.shares(state)):  # where filters were better, but do not come there
         state = layer_stage(setting, state, goal, journal, removable)
-        if width and goal.targets:
-            state = filter_stage(setting, state, goal, journal)  # what stage 2 left over
+        state = filter_stage(setting, state, goal, journal)
     return state
 
 
@@ -277,15 +282,15 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
         return state
     recalled = journal.recall("final", state)
     if recalled is not None:
-        metric, better = recalled[0].metric, setting.task.higher_is_better
+        metric, better = recalled.state.metric, setting.task.higher_is_better
         accepted = metric >= state.metric if better else metric <= state.metric
-        journal.note("final", recalled[0], [], accepted=accepted, reason=_FINAL[accepted])
-        return recalled[0] if accepted else state
+        journal.note("final", recalled, accepted=accepted, reason=_FINAL[accepted])
+        return recalled.state if accepted else state
     model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
     metric = recover(setting, model, state.plan, "final recovery", recovery)
     accepted = metric >= state.metric if setting.task.higher_is_better else metric <= state.metric
     candidate = replace(state, model=model, metric=metric, latency=setting.latency_of(model))
-    journal.note("final", candidate, [], accepted=accepted, reason=_FINAL[accepted])
+    journal.note("final", Decision(candidate, []), accepted=accepted, reason=_FINAL[accepted])
     return candidate if accepted else state
 
 

@@ -224,3 +224,9 @@ class Setting:
             return None
         with self.clock.on("latency"):
             return latency_share(self.original, model, self.timed)
+
+
+def joined(structure: Structure, before: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
+    """All that is gone once some more blocks are removed, without those that lie inside others."""
+    inside = {inner for name in new for inner in structure.block(name).contains}
+    return tuple(name for name in dict.fromkeys((*before, *new)) if name not in inside)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from idap.errors import TraceError
 from idap.graph.frames import Frame
 from idap.graph.ir import Comparison, Expression, Extent, Literal, ModuleCall, Node, Operation, Ref, leaves
 from idap.graph.provenance import sources
@@ -186,6 +187,8 @@ class Converter:
         for part in str(getter.target).split("."):
             module = getattr(module, part)
         operands = node.args[node.args.index(getter) + 1 :]
+        if "wrap_with_autocast" in str(node.target):
+            _refuse_lowered(node.args, module.graph)
         inner: dict[fx.Node, Any] = {}
         places = [n for n in module.graph.nodes if n.op == "placeholder"]
         for place, operand in zip(places, operands, strict=True):
@@ -216,6 +219,29 @@ class Converter:
         if isinstance(expression, Operation):
             return replace(expression, operands=tuple(self._rename(part) for part in expression.operands))
         return expression
+
+
+def _refuse_lowered(args: Sequence[Any], code: fx.Graph) -> None:
+    """Refuse code that lowers the precision itself: cuts are proved to more digits than are left there.
+
+    Args:
+        args: of the context: device type, dtype, whether it is enabled.
+        code: inside of it.
+
+    Raises:
+        TraceError: names the line.
+    """
+    device, dtype, enabled = args[:3]
+    made = [(node, leaf) for node in code.nodes for leaf in leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    lowered = [node for node, tensor in made if tensor.dtype == dtype and tensor.device.type == device]
+    if enabled and lowered:
+        line = next((source for node in lowered if (source := _source(node))), "")
+        raise TraceError(
+            f"the model's own code lowers the precision by torch.autocast({str(device)!r}, {dtype})"
+            f"{f', as in {line}' if line else ''}. Every cut is proved in the precision of the weights, and so few "
+            "digits prove nothing. Take autocast out of forward and put it around the call of the model; for the "
+            'recovery there is Recovery(precision="bf16").'
+        )
 
 
 def _given_on(output: Any, stream: str, places: Mapping[str, int | str]) -> Any:
