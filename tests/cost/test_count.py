@@ -69,8 +69,9 @@ class Bilinear(nn.Module):
         x = torch.tanh(self.fc(x)).reshape(-1, 6)
         x = torch.mm(x, self.weight)
         x = torch.addmm(self.bias, x, self.other.t())
+        x = torch.tensordot(x, self.fc.weight[:5, :1].expand(5, 5), dims=([-1], [0]))
         left, right = x.view(2, 5, 5), x.view(2, 5, 5)
-        return torch.baddbmm(left, left, right) + torch.bmm(left, right) + torch.einsum("bij,bkj->bik", left, right)
+        return torch.baddbmm(left, left, right) + torch.bmm(left, right) + torch.einsum("...ij,bkj", left, right)
 
 
 CASES = {
@@ -278,3 +279,16 @@ def test_resnet20_costs_what_its_authors_say():
     """He et al. (2016) give 0.27 million parameters and, with others, 41 million multiply-adds."""
     _, structure = analysed(cifar_resnet20, (torch.randn(1, 3, 32, 32),))
     assert CostModel(structure, 1).cost() == Cost(40_551_040, 269_722)
+
+
+def test_a_bilinear_layer_costs_its_weight_with_one_input_and_then_the_other():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = nn.Bilinear(4, 3, 5)
+
+        def forward(self, x):
+            return self.pair(x, x[:, :3])
+
+    structure = analyze(trace(Pair(), (torch.randn(2, 4),)), required=False)
+    assert count_macs(structure, batch=2) == 5 * 4 * (3 + 1)

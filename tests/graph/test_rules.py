@@ -72,6 +72,16 @@ def grid(x: Tensor, indexing: str) -> Tensor:
     return x * (made if indexing == "ij" else made.mT)[:, :, None]
 
 
+ROWS = torch.tensor([0, 3])[:, None]
+MASK = torch.tensor([True, False, False, True])
+
+
+def put(x: Tensor, place: tuple[object, ...], values: Tensor | float) -> Tensor:
+    x = x.clone()
+    x[place] = values
+    return x
+
+
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     # Name: the operator, and how many units there are in each group of the convolution's channels.
     "relu": (F.relu, (8,)),
@@ -135,7 +145,54 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "index_select places": (lambda x: x.index_select(2, torch.tensor([0, 2])), (8,)),
     "index channels": (lambda x: x[:, torch.tensor([0, 2])], ()),
     "index places": (lambda x: x[..., torch.tensor([0, 2]), torch.tensor([1, 1])], (8,)),
-    "gather": (lambda x: x.gather(1, torch.zeros(2, 1, 4, 4, dtype=torch.long)), ()),
+    "gather channels": (lambda x: x.gather(1, torch.zeros(2, 1, 4, 4, dtype=torch.long)), ()),
+    "gather places": (lambda x: x.gather(2, ROWS.expand(2, x.shape[1], 2, 4)), (8,)),
+    "gather places, by literals": (lambda x: x.gather(2, ROWS.expand(2, 8, 2, 4)), ()),
+    "gather some channels": (lambda x: x.gather(2, ROWS.expand(2, 5, 2, 4)), ()),
+    "gather by order": (lambda x: x.gather(2, x.argsort(2)), (8,)),
+    "take_along_dim": (lambda x: torch.take_along_dim(x, x.argsort(2, descending=True), 2), (8,)),
+    "take_along_dim, one index for all": (lambda x: torch.take_along_dim(x, ROWS[None, None], 2), (8,)),
+    "scatter": (lambda x: torch.zeros_like(x).scatter(2, ROWS.expand(2, x.shape[1], 2, 4), x[:, :, 2:]), (8,)),
+    "scatter a number": (lambda x: x.scatter(2, ROWS.expand(2, x.shape[1], 2, 4), 2.0), (8,)),
+    "scatter_add": (lambda x: x.scatter_add(3, x.argsort(3), x.relu()), (8,)),
+    "scatter channels": (lambda x: x.scatter_add(1, torch.zeros(2, 8, 4, 4, dtype=torch.long), x), ()),
+    "scatter_reduce": (lambda x: x.scatter_reduce(3, x.argsort(3), x.relu(), "amax"), (8,)),
+    "index_add": (lambda x: x.index_add(2, torch.tensor([0, 2]), x[:, :, 1:3], alpha=2), (8,)),
+    "index_add channels": (lambda x: x.index_add(1, torch.tensor([0, 2]), x[:, 1:3]), ()),
+    "index_copy, index_fill": (
+        lambda x: x.index_copy(3, torch.tensor([1]), x[..., :1]).index_fill(2, torch.tensor([3]), 0.5),
+        (8,),
+    ),
+    "index_put a number": (lambda x: put(x, (slice(None), slice(None), torch.tensor([0, 2])), 2.0), (8,)),
+    "index_put by a mask": (lambda x: put(x, (slice(None), slice(None), MASK), 2.0), (8,)),
+    "index_put by a mask of everything": (lambda x: put(x, (x > 0,), 2.0), ()),
+    "index_put values": (
+        lambda x: put(x, (slice(None), slice(None), torch.tensor([0, 2])), x[:, :, 2:].relu()),
+        (8,),
+    ),
+    "index_put channels": (lambda x: put(x, (slice(None), torch.tensor([0, 2])), x[:, 2:4]), ()),
+    "hstack, vstack": (lambda x: torch.vstack([torch.hstack([x, x.relu()]), torch.hstack([x, x])])[:2], (8,)),
+    "hstack, vstack of vectors": (
+        lambda x: x * torch.vstack([x[0, :, 0, 0], x[0, :, 1, 1]])[:1, :, None, None] + torch.hstack([x[0, 0, 0]] * 1),
+        (),
+    ),
+    "column_stack": (lambda x: x * torch.column_stack([x[0, :, 0], x[0, :, 1, 1]])[:, 1:, None], (8,)),
+    "median over places": (lambda x: x - x.flatten(2).median(2).values[..., None, None], (8,)),
+    "median over channels": (lambda x: x - x.median(1, keepdim=True).values, (8,)),
+    "max_unpool2d": (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), (8,)),
+    "tensordot": (lambda x: torch.tensordot(x, x.mean(0), dims=([2, 3], [1, 2])), (8,)),
+    "tensordot of channels": (lambda x: torch.tensordot(x, x[0], dims=([1], [0])), (8,)),
+    "bilinear": (
+        lambda x: F.bilinear(x.flatten(2).mT, x.flatten(2).mT, x[0, :, 0, :3].T[:, :, None] * x[0, :, 1, 0]),
+        (8,),
+    ),
+    "affine_grid": (
+        lambda x: F.grid_sample(
+            x, F.affine_grid(torch.eye(2, 3).repeat(2, 1, 1), [2, 1, 4, 4], align_corners=False), align_corners=False
+        ),
+        (8,),
+    ),
+    "embedding_bag": (lambda x: x * F.embedding_bag(torch.tensor([[0, 1]]), x[0, :, 0].T).mean(), (8,)),
     "softmax over channels": (lambda x: x.softmax(1), (8,)),
     "softmax over places": (lambda x: x.flatten(2).softmax(-1), (8,)),
     "mean over channels": (lambda x: x - x.mean(1, keepdim=True), (8,)),
@@ -183,7 +240,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "bmm, baddbmm": (lambda x: torch.baddbmm(torch.ones(4), x[:, :, 0].mT, x[:, :, 0]).bmm(x[:, :, 1].mT), (8,)),
     "einsum": (lambda x: torch.einsum("bchw,bdhw->bcd", x, x.relu()), (8,)),
     "einsum over channels": (lambda x: torch.einsum("bchw, bchw -> bhw", x, x.exp()), (8,)),
-    "einsum with dots": (lambda x: torch.einsum("...c,...c->...", x.movedim(1, -1), x.movedim(1, -1)), ()),
+    "einsum with dots": (lambda x: torch.einsum("...c,...c->...", x.movedim(1, -1), x.movedim(1, -1)), (8,)),
+    "einsum without an arrow": (lambda x: torch.einsum("bchw,dhw", x, x[0]), (8,)),
     "attention": (attention, (8,)),
     "grouped queries": (grouped_queries, (2,)),
 }

@@ -113,6 +113,8 @@ SCALED = {  # relu keeps the factor, gelu does not
     ),
     "weight on the left": Copy(Columns, (64, 4, 5), group="first"),
     "einsum": Copy(lambda: Letters("bti,io->bto"), (64, 5, 4), group="first"),
+    "einsum with dots": Copy(lambda: Letters("...i,io->...o"), (64, 5, 4), group="first"),
+    "einsum without an arrow": Copy(lambda: Letters("bti,io"), (64, 5, 4), group="first"),
 }
 
 
@@ -142,8 +144,9 @@ def test_a_transposed_weight_is_corrected_too():
     assert after < 1e-3
 
 
-def test_an_einsum_that_exchanges_its_rows_is_left_alone():
-    model = Copy(lambda: Letters("bti,io->tbo"), (8, 5, 4)).model()
+@pytest.mark.parametrize("equation", ["bti,io->tbo", "a...i,io->...ao", "tbi,io->bto"])
+def test_an_einsum_that_exchanges_its_rows_is_left_alone(equation):
+    model = Copy(lambda: Letters(equation), (8, 5, 4)).model()
     structure = structure_of(model, 8, 5, 4)
     cut = Cut(model, structure, without(structure, "first", 4), normal(64, 5, 4))
     assert cut.corrections == []

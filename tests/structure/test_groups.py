@@ -149,3 +149,20 @@ def test_units_are_numbered_as_their_slots() -> None:
     units = fused.layout.units(fused.layout.tensors["blocks.0.attn.qkv.weight"][0], heads.index)
     assert units.tolist() == [0, 0, 0, 1, 1, 1] * 3
     assert by_name["pre-norm, fused"].groups[heads.name] == ("heads", 2)
+
+
+def test_a_weight_that_an_einsum_multiplies_in_its_own_way_is_told_too() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 4, 6))
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.einsum("...i,kio->...ko", x, self.weight).amax(-2))
+
+    found = {(item.tensor, item.dim): item for item in analyze(trace(Experts(), (torch.ones(2, 4),))).blocked}
+    assert found["weight", 0].size == 3
+    assert "sums or writes over several dimensions of it at once" in found["weight", 0].reason
+    assert found["weight", 1].size == 4  # the model's input
+    assert ("weight", 2) not in found

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
+from idap.graph.equations import read_equation
 from idap.graph.ir import Node, Ref
 from idap.graph.rules.flow import arguments, base_name
 
@@ -41,28 +42,31 @@ def _attention(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> in
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _tensordot(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    shape = shape_of(given["self"])
+    return prod(result) * prod(shape[axis] for axis in given["dims_self"])
+
+
+def _bilinear(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    """The weight with the second input, then with the first."""
+    width, left, right = shape_of(given["weight"])
+    return prod(result[:-1]) * width * left * (right + 1)
+
+
 def _recurrent(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
     steps = prod(shape_of(given["input"])[:-1])
     return steps * sum(prod(shape_of(ref)) for ref in given["params"] if len(shape_of(ref)) == 2)
 
 
 def _einsum(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
-    terms = given["equation"].replace(" ", "").split("->")[0].split(",")
-    if len(terms) < 2:
+    shapes = [shape_of(ref) for ref in given["tensors"]]
+    if len(shapes) < 2:
         return 0
     sizes: dict[str, int] = {}
-    for term, ref in zip(terms, given["tensors"], strict=True):
-        shape = shape_of(ref)
-        for label, size in zip(_labels(term, len(shape)), shape, strict=True):
-            sizes[label] = max(size, sizes.get(label, 1))
+    for letters, shape in zip(read_equation(given["equation"], list(map(len, shapes))).terms, shapes, strict=True):
+        for letter, size in zip(letters, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
     return prod(sizes.values())
-
-
-def _labels(term: str, rank: int) -> list[str]:
-    """One name per dimension; those that an ellipsis stands for are counted from the right, as they broadcast."""
-    before, _, after = term.partition("...")
-    hidden = range(rank - len(before) - len(after), 0, -1)
-    return [*before, *map(str, hidden), *after]
 
 
 FORMULAS: Mapping[str, Formula] = {
@@ -82,6 +86,8 @@ FORMULAS: Mapping[str, Formula] = {
     "baddbmm": _added_product,
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
+    "tensordot": _tensordot,
+    "bilinear": _bilinear,
     "lstm": _recurrent,
     "gru": _recurrent,
     "rnn_tanh": _recurrent,

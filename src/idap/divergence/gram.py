@@ -63,13 +63,7 @@ class Rows:
     @property
     def paired(self) -> bool:
         """Whether what comes out has its rows in the order of what is read; an einsum may exchange them."""
-        equation = arguments(self.node).get("equation")
-        if equation is None or not self.known:
-            return self.known
-        left, right = equation.replace(" ", "").split("->")
-        read, written = self.contraction.input_dim, self.contraction.output_dim
-        rest = right[:written] + right[written + 1 :]
-        return any(part[:read] + part[read + 1 :] == rest for part in left.split(","))
+        return self.known and self.contraction.paired
 
     def choose(self, x: Tensor, weight: Tensor, valid: Callable[[Tensor], Tensor | None], seed: int) -> Tensor:
         """Which positions of a batch are drawn: all, or a random choice without repetition, in order.

@@ -93,16 +93,21 @@ def build_groups(flow: Flow) -> tuple[tuple[Group, ...], Layout]:
 
 def blocked_dims(flow: Flow, layout: Layout) -> tuple[Blocked, ...]:
     """The slots over which weights write and read that belong to no group, with reasons."""
+    alone = "its weights are read by no other operator"
+    weights: list[tuple[str, Sequence[int], str]] = [
+        (use.weight, (use.write_dim, use.read_dim), alone) for use in layout.contractions
+    ]
+    weights += [(name, range(len(flow.graph.nodes[name].shape)), way) for name, way in flow.products]
     found: dict[tuple[str, int], Blocked] = {}
-    for contraction in layout.contractions:
-        node = flow.graph.nodes[contraction.weight]
+    for name, dims, otherwise in weights:
+        node = flow.graph.nodes[name]
         if node.op != "parameter":
             continue
-        for dim in (contraction.write_dim, contraction.read_dim):
+        for dim in dims:
             final, original = layout.tensors[node.target][dim], flow.dims[node.name][0][dim]
             stuck = ~(layout.group_of[final] >= 0).any(axis=0)
             if node.shape[dim] > 1 and stuck.any():
-                reason = flow.labels.reason(original[:, stuck].ravel()) or "its weights are read by no other operator"
+                reason = flow.labels.reason(original[:, stuck].ravel()) or otherwise
                 found[node.target, dim] = Blocked(node.target, dim, int(stuck.sum()), reason)
     return tuple(found.values())
 

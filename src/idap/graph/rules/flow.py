@@ -72,6 +72,7 @@ class Contraction:
         weight: node that holds the weights; `read_dim` is summed over, `write_dim` is the result's dimension.
         groups: number of independent parts (convolutions).
         output_dim: the dimension of the result that `write_dim` becomes.
+        paired: whether the other dimensions of the result are those of the input, in the same order.
     """
 
     node: str
@@ -83,6 +84,7 @@ class Contraction:
     write_dim: int
     output_dim: int
     groups: int = 1
+    paired: bool = True
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Flow:
         escaped: attributes and shapes whose value the results depend on: for each the modules whose code computes
             with it, with the place.
         pins: dims whose number of slots the results depend on, although no int says so.
+        products: nodes of weights that are multiplied in another way than a contraction, with that way.
     """
 
     graph: Graph
@@ -114,6 +117,7 @@ class Flow:
     data: set[str] = field(default_factory=set)
     escaped: dict[Expression, dict[str, str]] = field(default_factory=dict)
     pins: list[Pin] = field(default_factory=list)
+    products: list[tuple[str, str]] = field(default_factory=list)
     _at: Node = field(default_factory=lambda: Node("", ""))
     _live: set[str] = field(default_factory=set)
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from idap.graph.equations import read_equation
 from idap.graph.ir import Node
-from idap.graph.labels import Dim, fixed
+from idap.graph.labels import Dim
 from idap.graph.rules.flow import Contraction, Flow, arguments, broadcast, rule
 
 
@@ -59,6 +60,20 @@ def _product(flow: Flow, node: Node, one: Any, other: Any) -> list[Dim]:
     return [flow.labels.settled(dim) for dim in [*batch, *rows, *columns]]
 
 
+@rule("bilinear")
+def bilinear(flow: Flow, node: Node) -> list[Dim]:
+    """X1 (..., I), x2 (..., J), weight (O, I, J), bias (O) -> (..., O)."""
+    given = arguments(node)
+    one, other, weight = (flow.of(given[name]) for name in ("input1", "input2", "weight"))
+    flow.labels.unify(one[-1], weight[1])
+    flow.labels.unify(other[-1], weight[2])
+    if given["bias"] is not None:
+        flow.labels.unify(flow.of(given["bias"])[0], weight[0])
+    batch = broadcast(flow, [one[:-1], other[:-1]], node.shape[:-1])
+    flow.products.append((given["weight"].name, f"a product of two inputs, at {node.where()}"))
+    return [*batch, flow.labels.settled(weight[0])]
+
+
 @rule("cdist", "_cdist_forward", "_euclidean_dist")
 def cdist(flow: Flow, node: Node) -> list[Dim]:
     """X1 (..., P, M), x2 (..., R, M) -> their distances (..., P, R)."""
@@ -73,16 +88,28 @@ def cdist(flow: Flow, node: Node) -> list[Dim]:
 def einsum(flow: Flow, node: Node) -> list[Dim]:
     """A sum over letters: dims of the same letter are one dimension."""
     given = arguments(node)
-    equation = given["equation"].replace(" ", "")
-    tensors = [flow.of(ref) for ref in given["tensors"]]
-    if "..." in equation or "->" not in equation:
-        for dims in tensors:
-            flow.freeze(dims)
-        return [fixed(size) for size in node.shape]
-    left, right = equation.split("->")
+    equation = read_equation(given["equation"], [len(flow.node(ref).shape) for ref in given["tensors"]])
+    return _by_letters(flow, node, equation.terms, equation.result, given["tensors"])
+
+
+@rule("tensordot")
+def tensordot(flow: Flow, node: Node) -> list[Dim]:
+    """The sum over some dims of one tensor and as many of the other."""
+    given = arguments(node)
+    tensors = [given["self"], given["other"]]
+    left = [[f"{ref.name} {place}" for place in range(len(flow.of(ref)))] for ref in tensors]
+    for one, other in zip(given["dims_self"], given["dims_other"], strict=True):
+        left[1][other] = left[0][one]
+    right = [letter for letters in left for letter in letters if letter not in left[0] or letter not in left[1]]
+    return _by_letters(flow, node, left, right, tensors)
+
+
+def _by_letters(
+    flow: Flow, node: Node, left: Sequence[Sequence[str]], right: Sequence[str], tensors: Sequence[Any]
+) -> list[Dim]:
     places: dict[str, list[Dim]] = {}
-    for letters, dims in zip(left.split(","), tensors, strict=True):
-        for letter, dim in zip(letters, dims, strict=True):
+    for letters, ref in zip(left, tensors, strict=True):
+        for letter, dim in zip(letters, flow.of(ref), strict=True):
             places.setdefault(letter, []).append(dim)
     for met in places.values():
         flow.freeze([dim for dim in met if dim.shape[1] == 1])
@@ -90,11 +117,13 @@ def einsum(flow: Flow, node: Node) -> list[Dim]:
             if dim.shape[1] == met[0].shape[1]:
                 flow.labels.unify(met[0], dim)
     flow.crosses(node, "contraction", [met[0] for letter, met in places.items() if letter not in right])
-    _note_einsum(flow, node, left.split(","), right, given["tensors"])
+    _note_product(flow, node, left, right, tensors)
     return [flow.labels.settled(max(places[letter], key=lambda dim: dim.shape[1])) for letter in right]
 
 
-def _note_einsum(flow: Flow, node: Node, left: Sequence[str], right: str, tensors: Sequence[Any]) -> None:
+def _note_product(
+    flow: Flow, node: Node, left: Sequence[Sequence[str]], right: Sequence[str], tensors: Sequence[Any]
+) -> None:
     """Find out what role the letters play: a weight's contraction, or attention over heads."""
     if len(left) != 2:
         return
@@ -105,12 +134,16 @@ def _note_einsum(flow: Flow, node: Node, left: Sequence[str], right: str, tensor
         written = [letter for letter in left[w] if letter in right and letter not in left[x]]
         if len(summed) == len(written) == 1 and len(left[w]) == 2:
             read, write = summed[0], written[0]
+            rows = [[letter for letter in letters if letter not in left[w]] for letters in (left[x], right)]
             flow.contractions.append(
                 Contraction(
                     node.name, "linear", input_.name, left[x].index(read), weight.name,
-                    left[w].index(read), left[w].index(write), right.index(write),
+                    left[w].index(read), left[w].index(write), right.index(write), paired=rows[0] == rows[1],
                 )
             )  # fmt: skip
+        else:
+            why = "a product that sums or writes over several dimensions of it at once"
+            flow.products.append((weight.name, f"{why}, at {node.where()}"))
         return
     both = set(left[0]) & set(left[1])
     dims = dict(zip(left[0], flow.of(tensors[0]), strict=True))

@@ -63,7 +63,7 @@ def softmax(flow: Flow, node: Node) -> list[Dim]:
 
 @rule(
     "mean", "sum", "amax", "amin", "var", "std", "prod", "norm", "linalg_vector_norm", "logsumexp", "any", "all",
-    "max", "min", "argmax", "argmin", "var_mean", "std_mean", "nansum",
+    "max", "min", "argmax", "argmin", "var_mean", "std_mean", "nansum", "median", "nanmedian",
 )  # fmt: skip
 def reduction(flow: Flow, node: Node) -> list[Dim] | list[list[Dim]]:
     """Over some dimensions, or all."""
@@ -136,7 +136,7 @@ def _returns_places(flow: Flow, node: Node) -> bool:
     name = node.op.split(".")[1]
     if name.startswith("arg"):
         return True
-    if name not in ("max", "min") or len(node.shapes) < 2:
+    if name not in ("max", "min", "median", "nanmedian") or len(node.shapes) < 2:
         return False
     nodes, outputs = flow.graph.nodes.values(), flow.graph.outputs
     taken = {each.name for each in nodes if each.op == "getitem" and each.args == (Ref(node.name), 1)}

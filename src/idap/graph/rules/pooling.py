@@ -34,6 +34,18 @@ def pool3d(flow: Flow, node: Node) -> list[list[Dim]]:
     return _spatial(flow, node, 3)
 
 
+@rule("max_unpool2d", "max_unpool3d")
+def max_unpool(flow: Flow, node: Node) -> list[Dim]:
+    """X and the places of its values (..., C, *places) -> (..., C, *larger): channels pass."""
+    count = 2 if "2d" in node.op else 3
+    x, places = (flow.of(value) for value in list(arguments(node).values())[:2])
+    for dims in (x, places):
+        flow.freeze(dims[-count:], "it is pooled or resized")
+    for mine, theirs in zip(x[:-count], places[:-count], strict=True):
+        flow.labels.unify(mine, theirs)
+    return [*(flow.labels.settled(dim) for dim in x[:-count]), *(fixed(size) for size in node.shape[-count:])]
+
+
 @rule("im2col")
 def im2col(flow: Flow, node: Node) -> list[Dim]:
     """(N, C, H, W) -> (N, C·kernel, places): the slots of a channel stay together."""
