@@ -89,19 +89,23 @@ class Contest:
 
     Attributes:
         layer: mean loss on the calibration data without the layer.
-        filters: the same without the filters.
+        filters: the same without the filters; None if filters can't save as much.
     """
 
     layer: float
-    filters: float
+    filters: float | None
 
     @property
     def lost(self) -> bool:
         """Whether the filters lose less, so that the layer stays."""
-        return not self.layer <= self.filters and isfinite(self.filters)
+        return self.filters is not None and not self.layer <= self.filters and isfinite(self.filters)
 
     def __str__(self) -> str:
-        return f"{self.filters:.4g} in place of {self.layer:.4g}"
+        if self.filters is None:
+            return "filters can't save as much"
+        verdict = "less" if self.lost else "no less"
+        losses = f"{self.filters:.4g} in place of {self.layer:.4g}"
+        return f"filters in its place lose {verdict}, {losses} on calibration data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,7 @@ class Step:
         phases: kind of work -> seconds of the step that it took.
         curve: of the step's recovery; None where nothing was trained.
         contest: with filters, where a layer had to beat them.
+        turn: which call of a stage decided, from 0; each stage may have its turn more than once.
     """
 
     index: int
@@ -141,6 +146,12 @@ class Step:
     phases: Mapping[str, float] = field(default_factory=dict)
     curve: Curve | None = None
     contest: Contest | None = None
+    turn: int = 0
+
+    @property
+    def beaten(self) -> bool:
+        """Whether a layer stayed because filters were better, which says nothing about the budget."""
+        return self.contest is not None and self.contest.lost
 
 
 class RunFolder:

@@ -1,6 +1,7 @@
 """A layer goes only where filters that save as much would lose more, if both may go for a target."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.compress.tiny import Noting, config, task, trained
 
 NET = trained()
 UNTRAINED = {"max_drop": None, "recovery": Recovery(epochs=0)}
-CONTESTED = {**UNTRAINED, "layers": LayerStage(removals=2)}
+CONTESTED = {**UNTRAINED, "layers": LayerStage(removals=2, patience=1)}
 
 
 def idle() -> torch.nn.Module:
@@ -31,6 +32,17 @@ def idle() -> torch.nn.Module:
     torch.nn.init.zeros_(net.blocks[1].fc2.weight)
     torch.nn.init.zeros_(net.blocks[1].fc2.bias)
     return net
+
+
+def strict():
+    """A task whose metric any change makes worse: how far the logits are from the original's."""
+
+    def distance(outputs, batch):
+        with torch.no_grad():
+            return (outputs - NET(batch[0])).square().mean()
+
+    changes = {"metric": distance, "metric_name": "distance", "higher_is_better": False}
+    return dataclasses.replace(task(), **changes, update=None)
 
 
 def stage(model, *, contested=True, **changes):
@@ -47,8 +59,8 @@ def test_a_layer_stays_where_filters_lose_less():
     assert not step.accepted
     assert step.contest.filters < step.contest.layer
     assert step.reason == (
-        f"filters that save as much lose less: a loss of {step.contest.filters:.4g} in place of "
-        f"{step.contest.layer:.4g} on calibration data"
+        f"filters in its place lose less, {step.contest.filters:.4g} in place of {step.contest.layer:.4g} on "
+        "calibration data"
     )
     made = make_cut(setting, start, start.keep, [step.removed[0].name])
     assert step.contest.layer == pytest.approx(calibration_loss(setting, made.model))
@@ -71,7 +83,8 @@ def test_a_layer_goes_where_filters_cannot_save_as_much():
     held = FilterStage(keep={"*": 0.95})
     _, _, end, steps = stage(NET, macs=0.8, filters=held, **CONTESTED)
     assert len(end.removed) == 1
-    assert [(step.accepted, step.contest) for step in steps] == [(True, None)]
+    assert [(step.accepted, step.contest.filters) for step in steps] == [(True, None)]
+    assert steps[0].reason == "within the budget; filters can't save as much"
 
 
 @pytest.mark.parametrize(("wanted", "asked"), [(0.83, 0.83), (0.5, 0.69)])
@@ -108,6 +121,33 @@ def test_filters_go_on_in_place_of_the_layer():
     assert result.metric >= unasked.metric
 
 
+def test_the_next_layer_is_asked_where_one_had_to_stay():
+    _, _, end, (lost, won) = stage(NET, macs=0.7, **UNTRAINED, layers=LayerStage(removals=1))
+    assert (lost.accepted, won.accepted) == (False, True)
+    assert lost.removed[0].name != won.removed[0].name
+    assert end.removed == (won.removed[0].name,)
+    assert won.contest.layer <= won.contest.filters
+    assert won.reason.startswith("within the budget; filters in its place lose no less, ")
+
+
+def test_a_layer_that_saves_nothing_has_to_beat_doing_nothing(monkeypatch):
+    """As where the clock says that the network without it is as slow as with it."""
+    monkeypatch.setattr(layers, "left_after", lambda *_: {"macs": 1.01})
+    setting, start, end, (step,) = stage(NET, macs=0.8, **CONTESTED)
+    assert end is start
+    assert step.contest.filters == pytest.approx(calibration_loss(setting, start.model))
+
+
+def test_layers_are_asked_again_only_where_one_was_beaten_and_the_essential_ones_are_remembered(monkeypatch):
+    held = {**UNTRAINED, "max_drop": 0.0, "filters": FilterStage(keep={"*": 0.95}, steps=1)}
+    layers_of = {"layers": LayerStage(removals=2)}
+    result = compress(NET, strict(), config(macs=0.5, **held, **layers_of))
+    asked = [step.removed[0].name for step in result.steps if step.stage == "layers"]
+    assert asked  # all are essential
+    assert len(asked) == len(set(asked))
+    assert not result.reached
+
+
 def test_layers_go_after_all_where_filters_do_not_come_to_the_target():
     few = FilterStage(steps=1, first_share=0.1)
     result = compress(NET, task(), config(macs=0.5, filters=few, **CONTESTED))
@@ -132,7 +172,7 @@ def test_removals_count_over_all_rounds():
     )  # a lost contest neither
 
 
-@pytest.mark.parametrize("word", ["layers 1: measure filters", "filters 2: measure"])
+@pytest.mark.parametrize("word", ["layers 1: measure filters", "filters 3: measure"])
 def test_a_run_that_stops_at_a_contest_goes_on_to_the_same_result(tmp_path, word):
     settings = config(macs=0.6, **CONTESTED)
     whole = compress(NET, task(), settings)
@@ -146,4 +186,19 @@ def test_a_run_that_stops_at_a_contest_goes_on_to_the_same_result(tmp_path, word
     assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     written = read_steps(tmp_path / "run")
     assert written[1]["contest"] == {"layer": whole.steps[1].contest.layer, "filters": whole.steps[1].contest.filters}
-    assert sum("(recalled)" in line for line in heard.lines) == (1 if "layers" in word else 2)
+    assert sum("(recalled)" in line for line in heard.lines) == (1 if "layers" in word else 3)
+
+
+@pytest.mark.parametrize("against", ["filters", "nothing"])
+def test_a_finished_run_is_recalled_as_it_was_though_some_turns_decided_nothing(tmp_path, against):
+    """The first turn of stage 1 may take nothing here, and the next ones must not take its decisions for theirs."""
+    held = FilterStage(steps=5, first_share=0.5, min_keep=0.95, streams="keep")
+    layers_of = LayerStage(removals=2, patience=5, against=against)
+    settings = config(max_drop=0.01, macs=0.5, recovery=Recovery(epochs=0), filters=held, layers=layers_of)
+    whole = compress(NET, strict(), settings, run_dir=tmp_path / "run")
+    written = (tmp_path / "run" / "steps.jsonl").read_bytes()
+    heard = Noting()
+    again = compress(NET, strict(), settings, run_dir=tmp_path / "run", resume=True, progress=heard)
+    assert [step.reason for step in again.steps] == [step.reason for step in whole.steps]
+    assert (tmp_path / "run" / "steps.jsonl").read_bytes() == written
+    assert sum("(recalled)" in line for line in heard.lines) == len(whole.steps)

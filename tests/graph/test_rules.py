@@ -74,6 +74,7 @@ def grid(x: Tensor, indexing: str) -> Tensor:
 
 ROWS = torch.tensor([0, 3])[:, None]
 MASK = torch.tensor([True, False, False, True])
+BOARD = MASK[None, :, None].expand(2, 4, 4) & MASK
 
 
 def put(x: Tensor, place: tuple[object, ...], values: Tensor | float) -> Tensor:
@@ -170,6 +171,20 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
         lambda x: put(x, (slice(None), slice(None), torch.tensor([0, 2])), x[:, :, 2:].relu()),
         (8,),
     ),
+    "index_put a number by a mask and a number": (
+        lambda x: put(x, (torch.arange(2), slice(None), MASK), 2.0),
+        (8,),
+    ),
+    "index_put a token by a mask": (lambda x: put(x.movedim(1, -1), (BOARD,), x[0, :, 0, 0]), (8,)),
+    "index_put tokens by a mask": (lambda x: put(x.movedim(1, -1), (BOARD,), x[0, :, 0, :1].mT.repeat(8, 1)), ()),
+    "index_put a token of each": (
+        lambda x: put(x.movedim(1, -1), (torch.arange(2), torch.tensor([1, 3])), x[:, :, 0].mT),
+        (8,),
+    ),
+    "select_scatter, slice_scatter": (
+        lambda x: x.select_scatter(x[:, :, 1].relu(), 2, 0).slice_scatter(x[..., 2:].exp(), 3, 1, 3),
+        (8,),
+    ),
     "index_put channels": (lambda x: put(x, (slice(None), torch.tensor([0, 2])), x[:, 2:4]), ()),
     "hstack, vstack": (lambda x: torch.vstack([torch.hstack([x, x.relu()]), torch.hstack([x, x])])[:2], (8,)),
     "hstack, vstack of vectors": (
@@ -177,10 +192,38 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
         (),
     ),
     "column_stack": (lambda x: x * torch.column_stack([x[0, :, 0], x[0, :, 1, 1]])[:, 1:, None], (8,)),
+    "dstack": (lambda x: torch.dstack([x, x.relu()]), (8,)),
+    "dstack of matrices": (lambda x: x * torch.dstack([x[0, :, 0], x[0, :, 1]])[None, ..., :1], (8,)),
+    "vstack, column_stack of numbers": (
+        lambda x: x * (torch.vstack([x.mean(), x.amax()]) + torch.column_stack([x.mean(), x.amax()])).sum(),
+        (8,),
+    ),
+    "of a number": (
+        lambda x: x * x.mean().gather(0, torch.tensor(0)) * x.mean().index_select(0, torch.tensor([0])),
+        (8,),
+    ),
+    "floor_divide": (lambda x: torch.floor_divide(x, 0.5), (8,)),
     "median over places": (lambda x: x - x.flatten(2).median(2).values[..., None, None], (8,)),
     "median over channels": (lambda x: x - x.median(1, keepdim=True).values, (8,)),
     "max_unpool2d": (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), (8,)),
     "tensordot": (lambda x: torch.tensordot(x, x.mean(0), dims=([2, 3], [1, 2])), (8,)),
+    "max_unpool3d": (
+        lambda x: F.max_unpool3d(*F.max_pool3d(x[:, :, None], (1, 2, 2), return_indices=True), (1, 2, 2)),
+        (8,),
+    ),
+    "tensordot with itself": (lambda x: x * torch.tensordot(x, x, dims=([2, 3], [2, 3]))[0, 0, 0].mean(), ()),
+    "tensordot of what has one slot": (
+        lambda x: x * torch.tensordot(x.mean((1, 2, 3))[:1, None], x.sigmoid(), dims=([1], [1]))[0, :1, :1, :1],
+        (8,),
+    ),
+    "einsum of what has one slot": (
+        lambda x: torch.einsum("bchw,bchw,bchw->bchw", x.mean(1, keepdim=True), x, x.relu()),
+        (8,),
+    ),
+    "einsum that sums over one slot": (
+        lambda x: x * torch.einsum("bchw,bchw->bhw", x.mean(1, keepdim=True), x.sigmoid())[:, None],
+        (8,),
+    ),
     "tensordot of channels": (lambda x: torch.tensordot(x, x[0], dims=([1], [0])), (8,)),
     "bilinear": (
         lambda x: F.bilinear(x.flatten(2).mT, x.flatten(2).mT, x[0, :, 0, :3].T[:, :, None] * x[0, :, 1, 0]),
@@ -440,3 +483,29 @@ def test_crossings_name_what_is_computed() -> None:
         "layer_norm": ["norm"],
         "matmul": [],
     }
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, weight: F.linear(x, weight.T),
+        lambda x, weight: x @ weight,
+        lambda x, weight: F.bilinear(x, x, weight.T[:, :, None] * weight[:, 0]),
+    ],
+)
+def test_a_weight_that_is_computed_may_be_zero_nowhere(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The masked original computes it over the kept slots then."""
+
+    class Positive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.weight = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(self.fc(x).sigmoid(), F.softplus(self.weight))
+
+    model, inputs = Positive().eval(), (torch.randn(2, 4),)
+    structure = analyze(trace(model, inputs))
+    assert [group.size for group in structure.groups] == [6]
+    plan = structure.plan({structure.groups[0].name: [0, 2, 3]})
+    assert verify(structure, model, apply_plan(model, plan), plan, (inputs, {})).error <= 1e-5

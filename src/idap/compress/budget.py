@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from idap.compress.config import GOALS, Config
 from idap.cost.count import Cost
 from idap.errors import BudgetError
+from idap.record import LATENCY_NOISE
 from idap.structure.groups import Blocked, obstacles
 
 Shares = Mapping[str, float]
@@ -43,6 +44,10 @@ class Budget:
             shares: of the goals that are known; others are left out.
         """
         return max((shares[name] / wanted - 1 for name, wanted in self.targets.items() if name in shares), default=0.0)
+
+    def nearly(self, shares: Shares) -> bool:
+        """Whether every target that there is counts as met: a latency within what a measurement of it is worth."""
+        return self.shortfall(shares) <= (LATENCY_NOISE if "latency" in self.targets else 0)
 
     def part_way(self, start: Shares, share: float) -> "Budget":
         """The same budget with targets that lie `share` of the way from `start` to the real ones, and none lower."""

@@ -13,7 +13,7 @@ from idap.compress.latencies import come_down
 from idap.compress.ranking import Candidates, Way, multiples_of, rank, ways
 from idap.compress.state import Keep, Setting, State, joined
 from idap.compress.trial import calibration_loss
-from idap.record import LATENCY_NOISE, Removal
+from idap.record import Removal
 from idap.selection.alike import shortest
 from idap.selection.best import best_of
 from idap.selection.reach import reach
@@ -62,14 +62,14 @@ def best_cut(
     if not others and not may_step:
         return rankings[first], cuts[first], None
     left = left_after(setting, state, cuts[first])
-    may_step = may_step and _holds(aim, left)  # steps of the hardware only where the step gets to its aim
+    may_step = may_step and aim.nearly(left)  # steps of the hardware only where the step gets to its aim
     # The others go as far down as the first, so that their losses can be compared.
     level = replace(aim, targets={name: left[name] for name in aim.targets or ("macs",)})
 
     def compare(way: Way, multiples: Mapping[str, int]) -> None:
         cut = _cut(setting, state, rankings[way], level, 1.0, multiples)
         # A first cut that was measured too slow asks for nothing, and doing nothing loses nothing.
-        if cut.takes_from(state) and _holds(level, left_after(setting, state, cut)):
+        if cut.takes_from(state) and level.nearly(left_after(setting, state, cut)):
             cuts[way] = cut
 
     trial = _Trial(setting, state)
@@ -87,18 +87,15 @@ def best_cut(
     return rankings[chosen], cuts[chosen], trial.made_of(cuts[chosen])
 
 
-def _holds(aim: Budget, left: Shares) -> bool:
-    """Whether so little is left as is wanted; of a latency, within what a measurement of it is worth."""
-    return aim.shortfall(left) <= (LATENCY_NOISE if "latency" in aim.targets else 0)
-
-
 def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> nn.Module | None:
     """The model that filters alone make of a state when they come down to an aim; None if they can't."""
+    if aim.shortfall(setting.shares(state)) <= 0:
+        return state.model  # a layer that saves nothing of what counts has to beat doing nothing
     found = setting.divergence(state, blocks=False, title=title)
     with setting.clock.on("selection"):
         candidates = Candidates.of(setting, state, found.units, {})
         _, cut, made = best_cut(setting, state, candidates, aim, 1.0, last=False)
-        if not cut.takes_from(state) or not _holds(aim, left_after(setting, state, cut)):
+        if not cut.takes_from(state) or not aim.nearly(left_after(setting, state, cut)):
             return None
     return (made or make_cut(setting, state, cut.keep, cut.removed)).model
 
@@ -128,11 +125,21 @@ class _Trial:
         return self._best[2] if self._best is not None and self._best[1] == cut else None
 
 
-def left_after(setting: Setting, state: State, cut: Cut) -> dict[str, float]:
-    """What a cut leaves of each of the original's costs; latency, where it is a goal, as measured now."""
+def left_after(setting: Setting, state: State, cut: Cut, model: nn.Module | None = None) -> dict[str, float]:
+    """What a cut leaves of each of the original's costs; latency, where it is a goal, as measured now.
+
+    Args:
+        setting: of the run.
+        state: before the cut.
+        cut: what stays.
+        model: that the cut makes, if it was made.
+    """
     found = shares_of(setting.costs.cost(cut.keep, cut.removed), setting.whole)
-    latency = setting.latency_of(_applied(setting, state, cut))
-    return found if latency is None else {**found, "latency": latency}
+    if "latency" not in setting.budget.targets:
+        return found
+    latency = setting.latency_of(_applied(setting, state, cut) if model is None else model)
+    assert latency is not None  # it is a goal
+    return {**found, "latency": latency}
 
 
 def _applied(setting: Setting, state: State, cut: Cut) -> nn.Module:

@@ -28,6 +28,7 @@ def filter_stage(
     Returns:
         The last accepted state.
     """
+    journal.begin()
     stage, pace = _stage(blocks), Pace(setting.config.filters, goal)
     rejected: State | None = None
     while pace.step < setting.config.filters.steps and not goal.reached(setting.shares(state)):

@@ -58,7 +58,12 @@ class Journal:
         self._baseline = baseline
         self._profile: tuple[float, ...] = ()
         self._past = list(past)
+        self._turn = -1
         self.steps: list[Step] = []
+
+    def begin(self) -> None:
+        """Begin a turn of a stage: a turn without decisions leaves nothing behind, and the next one is another."""
+        self._turn += 1
 
     def recall(self, stage: str, state: State) -> Decision | None:
         """The next decision, if it was taken before the run was stopped.
@@ -76,9 +81,9 @@ class Journal:
             CheckpointError: the accepted model can't be read.
         """
         index = len(self.steps)
-        if index >= len(self._past) or self._past[index]["stage"] != stage:
+        found = self._past[index] if index < len(self._past) else None
+        if found is None or (found["stage"], found["turn"]) != (stage, self._turn):
             return None
-        found = self._past[index]
         removed = [_removal(item) for item in found["removed"]]
         setting = self._setting
         gone = {item.name: set(item.units) for item in removed if item.units}
@@ -123,6 +128,7 @@ class Journal:
             phases=phases,
             curve=_curve(self._past[index]["curve"]) if recalled else self._curve(),
             contest=decision.contest,
+            turn=self._turn,
         )
         folder = self._setting.folder
         if folder is not None and not recalled:

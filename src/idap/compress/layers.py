@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
-from idap.compress.budget import Budget, shares_of
+from idap.compress.budget import Budget, Shares, shares_of
 from idap.compress.change import Made, make_cut, next_state
 from idap.compress.choice import Cut, filters_instead, left_after
 from idap.compress.journal import Decision, Journal, block_removal
@@ -19,7 +19,7 @@ STAGE = "layers"
 def layer_stage(
     setting: Setting, state: State, goal: Budget, journal: Journal, removable: Sequence[str], *, contested: bool = False
 ) -> State:
-    """Remove layers until the goal is reached, the removals are used up, or all that is left is essential.
+    """Remove layers until the goal is reached, the removals are used up, or so many in a row had to stay.
 
     Args:
         setting: of the run.
@@ -27,30 +27,30 @@ def layer_stage(
         goal: targets and the accuracy budget.
         journal: gets one entry per decision.
         removable: branches and blocks whose removal was proved on the original.
-        contested: end as soon as filters that save as much as the next layer lose less.
+        contested: a layer has to stay where filters in its place lose less.
 
     Returns:
         The last accepted state.
     """
     stage = setting.config.layers
-    essential: set[str] = set()
+    journal.begin()
+    stay: set[str] = set()
     rejected, accepted = 0, sum(step.stage == STAGE and step.accepted for step in journal.steps)
     while accepted < stage.removals and rejected < stage.patience and not goal.reached(setting.shares(state)):
         found = journal.recall(STAGE, state)
-        found = found or _candidate(setting, state, goal, set(removable) - essential, journal, contested=contested)
+        found = found or _candidate(setting, state, goal, set(removable) - stay, journal, contested=contested)
         if found is None:
             break
-        if found.contest is not None and found.contest.lost:
-            reason = f"filters that save as much lose less: a loss of {found.contest} on calibration data"
-            journal.note(STAGE, found, accepted=False, reason=reason)
-            break
-        if goal.holds(found.state.metric):
-            journal.note(STAGE, found, accepted=True, reason="within the budget")
+        beaten = found.contest is not None and found.contest.lost
+        if not beaten and goal.holds(found.state.metric):
+            reason = "within the budget" if found.contest is None else f"within the budget; {found.contest}"
+            journal.note(STAGE, found, accepted=True, reason=reason)
             state, rejected, accepted = found.state, 0, accepted + 1
-        else:
-            essential.add(found.removed[0].name)
-            rejected += 1
-            journal.note(STAGE, found, accepted=False, reason="outside the budget: it is essential")
+            continue
+        stay.add(found.removed[0].name)
+        rejected += 1
+        reason = str(found.contest) if beaten else "outside the budget: it is essential"
+        journal.note(STAGE, found, accepted=False, reason=reason)
     return state
 
 
@@ -78,13 +78,13 @@ def _candidate(
     removal = block_removal(block, scores[chosen], rank, costs[chosen])
     made = contest = None
     if contested:
-        made, contest = _contest(setting, state, goal, removed, f"layers {number}: measure filters")
-        if contest is not None and contest.lost:
+        made, saved, contest = _contest(setting, state, goal, removed, f"layers {number}: measure filters")
+        if contest.lost:
             with setting.clock.on("judging"):
                 metric = evaluate(made.model, setting.task)
-            cost = setting.costs.cost(state.keep, removed)
-            beaten = State(made.model, state.keep, removed, made.plan, cost, metric, max(state.error, made.error))
-            return Decision(replace(beaten, latency=setting.latency_of(made.model)), [removal], contest)
+            cost, error = setting.costs.cost(state.keep, removed), max(state.error, made.error)
+            beaten = State(made.model, state.keep, removed, made.plan, cost, metric, error, saved.get("latency"))
+            return Decision(beaten, [removal], contest)
     tuned = frozenset[str]()
     if setting.config.layers.tune == "neighbours":
         tuned = neighbours(setting.structure, block, removed)
@@ -94,20 +94,22 @@ def _candidate(
 
 def _contest(
     setting: Setting, state: State, goal: Budget, removed: tuple[str, ...], title: str
-) -> tuple[Made, Contest | None]:
+) -> tuple[Made, Shares, Contest]:
     """Cut a state without some layers, and filters that save as much, but not more than is wanted; compare the losses.
 
     Returns:
-        The model without the layers, and the contest; None if filters can't save as much.
+        The model without the layers, what it leaves of each cost, and the contest.
     """
     made = make_cut(setting, state, state.keep, removed)
-    left = left_after(setting, state, Cut(state.keep, removed))
+    with setting.clock.on("trial"):
+        loss = calibration_loss(setting, made.model)
+    left = left_after(setting, state, Cut(state.keep, removed), made.model)
     level = {name: max(left[name], wanted) for name, wanted in goal.targets.items()}
     rival = filters_instead(setting, state, replace(goal, targets=level), title)
     if rival is None:
-        return made, None
+        return made, left, Contest(loss, None)
     with setting.clock.on("trial"):
-        return made, Contest(calibration_loss(setting, made.model), calibration_loss(setting, rival))
+        return made, left, Contest(loss, calibration_loss(setting, rival))
 
 
 def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:

@@ -11,7 +11,7 @@ from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
 from idap.errors import TaskError
-from idap.record import LATENCY_NOISE, Step
+from idap.record import LATENCY_NOISE
 from idap.saving.origin import origin, remember_
 from idap.training.evaluate import evaluate, output_error
 from idap.training.processes import on_main
@@ -122,7 +122,7 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         if shares[name] > wanted * (1 + (LATENCY_NOISE if name == "latency" else 0))
     ]
     if missed:
-        rejected = any(not step.accepted for step in journal.steps if step.stage != "final" and not _beaten(step))
+        rejected = any(not step.accepted for step in journal.steps if step.stage != "final" and not step.beaten)
         why = (
             "every further step left the accuracy budget. Allow a larger max_drop, more steps or a longer recovery"
             if rejected
@@ -131,8 +131,3 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         )
         return False, f"{' and '.join(missed)}: {why}"
     return True, "every goal was reached"
-
-
-def _beaten(step: Step) -> bool:
-    """Whether a layer stayed because filters were better, which says nothing about the budget."""
-    return step.contest is not None and step.contest.lost

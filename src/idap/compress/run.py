@@ -153,14 +153,23 @@ def _stages(setting: Setting, state: State, removable: list[str], journal: Journ
         state = filter_stage(setting, state, aim, journal)
     if not depth:
         return state
-    contested = width and bool(goal.targets) and config.layers.against == "filters"
-    state = layer_stage(setting, state, goal, journal, removable, contested=contested)
-    if width and goal.targets:
-        state = filter_stage(setting, state, goal, journal)  # what stage 2 left over
-    if contested and not goal.reached(setting.shares(state)):  # where filters were better, but do not come there
-        state = layer_stage(setting, state, goal, journal, removable)
-        state = filter_stage(setting, state, goal, journal)
-    return state
+    if not width or not goal.targets:
+        return layer_stage(setting, state, goal, journal, removable)
+    return _depth_and_rest(setting, state, journal, removable)
+
+
+def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable: list[str]) -> State:
+    """Cut depth, then width down to the targets; layers that filters beat go after all if these don't come there."""
+    goal, before = setting.budget, len(journal.steps)
+    contested = setting.config.layers.against == "filters"
+    shallow = layer_stage(setting, state, goal, journal, removable, contested=contested)
+    stayed = [step for step in journal.steps[before:] if not step.accepted]
+    narrow = filter_stage(setting, shallow, goal, journal)  # what stage 2 left over
+    if not any(step.beaten for step in stayed) or goal.nearly(setting.shares(narrow)):
+        return narrow
+    essential = {step.removed[0].name for step in stayed if narrow is shallow and not step.beaten}
+    last = layer_stage(setting, narrow, goal, journal, [name for name in removable if name not in essential])
+    return last if last is narrow else filter_stage(setting, last, goal, journal)
 
 
 def _begun(folder: RunFolder, settings: dict[str, Any], progress: Progress, *, resume: bool) -> list[dict[str, Any]]:
@@ -280,6 +289,7 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
     recovery = setting.config.final or setting.config.recovery
     if state is start or not recovery.trains:
         return state
+    journal.begin()
     recalled = journal.recall("final", state)
     if recalled is not None:
         metric, better = recalled.state.metric, setting.task.higher_is_better

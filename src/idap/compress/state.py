@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
@@ -81,6 +82,8 @@ class Setting:
     """Of the recoveries since the last decision; who notes the decision takes them."""
     optimizer: Callable[[nn.Module, Plan], torch.optim.Optimizer] | None = None
     """Makes the user's optimiser fit for what a plan made of the original; None: recovery describes one."""
+    measured: dict[str, tuple[ReferenceType[State], Divergence]] = field(default_factory=dict)
+    """The last divergence by criterion, with the state that it is of: a state that did not change has the same."""
 
     def shares(self, state: State) -> dict[str, float]:
         """What is left of each of the original's costs; latency only where it is a goal."""
@@ -122,7 +125,7 @@ class Setting:
         if blocks and not knows_blocks:
             criteria.append("relative")
         with self.clock.on("measurement"):
-            found = self._measured(state, criteria, title)
+            found = self._once(state, criteria, title)
         own = found.get(name, found.get("relative"))
         assert own is not None
         other = found.get("relative", own)
@@ -144,6 +147,15 @@ class Setting:
         )
         with self.clock.on("measurement"):
             return by_itself(fit_all)  # alike in every process
+
+    def _once(self, state: State, criteria: Sequence[Criterion], title: str) -> dict[str, Divergence]:
+        """Measure what was not measured of this very state before."""
+        names = {opener_of(criterion)[0]: criterion for criterion in criteria}
+        known = {name: found for name, (of, found) in self.measured.items() if name in names and of() is state}
+        missing = [names[name] for name in names if name not in known]
+        new = self._measured(state, missing, title) if missing else {}
+        self.measured.update({name: (ref(state), found) for name, found in new.items()})
+        return known | new
 
     def _measured(self, state: State, criteria: Sequence[Criterion], title: str) -> dict[str, Divergence]:
         """Measure by several criteria; every process takes some of the calibration batches if there are enough."""

@@ -44,7 +44,7 @@ def _attention(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> in
 
 def _tensordot(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
     shape = shape_of(given["self"])
-    return prod(result) * prod(shape[axis] for axis in given["dims_self"])
+    return prod((*result, *(shape[axis] for axis in given["dims_self"])))
 
 
 def _bilinear(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:

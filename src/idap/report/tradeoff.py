@@ -44,7 +44,7 @@ def tradeoff(run: Run) -> Html:
         metric=judged.metric,
         baseline=run.settings.baseline.metric,
         cost=cost,
-        told=[(step, (run.share(step, cost), step.metric)) for step in run.steps],
+        told=[(step, (run.share(step, cost), step.metric)) for step in run.steps if not step.beaten],
         worst=judged.worst,
         target=run.targets.get(cost),
         higher_is_better=judged.higher_is_better,

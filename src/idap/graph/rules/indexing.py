@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-from numpy import broadcast_shapes
-
 from idap.graph.ir import Node, Ref
 from idap.graph.labels import Dim, fixed
-from idap.graph.rules.flow import Flow, arguments, broadcast, freeze_all, rule
+from idap.graph.rules.flow import Flow, arguments, freeze_all, rule
 
-rule("masked_select", "nonzero", "bincount", "unfold", "as_strided", "tril", "triu", "diagonal",
-     "affine_grid_generator")(freeze_all)  # fmt: skip
+rule("masked_select", "masked_scatter", "take", "nonzero", "bincount", "unfold", "as_strided", "tril", "triu",
+     "diagonal", "affine_grid_generator")(freeze_all)  # fmt: skip
 
 PICKED = "its slots are picked by index"
 
@@ -41,8 +39,24 @@ def index_select(flow: Flow, node: Node) -> list[Dim]:
     """Other dims pass."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
+    if not x:
+        return freeze_all(flow, node)[0]
     flow.freeze([x[axis]], PICKED)
     x[axis] = fixed(node.shape[axis])
+    return [flow.labels.settled(dim) for dim in x]
+
+
+@rule("select_scatter", "slice_scatter")
+def written_part(flow: Flow, node: Node) -> list[Dim]:
+    """A slot or a range of slots of one dim is written; the others meet those of what is written."""
+    given = arguments(node)
+    x, part, axis = flow.of(given["self"]), flow.of(given["src"]), int(given["dim"]) % len(node.shape)
+    if len(part) < len(x):
+        part.insert(axis, fixed(1))
+    flow.freeze([x[axis], part[axis]], PICKED)
+    for place, (mine, theirs) in enumerate(zip(x, part, strict=True)):
+        if place != axis:
+            flow.labels.unify(mine, theirs)
     return [flow.labels.settled(dim) for dim in x]
 
 
@@ -55,7 +69,7 @@ def along_one(flow: Flow, node: Node) -> list[Dim]:
         flow.freeze(flow.of(given.pop("index")), "it says which slots are picked")
     tensors = [flow.of(value) for value in given.values() if isinstance(value, Ref)]
     tensors = [dims for dims in tensors if dims]  # a value that is one number meets nothing
-    if given["dim"] is None or any(len(dims) != len(node.shape) for dims in tensors):
+    if given["dim"] is None or not node.shape or any(len(dims) != len(node.shape) for dims in tensors):
         return freeze_all(flow, node)[0]
     axis = int(given["dim"]) % len(node.shape)
     result = []
@@ -72,39 +86,60 @@ def along_one(flow: Flow, node: Node) -> list[Dim]:
     return [flow.labels.settled(dim) for dim in result]
 
 
-@rule("index")
+@rule("index", "_unsafe_index")
 def index(flow: Flow, node: Node) -> list[Dim]:
     """``x[i, :, j]``: dims indexed by tensors are replaced by those of the indices, broadcast together."""
     given = arguments(node)
-    found = _picked(flow, flow.of(given["self"]), given["indices"], node.shape)
-    return freeze_all(flow, node)[0] if found is None else found
+    x, indices = flow.of(given["self"]), _by_axis(flow, given["indices"])
+    if any(len(shape) == 0 for shape in indices.values()):
+        return freeze_all(flow, node)[0]
+    rest = _unpicked(flow, x, given["indices"], list(indices))
+    place = _place(list(indices))
+    made = [fixed(size) for size in node.shape[place : place + len(node.shape) - len(rest)]]
+    return [*rest[:place], *made, *rest[place:]]
 
 
 @rule("index_put")
 def index_put(flow: Flow, node: Node) -> list[Dim]:
-    """``x[i, :, j] = values``: the values meet what is picked. An index may be a mask, also of several dims at once."""
+    """``x[i, :, j] = values``: the values meet the dims of x that are not indexed.
+
+    An index may be a mask, also of several dims at once; the shape alone does not tell, so it is taken for both.
+    """
     given = arguments(node)
-    x, values, indices = flow.of(given["self"]), flow.of(given["values"]), given["indices"]
-    one_number = all(dim.shape[1] == 1 for dim in values)
-    shapes = {axis: flow.node(item).shape for axis, item in enumerate(indices) if item is not None}
-    masks = [
-        axis for axis, shape in shapes.items() if shape == tuple(dim.shape[1] for dim in x[axis : axis + len(shape)])
+    x, indices = flow.of(given["self"]), _by_axis(flow, given["indices"])
+    values = _without_leading_ones(flow.of(given["values"]))
+    several = [
+        axis
+        for axis, shape in indices.items()
+        if len(shape) > 1 and shape == tuple(dim.shape[1] for dim in x[axis : axis + len(shape)])
     ]
-    several = [axis for axis in masks if len(shapes[axis]) > 1]
-    if (masks and not one_number) or any(axis != max(shapes) for axis in several):
-        return freeze_all(flow, node)[0]  # how many slots a mask picks depends on values
-    for axis in several:
-        flow.freeze(x[axis : axis + len(shapes[axis])], PICKED)
-    made = broadcast_shapes(*shapes.values())
-    passed = [dim.shape[1] for axis, dim in enumerate(x) if axis not in shapes]
-    place = _place(list(shapes))
-    shape = [*passed[:place], *made, *passed[place:]]
-    picked = _picked(flow, x, indices, shape)
-    if picked is None:
+    if any(len(shape) == 0 for shape in indices.values()) or (several and len(indices) > 1):
         return freeze_all(flow, node)[0]
-    if not one_number:
-        broadcast(flow, [picked, values], shape)
-    return [flow.labels.settled(dim) for dim in flow.of(given["self"])]
+    if several:
+        end = several[0] + len(indices[several[0]])
+        met: list[Dim | None] = [*x[end:]]
+        if len(values) > len(met):
+            return freeze_all(flow, node)[0]
+        _unpicked(flow, x, given["indices"], range(several[0], end))
+    else:
+        rest, place = _unpicked(flow, x, given["indices"], list(indices)), _place(list(indices))
+        met = [*rest[:place], *[None] * max(map(len, indices.values())), *rest[place:]]
+    for theirs, mine in zip(reversed(values), reversed(met), strict=False):
+        if mine is not None and mine.shape[1] == theirs.shape[1]:
+            flow.labels.unify(mine, theirs)
+        else:
+            flow.freeze([theirs])
+    return [flow.labels.settled(dim) for dim in x]
+
+
+def _by_axis(flow: Flow, indices: Sequence[Ref | None]) -> dict[int, tuple[int, ...]]:
+    """The shapes of the indices, by the axis that each stands at."""
+    return {axis: flow.node(item).shape for axis, item in enumerate(indices) if item is not None}
+
+
+def _without_leading_ones(dims: list[Dim]) -> list[Dim]:
+    first = next((place for place, dim in enumerate(dims) if dim.shape[1] != 1), len(dims))
+    return dims[first:]
 
 
 def _place(indexed: Sequence[int]) -> int:
@@ -112,17 +147,10 @@ def _place(indexed: Sequence[int]) -> int:
     return indexed[0] if list(indexed) == list(range(indexed[0], indexed[-1] + 1)) else 0
 
 
-def _picked(flow: Flow, x: list[Dim], indices: Sequence[Ref | None], shape: Sequence[int]) -> list[Dim] | None:
-    """The dims of what indices pick from x; None if too little is known of an index."""
-    given = list(indices) + [None] * (len(x) - len(indices))
-    indexed = [axis for axis, item in enumerate(given) if item is not None]
-    refs = [item for item in given if item is not None]
-    if any(ref.name and flow.node(ref).shape == () for ref in refs):
-        return None
+def _unpicked(flow: Flow, x: list[Dim], indices: Sequence[Ref | None], indexed: Sequence[int]) -> list[Dim]:
+    """Freeze what is indexed, and the indices; the other dims of x."""
     flow.freeze([x[axis] for axis in indexed], PICKED)
-    for ref in refs:
-        flow.freeze(flow.of(ref))
-    passed = [flow.labels.settled(dim) for axis, dim in enumerate(x) if axis not in indexed]
-    place = _place(indexed)
-    made = [fixed(size) for size in shape[place : place + len(shape) - len(passed)]]
-    return [*passed[:place], *made, *passed[place:]]
+    for ref in indices:
+        if ref is not None:
+            flow.freeze(flow.of(ref))
+    return [flow.labels.settled(dim) for axis, dim in enumerate(x) if axis not in indexed]

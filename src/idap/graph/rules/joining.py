@@ -20,16 +20,17 @@ def cat(flow: Flow, node: Node) -> list[Dim]:
     ]
 
 
-@rule("hstack", "vstack", "column_stack")
+@rule("hstack", "vstack", "column_stack", "dstack")
 def side_by_side(flow: Flow, node: Node) -> list[Dim]:
-    """`cat` along the second or the first dim, of vectors as rows, or as columns."""
+    """`cat` along the first, second or third dim; what has fewer dims is a row, or a column."""
     given, rank = arguments(node), len(node.shape)
     tensors = [flow.of(ref) for ref in given["tensors"]]
-    columns = "column" in node.op
-    axis = 0 if "vstack" in node.op or rank == 1 else 1
-    wide = [
-        dims if len(dims) == rank else ([*dims, fixed(1)] if columns else [fixed(1), *dims])[-rank:] for dims in tensors
-    ]
+    axis = 0 if "vstack" in node.op or rank == 1 else 2 if "dstack" in node.op else 1
+    wide = []
+    for dims in tensors:
+        missing = rank - len(dims)
+        before = 0 if "column" in node.op else missing // 2 if "dstack" in node.op else missing
+        wide.append([*[fixed(1)] * before, *dims, *[fixed(1)] * (missing - before)])
     return [
         concat([dims[place] for dims in wide]) if place == axis else _met(flow, [dims[place] for dims in wide])
         for place in range(rank)

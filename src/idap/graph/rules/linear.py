@@ -18,6 +18,7 @@ def linear(flow: Flow, node: Node) -> list[Dim]:
     if given["bias"] is not None:
         flow.labels.unify(flow.of(given["bias"])[0], weight[0])
     last = len(x) - 1
+    _cross_computed(flow, node, given["weight"], x[-1])
     flow.contractions.append(
         Contraction(node.name, "linear", given["input"].name, last, given["weight"].name, 1, 0, last)
     )
@@ -38,6 +39,12 @@ def addmm(flow: Flow, node: Node) -> list[Dim]:
     return broadcast(flow, [flow.of(bias), _product(flow, node, one, other)], node.shape)
 
 
+def _cross_computed(flow: Flow, node: Node, weight: Any, dim: Dim) -> None:
+    """A weight that is computed may not be zero where its parameter is, as after a softplus."""
+    if flow.is_weight(weight) and flow.node(weight).op != "parameter":
+        flow.crosses(node, "contraction", [dim])
+
+
 def _product(flow: Flow, node: Node, one: Any, other: Any) -> list[Dim]:
     a, b = flow.of(one), flow.of(other)
     flow.labels.unify(a[-1], b[-2] if len(b) > 1 else b[-1])
@@ -45,6 +52,8 @@ def _product(flow: Flow, node: Node, one: Any, other: Any) -> list[Dim]:
     columns = [b[-1]] if len(b) > 1 else []
     shape = node.shape[: len(node.shape) - len(rows) - len(columns)]
     batch = broadcast(flow, [a[:-2], b[:-2]], shape)
+    for value in (one, other):
+        _cross_computed(flow, node, value, a[-1])
     if len(b) == 2 and flow.is_weight(other):
         flow.contractions.append(
             Contraction(node.name, "linear", one.name, len(a) - 1, other.name, 0, 1, len(node.shape) - 1)
@@ -67,6 +76,8 @@ def bilinear(flow: Flow, node: Node) -> list[Dim]:
     one, other, weight = (flow.of(given[name]) for name in ("input1", "input2", "weight"))
     flow.labels.unify(one[-1], weight[1])
     flow.labels.unify(other[-1], weight[2])
+    for dim in (one[-1], other[-1]):
+        _cross_computed(flow, node, given["weight"], dim)
     if given["bias"] is not None:
         flow.labels.unify(flow.of(given["bias"])[0], weight[0])
     batch = broadcast(flow, [one[:-1], other[:-1]], node.shape[:-1])
@@ -97,7 +108,7 @@ def tensordot(flow: Flow, node: Node) -> list[Dim]:
     """The sum over some dims of one tensor and as many of the other."""
     given = arguments(node)
     tensors = [given["self"], given["other"]]
-    left = [[f"{ref.name} {place}" for place in range(len(flow.of(ref)))] for ref in tensors]
+    left = [[f"{side} {place}" for place in range(len(flow.of(ref)))] for side, ref in enumerate(tensors)]
     for one, other in zip(given["dims_self"], given["dims_other"], strict=True):
         left[1][other] = left[0][one]
     right = [letter for letters in left for letter in letters if letter not in left[0] or letter not in left[1]]
@@ -112,13 +123,14 @@ def _by_letters(
         for letter, dim in zip(letters, flow.of(ref), strict=True):
             places.setdefault(letter, []).append(dim)
     for met in places.values():
+        met.sort(key=lambda dim: -dim.shape[1])  # those of one slot are met by all of them
         flow.freeze([dim for dim in met if dim.shape[1] == 1])
         for dim in met[1:]:
             if dim.shape[1] == met[0].shape[1]:
                 flow.labels.unify(met[0], dim)
     flow.crosses(node, "contraction", [met[0] for letter, met in places.items() if letter not in right])
     _note_product(flow, node, left, right, tensors)
-    return [flow.labels.settled(max(places[letter], key=lambda dim: dim.shape[1])) for letter in right]
+    return [flow.labels.settled(places[letter][0]) for letter in right]
 
 
 def _note_product(
@@ -132,7 +144,10 @@ def _note_product(
             continue
         summed = [letter for letter in left[w] if letter not in right and letter in left[x]]
         written = [letter for letter in left[w] if letter in right and letter not in left[x]]
-        if len(summed) == len(written) == 1 and len(left[w]) == 2:
+        shapes = [flow.node(ref).shape for ref in tensors]
+        once = all(len(set(letters)) == len(letters) for letters in left)
+        whole = all(shapes[x][left[x].index(each)] == shapes[w][left[w].index(each)] for each in summed)
+        if len(summed) == len(written) == 1 and len(left[w]) == 2 and once and whole:
             read, write = summed[0], written[0]
             rows = [[letter for letter in letters if letter not in left[w]] for letters in (left[x], right)]
             flow.contractions.append(
@@ -142,7 +157,7 @@ def _note_product(
                 )
             )  # fmt: skip
         else:
-            why = "a product that sums or writes over several dimensions of it at once"
+            why = "a product that does not read one whole dimension of it and write the other"
             flow.products.append((weight.name, f"{why}, at {node.where()}"))
         return
     both = set(left[0]) & set(left[1])

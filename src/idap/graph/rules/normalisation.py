@@ -144,7 +144,7 @@ def _returns_places(flow: Flow, node: Node) -> bool:
 
 
 def _axes(dim: Any, rank: int) -> list[int]:
-    if dim is None or dim == ():
+    if dim is None or dim in ((), []):
         return list(range(rank))
     dims: Sequence[int] = dim if isinstance(dim, tuple | list) else (dim,)
     return [int(axis) % rank for axis in dims] if rank else []

@@ -39,6 +39,7 @@ from idap.graph.rules.flow import Flow, arguments, broadcast, rule
     "fill",
     "masked_fill",
     "rsub",
+    "floor_divide",
     "float_power",
     "true_divide",
     "zeros_like",

@@ -28,6 +28,7 @@ def pool2d(flow: Flow, node: Node) -> list[list[Dim]]:
 
 
 @rule("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_nearest3d",
+      "max_pool3d_with_indices",
       "upsample_trilinear3d")  # fmt: skip
 def pool3d(flow: Flow, node: Node) -> list[list[Dim]]:
     """The last three dimensions."""
