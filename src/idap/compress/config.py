@@ -90,7 +90,7 @@ class LayerStage:
     Args:
         removals: branches and blocks removed at most.
         short_list: how many of the lowest divergence are tried on calibration data before one is chosen.
-        patience: give up after so many in a row that had to stay.
+        patience: give up after so many rejections in a row.
         replacement: what takes the place of what is removed. "identity": the stream passes unchanged, so only branches
             and blocks go whose input and output agree in shape. "auto": where they don't, a projection, that is a
             linear map of the channels, fitted by least squares on calibration data and then trained. "projection":
@@ -98,8 +98,8 @@ class LayerStage:
         parts: "all", or "blocks": whole blocks only, never a single branch of one. A configuration of transformers
             can say how many layers there are, not that one of them lacks its attention.
         against: what a layer has to beat before it goes, where costs have targets and stage 1 comes first. "filters":
-            those that would save as much, or come to the targets; where they lose less on calibration data, the layer
-            stays, unless filters don't come to the targets then. "nothing": layers go unasked, which makes a network
+            those that would save as much, or come to the targets; where they lose less on calibration data, stage 2
+            is over, unless filters don't come to the targets then. "nothing": layers go unasked, which makes a network
             faster than its multiply-adds say.
         tune: which weights recover after a removal: "all", or "neighbours", those of the layers next to what went.
 

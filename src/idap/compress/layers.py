@@ -19,7 +19,7 @@ STAGE = "layers"
 def layer_stage(
     setting: Setting, state: State, goal: Budget, journal: Journal, removable: Sequence[str], *, contested: bool = False
 ) -> State:
-    """Remove layers until the goal is reached, the removals are used up, or so many in a row had to stay.
+    """Remove layers until the goal is reached, the removals are used up, or all that is left is essential.
 
     Args:
         setting: of the run.
@@ -27,30 +27,31 @@ def layer_stage(
         goal: targets and the accuracy budget.
         journal: gets one entry per decision.
         removable: branches and blocks whose removal was proved on the original.
-        contested: a layer has to stay where filters in its place lose less.
+        contested: end as soon as filters in place of the next layer lose less.
 
     Returns:
         The last accepted state.
     """
     stage = setting.config.layers
     journal.begin()
-    stay: set[str] = set()
+    essential: set[str] = set()
     rejected, accepted = 0, sum(step.stage == STAGE and step.accepted for step in journal.steps)
     while accepted < stage.removals and rejected < stage.patience and not goal.reached(setting.shares(state)):
         found = journal.recall(STAGE, state)
-        found = found or _candidate(setting, state, goal, set(removable) - stay, journal, contested=contested)
+        found = found or _candidate(setting, state, goal, set(removable) - essential, journal, contested=contested)
         if found is None:
             break
-        beaten = found.contest is not None and found.contest.lost
-        if not beaten and goal.holds(found.state.metric):
+        if found.contest is not None and found.contest.lost:
+            journal.note(STAGE, found, accepted=False, reason=str(found.contest))
+            break
+        if goal.holds(found.state.metric):
             reason = "within the budget" if found.contest is None else f"within the budget; {found.contest}"
             journal.note(STAGE, found, accepted=True, reason=reason)
             state, rejected, accepted = found.state, 0, accepted + 1
-            continue
-        stay.add(found.removed[0].name)
-        rejected += 1
-        reason = str(found.contest) if beaten else "outside the budget: it is essential"
-        journal.note(STAGE, found, accepted=False, reason=reason)
+        else:
+            essential.add(found.removed[0].name)
+            rejected += 1
+            journal.note(STAGE, found, accepted=False, reason="outside the budget: it is essential")
     return state
 
 
