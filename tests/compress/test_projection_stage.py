@@ -69,7 +69,7 @@ def config(**changes: object) -> Config:
         "max_drop": 0.1,
         "macs": 0.4,
         "filters": FilterStage(steps=4, first_share=0.15),
-        "layers": LayerStage(removals=2, replacement="auto"),
+        "layers": LayerStage(removals=2, replacement="auto", against="nothing"),
         "filters_share": 0.2,
         "recovery": Recovery(epochs=1, lr=0.01),
         "calibration_batches": 3,
