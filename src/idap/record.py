@@ -100,13 +100,6 @@ class Contest:
         """Whether the filters lose less, so that the layer stays."""
         return self.filters is not None and not self.layer <= self.filters and isfinite(self.filters)
 
-    def __str__(self) -> str:
-        if self.filters is None:
-            return "filters can't save as much"
-        verdict = "less" if self.lost else "no less"
-        losses = f"{self.filters:.4g} in place of {self.layer:.4g}"
-        return f"filters in its place lose {verdict}, {losses} on calibration data"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -118,8 +111,7 @@ class Step:
         removed: what the step removed.
         macs: multiply-adds for one sample after the step.
         parameters: after the step.
-        metric: on the validation data, measured after the step's recovery; of a layer that lost its contest, without
-            one.
+        metric: on the validation data, after the step's recovery; of a layer that lost its contest, without one.
         accepted: whether the step was kept; otherwise everything was rolled back.
         reason: why it was kept or not.
         error: largest relative difference between the pruned model and the masked original, before recovery.

@@ -235,7 +235,7 @@ def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
     found = []
 
     def noted(ways, loss):
-        found.append({way: choice._left(*setting_and_state, cut)["latency"] for way, cut in ways.items()})
+        found.append({way: choice.left_after(*setting_and_state, cut)["latency"] for way, cut in ways.items()})
         return next(iter(ways))
 
     settings = {**ONLY, "filters": FilterStage(schedule="one-shot"), "layers": LayerStage(removals=0)}
@@ -253,13 +253,13 @@ def test_a_cut_measured_too_slow_lets_no_way_win_that_cuts_nothing(clock, monkey
     """Whoever removes nothing has the lowest loss."""
     settings = {**ONLY, "filters": FilterStage(schedule="one-shot"), "layers": LayerStage(removals=0)}
     setting, start, _ = prepare(**settings)
-    real, asked = choice._left, []
+    real, asked = choice.left_after, []
 
     def disturbed(*given):
         asked.append(given)
         return {**real(*given), "latency": 1.05} if len(asked) == 1 else real(*given)
 
-    monkeypatch.setattr(choice, "_left", disturbed)
+    monkeypatch.setattr(choice, "left_after", disturbed)
     monkeypatch.setattr(
         choice, "best_of", lambda ways, loss: max(ways, key=lambda way: sum(map(len, ways[way].keep.values())))
     )

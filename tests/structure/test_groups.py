@@ -163,6 +163,6 @@ def test_a_weight_that_an_einsum_multiplies_in_its_own_way_is_told_too() -> None
 
     found = {(item.tensor, item.dim): item for item in analyze(trace(Experts(), (torch.ones(2, 4),))).blocked}
     assert found["weight", 0].size == 3
-    assert "sums or writes over several dimensions of it at once" in found["weight", 0].reason
+    assert "a product that does not read one whole dimension of it and write the other" in found["weight", 0].reason
     assert found["weight", 1].size == 4  # the model's input
     assert ("weight", 2) not in found

@@ -42,10 +42,10 @@ def layer_stage(
         if found is None:
             break
         if found.contest is not None and found.contest.lost:
-            journal.note(STAGE, found, accepted=False, reason=str(found.contest))
+            journal.note(STAGE, found, accepted=False, reason=_told(found.contest))
             break
         if goal.holds(found.state.metric):
-            reason = "within the budget" if found.contest is None else f"within the budget; {found.contest}"
+            reason = "within the budget" if found.contest is None else f"within the budget; {_told(found.contest)}"
             journal.note(STAGE, found, accepted=True, reason=reason)
             state, rejected, accepted = found.state, 0, accepted + 1
         else:
@@ -111,6 +111,14 @@ def _contest(
         return made, left, Contest(loss, None)
     with setting.clock.on("trial"):
         return made, left, Contest(loss, calibration_loss(setting, rival))
+
+
+def _told(contest: Contest) -> str:
+    if contest.filters is None:
+        return "filters can't save as much"
+    verdict = "less" if contest.lost else "no less"
+    losses = f"{contest.filters:.4g} in place of {contest.layer:.4g}"
+    return f"filters in its place lose {verdict}, {losses} on calibration data"
 
 
 def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:
