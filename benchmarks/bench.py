@@ -19,7 +19,7 @@ from idap.compress.config import Config, FilterStage
 from idap.compress.run import compress
 from idap.cost.count import Cost, CostModel
 from idap.graph.trace import trace
-from idap.record import Step
+from idap.steps import Step
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.training.evaluate import evaluate

@@ -12,7 +12,8 @@ import torch
 from idap import record
 from idap.errors import RunFolderError
 from idap.files import write_bytes, write_json
-from idap.record import Removal, RunFolder, Step, read_steps
+from idap.record import RunFolder, read_steps
+from idap.steps import Removal, Step
 
 EACH = {"scores": (0.25, 0.5), "ranks": (0, 3), "cost": 9.0}
 

@@ -17,133 +17,19 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from math import isfinite
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from idap.errors import RunFolderError
 from idap.files import plain, unfinished, write_bytes, write_json
+from idap.steps import Step
 
 RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
 BEFORE, AFTER = "divergence-before.json", "divergence-after.json"
 RESULT, MEASURED = "result.json", "measured.json"
 LATENCY = "latency.json"
 ORIGINAL = "original.safetensors"
-
-LATENCY_NOISE = 0.02
-"""By how much a last measurement of latency may be above what is wanted, as a share of it, and count as reached."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Removal:
-    """What one group or block lost in a step.
-
-    Attributes:
-        name: of the group, branch or block.
-        kind: "channels", "neurons", "heads", "head width", "branch", "block" or "projection" (a
-            block that became a linear map).
-        units: the units removed, in the original's indices; empty for branches and blocks.
-        left: units that the group has left; 0 for branches and blocks.
-        divergence: lowest and highest divergence among what was removed.
-        scores: of each unit, beside `units`.
-        ranks: place of each unit in the ranking of its step, from 0 for the first to go.
-        cost: of one more unit of the group when it was ranked: multiply-adds, parameters or seconds, as the run's
-            settings say; for a branch or block all that it cost.
-    """
-
-    name: str
-    kind: str
-    units: tuple[int, ...]
-    left: int
-    divergence: tuple[float, float]
-    scores: tuple[float, ...] = ()
-    ranks: tuple[int, ...] = ()
-    cost: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """How one recovery went.
-
-    Attributes:
-        title: of the recovery.
-        steps: optimiser steps taken.
-        losses: training loss, as means over equal stretches of the steps, in order.
-        metrics: (steps taken, validation metric then), from before the first step on.
-        diverged: what ended it early; "" if nothing did.
-        average: validation metric of the average of the first and the last weights, where that was the best; else None.
-    """
-
-    title: str
-    steps: int
-    losses: tuple[float, ...]
-    metrics: tuple[tuple[int, float], ...]
-    diverged: str = ""
-    average: float | None = None
-
-
-@dataclass(frozen=True)
-class Contest:
-    """A layer against filters that save as much; neither was trained.
-
-    Attributes:
-        layer: mean loss on the calibration data without the layer.
-        filters: the same without the filters; None if filters can't save as much.
-    """
-
-    layer: float
-    filters: float | None
-
-    @property
-    def lost(self) -> bool:
-        """Whether the filters lose less, so that the layer stays."""
-        return self.filters is not None and not self.layer <= self.filters and isfinite(self.filters)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """The record of one decision.
-
-    Attributes:
-        index: place in the run, from 0.
-        stage: "filters", "layers", "interleaved" or "final".
-        removed: what the step removed.
-        macs: multiply-adds for one sample after the step.
-        parameters: after the step.
-        metric: on the validation data, after the step's recovery; of a layer that lost its contest, without one.
-        accepted: whether the step was kept; otherwise everything was rolled back.
-        reason: why it was kept or not.
-        error: largest relative difference between the pruned model and the masked original, before recovery.
-        seconds: that the step took.
-        shares: what is left of each of the original's costs: "macs", "parameters", "size", and "latency" where it is a
-            goal.
-        phases: kind of work -> seconds of the step that it took.
-        curve: of the step's recovery; None where nothing was trained.
-        contest: with filters, where a layer had to beat them.
-        turn: which call of a stage decided, from 0; each stage may have its turn more than once.
-    """
-
-    index: int
-    stage: str
-    removed: tuple[Removal, ...]
-    macs: int
-    parameters: int
-    metric: float
-    accepted: bool
-    reason: str
-    error: float
-    seconds: float
-    shares: Mapping[str, float] = field(default_factory=dict)
-    phases: Mapping[str, float] = field(default_factory=dict)
-    curve: Curve | None = None
-    contest: Contest | None = None
-    turn: int = 0
-
-    @property
-    def beaten(self) -> bool:
-        """Whether a layer stayed because filters were better, which says nothing about the budget."""
-        return self.contest is not None and self.contest.lost
 
 
 class RunFolder:

@@ -7,7 +7,7 @@ from benchmarks.bench import stages
 from benchmarks.compression_tables import ablation, contest, equal_latency, kinds, mean, phases, saving
 from benchmarks.equal_latency import at
 from benchmarks.report import put
-from idap.record import Removal, Step
+from idap.steps import Removal, Step
 
 SPEED = {
     batch: {"ratio": 9.0, "processor_ratio": 2.0, "processor": {"original": 4.0, "compressed": 2.0}}

@@ -192,6 +192,14 @@ def test_the_tightest_bound_counts():
     assert budget(max_drop=None, worst_metric=0.5).worst == 0.5
 
 
+def test_only_a_latency_may_be_above_its_target_by_the_noise_of_a_clock():
+    goals = Budget(None, True, {"macs": 0.5, "latency": 0.5})
+    assert goals.missed({"macs": 0.5, "latency": 0.509}) == []
+    assert goals.missed({"macs": 0.509, "latency": 0.509}) == ["macs"]
+    assert goals.missed({"macs": 0.5, "latency": 0.511}) == ["latency"]
+    assert goals.missed({"latency": 0.4}) == []  # of the others nothing is known
+
+
 def test_an_original_outside_the_budget_is_refused():
     with pytest.raises(BudgetError, match=r"^the original itself does not keep the budget: its metric .* is 0\.9, "):
         budget(worst_metric=0.95)

@@ -21,7 +21,7 @@ from idap.compress.samples import few_samples
 from idap.compress.state import Setting, State
 from idap.compress.trial import calibration_loss, loss_without
 from idap.progress import Silent
-from idap.record import Removal, Step
+from idap.steps import Removal, Step
 from idap.surgery.apply import apply_plan
 from idap.training.evaluate import evaluate
 from idap.training.recovery import Recovery

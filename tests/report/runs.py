@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from idap.record import AFTER, BEFORE, MEASURED, RESULT, Curve, Removal, RunFolder, Step
+from idap.record import AFTER, BEFORE, MEASURED, RESULT, RunFolder
+from idap.steps import Curve, Removal, Step
 
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 HOSTILE = '<script>window.broken = true</script>"><img src=x onerror=alert(1)>'

@@ -10,8 +10,8 @@ from torch import nn
 
 from idap.compress.result import Result
 from idap.errors import CheckpointError
-from idap.record import Removal, Step
 from idap.saving.card import module_of
+from idap.steps import Removal, Step
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.zoo.nets import DigitsResNet

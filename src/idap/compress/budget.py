@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from idap.compress.config import GOALS, Config
 from idap.cost.count import Cost
 from idap.errors import BudgetError
-from idap.record import LATENCY_NOISE
+from idap.steps import met
 from idap.structure.groups import Blocked, obstacles
 
 Shares = Mapping[str, float]
@@ -45,9 +45,13 @@ class Budget:
         """
         return max((shares[name] / wanted - 1 for name, wanted in self.targets.items() if name in shares), default=0.0)
 
-    def nearly(self, shares: Shares) -> bool:
-        """Whether every target that there is counts as met: a latency within what a measurement of it is worth."""
-        return self.shortfall(shares) <= (LATENCY_NOISE if "latency" in self.targets else 0)
+    def missed(self, shares: Shares) -> list[str]:
+        """Names of the goals that do not count as met; a latency may be above its target by the noise of a clock.
+
+        Args:
+            shares: of the goals that are known; others are left out.
+        """
+        return [name for name, wanted in self.targets.items() if name in shares and not met(name, shares[name], wanted)]
 
     def part_way(self, start: Shares, share: float) -> "Budget":
         """The same budget with targets that lie `share` of the way from `start` to the real ones, and none lower."""

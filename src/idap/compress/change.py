@@ -14,7 +14,7 @@ from idap.compress.neighbours import only_training
 from idap.compress.state import Keep, Setting, State
 from idap.errors import StructureError
 from idap.rebalance.run import rebalance_
-from idap.record import Curve
+from idap.steps import Curve
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.surgery.verify import verify

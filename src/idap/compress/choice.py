@@ -13,12 +13,12 @@ from idap.compress.latencies import come_down
 from idap.compress.ranking import Candidates, Way, multiples_of, rank, ways
 from idap.compress.state import Keep, Setting, State, joined
 from idap.compress.trial import calibration_loss
-from idap.record import Removal
 from idap.selection.alike import shortest
 from idap.selection.best import best_of
 from idap.selection.reach import reach
 from idap.selection.rounding import rounded
 from idap.selection.units import Ranking
+from idap.steps import Removal
 from idap.surgery.apply import apply_plan
 
 
@@ -62,14 +62,14 @@ def best_cut(
     if not others and not may_step:
         return rankings[first], cuts[first], None
     left = left_after(setting, state, cuts[first])
-    may_step = may_step and aim.nearly(left)  # steps of the hardware only where the step gets to its aim
+    may_step = may_step and not aim.missed(left)  # steps of the hardware only where the step gets to its aim
     # The others go as far down as the first, so that their losses can be compared.
     level = replace(aim, targets={name: left[name] for name in aim.targets or ("macs",)})
 
     def compare(way: Way, multiples: Mapping[str, int]) -> None:
         cut = _cut(setting, state, rankings[way], level, 1.0, multiples)
         # A first cut that was measured too slow asks for nothing, and doing nothing loses nothing.
-        if cut.takes_from(state) and level.nearly(left_after(setting, state, cut)):
+        if cut.takes_from(state) and not level.missed(left_after(setting, state, cut)):
             cuts[way] = cut
 
     trial = _Trial(setting, state)
@@ -95,7 +95,7 @@ def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> 
     with setting.clock.on("selection"):
         candidates = Candidates.of(setting, state, found.units, {})
         _, cut, made = best_cut(setting, state, candidates, aim, 1.0, last=False)
-        if not cut.takes_from(state) or not aim.nearly(left_after(setting, state, cut)):
+        if not cut.takes_from(state) or aim.missed(left_after(setting, state, cut)):
             return None
     return (made or make_cut(setting, state, cut.keep, cut.removed)).model
 

@@ -9,8 +9,9 @@ from idap.compress.state import Setting, State
 from idap.divergence.measure import Divergence
 from idap.errors import RunFolderError
 from idap.progress import Status
-from idap.record import BEFORE, Contest, Curve, Removal, RunFolder, Step
+from idap.record import BEFORE, RunFolder
 from idap.saving.checkpoint import load, save
+from idap.steps import Contest, Curve, Removal, Step
 from idap.structure.blocks import Block
 from idap.structure.projected import PROJECTION
 from idap.training.processes import on_main

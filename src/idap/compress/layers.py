@@ -10,7 +10,7 @@ from idap.compress.journal import Decision, Journal, block_removal
 from idap.compress.neighbours import neighbours
 from idap.compress.state import Setting, State, joined
 from idap.compress.trial import calibration_loss, loss_without
-from idap.record import Contest
+from idap.steps import Contest
 from idap.training.evaluate import evaluate
 
 STAGE = "layers"
@@ -63,8 +63,8 @@ def _candidate(
     What filters beat is judged as it was cut, and not trained.
     """
     number = len(journal.steps)
-    measured = setting.divergence(state, units=journal.opening, title=f"layers {number}: measure")
-    journal.show("layers", state, measured)
+    measured = setting.divergence(state, units=journal.opening, title=f"{STAGE} {number}: measure")
+    journal.show(STAGE, state, measured)
     scores = measured.blocks
     left = [name for name in scores if name in allowed and not _overshoots(setting, state, goal, name)]
     short_list = sorted(left, key=lambda name: scores[name])[: setting.config.layers.short_list]
@@ -79,7 +79,7 @@ def _candidate(
     removal = block_removal(block, scores[chosen], rank, costs[chosen])
     made = contest = None
     if contested:
-        made, saved, contest = _contest(setting, state, goal, removed, f"layers {number}: measure filters")
+        made, saved, contest = _contest(setting, state, goal, removed, f"{STAGE} {number}: measure filters")
         if contest.lost:
             with setting.clock.on("judging"):
                 metric = evaluate(made.model, setting.task)
@@ -89,7 +89,7 @@ def _candidate(
     tuned = frozenset[str]()
     if setting.config.layers.tune == "neighbours":
         tuned = neighbours(setting.structure, block, removed)
-    candidate = next_state(setting, state, state.keep, removed, f"layers {number}: recovery", tuned=tuned, made=made)
+    candidate = next_state(setting, state, state.keep, removed, f"{STAGE} {number}: recovery", tuned=tuned, made=made)
     return Decision(candidate, [removal], contest)
 
 
@@ -140,7 +140,7 @@ def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool
 def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mapping[str, float]) -> str:
     """The candidate whose removal costs least calibration loss for what it saves."""
     maps = {name: fitted.map for name, fitted in setting.projections(state, names).items()}
-    with setting.progress.phase("layers: trial", len(names) + 1) as phase:
+    with setting.progress.phase(f"{STAGE}: trial", len(names) + 1) as phase:
         before = calibration_loss(setting, state.model)
         phase.advance()
         price: dict[str, float] = {}

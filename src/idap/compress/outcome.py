@@ -11,7 +11,6 @@ from idap.compress.journal import COST_NAMES, Journal
 from idap.compress.result import Result
 from idap.compress.state import Setting, State
 from idap.errors import TaskError
-from idap.record import LATENCY_NOISE
 from idap.saving.origin import origin, remember_
 from idap.training.evaluate import evaluate, output_error
 from idap.training.processes import on_main
@@ -117,9 +116,8 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
             "reading to the next. Make the validation loader give the same batches each time"
         )
     missed = [
-        f"{COST_NAMES[name]} came down to {shares[name]:.1%}, not to {wanted:.1%}"
-        for name, wanted in goal.targets.items()
-        if shares[name] > wanted * (1 + (LATENCY_NOISE if name == "latency" else 0))
+        f"{COST_NAMES[name]} came down to {shares[name]:.1%}, not to {goal.targets[name]:.1%}"
+        for name in goal.missed(shares)
     ]
     if missed:
         rejected = any(not step.accepted for step in journal.steps if step.stage != "final" and not step.beaten)

@@ -8,12 +8,12 @@ from torch import nn
 
 from idap.errors import CheckpointError
 from idap.files import write_bytes
-from idap.record import Step
 from idap.report import numbers
 from idap.report.headline import Fact, cost_fact, metric_fact
 from idap.report.notebook import result_display
 from idap.saving.card import CARD, Facts, model_card, module_of
 from idap.saving.checkpoint import save
+from idap.steps import Step
 from idap.structure.chain import chained
 from idap.structure.plan import Plan
 

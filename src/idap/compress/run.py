@@ -165,7 +165,7 @@ def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable:
     shallow = layer_stage(setting, state, goal, journal, removable, contested=contested)
     stayed = [step for step in journal.steps[before:] if not step.accepted]
     narrow = filter_stage(setting, shallow, goal, journal)  # what stage 2 left over
-    if not any(step.beaten for step in stayed) or goal.nearly(setting.shares(narrow)):
+    if not any(step.beaten for step in stayed) or not goal.missed(setting.shares(narrow)):
         return narrow
     essential = {step.removed[0].name for step in stayed if narrow is shallow and not step.beaten}
     last = layer_stage(setting, narrow, goal, journal, [name for name in removable if name not in essential])

@@ -22,7 +22,8 @@ from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
 from idap.progress import Progress
 from idap.rebalance.projections import FittedMap, fit_projections
-from idap.record import Curve, RunFolder
+from idap.record import RunFolder
+from idap.steps import Curve
 from idap.structure.analysis import Structure
 from idap.structure.plan import Plan
 from idap.training.batch import Inputs, device_of, move

@@ -3,11 +3,11 @@
 import hashlib
 from collections.abc import Sequence
 
-from idap.record import Step
 from idap.report.headline import SIGNS, Fact, card
 from idap.report.markup import Html, raw, tag
 from idap.report.page import asset
 from idap.report.tradeoff import Story, curve
+from idap.steps import Step
 
 MOST = 60
 """Lines of a table that are shown at most."""

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from idap.errors import RunFolderError
-from idap.record import AFTER, BEFORE, MEASURED, RESULT, RUN, STEPS, Step, read_json, read_steps
+from idap.record import AFTER, BEFORE, MEASURED, RESULT, RUN, STEPS, read_json, read_steps
+from idap.steps import Step
 
 Kind = TypeVar("Kind")
 

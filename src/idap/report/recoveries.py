@@ -2,12 +2,12 @@
 
 from itertools import accumulate
 
-from idap.record import Curve, Step
 from idap.report import numbers
 from idap.report.markup import Html, joined, tag
 from idap.report.plot import Plot, legend, table
 from idap.report.reading import Run
 from idap.report.tradeoff import metric_labels
+from idap.steps import Curve, Step
 
 
 def recoveries(run: Run) -> Html:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from idap.record import Step
 from idap.report import numbers
 from idap.report.markup import Html, joined, tag
 from idap.report.plot import Plot, legend, table
 from idap.report.reading import Run
+from idap.steps import Step
 
 COSTS = {"macs": "multiply-adds", "parameters": "parameters", "size": "file size", "latency": "latency"}
 """How costs are called."""

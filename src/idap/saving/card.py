@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from idap.errors import CheckpointError
-from idap.record import Step
+from idap.steps import Step
 from idap.structure.plan import Plan
 
 CARD = "card.md"
