@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 
 LATENCY_NOISE = 0.02
 """By how much a last measurement of latency may be above what is wanted, as a share of it, and count as reached."""
@@ -77,7 +76,7 @@ class Contest:
 
     Attributes:
         layer: mean loss on the calibration data without the layer.
-        filters: the same without the filters; None if filters can't save as much.
+        filters: the same without the filters; None if filters can't save as much, or leave no finite loss.
     """
 
     layer: float
@@ -86,7 +85,7 @@ class Contest:
     @property
     def lost(self) -> bool:
         """Whether the filters lose less, so that the layer stays."""
-        return self.filters is not None and not self.layer <= self.filters and isfinite(self.filters)
+        return self.filters is not None and not self.layer <= self.filters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A run that is killed at any moment goes on to the same result; a run that is another one is refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -13,11 +14,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from idap.compress.config import Config
+from idap.compress.config import Config, FilterStage
 from idap.compress.run import compress
 from idap.errors import ConfigError, RunFolderError
 from idap.record import STEPS, read_steps
 from idap.saving.checkpoint import load
+from idap.training.recovery import Recovery
 from tests.compress.tiny import Noting, batches, config, task, trained
 
 NET = trained()
@@ -164,3 +166,38 @@ def test_kill_at_random_moments(undisturbed, tmp_path):
     assert outcome(resumed) == outcome(undisturbed)
     lines = (folder / STEPS).read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == list(range(len(undisturbed.steps)))
+
+
+def test_a_turn_that_ended_of_itself_ends_there_again_on_other_data(tmp_path):
+    """Stage 1 found nothing more to take; on other calibration data it would, and what was decided stays."""
+
+    def distance(outputs, batch):
+        with torch.no_grad():
+            return (outputs - NET(batch[0])).square().mean()
+
+    def strict(**parts):
+        changes = {"metric": distance, "metric_name": "distance", "higher_is_better": False, "update": None}
+        return dataclasses.replace(task(**parts), **changes)
+
+    filters = FilterStage(steps=5, first_share=0.2, multiple=4)
+    settings = config(max_drop=0.002, macs=0.3, filters=filters, recovery=Recovery(epochs=0))
+    compress(NET, strict(), settings, run_dir=tmp_path / "run")
+    written = read_steps(tmp_path / "run")
+    assert {step["turn"] for step in written} > {0}
+    (tmp_path / "run" / "result.json").unlink()
+    heard = Noting()
+    other = strict(train=batches(256, 9))
+    again = compress(NET, other, settings, run_dir=tmp_path / "run", resume=True, progress=heard)
+    kept = json.loads(json.dumps([dataclasses.asdict(step) for step in again.steps]))
+    assert kept[: len(written)] == written
+    assert read_steps(tmp_path / "run") == kept
+
+
+def test_a_decision_that_the_run_does_not_come_to_is_refused(undisturbed, tmp_path):
+    compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run")
+    file = tmp_path / "run" / STEPS
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[-1]["turn"] += 1
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunFolderError, match=r"^decision \d+ of the run is one of stage 'final', and the run now"):
+        compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)

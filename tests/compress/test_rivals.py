@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from idap.compress import layers
+from idap.compress import choice, layers
 from idap.compress import run as running
 from idap.compress.change import make_cut
 from idap.compress.config import FilterStage, LayerStage
@@ -193,3 +194,63 @@ def test_a_finished_run_is_recalled_as_it_was_though_some_turns_decided_nothing(
     assert [step.reason for step in again.steps] == [step.reason for step in whole.steps]
     assert (tmp_path / "run" / "steps.jsonl").read_bytes() == written
     assert sum("(recalled)" in line for line in heard.lines) == len(whole.steps)
+
+
+# ------------------------------------------------------------------------------------------------ what is left undone
+
+
+def test_a_layer_that_saves_too_much_goes_where_filters_end_above_the_target():
+    few = FilterStage(steps=1, first_share=0.12)
+    held = {**UNTRAINED, "filters": few, "layers": LayerStage(removals=4)}
+    result = compress(trained(blocks=3), task(), config(macs=0.72, **held))
+    assert result.reached
+    assert len(result.plan.removed) == 1  # one that saves more than twice what was still wanted
+    before, layer = result.steps[-2:]
+    assert 0.72 < before.shares["macs"] < 0.76
+    assert layer.shares["macs"] < 0.65
+
+
+def test_what_the_budget_refused_stage_1_is_not_tried_again():
+    tight = config(max_drop=0.0005, macs=0.3, layers=LayerStage(removals=2), recovery=Recovery(epochs=0))
+    steps = compress(NET, strict(), tight).steps
+    refused = [step.removed for step in steps if step.stage == "filters" and not step.accepted]
+    assert refused
+    assert all(one != other for place, one in enumerate(refused) for other in refused[:place])
+    assert all(step.contest is None for step in steps)  # filters that save as much were refused
+
+
+def test_filters_without_a_finite_loss_are_no_rival(monkeypatch):
+    monkeypatch.setattr(choice, "calibration_loss", lambda *_: math.nan)
+    _, _, end, (step, *_) = stage(NET, macs=0.8, **CONTESTED)
+    assert end.removed
+    assert step.contest.filters is None
+
+
+def test_a_layer_without_which_the_loss_is_not_finite_is_not_chosen(monkeypatch):
+    asked, real = [], layers.loss_without
+
+    def first_breaks(setting, state, block, *given):
+        asked.append(block.name)
+        return math.nan if len(asked) == 1 else real(setting, state, block, *given)
+
+    monkeypatch.setattr(layers, "loss_without", first_breaks)
+    _, _, end, _ = stage(NET, macs=0.8, contested=False, **CONTESTED)
+    assert len(asked) > 1
+    assert end.removed == (asked[1],) or (end.removed and asked[0] not in end.removed)
+    monkeypatch.setattr(layers, "loss_without", lambda *_: math.inf)
+    _, start, end, steps = stage(NET, macs=0.8, contested=False, **CONTESTED)
+    assert end is start
+    assert not steps
+
+
+def test_a_layer_that_the_budget_refused_is_not_asked_again_once_filters_took_something():
+    held = FilterStage(steps=5, first_share=0.1, min_keep=0.55)
+    settings = {"max_drop": 0.01, "macs": 0.4, "filters_share": 0.35, "filters": held, "recovery": Recovery(epochs=0)}
+    steps = compress(NET, strict(), config(**settings, layers=LayerStage(removals=2))).steps
+    stayed = [step for step in steps if step.stage == "layers" and not step.accepted]
+    refused = [step.removed[0].name for step in stayed if not step.beaten]
+    assert any(step.beaten for step in stayed)
+    assert len(refused) > 1
+    assert len(refused) == len(set(refused))
+    first = next(place for place, step in enumerate(steps) if step.stage == "layers")
+    assert any(step.stage == "filters" and step.accepted for step in steps[first:])

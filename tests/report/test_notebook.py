@@ -8,6 +8,7 @@ from torch import nn
 
 import idap
 from idap.report.notebook import MOST, table_display
+from idap.steps import Contest
 from tests.compress.tiny import config, task, trained
 from tests.report.runs import HOSTILE
 from tests.report.test_page import Page
@@ -25,6 +26,14 @@ def test_a_result_shows_itself(result):
     assert "multiply-adds" in page.said and "accuracy (validation)" in page.said
     assert 'role="img"' in text and "<script" not in text
     assert len(text) < 20_000
+
+
+def test_a_layer_that_filters_beat_is_no_step_of_the_curve(result):
+    beaten = dataclasses.replace(result.steps[0], accepted=False, contest=Contest(layer=0.5, filters=0.4))
+    shown = dataclasses.replace(result, steps=(beaten, *result.steps))._repr_html_()
+    assert Page(shown).said == Page(result._repr_html_()).said
+    refused = dataclasses.replace(beaten, contest=None)
+    assert Page(dataclasses.replace(result, steps=(refused, *result.steps))._repr_html_()).said != Page(shown).said
 
 
 def test_two_results_in_one_notebook_do_not_mix(result):

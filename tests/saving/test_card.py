@@ -11,7 +11,7 @@ from torch import nn
 from idap.compress.result import Result
 from idap.errors import CheckpointError
 from idap.saving.card import module_of
-from idap.steps import Removal, Step
+from idap.steps import Contest, Removal, Step
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.zoo.nets import DigitsResNet
@@ -35,11 +35,14 @@ STEPS = tuple(
 )
 
 
+BEATEN = dataclasses.replace(STEPS[1], index=2, stage="layers", contest=Contest(layer=0.5, filters=0.4))
+
+
 def result(model: nn.Module, plan: Plan, base: Plan | None = None) -> Result:
     return Result(
         model=model,
         plan=plan,
-        steps=STEPS,
+        steps=(*STEPS, BEATEN),
         baseline=0.8,
         metric=0.79,
         macs=(1000, 500),
@@ -112,6 +115,7 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
         "| relative squared error of the outputs (validation) | 0 | 0.0123 |",
         "| 0 | filters | 2 neurons | 900 | 80 | 0.75 | yes |",
         "| 1 | filters | 2 neurons | 899 | 80 | 0.75 | no, rolled back |",
+        "| 2 | layers | 2 neurons | 899 | 80 | 0.75 | no, filters were better |",
         f"Removed whole: `{plan.removed[0]}`.",
         "Every goal was reached.",
         f"torch {torch.__version__}",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import NamedTuple
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from idap.compress.latencies import come_down
 from idap.compress.ranking import Candidates, Way, multiples_of, rank, ways
 from idap.compress.state import Keep, Setting, State, joined
 from idap.compress.trial import calibration_loss
+from idap.errors import DivergedError
 from idap.selection.alike import shortest
 from idap.selection.best import best_of
 from idap.selection.reach import reach
@@ -39,10 +41,28 @@ class Cut:
         return dict(self.keep) != dict(state.keep) or self.removed != state.removed
 
 
+class Choice(NamedTuple):
+    """The cut that a step takes.
+
+    Attributes:
+        ranking: that it follows.
+        cut: what stays.
+        made: the model that the cut makes, where it was made to find the loss.
+        loss: of that model on the calibration data.
+        left: of each of the original's costs, where that was measured.
+    """
+
+    ranking: Ranking
+    cut: Cut
+    made: Made | None = None
+    loss: float | None = None
+    left: Shares | None = None
+
+
 def best_cut(
     setting: Setting, state: State, candidates: Candidates, aim: Budget, share: float, *, last: bool
-) -> tuple[Ranking, Cut, Made | None]:
-    """The ranking, and what stays after a step; of several ways to rank, that with the lowest calibration loss.
+) -> Choice:
+    """What a step takes; of several ways to rank, that with the lowest calibration loss.
 
     Args:
         setting: of the run.
@@ -52,16 +72,17 @@ def best_cut(
         share: of the units that may go at most.
         last: the aim is that of the stage, so that widths may end at the steps of the hardware.
 
-    Returns:
-        The ranking, the cut, and the model that it makes where it was made to find the loss.
+    Raises:
+        DivergedError: there are several ways, and none of them leaves a finite loss.
     """
     first, *others = ways(setting)
     rankings = {way: rank(setting, state, candidates, way) for way in (first, *others)}
     cuts = {first: _cut(setting, state, rankings[first], aim, share, rankings[first].multiples)}
     may_step = last and setting.config.filters.multiple == 1 and "latency" in setting.budget.targets
     if not others and not may_step:
-        return rankings[first], cuts[first], None
-    left = left_after(setting, state, cuts[first])
+        return Choice(rankings[first], cuts[first])
+    lefts: dict[Way, Shares] = {first: left_after(setting, state, cuts[first])}
+    left = lefts[first]
     may_step = may_step and not aim.missed(left)  # steps of the hardware only where the step gets to its aim
     # The others go as far down as the first, so that their losses can be compared.
     level = replace(aim, targets={name: left[name] for name in aim.targets or ("macs",)})
@@ -69,8 +90,8 @@ def best_cut(
     def compare(way: Way, multiples: Mapping[str, int]) -> None:
         cut = _cut(setting, state, rankings[way], level, 1.0, multiples)
         # A first cut that was measured too slow asks for nothing, and doing nothing loses nothing.
-        if cut.takes_from(state) and not level.missed(left_after(setting, state, cut)):
-            cuts[way] = cut
+        if cut.takes_from(state) and not level.missed(found := left_after(setting, state, cut)):
+            cuts[way], lefts[way] = cut, found
 
     trial = _Trial(setting, state)
     for way in others:
@@ -84,20 +105,33 @@ def best_cut(
         compare(stepped, steps)
         if stepped in cuts:
             chosen = best_of({way: cuts[way] for way in (chosen, stepped)}, trial.loss)
-    return rankings[chosen], cuts[chosen], trial.made_of(cuts[chosen])
+    made, loss = trial.made_of(cuts[chosen])
+    return Choice(rankings[chosen], cuts[chosen], made, loss, lefts[chosen])
 
 
-def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> nn.Module | None:
-    """The model that filters alone make of a state when they come down to an aim; None if they can't."""
-    if aim.shortfall(setting.shares(state)) <= 0:
-        return state.model  # a layer that saves nothing of what counts has to beat doing nothing
+def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> float | None:
+    """The calibration loss that filters alone leave when they come down to an aim.
+
+    Returns:
+        The loss of the model that was cut and corrected; None if filters don't come there, or leave no finite loss.
+    """
+    if aim.shortfall(setting.shares(state)) <= 0:  # a layer that saves nothing of what counts has to beat doing nothing
+        return calibration_loss(setting, state.model)
     found = setting.divergence(state, blocks=False, title=title)
     with setting.clock.on("selection"):
         candidates = Candidates.of(setting, state, found.units, {})
-        _, cut, made = best_cut(setting, state, candidates, aim, 1.0, last=False)
-        if not cut.takes_from(state) or aim.missed(left_after(setting, state, cut)):
+        try:
+            choice = best_cut(setting, state, candidates, aim, 1.0, last=False)
+        except DivergedError:  # so the layer has nothing to beat
             return None
-    return (made or make_cut(setting, state, cut.keep, cut.removed)).model
+        cut, loss = choice.cut, choice.loss
+        if not cut.takes_from(state) or aim.missed(choice.left or left_after(setting, state, cut)):
+            return None
+    if loss is None:
+        made = choice.made or make_cut(setting, state, cut.keep, cut.removed)
+        with setting.clock.on("trial"):
+            loss = calibration_loss(setting, made.model)
+    return loss if isfinite(loss) else None
 
 
 class _Trial:
@@ -120,9 +154,11 @@ class _Trial:
             self._best = loss, cut, made
         return loss
 
-    def made_of(self, cut: Cut) -> Made | None:
-        """The model of a cut, if it is the best so far."""
-        return self._best[2] if self._best is not None and self._best[1] == cut else None
+    def made_of(self, cut: Cut) -> tuple[Made, float] | tuple[None, None]:
+        """The model of a cut and its loss, if it is the best so far."""
+        if self._best is None or self._best[1] != cut:
+            return None, None
+        return self._best[2], self._best[0]
 
 
 def left_after(setting: Setting, state: State, cut: Cut, model: nn.Module | None = None) -> dict[str, float]:

@@ -100,7 +100,7 @@ class LayerStage:
         against: what a layer has to beat before it goes, where costs have targets and stage 1 comes first. "filters":
             those that would save as much, or come to the targets; where they lose less on calibration data, stage 2
             is over, unless filters don't come to the targets then. "nothing": layers go unasked, which makes a network
-            faster than its multiply-adds say.
+            faster than its multiply-adds say. Where the budget ended stage 1 there is nothing to beat.
         tune: which weights recover after a removal: "all", or "neighbours", those of the layers next to what went.
 
     Raises:

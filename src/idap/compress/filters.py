@@ -32,6 +32,8 @@ def filter_stage(
     stage, pace = _stage(blocks), Pace(setting.config.filters, goal)
     rejected: State | None = None
     while pace.step < setting.config.filters.steps and not goal.reached(setting.shares(state)):
+        if journal.ended(stage):
+            break
         aim, share = pace.next(setting.shares(state))
         found = journal.recall(stage, state)
         found = found or _candidate(setting, state, goal, aim, share, journal, blocks, rejected)
@@ -81,14 +83,15 @@ def _candidate(
     with setting.clock.on("selection"):
         free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}
         candidates = Candidates.of(setting, state, found.units, free)
-        ranking, cut, made = best_cut(setting, state, candidates, aim, share, last=aim == goal)
+        choice = best_cut(setting, state, candidates, aim, share, last=aim == goal)
+        cut = choice.cut
     if not cut.takes_from(state):
         return None
     if rejected is not None and not cut.takes_from(rejected):
         setting.progress.say(f"{stage} {number}: no smaller step is possible; units go in bundles.")
         return None
-    candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=made)
-    return Decision(candidate, removals(setting, state, cut, ranking, candidates))
+    candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=choice.made)
+    return Decision(candidate, removals(setting, state, cut, choice.ranking, candidates))
 
 
 def _free(setting: Setting, state: State, scored: Collection[str], blocks: Sequence[str]) -> list[str]:

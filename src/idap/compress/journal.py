@@ -60,11 +60,19 @@ class Journal:
         self._profile: tuple[float, ...] = ()
         self._past = list(past)
         self._turn = -1
+        self._recalled = False
         self.steps: list[Step] = []
 
     def begin(self) -> None:
         """Begin a turn of a stage: a turn without decisions leaves nothing behind, and the next one is another."""
         self._turn += 1
+
+    def ended(self, stage: str) -> bool:
+        """Whether the stopped run took no further decision in this turn of a stage: its next one is of a later turn."""
+        index = len(self.steps)
+        if index >= len(self._past):
+            return False
+        return (self._past[index]["stage"], self._past[index]["turn"]) != (stage, self._turn)
 
     def recall(self, stage: str, state: State) -> Decision | None:
         """The next decision, if it was taken before the run was stopped.
@@ -82,9 +90,9 @@ class Journal:
             CheckpointError: the accepted model can't be read.
         """
         index = len(self.steps)
-        found = self._past[index] if index < len(self._past) else None
-        if found is None or (found["stage"], found["turn"]) != (stage, self._turn):
+        if index >= len(self._past) or self.ended(stage):
             return None
+        found = self._past[index]
         removed = [_removal(item) for item in found["removed"]]
         setting = self._setting
         gone = {item.name: set(item.units) for item in removed if item.units}
@@ -106,13 +114,24 @@ class Journal:
             assert setting.folder is not None
             model = load(setting.folder.checkpoint(index), setting.original)
         cost, latency = setting.costs.cost(keep, parts), found["shares"].get("latency")
-        recalled = State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"], latency)
-        return Decision(recalled, removed, None if found["contest"] is None else Contest(**found["contest"]))
+        then = State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"], latency)
+        self._recalled = True
+        return Decision(then, removed, None if found["contest"] is None else Contest(**found["contest"]))
 
     def note(self, stage: str, decision: Decision, *, accepted: bool, reason: str) -> None:
-        """Record one decision; an accepted state is saved before the decision is written."""
+        """Record one decision; an accepted state is saved before the decision is written.
+
+        Raises:
+            RunFolderError: the stopped run took another decision here.
+        """
         index, state = len(self.steps), decision.state
-        recalled = index < len(self._past)
+        recalled, self._recalled = self._recalled, False
+        if index < len(self._past) and not recalled:
+            raise RunFolderError(
+                f"decision {index} of the run is one of stage {self._past[index]['stage']!r}, and the run now comes to "
+                f"one of stage {stage!r} there: the folder was changed, or written by another version. Begin anew in "
+                "another folder."
+            )
         phases = self._past[index]["phases"] if recalled else self._setting.clock.take()
         step = Step(
             index=index,

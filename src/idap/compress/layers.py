@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from math import inf, isfinite
 
 from idap.compress.budget import Budget, Shares, shares_of
 from idap.compress.change import Made, make_cut, next_state
@@ -17,7 +18,14 @@ STAGE = "layers"
 
 
 def layer_stage(
-    setting: Setting, state: State, goal: Budget, journal: Journal, removable: Sequence[str], *, contested: bool = False
+    setting: Setting,
+    state: State,
+    goal: Budget,
+    journal: Journal,
+    removable: Sequence[str],
+    *,
+    contested: bool = False,
+    alone: bool = False,
 ) -> State:
     """Remove layers until the goal is reached, the removals are used up, or all that is left is essential.
 
@@ -28,6 +36,7 @@ def layer_stage(
         journal: gets one entry per decision.
         removable: branches and blocks whose removal was proved on the original.
         contested: end as soon as filters in place of the next layer lose less.
+        alone: filters don't come to the goal any more, so a layer may save much more than is wanted.
 
     Returns:
         The last accepted state.
@@ -37,8 +46,11 @@ def layer_stage(
     essential: set[str] = set()
     rejected, accepted = 0, sum(step.stage == STAGE and step.accepted for step in journal.steps)
     while accepted < stage.removals and rejected < stage.patience and not goal.reached(setting.shares(state)):
+        if journal.ended(STAGE):
+            break
         found = journal.recall(STAGE, state)
-        found = found or _candidate(setting, state, goal, set(removable) - essential, journal, contested=contested)
+        allowed = set(removable) - essential
+        found = found or _candidate(setting, state, goal, allowed, journal, contested=contested, alone=alone)
         if found is None:
             break
         if found.contest is not None and found.contest.lost:
@@ -56,23 +68,36 @@ def layer_stage(
 
 
 def _candidate(
-    setting: Setting, state: State, goal: Budget, allowed: Set[str], journal: Journal, *, contested: bool
+    setting: Setting,
+    state: State,
+    goal: Budget,
+    allowed: Set[str],
+    journal: Journal,
+    *,
+    contested: bool,
+    alone: bool,
 ) -> Decision | None:
     """Measure, try the lowest few, remove the best of them and recover; None if nothing more may go.
 
     What filters beat is judged as it was cut, and not trained.
     """
+    if not allowed:
+        return None
     number = len(journal.steps)
     measured = setting.divergence(state, units=journal.opening, title=f"{STAGE} {number}: measure")
     journal.show(STAGE, state, measured)
     scores = measured.blocks
-    left = [name for name in scores if name in allowed and not _overshoots(setting, state, goal, name)]
+    left = [name for name in scores if name in allowed and not _saves_nothing(setting, state, name)]
+    left = [name for name in left if alone or not _overshoots(setting, state, goal, name)]
     short_list = sorted(left, key=lambda name: scores[name])[: setting.config.layers.short_list]
     if not short_list:
         return None
     costs = setting.block_costs(state, short_list)
     with setting.clock.on("trial"):
         chosen = _cheapest(setting, state, short_list, costs)
+    if chosen is None:
+        setting.progress.say(f"{STAGE} {number}: without any of {', '.join(short_list)} the loss is not finite.")
+        return None
     block = setting.structure.block(chosen)
     removed = joined(setting.structure, state.removed, [chosen])
     rank = sorted(scores, key=lambda name: scores[name]).index(chosen)
@@ -107,10 +132,7 @@ def _contest(
     left = left_after(setting, state, Cut(state.keep, removed), made.model)
     level = {name: max(left[name], wanted) for name, wanted in goal.targets.items()}
     rival = filters_instead(setting, state, replace(goal, targets=level), title)
-    if rival is None:
-        return made, left, Contest(loss, None)
-    with setting.clock.on("trial"):
-        return made, left, Contest(loss, calibration_loss(setting, rival))
+    return made, left, Contest(loss, rival)
 
 
 def _told(contest: Contest) -> str:
@@ -122,12 +144,7 @@ def _told(contest: Contest) -> str:
 
 
 def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:
-    """Whether removing a layer saves more than twice what is still wanted: filters come closer, and cost less.
-
-    A projection that saves nothing does not come closer either.
-    """
-    if setting.structure.block(name).projected and setting.costs.block_macs(name, state.keep, state.removed) <= 0:
-        return True
+    """Whether removing a layer saves more than twice what is still wanted: filters come closer, and cost less."""
     if not goal.targets or not setting.config.filters.steps:
         return False
     now = setting.shares(state)
@@ -137,8 +154,14 @@ def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool
     return all(now[cost] - without[cost] > 2 * (now[cost] - wanted) for cost, wanted in goal.targets.items())
 
 
-def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mapping[str, float]) -> str:
-    """The candidate whose removal costs least calibration loss for what it saves."""
+def _saves_nothing(setting: Setting, state: State, name: str) -> bool:
+    """Whether a block would become a projection that costs as much."""
+    projected = setting.structure.block(name).projected is not None
+    return projected and setting.costs.block_macs(name, state.keep, state.removed) <= 0
+
+
+def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mapping[str, float]) -> str | None:
+    """The candidate whose removal costs least calibration loss for what it saves; None if no loss is finite."""
     maps = {name: fitted.map for name, fitted in setting.projections(state, names).items()}
     with setting.progress.phase(f"{STAGE}: trial", len(names) + 1) as phase:
         before = calibration_loss(setting, state.model)
@@ -147,6 +170,8 @@ def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mappi
         for name in names:
             loss = loss_without(setting, state, setting.structure.block(name), maps.get(name))
             saved = max(1e-12, costs[name])
-            price[name] = (loss - before) / saved if loss > before else (loss - before) * saved
+            more = loss - before if isfinite(loss) else inf
+            price[name] = more / saved if more > 0 else more * saved
             phase.advance(name)
-    return min(names, key=lambda name: price[name])
+    best = min(names, key=lambda name: price[name])
+    return best if isfinite(price[best]) else None

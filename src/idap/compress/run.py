@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +160,21 @@ def _stages(setting: Setting, state: State, removable: list[str], journal: Journ
 
 
 def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable: list[str]) -> State:
-    """Cut depth, then width down to the targets; layers that filters beat go after all if these don't come there."""
+    """Cut depth, then width down to the targets; layers that were spared go after all if filters don't come there."""
     goal, before = setting.budget, len(journal.steps)
-    contested = setting.config.layers.against == "filters"
+    refused = before > 0 and not journal.steps[-1].accepted  # the budget ended stage 1, and would end it again
+    contested = setting.config.layers.against == "filters" and not refused
     shallow = layer_stage(setting, state, goal, journal, removable, contested=contested)
-    stayed = [step for step in journal.steps[before:] if not step.accepted]
-    narrow = filter_stage(setting, shallow, goal, journal)  # what stage 2 left over
-    if not any(step.beaten for step in stayed) or not goal.missed(setting.shares(narrow)):
+    turn = journal.steps[before:]
+    in_a_row = len(list(takewhile(lambda step: not step.accepted and not step.beaten, reversed(turn))))
+    narrow = shallow  # what stage 2 left over is for filters
+    if shallow is not state or not refused:
+        narrow = filter_stage(setting, shallow, goal, journal)
+    if not goal.missed(setting.shares(narrow)) or in_a_row >= setting.config.layers.patience:
         return narrow
-    essential = {step.removed[0].name for step in stayed if narrow is shallow and not step.beaten}
-    last = layer_stage(setting, narrow, goal, journal, [name for name in removable if name not in essential])
+    essential = {step.removed[0].name for step in turn if not step.accepted and not step.beaten}
+    spared = [name for name in removable if name not in essential]
+    last = layer_stage(setting, narrow, goal, journal, spared, alone=True)
     return last if last is narrow else filter_stage(setting, last, goal, journal)
 
 

@@ -43,7 +43,7 @@ def result_display(
         tag("p", tag("b", title), " ", chip, " ", f"{message[:1].upper()}{message[1:]}.", class_="verdict"),
         tag("dl", [card(fact) for fact in facts], class_="cards"),
     ]
-    told = [(step, (step.shares["macs"], step.metric)) for step in steps if "macs" in step.shares]
+    told = [(step, (step.shares["macs"], step.metric)) for step in steps if "macs" in step.shares and not step.beaten]
     if told:
         story = Story(metric=metric, baseline=baseline, cost="macs", told=told)
         unique = hashlib.sha256(repr((title, message, told)).encode()).hexdigest()[:12]

@@ -119,7 +119,7 @@ def _done(plan: Plan, facts: Facts) -> str:
     if facts.steps:
         lines += ["| step | stage | removed | multiply-adds | parameters | metric | kept |", "|---" * 7 + "|"]
     for step in facts.steps:
-        kept = "yes" if step.accepted else "no, rolled back"
+        kept = "yes" if step.accepted else "no, filters were better" if step.beaten else "no, rolled back"
         lines.append(
             f"| {step.index} | {step.stage} | {_removed(step)} | {step.macs:,} | {step.parameters:,} | "
             f"{step.metric:.6g} | {kept} |"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import TypeVar
 
-from idap.errors import TaskError
+from idap.errors import DivergedError
 
 Way = TypeVar("Way")
 Candidate = TypeVar("Candidate")
@@ -22,7 +22,7 @@ def best_of(candidates: Mapping[Way, Candidate], loss: Callable[[Candidate], flo
         The way; the first of those with the lowest loss. One whose loss is not finite is never chosen.
 
     Raises:
-        TaskError: no candidate has a finite loss.
+        DivergedError: no candidate has a finite loss.
 
     Example:
         >>> best_of({0.0: {"a": (0, 1)}, 1.0: {"a": (0, 2)}}, lambda keep: 3.0 - sum(keep["a"]))
@@ -34,7 +34,7 @@ def best_of(candidates: Mapping[Way, Candidate], loss: Callable[[Candidate], flo
             measured.append((way, candidate, loss(candidate)))
     finite = [(value, way) for way, _, value in measured if isfinite(value)]
     if not finite:
-        raise TaskError(
+        raise DivergedError(
             f"none of the cuts {', '.join(map(str, candidates))} leaves a finite calibration loss; "
             "remove less, or look for overflow in the model."
         )
