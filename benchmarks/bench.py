@@ -22,6 +22,7 @@ from idap.graph.trace import trace
 from idap.steps import Step
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
+from idap.surgery.apply import apply_plan
 from idap.training.evaluate import evaluate
 from idap.training.task import Task
 
@@ -183,11 +184,16 @@ def stages(steps: Sequence[Step]) -> dict[str, Any]:
     return found
 
 
-def ours(*, inside: bool = False, **settings: Any) -> Method:
+def ours(*, inside: bool = False, bare: bool = False, **settings: Any) -> Method:
     """A method that is a call of `idap.compress`, with what differs from the defaults.
 
     Where the last block that went saved so much that the cost is more than 1 % below the target, one block fewer
     may go, and filters, which come to the target exactly, take what is left. Only the call that counts is timed.
+
+    Args:
+        inside: only the channels that Torch-Pruning can cut.
+        bare: what stays keeps the original's weights; the corrections only helped to choose.
+        settings: of `Config`.
     """
 
     def cut(bench: Bench, share: float, _: Rows) -> Cut:
@@ -213,7 +219,8 @@ def ours(*, inside: bool = False, **settings: Any) -> Method:
                 break
             config = replace(config, layers=replace(config.layers, removals=removals - 1))
         cost = Cost(result.macs[1], result.parameters[1])
-        return Cut(result.model, result.plan, cost, steps=result.steps, clock=clock)
+        model = apply_plan(bench.model, result.plan) if bare else result.model
+        return Cut(model, result.plan, cost, steps=result.steps, clock=clock)
 
     return cut
 

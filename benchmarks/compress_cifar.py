@@ -12,8 +12,9 @@ other 8,000 are reported on. Rows already in the results are not measured again.
 Methods:
     idap: ...               `idap.compress`: "defaults", where blocks go only if filters would lose more; "filters,
                             layers", where they go unasked; one stage; the other order; "one cut" instead of growing
-                            steps; "inside blocks": stage 1 on the channels that Torch-Pruning
-                            can cut; "per MAC": ranked by score per multiply-add, where the default ranks by score alone
+                            steps; "bare": with the original's weights, where others are corrected; "inside blocks":
+                            stage 1 on the channels that Torch-Pruning can cut; "per MAC": ranked by score per
+                            multiply-add, where the default ranks by score alone
     torch-pruning ...       its criteria (fpgm is the best of them here, see docs/results.md) on the channels inside of
                             residual blocks, ranked globally, cut to the same cost; as it comes, and rebalanced by us
     random, uniform L2      likewise; uniform takes the same share of each layer
@@ -136,6 +137,9 @@ METHODS: dict[str, Method] = {
     BOTH: ours(layers=LayerStage(against="nothing")),
     "idap: filters": ours(layers=LayerStage(removals=0)),
     "idap: filters, one cut": ours(filters=FilterStage(schedule="one-shot"), layers=LayerStage(removals=0)),
+    "idap: filters, one cut, bare": ours(
+        filters=FilterStage(schedule="one-shot"), layers=LayerStage(removals=0), bare=True
+    ),
     "idap: filters inside blocks": ours(layers=LayerStage(removals=0), inside=True),
     "idap: filters per MAC": ours(layers=LayerStage(removals=0), cost_power=1.0),
     "idap: layers": ours(filters=FilterStage(steps=0), layers=ALL_BLOCKS),
@@ -155,7 +159,7 @@ METHODS: dict[str, Method] = {
     "uniform L2": peer("magnitude_l2", ranking="uniform"),
     "uniform L2, rebalanced": peer("magnitude_l2", ranking="uniform", rebalanced=True),
 }
-FIRST = 16
+FIRST = 17
 """So many methods are measured at both costs before the others."""
 
 
