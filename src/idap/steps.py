@@ -131,3 +131,8 @@ class Step:
     def beaten(self) -> bool:
         """Whether a layer stayed because filters were better, which says nothing about the budget."""
         return self.contest is not None and self.contest.lost
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was rolled back for what it did to the metric."""
+        return not self.accepted and not self.beaten

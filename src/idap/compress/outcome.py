@@ -120,7 +120,7 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         for name in goal.missed(shares)
     ]
     if missed:
-        rejected = any(not step.accepted for step in journal.steps if step.stage != "final" and not step.beaten)
+        rejected = any(step.refused for step in journal.steps if step.stage != "final")
         why = (
             "every further step left the accuracy budget. Allow a larger max_drop, more steps or a longer recovery"
             if rejected

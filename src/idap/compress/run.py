@@ -166,13 +166,13 @@ def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable:
     contested = setting.config.layers.against == "filters" and not refused
     shallow = layer_stage(setting, state, goal, journal, removable, contested=contested)
     turn = journal.steps[before:]
-    in_a_row = len(list(takewhile(lambda step: not step.accepted and not step.beaten, reversed(turn))))
+    in_a_row = len(list(takewhile(lambda step: step.refused, reversed(turn))))
     narrow = shallow  # what stage 2 left over is for filters
     if shallow is not state or not refused:
         narrow = filter_stage(setting, shallow, goal, journal)
     if not goal.missed(setting.shares(narrow)) or in_a_row >= setting.config.layers.patience:
         return narrow
-    essential = {step.removed[0].name for step in turn if not step.accepted and not step.beaten}
+    essential = {step.removed[0].name for step in turn if step.refused}
     spared = [name for name in removable if name not in essential]
     last = layer_stage(setting, narrow, goal, journal, spared, alone=True)
     return last if last is narrow else filter_stage(setting, last, goal, journal)
