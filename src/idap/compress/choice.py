@@ -105,7 +105,7 @@ def best_cut(
         compare(stepped, steps)
         if stepped in cuts:
             chosen = best_of({way: cuts[way] for way in (chosen, stepped)}, trial.loss)
-    made, loss = trial.made_of(cuts[chosen])
+    made, loss = trial.made_of(cuts[chosen]) or (None, None)
     return Choice(rankings[chosen], cuts[chosen], made, loss, lefts[chosen])
 
 
@@ -154,10 +154,10 @@ class _Trial:
             self._best = loss, cut, made
         return loss
 
-    def made_of(self, cut: Cut) -> tuple[Made, float] | tuple[None, None]:
+    def made_of(self, cut: Cut) -> tuple[Made, float] | None:
         """The model of a cut and its loss, if it is the best so far."""
         if self._best is None or self._best[1] != cut:
-            return None, None
+            return None
         return self._best[2], self._best[0]
 
 

@@ -89,19 +89,14 @@ def _candidate(
     scores = measured.blocks
     left = [name for name in scores if name in allowed and not _saves_nothing(setting, state, name)]
     left = [name for name in left if alone or not _overshoots(setting, state, goal, name)]
-    short_list = sorted(left, key=lambda name: scores[name])[: setting.config.layers.short_list]
-    if not short_list:
+    found = _chosen(setting, state, sorted(left, key=lambda name: scores[name]), f"{STAGE} {number}")
+    if found is None:
         return None
-    costs = setting.block_costs(state, short_list)
-    with setting.clock.on("trial"):
-        chosen = _cheapest(setting, state, short_list, costs)
-    if chosen is None:
-        setting.progress.say(f"{STAGE} {number}: without any of {', '.join(short_list)} the loss is not finite.")
-        return None
+    chosen, saving = found
     block = setting.structure.block(chosen)
     removed = joined(setting.structure, state.removed, [chosen])
     rank = sorted(scores, key=lambda name: scores[name]).index(chosen)
-    removal = block_removal(block, scores[chosen], rank, costs[chosen])
+    removal = block_removal(block, scores[chosen], rank, saving)
     made = contest = None
     if contested:
         made, saved, contest = _contest(setting, state, goal, removed, f"{STAGE} {number}: measure filters")
@@ -116,6 +111,29 @@ def _candidate(
         tuned = neighbours(setting.structure, block, removed)
     candidate = next_state(setting, state, state.keep, removed, f"{STAGE} {number}: recovery", tuned=tuned, made=made)
     return Decision(candidate, [removal], contest)
+
+
+def _chosen(setting: Setting, state: State, names: Sequence[str], title: str) -> tuple[str, float] | None:
+    """The best of the first few layers and what it saves; the next few are tried where no loss is finite.
+
+    Args:
+        setting: of the run.
+        state: before the removal.
+        names: of layers, the one that may go first at the front.
+        title: of the decision.
+
+    Returns:
+        None if no layer leaves a finite loss.
+    """
+    few = setting.config.layers.short_list
+    for tried in (names[place : place + few] for place in range(0, len(names), few)):
+        costs = setting.block_costs(state, tried)
+        with setting.clock.on("trial"):
+            best = _cheapest(setting, state, tried, costs)
+        if best is not None:
+            return best, costs[best]
+        setting.progress.say(f"{title}: without {' or '.join(tried)} the loss is not finite.")
+    return None
 
 
 def _contest(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from idap.report.headline import SIGNS, Fact, card
 from idap.report.markup import Html, raw, tag
 from idap.report.page import asset
-from idap.report.tradeoff import Story, curve
+from idap.report.tradeoff import Story, curve, told_of
 from idap.steps import Step
 
 MOST = 60
@@ -43,7 +43,7 @@ def result_display(
         tag("p", tag("b", title), " ", chip, " ", f"{message[:1].upper()}{message[1:]}.", class_="verdict"),
         tag("dl", [card(fact) for fact in facts], class_="cards"),
     ]
-    told = [(step, (step.shares["macs"], step.metric)) for step in steps if "macs" in step.shares and not step.beaten]
+    told = told_of([step for step in steps if "macs" in step.shares], lambda step: step.shares["macs"])
     if told:
         story = Story(metric=metric, baseline=baseline, cost="macs", told=told)
         unique = hashlib.sha256(repr((title, message, told)).encode()).hexdigest()[:12]

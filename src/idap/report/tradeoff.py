@@ -1,6 +1,6 @@
 """The trade-off curve: what each step left of the cost, and what the metric was then."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,7 +22,7 @@ class Story:
         metric: name of the metric.
         baseline: metric of the original.
         cost: that is drawn.
-        told: every decision with the share of the cost that it left, and the metric then.
+        told: decisions with the share of the cost that each left, and the metric then; see `told_of`.
         worst: the worst metric allowed, if any is.
         target: the share of the cost that may stay, if there is a goal.
         higher_is_better: how to read the metric.
@@ -44,12 +44,17 @@ def tradeoff(run: Run) -> Html:
         metric=judged.metric,
         baseline=run.settings.baseline.metric,
         cost=cost,
-        told=[(step, (run.share(step, cost), step.metric)) for step in run.steps if not step.beaten],
+        told=told_of(run.steps, lambda step: run.share(step, cost)),
         worst=judged.worst,
         target=run.targets.get(cost),
         higher_is_better=judged.higher_is_better,
     )
     return joined([curve(story), _rows(story)])
+
+
+def told_of(steps: Sequence[Step], share: Callable[[Step], float]) -> list[tuple[Step, tuple[float, float]]]:
+    """Decisions with what each left of a cost, and the metric; one that filters beat was never on the way."""
+    return [(step, (share(step), step.metric)) for step in steps if not step.beaten]
 
 
 def curve(story: Story, *, name: str = "tradeoff", height: int = 300) -> Html:
