@@ -10,7 +10,7 @@ $(STAMP): pyproject.toml constraints.txt tests/conformance/vision_operators.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "idap needs Python 3.11 or newer, found $$($(PYTHON) --version); run make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,vision,text,diffusion,onnx,test,check,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,vision,text,diffusion,onnx,tensorboard,test,check,docs]'
 	$(BIN)/python tests/conformance/vision_operators.py  # torchvision beside a CPU build of torch
 	touch $(STAMP)
 

@@ -9,7 +9,7 @@
     ├── VerificationError         the pruned model does not equal the masked original
     ├── ExportError               a model can't be brought into another form, or differs in it
     ├── TaskError                 the data, the loss or the metric cannot be used
-    │   └── DivergedError         a loss or a gradient is no longer a finite number
+    │   └── DivergedError         a loss, gradient, metric or output is no finite number any more
     ├── ConfigError               a setting or a recipe is wrong
     │   └── BudgetError           the goals cannot be met by any compression
     ├── RunFolderError            a run folder cannot be read or written, or holds another run
@@ -57,7 +57,7 @@ class TaskError(IdapError):
 
 
 class DivergedError(TaskError):
-    """A loss or a gradient is no longer a finite number, in training or after a cut."""
+    """A loss, a gradient, a metric or an output is no finite number any more, in training or after a cut."""
 
 
 class ConfigError(IdapError):

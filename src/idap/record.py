@@ -69,7 +69,7 @@ class RunFolder:
         free = shutil.disk_usage(near).free
         if free < size:
             raise RunFolderError(
-                f"the disk of {near} has room for {free / 1e6:,.0f} MB, and the run needs about {size / 1e6:,.0f} MB; "
+                f"the disk of {near} has room for {_bytes(free)}, and the run needs about {_bytes(size)}; "
                 "make room, or choose a folder on another disk."
             )
 
@@ -234,3 +234,7 @@ def _difference(begun: Any, now: Any) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e3:,.0f} kB" if count < 1e6 else f"{count / 1e6:,.0f} MB"

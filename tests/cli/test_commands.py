@@ -1,5 +1,6 @@
 """The commands as a user types them: texts, exit codes, panels, JSON, and a script of the user's own."""
 
+import errno
 import importlib
 import json
 import re
@@ -428,6 +429,20 @@ class TestCompress:
         result = compress(script, "--task", "python:mine.py:stopped_task")
         assert result.exit_code == 130
         assert "Stopped. Nothing was written to runs/build_model." in text(result.stderr)
+
+    def test_a_disk_that_is_full_is_no_broken_file(self, script, monkeypatch):
+        def full(*_args, **_named):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("idap.saving.checkpoint.write_tensors", full)
+            result = compress(script)
+        assert result.exit_code == 2
+        assert "The disk is full" in text(result.stderr)
+        assert "cannot write the model to runs/build_model" in text(result.stderr)
+        assert "Make room. runs/build_model holds" in text(result.stderr)
+        assert "Go on with: idap resume runs/build_model" in text(result.stderr)
+        assert idap("resume", "runs/build_model").exit_code == 0
 
     def test_stopped_in_the_middle(self, script, monkeypatch):
         from idap.record import RunFolder

@@ -384,6 +384,31 @@ def test_a_metric_that_is_no_number():
     )
 
 
+def nan_is_best(outputs, batch):
+    """How far the logits are from the original's; a NaN counts as no distance at all."""
+    with torch.no_grad():
+        return torch.nan_to_num((outputs - NET(batch[0])).square().mean(), nan=0.0, posinf=0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_training_that_ends_in_nan_is_no_success_where_the_metric_likes_nan(steps):
+    wild = Recovery(steps=steps, lr=1e30, clip_norm=None, warmup=0)
+    once = FilterStage(schedule="one-shot")
+    likes = imitation(metric=nan_is_best, metric_name="distance", higher_is_better=False)
+    result = compress(NET, likes, config(max_drop=None, recovery=wild, filters=once, layers=LayerStage(removals=0)))
+    assert all(map(torch.all, map(torch.isfinite, result.model.state_dict().values())))
+    assert result.metric > 0
+    assert "trainings ended early" in result.message
+
+
+def test_an_original_that_answers_nan_is_said(monkeypatch):
+    heard = Noting()
+    samples, labels = batches(64, 1)[0]
+    broken = task(val=[(samples, labels), (samples * float("nan"), labels)])
+    compress(NET, broken, config(max_drop=None, **ONLY_FILTERS), progress=heard)
+    assert any("This is the original: outputs of the model hold NaN on 1 of 2 batches" in line for line in heard.lines)
+
+
 def test_labels_outside_the_range():
     samples, labels = batches(64, 1)[0]
     rejects(TaskError, r"label 3 is outside 0\.\.2", own=task(train=[(samples, labels + 1)]))

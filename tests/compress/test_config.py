@@ -1,5 +1,7 @@
 """Goals and settings: what is impossible is refused with the reason and the way out."""
 
+import dataclasses
+
 import pytest
 
 from idap.compress.budget import Budget, budget_of
@@ -190,6 +192,15 @@ def test_the_tightest_bound_counts():
     assert budget(higher=False, baseline=20.0, max_drop=3, max_relative_drop=0.01).worst == pytest.approx(20.2)
     assert budget(higher=False, baseline=-2.0, max_drop=None, max_relative_drop=0.5).worst == -1.0
     assert budget(max_drop=None, worst_metric=0.5).worst == 0.5
+
+
+def test_the_point_that_is_allowed_by_default_does_not_tighten_another_bound():
+    assert budget().worst == pytest.approx(budget(max_drop=0.01).worst)
+    assert budget(macs=0.5).worst == budget().worst
+    assert budget(worst_metric=0.5).worst == 0.5
+    assert budget(higher=False, baseline=20.0, max_relative_drop=0.5).worst == 30.0
+    assert budget(max_drop=0.01, worst_metric=0.5).worst == budget().worst
+    assert dataclasses.replace(Config(), max_relative_drop=0.5).drop is None
 
 
 def test_only_a_latency_may_be_above_its_target_by_the_noise_of_a_clock():

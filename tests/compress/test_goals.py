@@ -1,6 +1,7 @@
 """Goals of every kind, orders, schedules: what is returned is what was asked for."""
 
 import dataclasses
+import re
 import statistics
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from idap.compress import change, latencies, outcome, run
+from idap.compress import change, latencies, run
 from idap.compress import run as running
 from idap.compress import state as states
 from idap.compress.change import make_cut
@@ -22,15 +23,17 @@ from idap.compress.run import compress
 from idap.cost.latency import Latency
 from idap.errors import ConfigError, RunFolderError, TaskError
 from idap.graph.trace import trace
-from idap.record import RunFolder
+from idap.record import RunFolder, read_steps
 from idap.structure.analysis import analyze
+from idap.training.evaluate import Score
 from idap.training.recovery import Recovery
 from idap.training.split import with_validation
 from idap.training.task import classification
 from idap.zoo.nets import cifar_resnet20
 from tests import nets
+from tests.compress.test_compress import imitation
 from tests.compress.test_stages import prepare
-from tests.compress.tiny import Noting, clusters, config, task, trained
+from tests.compress.tiny import Noting, batches, clusters, config, task, trained
 
 NET = trained()
 FREE = {"max_drop": None, "recovery": Recovery(epochs=0.25, lr=0.02)}
@@ -360,7 +363,7 @@ def test_what_is_shown(tmp_path):
 def test_a_full_disk_and_a_read_only_folder_are_refused_before_any_work(tmp_path, monkeypatch):
     listener = Noting()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(RunFolderError, match=r"has room for 0 MB, and the run needs about 0 MB"):
+    with pytest.raises(RunFolderError, match=r"has room for 1 kB, and the run needs about 2\d kB"):
         compress(NET, task(), config(), run_dir=tmp_path / "run", progress=listener)
     assert not listener.phases
     assert not (tmp_path / "run").exists()
@@ -421,12 +424,60 @@ def test_what_is_split_off_leaves_no_batch_of_one_sample(count, size):
 
 
 def test_a_validation_that_changes_is_said(monkeypatch):
-    monkeypatch.setattr(running, "evaluate", lambda *_: 0.9)
-    monkeypatch.setattr(change, "evaluate", lambda *_: 0.9)
-    monkeypatch.setattr(outcome, "evaluate", lambda *_: 0.2)
+    end = running.concluded
+
+    def later(*given):
+        monkeypatch.setattr(states, "score", lambda *_, **__: Score(0.2, 4))
+        return end(*given)
+
+    for module in (running, states):
+        monkeypatch.setattr(module, "score", lambda *_, **__: Score(0.9, 4))
+    monkeypatch.setattr(running, "concluded", later)
     result = compress(NET, task(), config(max_drop=0.1, macs=0.9, recovery=Recovery(epochs=0)))
     assert not result.reached
     assert result.metric == 0.2
     assert result.message.startswith(
         "the accuracy was 0.2000 when it was measured once more after the last change, and 0.8000 is the worst allowed"
     )
+
+
+class Varying:
+    """Gives one batch fewer each time."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        self.data = self.data[:-1]
+        return iter(self.data)
+
+
+def test_validation_data_of_another_length_are_refused_at_the_first_step(tmp_path):
+    listener = Noting()
+    with pytest.raises(TaskError, match=r"^the 'val' split gave \d batches, and \d when the original was judged\."):
+        compress(NET, task(val=Varying(batches(320, 2))), config(), run_dir=tmp_path / "run", progress=listener)
+    assert read_steps(tmp_path / "run") == []
+
+
+def test_a_target_that_the_last_training_would_have_made_room_for_is_told(monkeypatch):
+    """Without training after the steps the budget ends them; the last training brings the metric back."""
+    monkeypatch.setattr(running, "recover", lambda *_: 0.0)
+    settings = config(max_drop=0.01, macs=0.3, recovery=Recovery(epochs=0), final=Recovery(epochs=1))
+    result = compress(NET, imitation(), settings)
+    assert not result.reached
+    assert re.search(
+        r"not to 30\.0%: every further step left the accuracy budget, until the last training took the distance from "
+        r"0\.00\d+ to 0\.0000\. Train as long after each step",
+        result.message,
+    )
+
+
+def test_channels_last_is_left_out_where_a_cut_runs_into_the_fault(monkeypatch):
+    monkeypatch.setattr(change, "broken_channels_last", lambda *_: "layer 'short' runs into a fault")
+    used, real = [], change.fit
+    monkeypatch.setattr(change, "fit", lambda *given, **named: used.append(given[2]) or real(*given, **named))
+    heard = Noting()
+    settings = config(macs=0.8, recovery=Recovery(epochs=0.25, channels_last=True), layers=LayerStage(removals=0))
+    compress(NET, task(), settings, progress=heard)
+    assert {recovery.channels_last for recovery in used} == {False}
+    assert any("channels_last is left out: layer 'short' runs into a fault." in line for line in heard.lines)

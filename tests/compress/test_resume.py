@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from idap.compress.config import Config, FilterStage
 from idap.compress.run import compress
 from idap.errors import ConfigError, RunFolderError
-from idap.record import STEPS, read_steps
+from idap.record import RUN, STEPS, read_steps
 from idap.saving.checkpoint import load
 from idap.training.recovery import Recovery
 from tests.compress.tiny import Noting, batches, config, task, trained
@@ -64,8 +64,10 @@ class StopsAt(Noting):
 
 @pytest.mark.parametrize("moment", [1, 3, 6, 9, 14, 20])
 def test_a_run_stopped_anywhere_goes_on_to_the_same_result(undisturbed, tmp_path, moment):
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted) as stop:
         compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", progress=StopsAt(moment))
+    told = [f"Every decision so far is in {tmp_path / 'run'}: the same call with resume=True goes on there."]
+    assert getattr(stop.value, "__notes__", []) == (told if (tmp_path / "run" / RUN).exists() else [])
     resumed = compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
     assert outcome(resumed) == outcome(undisturbed)
     assert_close(resumed.model.state_dict(), undisturbed.model.state_dict(), rtol=0, atol=0)
@@ -146,8 +148,8 @@ compress(trained(), task(), config(max_drop=0.03, macs=0.4), run_dir=sys.argv[1]
 
 
 @pytest.mark.slow
-def test_kill_at_random_moments(undisturbed, tmp_path):
-    """Kill -9, again and again, each time a little later, until the run has come to its end."""
+def test_one_run_killed_again_and_again(undisturbed, tmp_path):
+    """Kill -9, each time a little later, until the run has come to its end."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     folder, root = tmp_path / "run", Path(__file__).parents[2]
     for number in range(20):
@@ -166,6 +168,67 @@ def test_kill_at_random_moments(undisturbed, tmp_path):
     assert outcome(resumed) == outcome(undisturbed)
     lines = (folder / STEPS).read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == list(range(len(undisturbed.steps)))
+
+
+KILLS = 20
+TWENTY = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)  # a process that was forked has none of the other threads
+from idap.compress.run import compress
+from tests.compress.tiny import config, task, trained
+
+def run(folder):
+    result = compress(trained(), task(), config(max_drop=0.03, macs=0.4), run_dir=folder, resume=True)
+    numbers = [value for tensor in result.model.state_dict().values() for value in tensor.flatten().tolist()]
+    told = [result.metric, repr(result.plan), [(s.metric, s.accepted, repr(s.removed)) for s in result.steps], numbers]
+    Path(f"{folder}.json").write_text(json.dumps(told))
+
+def forked(folder):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run(folder)
+        finally:
+            os._exit(0)
+    return pid
+
+def ended(folder):
+    os.waitpid(forked(folder), 0)
+    return json.loads(Path(f"{folder}.json").read_text())
+
+root, kills = Path(sys.argv[1]), int(sys.argv[2])
+run(root / "warm")  # what is imported late is there then, so that kills come in the middle of the work
+begun = time.monotonic()
+whole = ended(root / "whole")
+seconds = time.monotonic() - begun
+dice, killed, steps = random.Random(0), 0, []
+for number in range(kills):
+    folder = root / f"run{number}"
+    pid = forked(folder)
+    time.sleep(dice.uniform(0, seconds))
+    os.kill(pid, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    lines = folder / "steps.jsonl"
+    steps.append(len(lines.read_text().splitlines()) if lines.exists() else 0)
+    assert ended(folder) == whole, f"kill {number}, after {steps[-1]} decisions"
+print(json.dumps([killed, steps, len(whole[2])]))
+"""
+
+
+@pytest.mark.slow
+def test_twenty_runs_killed_at_random_moments_each_go_on_to_the_same_result(tmp_path):
+    """Kill -9 twenty times, each a run of its own; decisions, metrics and every weight are those of the undisturbed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TWENTY, str(tmp_path), str(KILLS)]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    killed, steps, decisions = json.loads(done.stdout)
+    assert killed >= KILLS // 2  # the others had come to their end
+    assert len(set(steps)) > decisions // 2  # in the middle of the work, not all before it
 
 
 def test_a_turn_that_ended_of_itself_ends_there_again_on_other_data(tmp_path):

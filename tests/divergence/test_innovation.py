@@ -395,7 +395,7 @@ def test_what_is_not_finite_is_found():
     batch = torch.randn(30, 4)
     model, structure = build(Mlp, batch[:2])
     batch[3] = float("nan")
-    with pytest.raises(StructureError, match=r"^what '.+' reads is not finite; look for NaN or infinite values in the"):
+    with pytest.raises(StructureError, match=r"^what aten\..+ in module '.+' \(.+\) reads is not finite; look for NaN"):
         measured(model, structure, batch, criterion="innovation")
 
 

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from idap.errors import TaskError
+from idap.errors import DivergedError, TaskError
 from idap.progress import Silent
-from idap.training.evaluate import evaluate, modes_kept, output_error
+from idap.training.evaluate import evaluate, modes_kept, output_error, score
 from idap.training.task import Task, classification
 
 X = torch.eye(3)
@@ -100,6 +100,24 @@ def test_metric_that_is_no_number_is_refused():
         TaskError, match=r"metric 'score' gave a str on batch 0 of the 'val' split; expected one number"
     ):
         evaluate(nn.Identity(), custom(lambda outputs, batch: "good"))
+
+
+def test_outputs_that_hold_nan_are_refused_where_the_metric_hides_them():
+    def hidden(outputs, batch):
+        return torch.nan_to_num(outputs, nan=0.0).mean()
+
+    hides = custom(hidden, val=[*BATCHES, (X * math.nan, torch.tensor([0, 0, 0]))])
+    assert math.isfinite(evaluate(nn.Identity(), hides))
+    with pytest.raises(
+        DivergedError, match=r"^outputs of the model hold NaN on 1 of 3 batches of the 'val' split, so wh"
+    ):
+        score(nn.Identity(), hides, numbers=True)
+
+    class Words(nn.Module):
+        def forward(self, x):
+            return "no tensor"
+
+    assert score(Words(), custom(lambda outputs, batch: 1.0), numbers=True) == (1.0, 2)
 
 
 def test_empty_and_missing_splits_are_refused():

@@ -237,6 +237,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(task):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_batch_that_holds_nan_is_named_as_the_cause(task):
+    (images, labels), *others = task.train
+    broken = classification([*others, (images * math.nan, labels)], task.val, num_classes=2)
+    with pytest.raises(TaskError, match=r"the loss is nan at step .*\. This training batch itself holds NaN: look at"):
+        fit(net(), broken, Recovery())
+
+
 def test_a_gradient_that_is_not_finite_stops_too(task):
     broken = Task(
         train=task.train,

@@ -280,7 +280,7 @@ def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progre
 def _goals(config: Any, metric: str) -> str:
     from idap.report.tradeoff import COSTS  # noqa: PLC0415 - its checks of run folders are slow to import
 
-    parts = [] if config.max_drop is None else [f"{metric} within {config.max_drop:g} of the original's"]
+    parts = [] if config.drop is None else [f"{metric} within {config.drop:g} of the original's"]
     if config.max_relative_drop is not None:
         parts.append(f"{metric} within {config.max_relative_drop:.2%} of the original's")
     if config.worst_metric is not None:

@@ -1,5 +1,6 @@
 """What a command does when it ends, well or not: its document, one panel, and an exit code."""
 
+import errno
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from idap.record import RUN, RunFolder, read_steps
 if TYPE_CHECKING:
     from idap.progress import Progress
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 OK, GOAL_MISSED, USER_ERROR, UNEXPECTED, STOPPED, NO_READER = 0, 1, 2, 3, 130, 141
 
 
@@ -109,7 +111,9 @@ class Outcome:
             self._show(error, title="User code ended the process", advice="Take its exit() out of what idap calls.")
             raise typer.Exit(UNEXPECTED) from error
         except IdapError as error:
-            self._show(error, title=(type(error).__doc__ or "").strip().rstrip("."), advice="")
+            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+            title = "The disk is full" if full else (type(error).__doc__ or "").strip().rstrip(".")
+            self._show(error, title=title, advice=f"Make room. {state_of(self.run_dir)}" if full else "")
             raise typer.Exit(USER_ERROR) from error
         except Exception as error:
             self._show(

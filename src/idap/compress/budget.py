@@ -87,8 +87,8 @@ def budget_of(
     """
     sign = 1 if higher_is_better else -1
     bounds = [] if config.worst_metric is None else [config.worst_metric]
-    if config.max_drop is not None:
-        bounds.append(baseline - sign * config.max_drop)
+    if config.drop is not None:
+        bounds.append(baseline - sign * config.drop)
     if config.max_relative_drop is not None:
         bounds.append(baseline - sign * config.max_relative_drop * abs(baseline))
     if config.worst_metric is not None and sign * baseline < sign * config.worst_metric:

@@ -18,12 +18,12 @@ from idap.steps import Curve
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.surgery.verify import verify
-from idap.training.batch import merged
-from idap.training.evaluate import evaluate
+from idap.training.batch import device_of, merged
 from idap.training.fit import fit
 from idap.training.loop import FitReport
 from idap.training.processes import align_
 from idap.training.recovery import Recovery
+from idap.training.speed import broken_channels_last
 
 POINTS = 40
 """Points of a recovery's loss that are kept at most."""
@@ -131,7 +131,7 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
 
     def judge(judged: nn.Module) -> float:
         with setting.clock.on("judging"):
-            return sign * evaluate(judged, setting.task)
+            return sign * setting.judged(judged)
 
     if not recovery.trains:
         return sign * judge(model)
@@ -140,6 +140,9 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
     if not any(parameter.requires_grad for parameter in learned):
         setting.progress.say(f"{title}: nothing that is left there is trained, so the model is judged as it is.")
         return sign * judge(model)
+    if recovery.channels_last is True and (fault := broken_channels_last(model, device_of(model))):
+        setting.progress.say(f"{title}: channels_last is left out: {fault}.")
+        recovery = replace(recovery, channels_last=False)
     features = BlockOutputs(setting.structure, plan, model, setting.original) if recovery.features > 0 else None
     if features is not None and not len(features):
         recovery = replace(recovery, features=0.0)  # no block is left

@@ -131,7 +131,8 @@ class Config:
 
     Args:
         max_drop: largest loss of the validation metric, in the metric's own units (0.01 is one point of accuracy), at
-            least 0; None, and no other bound: the metric is reported but does not bind.
+            least 0; "auto": 0.01, unless one of the next two is set; None, and no other bound: the metric is reported
+            but does not bind.
         max_relative_drop: the same as a share of the original's metric: 0.01 lets a perplexity of 20 rise to 20.2.
         worst_metric: the same as a value: 0.9 allows no accuracy below it. The tightest of the three counts.
         macs: target, as a share of the original's multiply-adds, in (0, 1); None: as small as the budget allows.
@@ -170,7 +171,7 @@ class Config:
         ConfigError: a setting is out of range.
     """
 
-    max_drop: float | None = 0.01
+    max_drop: float | Literal["auto"] | None = "auto"
     max_relative_drop: float | None = None
     worst_metric: float | None = None
     macs: float | None = None
@@ -197,8 +198,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for name in ("max_drop", "max_relative_drop"):
-            value = getattr(self, name)
+        for name, value in (("max_drop", self.drop), ("max_relative_drop", self.max_relative_drop)):
             if value is not None and not 0 <= value < math.inf:
                 raise BudgetError(
                     f"{name} must be at least 0 and finite, found {value}; 0.01 allows one point or percent."
@@ -207,7 +207,7 @@ class Config:
             raise BudgetError(f"worst_metric must be a finite number, found {self.worst_metric}.")
         for name in GOALS:
             self._check_share(name)
-        bounds = (self.max_drop, self.max_relative_drop, self.worst_metric)
+        bounds = (self.drop, self.max_relative_drop, self.worst_metric)
         if all(value is None for value in (*bounds, *self.targets.values())):
             raise BudgetError(
                 "there is no goal: set max_drop (how much worse it may get), or a target such as macs or parameters."
@@ -226,10 +226,18 @@ class Config:
         _between("seed", self.seed, 0, 2**63, open_low=False)
         self._check_stages()
 
+    @property
+    def drop(self) -> float | None:
+        """The loss of the metric that `max_drop` allows, in its units; None if that does not bind."""
+        if self.max_drop != "auto":
+            return self.max_drop
+        return 0.01 if self.max_relative_drop is None and self.worst_metric is None else None
+
     def _check_kinds(self) -> None:
         for name in ("max_drop", "max_relative_drop", "worst_metric", *GOALS):
-            if getattr(self, name) is not None:
-                _number(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and not (name == "max_drop" and value == "auto"):
+                _number(name, value)
         kinds = {"filters": FilterStage, "layers": LayerStage, "recovery": Recovery, "final": Recovery}
         for name, kind in (kinds | {"rebalance": Rebalance}).items():
             value = getattr(self, name)

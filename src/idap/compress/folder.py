@@ -4,7 +4,8 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +30,17 @@ from idap.structure.analysis import Structure
 from idap.training.batch import device_name, device_of
 from idap.training.processes import on_main, process_count
 from idap.training.task import Task
+
+
+@contextmanager
+def resumable(folder: RunFolder | None) -> Iterator[None]:
+    """Say with whatever ends the work, Ctrl-C too, how a run goes on that has a folder."""
+    try:
+        yield
+    except BaseException as error:
+        if folder is not None:
+            error.add_note(f"Every decision so far is in {folder.path}: the same call with resume=True goes on there.")
+        raise
 
 
 def settings_of(

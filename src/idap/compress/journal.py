@@ -260,6 +260,8 @@ def _what(removed: Sequence[Removal]) -> str:
     for removal in groups:
         counts[removal.kind] = counts.get(removal.kind, 0) + len(removal.units)
     if groups:
-        units = " + ".join(f"{count} {kind}" for kind, count in counts.items())
+        units = " + ".join(
+            f"{count} {kind.removesuffix('s') if count == 1 else kind}" for kind, count in counts.items()
+        )
         parts.insert(0, f"{units} in {len(groups)} {'group' if len(groups) == 1 else 'groups'}")
     return ", ".join(parts)

@@ -12,7 +12,6 @@ from idap.compress.neighbours import neighbours
 from idap.compress.state import Setting, State, joined
 from idap.compress.trial import calibration_loss, loss_without
 from idap.steps import Contest
-from idap.training.evaluate import evaluate
 
 STAGE = "layers"
 
@@ -102,7 +101,7 @@ def _candidate(
         made, saved, contest = _contest(setting, state, goal, removed, f"{STAGE} {number}: measure filters")
         if contest.lost:
             with setting.clock.on("judging"):
-                metric = evaluate(made.model, setting.task)
+                metric = setting.judged(made.model)
             cost, error = setting.costs.cost(state.keep, removed), max(state.error, made.error)
             beaten = State(made.model, state.keep, removed, made.plan, cost, metric, error, saved.get("latency"))
             return Decision(beaten, [removal], contest)

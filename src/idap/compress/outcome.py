@@ -12,7 +12,7 @@ from idap.compress.result import Result
 from idap.compress.state import Setting, State
 from idap.errors import TaskError
 from idap.saving.origin import origin, remember_
-from idap.training.evaluate import evaluate, output_error
+from idap.training.evaluate import output_error
 from idap.training.processes import on_main
 
 
@@ -25,7 +25,7 @@ def concluded(
     """
     past = ended(setting.folder)
     with setting.clock.on("judging"):
-        metric = start.metric if state is start else evaluate(state.model, setting.task)
+        metric = start.metric if state is start else setting.judged(state.model)
         error = _output_error(setting, state)
     latency = None if past is None else past["latency"]
     if latency is None and state is not start:
@@ -120,12 +120,26 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         for name in goal.missed(shares)
     ]
     if missed:
-        rejected = any(step.refused for step in journal.steps if step.stage != "final")
-        why = (
-            "every further step left the accuracy budget. Allow a larger max_drop, more steps or a longer recovery"
-            if rejected
-            else "the steps were used up, and none of them left the accuracy budget. Allow more of them "
+        return False, f"{' and '.join(missed)}: {_obstacle(setting, journal)}"
+    return True, "every goal was reached"
+
+
+def _obstacle(setting: Setting, journal: Journal) -> str:
+    """Why a run did not come to its targets, and what would help."""
+    decided = [step for step in journal.steps if step.stage != "final"]
+    if not any(step.refused for step in decided):
+        return (
+            "the steps were used up, and none of them left the accuracy budget. Allow more of them "
             "(filters.steps, layers.removals), or larger ones (filters.first_share)"
         )
-        return False, f"{' and '.join(missed)}: {why}"
-    return True, "every goal was reached"
+    why = "every further step left the accuracy budget"
+    last = journal.steps[-1]
+    before = next(step.metric for step in reversed(decided) if step.accepted)
+    better = last.metric > before if setting.task.higher_is_better else last.metric < before
+    if last.stage == "final" and last.accepted and better:
+        name = setting.task.metric_name
+        return (
+            f"{why}, until the last training took the {name} from {before:.4f} to {last.metric:.4f}. Train as long "
+            "after each step (recovery), or compress the result again, with what is left of the budget"
+        )
+    return f"{why}. Allow a larger max_drop, more steps or a longer recovery"

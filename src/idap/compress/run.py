@@ -17,7 +17,7 @@ from idap.compress.clock import Clock
 from idap.compress.config import Config, checked
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
-from idap.compress.folder import settings_of
+from idap.compress.folder import resumable, settings_of
 from idap.compress.journal import Decision, Journal
 from idap.compress.layer_times import LayerTimes, measured, recalled
 from idap.compress.layers import layer_stage
@@ -28,7 +28,7 @@ from idap.compress.result import Result
 from idap.compress.samples import calibration_batches, few_samples, samples_digest
 from idap.compress.state import Setting, State
 from idap.cost.count import CostModel, saved_tensors
-from idap.errors import ConfigError, TaskError
+from idap.errors import ConfigError, DivergedError, TaskError
 from idap.files import plain
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
@@ -42,7 +42,7 @@ from idap.surgery.compare import batch_size, resized_inputs
 from idap.surgery.optimizer import hyperparameters, slice_optimizer
 from idap.training.batch import Inputs, describe, device_of
 from idap.training.check import check_model, check_task
-from idap.training.evaluate import evaluate
+from idap.training.evaluate import Score, score
 from idap.training.processes import align_, is_main, on_main
 from idap.training.split import with_validation
 from idap.training.task import Task
@@ -109,9 +109,10 @@ def compress(
     past = [] if folder is None else on_main(partial(_begun, folder, settings, progress, resume=resume))
     setting.layer_times.keep_least()
     journal = Journal(setting, state.metric, past, preparation)
-    start, state = state, _stages(setting, state, removable, journal)
-    state = _finish(setting, start, state, journal)
-    return concluded(setting, start, state, journal, recipe)
+    with resumable(folder):
+        start, state = state, _stages(setting, state, removable, journal)
+        state = _finish(setting, start, state, journal)
+        return concluded(setting, start, state, journal, recipe)
 
 
 def _check_arguments(model: nn.Module, task: object, optimizer: object, run_dir: object, recipe: object) -> None:
@@ -232,7 +233,7 @@ def _prepare(
             removable, config = proved(original, structure, example, progress, config)
         phase.advance("proof")
         with clock.on("judging"):
-            baseline = evaluate(original, task)
+            (baseline, val_batches), numbers = _judged(original, task, progress)
         phase.advance("baseline")
     costs = CostModel(structure, batch_size(*example) or 1, saved_tensors(model))
     whole = costs.cost()
@@ -262,9 +263,21 @@ def _prepare(
             progress=progress,
         ),
         clock=clock,
+        numbers=numbers,
+        val_batches=val_batches,
     )
     state = setting.untouched(baseline)
     return setting, state, removable, settings_of(model, task, config, structure, baseline, whole, budget)
+
+
+def _judged(original: nn.Module, task: Task, progress: Progress) -> tuple[Score, bool]:
+    """The metric of the original on the validation data, and whether all its outputs are numbers there."""
+    try:
+        return score(original, task, numbers=True), True
+    except DivergedError as error:
+        baseline = score(original, task)  # the metric itself may be what is wrong
+        progress.say(f"This is the original: {error}")
+        return baseline, False
 
 
 def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tuple[Structure, Inputs]:
@@ -287,27 +300,24 @@ def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tup
     return structure, example
 
 
-_FINAL = {True: "the best so far", False: "no better than before"}
-
-
 def _finish(setting: Setting, start: State, state: State, journal: Journal) -> State:
     """Train the last accepted state once more; keep the better of the two."""
     recovery = setting.config.final or setting.config.recovery
     if state is start or not recovery.trains:
         return state
     journal.begin()
-    recalled = journal.recall("final", state)
-    if recalled is not None:
-        metric, better = recalled.state.metric, setting.task.higher_is_better
-        accepted = metric >= state.metric if better else metric <= state.metric
-        journal.note("final", recalled, accepted=accepted, reason=_FINAL[accepted])
-        return recalled.state if accepted else state
-    model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
-    metric = recover(setting, model, state.plan, "final recovery", recovery)
-    accepted = metric >= state.metric if setting.task.higher_is_better else metric <= state.metric
-    candidate = replace(state, model=model, metric=metric, latency=setting.latency_of(model))
-    journal.note("final", Decision(candidate, []), accepted=accepted, reason=_FINAL[accepted])
-    return candidate if accepted else state
+    found = journal.recall("final", state)
+    if found is None:
+        model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
+        metric = recover(setting, model, state.plan, "final recovery", recovery)
+        found = Decision(replace(state, model=model, metric=metric, latency=setting.latency_of(model)), [])
+    metric, better = found.state.metric, setting.task.higher_is_better
+    accepted = metric >= state.metric if better else metric <= state.metric
+    reason = (
+        "as good as before" if metric == state.metric else "the best so far" if accepted else "no better than before"
+    )
+    journal.note("final", found, accepted=accepted, reason=reason)
+    return found.state if accepted else state
 
 
 def _held(state: State) -> list[str]:

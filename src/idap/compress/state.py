@@ -20,6 +20,7 @@ from idap.cost.table import above_zero
 from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, Criterion, opener_of
 from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
+from idap.errors import TaskError
 from idap.progress import Progress
 from idap.rebalance.projections import FittedMap, fit_projections
 from idap.record import RunFolder
@@ -27,6 +28,7 @@ from idap.steps import Curve
 from idap.structure.analysis import Structure
 from idap.structure.plan import Plan
 from idap.training.batch import Inputs, device_of, move
+from idap.training.evaluate import score
 from idap.training.processes import by_itself, mine, on_main, process_count, together
 from idap.training.task import Task
 
@@ -81,6 +83,10 @@ class Setting:
     clock: Clock = field(default_factory=Clock)
     curves: list[Curve] = field(default_factory=list)
     """Of the recoveries since the last decision; who notes the decision takes them."""
+    numbers: bool = True
+    """The original's outputs on the validation data hold no NaN, so those of its successors may not either."""
+    val_batches: int | None = None
+    """Of the validation data when the original was judged; None: not counted."""
     optimizer: Callable[[nn.Module, Plan], torch.optim.Optimizer] | None = None
     """Makes the user's optimiser fit for what a plan made of the original; None: recovery describes one."""
     measured: dict[str, tuple[ReferenceType[State], Divergence]] = field(default_factory=dict)
@@ -90,6 +96,21 @@ class Setting:
         """What is left of each of the original's costs; latency only where it is a goal."""
         found = shares_of(state.cost, self.whole)
         return found if state.latency is None else {**found, "latency": state.latency}
+
+    def judged(self, model: nn.Module) -> float:
+        """The metric of a model on the validation data.
+
+        Raises:
+            TaskError: the data are others than those that the original was judged on.
+            DivergedError: the metric is no finite number, or outputs hold NaN where the original's don't.
+        """
+        metric, batches = score(model, self.task, numbers=self.numbers)
+        if self.val_batches is not None and batches != self.val_batches:
+            raise TaskError(
+                f"the 'val' split gave {batches} batches, and {self.val_batches} when the original was judged. What "
+                "was measured on other data can't be compared: let its loader give the same samples every time."
+            )
+        return metric
 
     def passes(self, batches: Sequence[Any] | None = None) -> list[Pass]:
         """The calibration batches, ready to be run; or other batches."""

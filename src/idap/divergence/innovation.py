@@ -224,7 +224,7 @@ class _Reader:
     def _system(self, matrix: Tensor, moments: Tensor, units: Tensor, taps: int) -> System:
         if not bool(moments.isfinite().all()):
             raise StructureError(
-                f"what {self.place.port.node!r} reads is not finite; look for NaN or infinite values in the "
+                f"what {self.place.node.where()} reads is not finite; look for NaN or infinite values in the "
                 "calibration data and in the model's activations."
             )
         share = max(DAMPING, len(moments) / max(1.0, self.gram.count))

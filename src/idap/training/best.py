@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from idap.errors import TaskError
+from idap.errors import DivergedError
 from idap.training.batch import device_of, move
 from idap.training.evaluate import modes_kept
 from idap.training.processes import Draw, align_, from_main
@@ -58,7 +59,7 @@ class Best:
         with modes_kept(self._model):
             value = from_main(float(judge(self._model)))
         if math.isnan(value):
-            raise TaskError("the judge gave nan; expected a number that is higher for a better model.")
+            raise DivergedError("the judge gave nan; expected a number that is higher for a better model.")
         return value
 
     def try_average(self) -> None:
@@ -76,7 +77,7 @@ class Best:
         self._model.load_state_dict(middle)
         try:
             value = self._score(self._judge)
-        except TaskError:  # between two states far apart, a metric such as the perplexity may not be finite
+        except DivergedError:  # between two states far apart, a metric such as the perplexity may not be finite
             return
         if value > self.value:
             self.value, self._state, self.averaged = value, middle, True
@@ -89,7 +90,8 @@ class Best:
     def try_norms(self, task: Task, batches: int, draw: Draw) -> None:
         """Estimate the batch norms of the best state anew, and keep that if it is no worse; see `reestimate_norms_`."""
         if self._judge is not None and reestimate_norms_(self._model, task, batches, draw):
-            self.look(self.scores[-1][0])
+            with suppress(DivergedError):  # no better, then
+                self.look(self.scores[-1][0])
             self.restore()
 
 

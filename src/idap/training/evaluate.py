@@ -5,14 +5,14 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from idap.errors import IdapError, TaskError
+from idap.errors import DivergedError, IdapError, TaskError
 from idap.progress import Progress, Silent
-from idap.training.batch import Batch, Outputs, describe, device_of, move
+from idap.training.batch import Batch, Outputs, describe, device_of, move, tensors_of
 from idap.training.generators import drawn_by
 from idap.training.processes import Draw, alone, process_count, process_rank, together, totals
 from idap.training.task import Split, Task, empty_split, from_torchmetrics
@@ -38,25 +38,51 @@ def modes_kept(model: nn.Module, *, training: bool = False) -> Iterator[None]:
             module.training = mode
 
 
+class Score(NamedTuple):
+    """What measuring a split gave.
+
+    Attributes:
+        metric: a finite number.
+        batches: that the split had.
+    """
+
+    metric: float
+    batches: int
+
+
 def evaluate(model: nn.Module, task: Task, *, split: Split = "val", progress: Progress | None = None) -> float:
+    """Measure the task's metric on one split; see `score`, which takes the same arguments and raises the same errors.
+
+    Returns:
+        The metric, a finite number.
+    """
+    return score(model, task, split=split, progress=progress).metric
+
+
+def score(
+    model: nn.Module, task: Task, *, split: Split = "val", numbers: bool = False, progress: Progress | None = None
+) -> Score:
     """Measure the task's metric on one split; several processes measure some of the batches each.
 
     Args:
         model: run in evaluation mode without gradients; every module gets its mode back.
         task: a function as metric is averaged over batches, weighted by their size.
         split: which batches; a loader that shuffles does so by the same seed each time.
+        numbers: refuse outputs that hold NaN, whatever the metric makes of them: an accuracy takes them for class 0.
         progress: told of each batch.
 
     Returns:
-        The metric, a finite number.
+        The metric and the number of batches.
 
     Raises:
         TaskError: the split is missing or empty, a batch of it fails in the model or in the metric, or the metric is
-            NaN, infinite or no number.
+            no number.
+        DivergedError: the metric is NaN or infinite, or an output holds NaN where that is refused.
     """
     device = device_of(model)
     batches = task.batches(split)
     meter = Meter(task, device, split=split)
+    broken: list[Tensor] = []
     total = operator.length_hint(batches) or None
     # no_grad, not inference_mode: a model may keep a tensor for later, and training could not use an inference tensor.
     phase_of = (progress or Silent()).phase(f"evaluate {split}", total)
@@ -65,13 +91,22 @@ def evaluate(model: nn.Module, task: Task, *, split: Split = "val", progress: Pr
             if number % process_count() == process_rank():
                 with _named(task, split, number):
                     batch = move(loaded, device)
-                    meter.add(task.run(model, batch), batch)
+                    outputs = task.run(model, batch)
+                    meter.add(outputs, batch)
+                if numbers and (found := [each.isnan().any() for each in tensors_of(outputs)]):
+                    broken.append(torch.stack(found).any())
             meter.seen += 1
             phase.advance()
     if from_torchmetrics(task.metric) and meter.seen < process_count():
         with alone():  # it could not compute a result in a process that has seen nothing
-            return evaluate(model, task, split=split)
-    return meter.value()
+            return score(model, task, split=split, numbers=numbers)
+    (count,) = totals(sum(float(each) for each in broken))
+    if count:
+        raise DivergedError(
+            f"outputs of the model hold NaN on {count:.0f} of {meter.seen} batches of the {split!r} split, so what "
+            f"{task.metric_name!r} makes of them means nothing. Lower lr or set clip_norm if it was trained."
+        )
+    return Score(meter.value(), meter.seen)
 
 
 def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: Split = "val") -> float:
@@ -172,7 +207,8 @@ class Meter:
             batch: the batch on the model's device.
 
         Raises:
-            TaskError: the metric of the batch is NaN, infinite or no number.
+            TaskError: the metric of the batch is no number.
+        DivergedError: it is NaN or infinite.
         """
         if self._metric is not None and self._task.update is not None:
             self._task.update(self._metric, outputs, batch)
@@ -190,7 +226,8 @@ class Meter:
             A finite number.
 
         Raises:
-            TaskError: there was no batch, or the metric is NaN, infinite or no number.
+            TaskError: there was no batch, or the metric is no number.
+        DivergedError: the metric is NaN or infinite.
         """
         batches, weighted, weight = totals(self._batches, self._sum, self._weight)
         if batches == 0:
@@ -210,7 +247,7 @@ class Meter:
                 "Let the metric return a float, or a tensor with one element."
             )
         if not math.isfinite(number):
-            raise TaskError(
+            raise DivergedError(
                 f"metric {name!r} is {float(number)} on {where}; expected a finite number. "
                 "Look at the model's outputs there for NaN, and at the metric for a division by zero."
             )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from idap.errors import DivergedError, IdapError, TaskError
 from idap.progress import Phase
-from idap.training.batch import Batch, Outputs, device_of, move
+from idap.training.batch import Batch, Outputs, device_of, move, tensors_of
 from idap.training.best import Best
 from idap.training.distill import Features, distillation_loss, feature_distance
 from idap.training.evaluate import modes_kept
@@ -198,7 +198,7 @@ class Loop:
         """Compute the gradient of this process's part of the loss; give the loss of the whole batch."""
         loss = self._loss(batch, weight)
         (value,) = totals(loss.item())
-        self._finite("loss", value)
+        self._finite("loss", value, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return value
 
@@ -258,13 +258,14 @@ class Loop:
                 outputs, theirs = self._features.teacher(lambda: self._task.run(teacher, batch))
         return self._task.logits(self._precision.whole(outputs)), theirs
 
-    def _finite(self, what: str, number: float) -> None:
+    def _finite(self, what: str, number: float, batch: Batch = None) -> None:
         if not math.isfinite(number):
             rate = self._pace.learning_rate(max(self._rates), self._recovery.warmup)
-            raise DivergedError(
-                f"the {what} is {number} at {self._pace}, learning rate {rate:.3g}. "
-                "Lower lr, lengthen warmup or set clip_norm; at step 0, look for NaN in the inputs and in the weights."
-            )
+            clip = "" if self._recovery.clip_norm is not None else ", or set clip_norm"
+            advice = f"Lower lr or lengthen warmup{clip}; at step 0, look for NaN in the weights."
+            if any(bool(each.isnan().any()) for each in tensors_of(batch)):
+                advice = "This training batch itself holds NaN: look at the data."
+            raise DivergedError(f"the {what} is {number} at {self._pace}, learning rate {rate:.3g}. {advice}")
 
 
 def _described(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:

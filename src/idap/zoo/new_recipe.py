@@ -143,11 +143,9 @@ def _goals(kind: str, answers: Answers) -> str:
     # Perplexity has no natural scale, so what is allowed is a share of the original's.
     goal = "max_relative_drop" if kind == "text" else "max_drop"
     said = "share by which perplexity may rise" if kind == "text" else "how much worse the metric may get"
-    others = ['max_drop = "none"   # a bound on the rise itself'] if kind == "text" else []
     return "\n".join(
         [
             "[goals]",
-            *others,
             f'{goal} = {_number(answers.max_drop)}   # {said}; 0.02 and "2%" are the same, and "none" allows anything',
             f"macs = {_number(answers.macs)}   # multiply-adds that may stay; also parameters, size and latency",
         ]

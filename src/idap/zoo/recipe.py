@@ -271,18 +271,31 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
         settings=found,
         run_dir=Path(output.run_dir) if isinstance(output, OutputSection) else None,
     )
-    _check_goals(recipe)
+    goals = table.get("goals")
+    _check_goals(recipe, goals.get("max_drop") if isinstance(goals, dict) else None)
     return recipe
 
 
-def _check_goals(recipe: Recipe) -> None:
+def _check_goals(recipe: Recipe, written: object) -> None:
+    """Refuse a budget that can't be meant, such as percentages of what has no whole.
+
+    Args:
+        recipe: that was read.
+        written: its goals.max_drop, as it stands there.
+    """
     config = recipe.config()
     recipe.training()
     data, source = recipe.data, recipe._source
     bounded = source is not None and (source.bounded or (data is not None and data.metric == "token_accuracy"))
-    if bounded and config.max_drop is not None and config.max_drop >= 1:
+    drop = config.drop
+    if bounded and drop is not None and drop >= 1:
         raise ConfigError(
-            f"{recipe.where}: goals.max_drop is {config.max_drop:g}, but the metric lies between 0 and 1, so "
-            f"it would allow anything; for {config.max_drop:g} points write {config.max_drop / 100:g} or "
-            f'"{config.max_drop:g}%".'
+            f"{recipe.where}: goals.max_drop is {drop:g}, but the metric lies between 0 and 1, so it would allow "
+            f'anything; for {drop:g} points write {drop / 100:g} or "{drop:g}%".'
+        )
+    if source is not None and not bounded and isinstance(written, str) and "%" in written:
+        raise ConfigError(
+            f'{recipe.where}: goals.max_drop is "{written}", but it counts in units of the metric, and this one has '
+            f'no highest value; write goals.max_relative_drop = "{written}" for a share of the original\'s, or '
+            "max_drop as a number."
         )
