@@ -76,7 +76,7 @@ def test_every_kind_of_data_has_its_keys(tmp_path, data, section):
     assert section in out.read_text()
     read = read_recipe(out)
     assert read.data.name == data.partition(":")[0]
-    assert (read.config().max_drop is None) == (data.startswith("text"))
+    assert (read.config().drop is None) == (data.startswith("text"))
     assert ("train" in read.settings) == (not read.network.build.startswith("hf:"))
 
 

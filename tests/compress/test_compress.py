@@ -406,7 +406,7 @@ def test_an_original_that_answers_nan_is_said(monkeypatch):
     samples, labels = batches(64, 1)[0]
     broken = task(val=[(samples, labels), (samples * float("nan"), labels)])
     compress(NET, broken, config(max_drop=None, **ONLY_FILTERS), progress=heard)
-    assert any("This is the original: outputs of the model hold NaN on 1 of 2 batches" in line for line in heard.lines)
+    assert any("The original's outputs hold NaN on 1 of 2 validation batches." in line for line in heard.lines)
 
 
 def test_labels_outside_the_range():

@@ -294,7 +294,7 @@ def test_a_decision_in_one_line():
         shares={"macs": 0.5, "parameters": 0.75, "size": 0.76},
     )
     assert describe(step, "accuracy") == (
-        "filters 3: removed 3 channels + 1 heads in 3 groups, divergence 0.001 to 0.01 | MACs 50.0% | "
+        "filters 3: removed 3 channels + 1 head in 3 groups, divergence 0.001 to 0.01 | MACs 50.0% | "
         "parameters 75.0% | accuracy 0.9123 | accepted: within the budget"
     )
     block = Removal(name="blocks.1", kind="block", units=(), left=0, divergence=(0.25, 0.25))
@@ -303,7 +303,7 @@ def test_a_decision_in_one_line():
     assert line.endswith("| rolled back: within the budget")
     assert "final 3: nothing removed |" in describe(dataclasses.replace(step, stage="final", removed=()), "x")
     mixed = dataclasses.replace(step, stage="interleaved", removed=(*step.removed, block))
-    assert "removed 3 channels + 1 heads in 3 groups, block blocks.1, divergence 0.001 to 0.25" in describe(mixed, "x")
+    assert "removed 3 channels + 1 head in 3 groups, block blocks.1, divergence 0.001 to 0.25" in describe(mixed, "x")
     assert "| file size 76.0% |" in describe(step, "x", ("macs", "size"))
 
 

@@ -28,7 +28,7 @@ from idap.compress.result import Result
 from idap.compress.samples import calibration_batches, few_samples, samples_digest
 from idap.compress.state import Setting, State
 from idap.cost.count import CostModel, saved_tensors
-from idap.errors import ConfigError, DivergedError, TaskError
+from idap.errors import ConfigError, TaskError
 from idap.files import plain
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
@@ -110,9 +110,8 @@ def compress(
     setting.layer_times.keep_least()
     journal = Journal(setting, state.metric, past, preparation)
     with resumable(folder):
-        start, state = state, _stages(setting, state, removable, journal)
-        state = _finish(setting, start, state, journal)
-        return concluded(setting, start, state, journal, recipe)
+        end = _finish(setting, state, _stages(setting, state, removable, journal), journal)
+        return concluded(setting, state, end, journal, recipe)
 
 
 def _check_arguments(model: nn.Module, task: object, optimizer: object, run_dir: object, recipe: object) -> None:
@@ -219,10 +218,7 @@ def _prepare(
     if folder is not None and not resume:
         on_main(partial(folder.check, size=CHECKPOINTS_AT_LEAST * sum(saved_tensors(model).values())))
     clock = Clock()
-    task, told = with_validation(task, seed=config.seed)
-    for note in (*task.notes, told):
-        if note:
-            progress.say(f"{note[:1].upper()}{note[1:]}.")
+    task = _validated(task, config, progress)
     with progress.phase("check", 4) as phase, clock.on("structure"):
         structure, example = looked_at(model, task, config, phase)
         checked_origin(model, structure.plan({}))
@@ -233,7 +229,7 @@ def _prepare(
             removable, config = proved(original, structure, example, progress, config)
         phase.advance("proof")
         with clock.on("judging"):
-            (baseline, val_batches), numbers = _judged(original, task, progress)
+            val = _judged(original, task, progress)
         phase.advance("baseline")
     costs = CostModel(structure, batch_size(*example) or 1, saved_tensors(model))
     whole = costs.cost()
@@ -241,7 +237,9 @@ def _prepare(
     at_least, table = recalled(folder, model, fingerprint(structure.graph.shapes), progress, resume=resume)
     with clock.on("latency"):
         least = least_shares(original, structure, costs, config, removable, timed, at_least)
-    budget = budget_of(config, baseline, higher_is_better=task.higher_is_better, least=least, blocked=structure.blocked)
+    budget = budget_of(
+        config, val.metric, higher_is_better=task.higher_is_better, least=least, blocked=structure.blocked
+    )
     setting = Setting(
         original=original,
         task=task,
@@ -263,21 +261,27 @@ def _prepare(
             progress=progress,
         ),
         clock=clock,
-        numbers=numbers,
-        val_batches=val_batches,
+        val=val,
     )
-    state = setting.untouched(baseline)
-    return setting, state, removable, settings_of(model, task, config, structure, baseline, whole, budget)
+    settings = settings_of(model, task, config, structure, val.metric, whole, budget)
+    return setting, setting.untouched(val.metric), removable, settings
 
 
-def _judged(original: nn.Module, task: Task, progress: Progress) -> tuple[Score, bool]:
-    """The metric of the original on the validation data, and whether all its outputs are numbers there."""
-    try:
-        return score(original, task, numbers=True), True
-    except DivergedError as error:
-        baseline = score(original, task)  # the metric itself may be what is wrong
-        progress.say(f"This is the original: {error}")
-        return baseline, False
+def _validated(task: Task, config: Config, progress: Progress) -> Task:
+    """The task with validation data, and what its reader should know of the data, said."""
+    task, told = with_validation(task, seed=config.seed)
+    for note in (*task.notes, told):
+        if note:
+            progress.say(f"{note[:1].upper()}{note[1:]}.")
+    return task
+
+
+def _judged(original: nn.Module, task: Task, progress: Progress) -> Score:
+    """Judge the original, and say where it gives no numbers itself."""
+    found = score(original, task)
+    if found.broken:
+        progress.say(f"The original's outputs hold NaN on {found.broken} of {found.batches} validation batches.")
+    return found
 
 
 def looked_at(model: nn.Module, task: Task, config: Config, phase: Phase) -> tuple[Structure, Inputs]:

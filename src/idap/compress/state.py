@@ -20,7 +20,7 @@ from idap.cost.table import above_zero
 from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, Criterion, opener_of
 from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
-from idap.errors import TaskError
+from idap.errors import DivergedError, TaskError
 from idap.progress import Progress
 from idap.rebalance.projections import FittedMap, fit_projections
 from idap.record import RunFolder
@@ -28,7 +28,7 @@ from idap.steps import Curve
 from idap.structure.analysis import Structure
 from idap.structure.plan import Plan
 from idap.training.batch import Inputs, device_of, move
-from idap.training.evaluate import score
+from idap.training.evaluate import Score, score
 from idap.training.processes import by_itself, mine, on_main, process_count, together
 from idap.training.task import Task
 
@@ -83,10 +83,8 @@ class Setting:
     clock: Clock = field(default_factory=Clock)
     curves: list[Curve] = field(default_factory=list)
     """Of the recoveries since the last decision; who notes the decision takes them."""
-    numbers: bool = True
-    """The original's outputs on the validation data hold no NaN, so those of its successors may not either."""
-    val_batches: int | None = None
-    """Of the validation data when the original was judged; None: not counted."""
+    val: Score | None = None
+    """Of the original; what comes of it is judged on as much data, and answers with numbers where it does."""
     optimizer: Callable[[nn.Module, Plan], torch.optim.Optimizer] | None = None
     """Makes the user's optimiser fit for what a plan made of the original; None: recovery describes one."""
     measured: dict[str, tuple[ReferenceType[State], Divergence]] = field(default_factory=dict)
@@ -104,13 +102,18 @@ class Setting:
             TaskError: the data are others than those that the original was judged on.
             DivergedError: the metric is no finite number, or outputs hold NaN where the original's don't.
         """
-        metric, batches = score(model, self.task, numbers=self.numbers)
-        if self.val_batches is not None and batches != self.val_batches:
+        found, first = score(model, self.task), self.val
+        if first is not None and found.batches != first.batches:
             raise TaskError(
-                f"the 'val' split gave {batches} batches, and {self.val_batches} when the original was judged. What "
+                f"the 'val' split gave {found.batches} batches, and {first.batches} when the original was judged. What "
                 "was measured on other data can't be compared: let its loader give the same samples every time."
             )
-        return metric
+        if found.broken and not (first is not None and first.broken):
+            raise DivergedError(
+                f"outputs hold NaN on {found.broken} of {found.batches} validation batches, so what "
+                f"{self.task.metric_name!r} makes of them means nothing. Lower lr, or set clip_norm."
+            )
+        return found.metric
 
     def passes(self, batches: Sequence[Any] | None = None) -> list[Pass]:
         """The calibration batches, ready to be run; or other batches."""
