@@ -115,6 +115,19 @@ class Bench:
         cost = self.costs.cost()
         return {"accuracy": self.accuracy(self.model), "macs": cost.macs, "parameters": cost.parameters}
 
+    def trained(self) -> dict[str, Any]:
+        """The row of the original after the recovery of all rows, whatever that makes of it: nothing was cut.
+
+        How much of what the rows below lose, the training itself takes; by its learning rates.
+        """
+        own = replace(self.protocol.recovery, seed=self.seed)
+        ends = {}
+        for rate in self.protocol.rates or (own.lr,):
+            found = recover(self.model, self.teacher, self.task, replace(own, lr=rate), best=False)
+            ends[f"{rate:g}"] = [round(100 * found.quality, 2), self.accuracy(found.model)]
+        deciding, accuracy = max(ends.values())
+        return {"accuracy": accuracy, "deciding": deciding, "rates": ends}
+
     def row(self, share: float, method: "Method", rows: Rows) -> dict[str, Any]:
         """Cut to a share of the multiply-adds, judge, recover, judge."""
         with timed() as clock:

@@ -18,6 +18,7 @@ Methods:
     torch-pruning ...       its criteria (fpgm is the best of them here, see docs/results.md) on the channels inside of
                             residual blocks, ranked globally, cut to the same cost; as it comes, and rebalanced by us
     random, uniform L2      likewise; uniform takes the same share of each layer
+    original, trained       nothing cut: what the recovery alone makes of the network, at its last state
     small: ...              a network of the same cost that learns from random weights: of the shape that idap found, or
                             uniformly narrow; learning rates for random weights are tried too
 """
@@ -187,6 +188,7 @@ def main() -> None:
         bench = cifar_bench(network, options.data, protocol, options.seed)
         key = {"network": network, "seed": options.seed, "protocol": options.protocol}
         rows.measure({**key, "target": "original", "method": "original"}, bench.original)
+        rows.measure({**key, "target": "original", "method": "original, trained"}, bench.trained)
         names = [method for method in METHODS if method in options.methods]
         for some in (names[:FIRST], names[FIRST:]):
             for target in options.targets:

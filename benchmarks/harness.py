@@ -244,7 +244,7 @@ class Recovered:
     """What a training made of a cut model.
 
     Attributes:
-        model: the best state by the deciding images, the untrained one among them.
+        model: the best state by the deciding images, the untrained one among them; or the last one.
         quality: of that state on the deciding images.
         averaged: whether that state is the average of the untrained and the trained weights.
         losses: mean of each epoch.
@@ -258,21 +258,27 @@ class Recovered:
     clock: Clock
 
 
-def recover(model: nn.Module, teacher: nn.Module, task: Task, recovery: Recovery) -> Recovered:
+def recover(model: nn.Module, teacher: nn.Module, task: Task, recovery: Recovery, *, best: bool = True) -> Recovered:
     """Train a copy of a cut model beside the original, the same way for every row, and keep its best state.
 
     Weights are laid out with the channels last meanwhile, which convolutions on a CPU are faster with.
+
+    Args:
+        model: that was cut.
+        teacher: the original.
+        task: gives the images.
+        recovery: how to train.
+        best: False keeps the last state instead.
     """
     trained = copy.deepcopy(model)
     with timed() as clock:
         for each in (trained, teacher):
             each.to(memory_format=torch.channels_last)
-        report = fit(trained, task, recovery, teacher=teacher, judge=partial(evaluate, task=task))
+        report = fit(trained, task, recovery, teacher=teacher, judge=partial(evaluate, task=task) if best else None)
         for each in (trained, teacher):
             each.to(memory_format=torch.contiguous_format)
-    if report.best is None:
-        raise RuntimeError("a training with a judge ended without a score.")
-    return Recovered(trained, report.best, report.averaged, tuple(round(loss, 4) for loss in report.losses), clock)
+    quality = evaluate(trained, task) if report.best is None else report.best
+    return Recovered(trained, quality, report.averaged, tuple(round(loss, 4) for loss in report.losses), clock)
 
 
 def latencies(original: nn.Module, model: nn.Module, sample: Tensor) -> dict[str, dict[str, Any]]:
