@@ -9,7 +9,7 @@
     ├── VerificationError         the pruned model does not equal the masked original
     ├── ExportError               a model can't be brought into another form, or differs in it
     ├── TaskError                 the data, the loss or the metric cannot be used
-    │   └── DivergedError         a loss, gradient, metric or output is no finite number any more
+    │   └── DivergedError         a loss, gradient or metric is no finite number, or an output is NaN
     ├── ConfigError               a setting or a recipe is wrong
     │   └── BudgetError           the goals cannot be met by any compression
     ├── RunFolderError            a run folder cannot be read or written, or holds another run
@@ -57,7 +57,7 @@ class TaskError(IdapError):
 
 
 class DivergedError(TaskError):
-    """A loss, a gradient, a metric or an output is no finite number any more, in training or after a cut."""
+    """A loss, a gradient or a metric is no finite number any more, or an output is NaN, in training or after a cut."""
 
 
 class ConfigError(IdapError):

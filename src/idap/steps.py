@@ -98,7 +98,8 @@ class Step:
         removed: what the step removed.
         macs: multiply-adds for one sample after the step.
         parameters: after the step.
-        metric: on the validation data, after the step's recovery; of a layer that lost its contest, without one.
+        metric: on the validation data, after the step's recovery; of a layer that lost its contest, without one; 0
+            where it was no finite number.
         accepted: whether the step was kept; otherwise everything was rolled back.
         reason: why it was kept or not.
         error: largest relative difference between the pruned model and the masked original, before recovery.
@@ -108,6 +109,7 @@ class Step:
         phases: kind of work -> seconds of the step that it took.
         curve: of the step's recovery; None where nothing was trained.
         contest: with filters, where a layer had to beat them.
+        fault: why what the step came to can't be used, whatever its metric; "" if it can.
         turn: which call of a stage decided, from 0; each stage may have its turn more than once.
     """
 
@@ -125,6 +127,7 @@ class Step:
     phases: Mapping[str, float] = field(default_factory=dict)
     curve: Curve | None = None
     contest: Contest | None = None
+    fault: str = ""
     turn: int = 0
 
     @property

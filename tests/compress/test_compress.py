@@ -14,10 +14,11 @@ from torchmetrics import MeanSquaredError
 
 from idap.compress import change, proving
 from idap.compress import run as running
+from idap.compress import state as states
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.run import compress
 from idap.errors import BudgetError, ConfigError, RunFolderError, StructureError, TaskError, VerificationError
-from idap.record import read_steps
+from idap.record import STEPS, read_steps
 from idap.saving.checkpoint import load, read_plan
 from idap.surgery.apply import apply_plan
 from idap.training.evaluate import evaluate, output_error
@@ -350,6 +351,17 @@ def test_the_final_training_has_its_own_settings(monkeypatch):
     assert [recovery == final for _, recovery in used] == [False] * (len(used) - 1) + [True]
 
 
+@pytest.mark.parametrize(
+    ("metric", "accepted", "reason"),
+    [(0.95, True, "the best so far"), (0.9, True, "as good as before"), (0.85, False, "no better than before")],
+)
+def test_the_last_training_is_kept_unless_it_is_worse(monkeypatch, metric, accepted, reason):
+    monkeypatch.setattr(change, "recover", lambda *_: states.Judged(0.9))
+    monkeypatch.setattr(running, "recover", lambda *_: states.Judged(metric))
+    last = compress(NET, task(), config(macs=0.8, **ONLY_FILTERS)).steps[-1]
+    assert (last.stage, last.metric, last.accepted, last.reason) == ("final", metric, accepted, reason)
+
+
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
@@ -401,12 +413,57 @@ def test_a_training_that_ends_in_nan_is_no_success_where_the_metric_likes_nan(st
     assert "trainings ended early" in result.message
 
 
-def test_an_original_that_answers_nan_is_said(monkeypatch):
+def test_an_original_that_answers_nan_is_said():
     heard = Noting()
     samples, labels = batches(64, 1)[0]
     broken = task(val=[(samples, labels), (samples * float("nan"), labels)])
     compress(NET, broken, config(max_drop=None, **ONLY_FILTERS), progress=heard)
     assert any("The original's outputs hold NaN on 1 of 2 validation batches." in line for line in heard.lines)
+
+
+def answers_nan_when_small(at_most):
+    """A task of which any model below so many parameters is taken to answer NaN."""
+
+    def score(model, task, **_):
+        found = REAL_SCORE(model, task)
+        small = sum(parameter.numel() for parameter in model.parameters()) < at_most
+        return found._replace(broken=found.batches) if small else found
+
+    return score
+
+
+REAL_SCORE = states.score
+SIZE = sum(parameter.numel() for parameter in NET.parameters())
+
+
+@pytest.mark.parametrize("epochs", [0, 0.25])
+def test_a_cut_that_answers_nan_is_rolled_back_whatever_the_budget(monkeypatch, tmp_path, epochs):
+    monkeypatch.setattr(states, "score", answers_nan_when_small(0.6 * SIZE))
+    settings = config(max_drop=None, macs=0.3, recovery=Recovery(epochs=epochs, lr=0.02), layers=LayerStage(removals=0))
+    result = compress(NET, task(), settings, run_dir=tmp_path / "run")
+    wrong = [step for step in result.steps if step.fault]
+    assert wrong
+    assert not any(step.accepted for step in wrong)
+    assert all(step.reason.startswith("outputs hold NaN on 4 of 4 validation batches; ") for step in wrong)
+    assert result.parameters[1] >= 0.6 * SIZE
+    assert not result.reached
+    (tmp_path / "run" / "result.json").unlink()
+    again = compress(NET, task(), settings, run_dir=tmp_path / "run", resume=True)
+    assert [(step.fault, step.reason) for step in again.steps] == [(step.fault, step.reason) for step in result.steps]
+    json.loads((tmp_path / "run" / STEPS).read_text().splitlines()[wrong[0].index], parse_constant=pytest.fail)
+
+
+def test_a_metric_that_is_no_number_after_a_cut_is_rolled_back():
+    def metric(outputs, batch):
+        distance = float((outputs - NET(batch[0])).square().mean())
+        return distance if distance < 1e-3 else float("inf")
+
+    likes = imitation(metric=torch.no_grad()(metric))
+    result = compress(NET, likes, config(max_drop=None, macs=0.2, recovery=Recovery(epochs=0), **ONLY_FILTERS))
+    wrong = [step for step in result.steps if step.fault]
+    assert wrong
+    assert all(step.fault.startswith("metric 'distance' is inf on batch") and not step.accepted for step in wrong)
+    assert result.metric < 1e-3
 
 
 def test_labels_outside_the_range():

@@ -20,6 +20,7 @@ from idap.compress.latencies import come_down
 from idap.compress.neighbours import neighbours, only_training
 from idap.compress.pace import Pace
 from idap.compress.run import compress
+from idap.compress.state import Judged
 from idap.cost.latency import Latency
 from idap.errors import ConfigError, RunFolderError, TaskError
 from idap.graph.trace import trace
@@ -461,13 +462,13 @@ def test_validation_data_of_another_length_are_refused_at_the_first_step(tmp_pat
 
 def test_a_target_that_the_last_training_would_have_made_room_for_is_told(monkeypatch):
     """Without training after the steps the budget ends them; the last training brings the metric back."""
-    monkeypatch.setattr(running, "recover", lambda *_: 0.0)
+    monkeypatch.setattr(running, "recover", lambda *_: Judged(0.0))
     settings = config(max_drop=0.01, macs=0.3, recovery=Recovery(epochs=0), final=Recovery(epochs=1))
     result = compress(NET, imitation(), settings)
     assert not result.reached
     assert re.search(
         r"not to 30\.0%: every further step left the accuracy budget, until the last training took the distance from "
-        r"0\.00\d+ to 0\.0000\. Train as long after each step",
+        r"0\.00\d+ to 0\.0000\. Train longer after each step",
         result.message,
     )
 

@@ -12,6 +12,7 @@ from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
 from idap.compress.ranking import least_units, multiples_of
 from idap.compress.run import compress
+from idap.compress.state import Judged
 from idap.errors import BudgetError
 from idap.graph.trace import trace
 from idap.structure.analysis import analyze
@@ -55,7 +56,7 @@ def said(monkeypatch):
 
     def script(*metrics):
         left = iter(metrics)
-        monkeypatch.setattr(change, "recover", lambda *_: next(left))
+        monkeypatch.setattr(change, "recover", lambda *_: Judged(next(left)))
 
     return script
 
@@ -220,7 +221,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_multiples(monkeypatch, tmp_p
 
     def judged_by_size(setting, model, *rest):
         real(setting, model, *rest)
-        return float(sum(parameter.numel() for parameter in model.parameters()) > 0.6 * whole_size)
+        return Judged(float(sum(parameter.numel() for parameter in model.parameters()) > 0.6 * whole_size))
 
     monkeypatch.setattr(change, "recover", judged_by_size)
     filters = FilterStage(steps=9, first_share=0.2, min_share=0.001, multiple=8)

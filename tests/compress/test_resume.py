@@ -172,7 +172,7 @@ def test_one_run_killed_again_and_again(undisturbed, tmp_path):
 
 KILLS = 20
 TWENTY = """
-import json, os, random, signal, sys, time
+import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 torch.set_num_threads(1)  # a process that was forked has none of the other threads
@@ -190,12 +190,15 @@ def forked(folder):
     if pid == 0:
         try:
             run(folder)
-        finally:
-            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     return pid
 
 def ended(folder):
-    os.waitpid(forked(folder), 0)
+    Path(f"{folder}.json").unlink(missing_ok=True)  # of one that was killed after its end
+    assert os.waitpid(forked(folder), 0)[1] == 0
     return json.loads(Path(f"{folder}.json").read_text())
 
 root, kills = Path(sys.argv[1]), int(sys.argv[2])

@@ -18,7 +18,7 @@ from idap.compress.journal import Journal, describe
 from idap.compress.layers import layer_stage
 from idap.compress.ranking import Candidates, Way, rank
 from idap.compress.samples import few_samples
-from idap.compress.state import Setting, State
+from idap.compress.state import Judged, Setting, State
 from idap.compress.trial import calibration_loss, loss_without
 from idap.progress import Silent
 from idap.steps import Removal, Step
@@ -45,7 +45,7 @@ def scripted(monkeypatch):
 
         def recover(setting, model, plan, title, recovery):
             real(setting, model, plan, title, recovery)
-            return next(left)
+            return Judged(next(left))
 
         for module in (change, run):
             monkeypatch.setattr(module, "recover", recover)

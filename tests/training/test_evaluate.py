@@ -1,6 +1,7 @@
 """Measuring gives the true value and leaves the model as it was."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from idap.errors import TaskError
+from idap.errors import DivergedError, TaskError
 from idap.progress import Silent
 from idap.training.evaluate import evaluate, modes_kept, output_error, score
 from idap.training.task import Task, classification
@@ -115,6 +116,35 @@ def test_outputs_that_hold_nan_are_counted_where_the_metric_hides_them():
             return "no tensor"
 
     assert score(Words(), custom(lambda outputs, batch: 1.0)) == (1.0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "broken"),
+    [
+        (types.SimpleNamespace(logits=X * math.nan), 2),
+        ({"logits": X, "all": [X, X * math.nan]}, 2),
+        ((X, X.to_sparse()), 0),
+        ((X, torch.tensor([1, 2]), torch.full_like(X, math.inf)), 0),
+    ],
+)
+def test_nan_is_found_in_outputs_of_every_kind(outputs, broken):
+    class Gives(nn.Module):
+        def forward(self, x):
+            return outputs
+
+    assert score(Gives(), custom(lambda outputs, batch: 1.0)).broken == broken
+
+
+def test_a_metric_that_can_not_take_nan_says_what_the_model_did():
+    def strict(outputs, batch):
+        if outputs.isnan().any():
+            raise ValueError("Input contains NaN.")
+        return 1.0
+
+    with pytest.raises(
+        DivergedError, match=r"^the model's outputs hold NaN, and the metric says ValueError: Input con"
+    ):
+        score(nn.Identity(), custom(strict, val=[(X * math.nan, torch.tensor([0, 0, 0]))]))
 
 
 def test_empty_and_missing_splits_are_refused():

@@ -1,6 +1,7 @@
 """Other budgets, precisions and memory orders train the same model; norms are re-estimated only for the better."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -249,7 +250,7 @@ class TestNorms:
         model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4, track_running_stats=False))
         assert not reestimate_norms_(model, task(), setting["norm_batches"], Draw())
 
-    @pytest.mark.parametrize(("last", "kept"), [(5, True), (3, True), (2, False)])
+    @pytest.mark.parametrize(("last", "kept"), [(5, True), (3, True), (2, False), (math.nan, False)])
     def test_they_are_kept_only_if_no_worse(self, last, kept):
         scores, states = iter([0, 3, last]), []
 

@@ -233,6 +233,7 @@ class TestDataByName:
             ),
             (["data.name=text:x", "data.metric=bits"], "data.metric is the text 'bits', expected 'perplexity' or"),
             (["data.name=text:x", "data.metric=token_accuracy", "goals.max_drop=5"], "the metric lies between 0 and 1"),
+            (["goals.max_drop=-1%"], "goals.max_drop is the text '-1%', expected a number or 'auto'."),
             (["data.name=text:x", "goals.max_drop=50%"], 'write goals.max_relative_drop = "50%" for a share of the'),
             (["data.name=csv:x", "data.val_share=40"], 'for 40 percent write 0.4 or "40%"'),
         ],

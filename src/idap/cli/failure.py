@@ -145,7 +145,7 @@ class Outcome:
         if rank != "0":  # of several processes; most errors are those of all, and the first one shows them
             self.errors.print(f"process {rank}: {message}", markup=False, soft_wrap=True)
         elif self.as_json:
-            _write_error(type(error).__name__, message, self.where)
+            _write_error(type(error).__name__, f"{message} {advice}".rstrip(), self.where)
         else:
             show_error(
                 self.errors,

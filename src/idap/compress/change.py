@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, pairwise
+from math import inf, isfinite
 from typing import NamedTuple
 
 from torch import nn
 
 from idap.compress.features import BlockOutputs
 from idap.compress.neighbours import only_training
-from idap.compress.state import Keep, Setting, State
+from idap.compress.state import Judged, Keep, Setting, State
 from idap.errors import StructureError
 from idap.rebalance.run import rebalance_
 from idap.steps import Curve
@@ -109,12 +110,12 @@ def next_state(
     """
     model, plan, error = made or make_cut(setting, state, keep, removed)
     with only_training(model, tuned) if tuned else nullcontext():
-        metric = recover(setting, model, plan, title, setting.config.recovery)
+        metric, fault = recover(setting, model, plan, title, setting.config.recovery)
     cost, error = setting.costs.cost(keep, removed), max(state.error, error)
-    return State(model, keep, tuple(removed), plan, cost, metric, error, setting.latency_of(model))
+    return State(model, keep, tuple(removed), plan, cost, metric, error, setting.latency_of(model), fault)
 
 
-def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> float:
+def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> Judged:
     """Train what a plan made of the original beside it, keep its best state, and judge it on the validation data.
 
     Args:
@@ -125,21 +126,27 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
         recovery: how it is trained.
 
     Returns:
-        The metric.
+        What the validation data say of the best state; a fault only if no state is without.
     """
-    sign = 1.0 if setting.task.higher_is_better else -1.0
+    sign, faults = 1.0 if setting.task.higher_is_better else -1.0, [""]
 
-    def judge(judged: nn.Module) -> float:
+    def judged(candidate: nn.Module) -> Judged:
         with setting.clock.on("judging"):
-            return sign * setting.judged(judged)
+            return setting.judged(candidate)
+
+    def judge(candidate: nn.Module) -> float:
+        metric, fault = judged(candidate)
+        if fault:
+            faults.append(fault)
+        return -inf if fault else sign * metric
 
     if not recovery.trains:
-        return sign * judge(model)
+        return judged(model)
     optimizer = None if setting.optimizer is None else setting.optimizer(model, plan)
     learned = model.parameters() if optimizer is None else chain(*(g["params"] for g in optimizer.param_groups))
     if not any(parameter.requires_grad for parameter in learned):
         setting.progress.say(f"{title}: nothing that is left there is trained, so the model is judged as it is.")
-        return sign * judge(model)
+        return judged(model)
     if recovery.channels_last is True and (fault := broken_channels_last(model, device_of(model))):
         setting.progress.say(f"{title}: channels_last is left out: {fault}.")
         recovery = replace(recovery, channels_last=False)
@@ -159,11 +166,14 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
             progress=setting.progress,
             title=title,
         )
+    best = report.best
+    assert best is not None  # there was a judge
+    if not report.diverged and any(value == -inf for steps, value in report.scores if steps):
+        report = replace(report, diverged=faults[-1])
     setting.curves.append(_curve(title, report, sign))
     if report.diverged:
         setting.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
-    assert report.best is not None  # there was a judge
-    return sign * report.best
+    return Judged(0.0, faults[-1]) if best == -inf else Judged(sign * best)
 
 
 def _curve(title: str, report: FitReport, sign: float) -> Curve:
@@ -175,7 +185,7 @@ def _curve(title: str, report: FitReport, sign: float) -> Curve:
         title=title,
         steps=report.steps,
         losses=tuple(statistics.fmean(losses[start:end]) for start, end in pairwise(edges)),
-        metrics=tuple((steps, sign * score) for steps, score in report.scores),
+        metrics=tuple((steps, sign * score) for steps, score in report.scores if isfinite(score)),
         diverged=report.diverged,
         average=sign * report.best if report.averaged and report.best is not None else None,
     )

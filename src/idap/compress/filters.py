@@ -40,7 +40,7 @@ def filter_stage(
         if found is None:
             break
         candidate = found.state
-        if goal.holds(candidate.metric):
+        if candidate.within(goal):
             journal.note(stage, found, accepted=True, reason="within the budget")
             state, rejected = candidate, None
             pace.accept()
@@ -49,7 +49,8 @@ def filter_stage(
         units = sum(map(len, state.keep.values()))
         taken = units - sum(map(len, candidate.keep.values()))
         smaller = pace.reject(setting.shares(state), taken, units)
-        reason = f"outside the budget; {f'next step {smaller}' if smaller else 'no smaller step is worth trying'}"
+        why = candidate.fault or "outside the budget"
+        reason = f"{why}; {f'next step {smaller}' if smaller else 'no smaller step is worth trying'}"
         journal.note(stage, found, accepted=False, reason=reason)
         if not smaller:
             break

@@ -38,7 +38,7 @@ def resumable(folder: RunFolder | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if folder is not None:
+        if folder is not None and not isinstance(error, RunFolderError):
             error.add_note(f"Every decision so far is in {folder.path}: the same call with resume=True goes on there.")
         raise
 
@@ -51,7 +51,7 @@ def settings_of(
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "fingerprint": fingerprint(structure.graph.shapes),
-        "config": asdict(config) | {"criterion": opener_of(config.criterion)[0]},
+        "config": asdict(config) | {"criterion": opener_of(config.criterion)[0], "max_drop": config.drop},
         "task": {"metric": task.metric_name, "higher_is_better": task.higher_is_better, "worst": budget.worst},
         "baseline": {"metric": baseline, "macs": cost.macs, "parameters": cost.parameters, "size": cost.size},
         "environment": _environment(model),

@@ -114,7 +114,7 @@ class Journal:
             assert setting.folder is not None
             model = load(setting.folder.checkpoint(index), setting.original)
         cost, latency = setting.costs.cost(keep, parts), found["shares"].get("latency")
-        then = State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"], latency)
+        then = State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"], latency, found["fault"])
         self._recalled = True
         return Decision(then, removed, None if found["contest"] is None else Contest(**found["contest"]))
 
@@ -140,6 +140,7 @@ class Journal:
             macs=state.cost.macs,
             parameters=state.cost.parameters,
             metric=state.metric,
+            fault=state.fault,
             accepted=accepted,
             reason=reason,
             error=state.error,

@@ -55,14 +55,15 @@ def layer_stage(
         if found.contest is not None and found.contest.lost:
             journal.note(STAGE, found, accepted=False, reason=_told(found.contest))
             break
-        if goal.holds(found.state.metric):
+        if found.state.within(goal):
             reason = "within the budget" if found.contest is None else f"within the budget; {_told(found.contest)}"
             journal.note(STAGE, found, accepted=True, reason=reason)
             state, rejected, accepted = found.state, 0, accepted + 1
         else:
             essential.add(found.removed[0].name)
             rejected += 1
-            journal.note(STAGE, found, accepted=False, reason="outside the budget: it is essential")
+            why = found.state.fault or "outside the budget"
+            journal.note(STAGE, found, accepted=False, reason=f"{why}: it is essential")
     return state
 
 
@@ -101,9 +102,9 @@ def _candidate(
         made, saved, contest = _contest(setting, state, goal, removed, f"{STAGE} {number}: measure filters")
         if contest.lost:
             with setting.clock.on("judging"):
-                metric = setting.judged(made.model)
+                metric, fault = setting.judged(made.model)
             cost, error = setting.costs.cost(state.keep, removed), max(state.error, made.error)
-            beaten = State(made.model, state.keep, removed, made.plan, cost, metric, error, saved.get("latency"))
+            beaten = State(made.model, state.keep, removed, made.plan, cost, metric, error, saved.get("latency"), fault)
             return Decision(beaten, [removal], contest)
     tuned = frozenset[str]()
     if setting.config.layers.tune == "neighbours":
@@ -182,6 +183,7 @@ def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mappi
     maps = {name: fitted.map for name, fitted in setting.projections(state, names).items()}
     with setting.progress.phase(f"{STAGE}: trial", len(names) + 1) as phase:
         before = calibration_loss(setting, state.model)
+        before = before if isfinite(before) else 0.0  # then any layer without which it is finite may go
         phase.advance()
         price: dict[str, float] = {}
         for name in names:

@@ -25,12 +25,12 @@ def concluded(
     """
     past = ended(setting.folder)
     with setting.clock.on("judging"):
-        metric = start.metric if state is start else setting.judged(state.model)
+        metric, fault = (start.metric, "") if state is start else setting.judged(state.model)
         error = _output_error(setting, state)
     latency = None if past is None else past["latency"]
     if latency is None and state is not start:
         latency = setting.latency_of(state.model)
-    final = replace(state, metric=metric, latency=latency if latency is not None else state.latency)
+    final = replace(state, metric=metric, latency=latency if latency is not None else state.latency, fault=fault)
     reached, message = _verdict(setting, final, journal, untouched=state is start)
     message += _cut_short(journal)
     base = origin(setting.original)
@@ -109,11 +109,12 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         return False, f"nothing may be removed: {units}, and {blocks}; this is the original"
     if untouched:
         return False, "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
-    if not goal.holds(state.metric):
+    if not state.within(goal):
+        found = state.fault or f"the {setting.task.metric_name} was {state.metric:.4f}"
+        worst = "" if state.fault else f", and {goal.worst:.4f} is the worst allowed"
         return False, (
-            f"the {setting.task.metric_name} was {state.metric:.4f} when it was measured once more after the last "
-            f"change, and {goal.worst:.4f} is the worst allowed: the validation data or the model change from one "
-            "reading to the next. Make the validation loader give the same batches each time"
+            f"{found} when it was measured once more after the last change{worst}: the validation data or the model "
+            "change from one reading to the next. Make the validation loader give the same batches each time"
         )
     missed = [
         f"{COST_NAMES[name]} came down to {shares[name]:.1%}, not to {goal.targets[name]:.1%}"
@@ -135,11 +136,10 @@ def _obstacle(setting: Setting, journal: Journal) -> str:
     why = "every further step left the accuracy budget"
     last = journal.steps[-1]
     before = next(step.metric for step in reversed(decided) if step.accepted)
-    better = last.metric > before if setting.task.higher_is_better else last.metric < before
-    if last.stage == "final" and last.accepted and better:
-        name = setting.task.metric_name
+    told = f"from {before:.4f} to {last.metric:.4f}"
+    if last.stage == "final" and last.accepted and f"{before:.4f}" != f"{last.metric:.4f}":
         return (
-            f"{why}, until the last training took the {name} from {before:.4f} to {last.metric:.4f}. Train as long "
-            "after each step (recovery), or compress the result again, with what is left of the budget"
+            f"{why}, until the last training took the {setting.task.metric_name} {told}. Train longer after each step "
+            "(recovery), allow a larger max_drop, or compress the result again with what is left of the budget"
         )
     return f"{why}. Allow a larger max_drop, more steps or a longer recovery"

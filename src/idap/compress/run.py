@@ -313,10 +313,11 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
     found = journal.recall("final", state)
     if found is None:
         model = apply_plan(state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _held(state)}))
-        metric = recover(setting, model, state.plan, "final recovery", recovery)
-        found = Decision(replace(state, model=model, metric=metric, latency=setting.latency_of(model)), [])
+        metric, fault = recover(setting, model, state.plan, "final recovery", recovery)
+        latency = setting.latency_of(model)
+        found = Decision(replace(state, model=model, metric=metric, latency=latency, fault=fault), [])
     metric, better = found.state.metric, setting.task.higher_is_better
-    accepted = metric >= state.metric if better else metric <= state.metric
+    accepted = not found.state.fault and (metric >= state.metric if better else metric <= state.metric)
     reason = (
         "as good as before" if metric == state.metric else "the best so far" if accepted else "no better than before"
     )

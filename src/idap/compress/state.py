@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -48,6 +48,7 @@ class State:
         metric: on the validation data.
         error: largest relative difference from the masked original when it was cut.
         latency: as a share of the original's, measured here; None where it is no goal.
+        fault: why it can't be used, whatever its metric; "" if it can.
     """
 
     model: nn.Module
@@ -58,6 +59,23 @@ class State:
     metric: float
     error: float = 0.0
     latency: float | None = None
+    fault: str = ""
+
+    def within(self, goal: Budget) -> bool:
+        """Whether it can be used and keeps the accuracy budget."""
+        return not self.fault and goal.holds(self.metric)
+
+
+class Judged(NamedTuple):
+    """What the validation data say of a model.
+
+    Attributes:
+        metric: 0 where it is no finite number.
+        fault: why the model can't be used, whatever its metric; "" if it can.
+    """
+
+    metric: float
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,25 +113,25 @@ class Setting:
         found = shares_of(state.cost, self.whole)
         return found if state.latency is None else {**found, "latency": state.latency}
 
-    def judged(self, model: nn.Module) -> float:
-        """The metric of a model on the validation data.
+    def judged(self, model: nn.Module) -> Judged:
+        """What the validation data say of a model.
 
         Raises:
             TaskError: the data are others than those that the original was judged on.
-            DivergedError: the metric is no finite number, or outputs hold NaN where the original's don't.
         """
-        found, first = score(model, self.task), self.val
+        try:
+            found = score(model, self.task)
+        except DivergedError as error:
+            return Judged(0.0, str(error).rstrip("."))
+        first = self.val
         if first is not None and found.batches != first.batches:
             raise TaskError(
                 f"the 'val' split gave {found.batches} batches, and {first.batches} when the original was judged. What "
                 "was measured on other data can't be compared: let its loader give the same samples every time."
             )
-        if found.broken and not (first is not None and first.broken):
-            raise DivergedError(
-                f"outputs hold NaN on {found.broken} of {found.batches} validation batches, so what "
-                f"{self.task.metric_name!r} makes of them means nothing. Lower lr, or set clip_norm."
-            )
-        return found.metric
+        if found.broken > (0 if first is None else first.broken):
+            return Judged(found.metric, f"outputs hold NaN on {found.broken} of {found.batches} validation batches")
+        return Judged(found.metric)
 
     def passes(self, batches: Sequence[Any] | None = None) -> list[Pass]:
         """The calibration batches, ready to be run; or other batches."""

@@ -53,8 +53,8 @@ def tradeoff(run: Run) -> Html:
 
 
 def told_of(steps: Sequence[Step], share: Callable[[Step], float]) -> list[tuple[Step, tuple[float, float]]]:
-    """Decisions with what each left of a cost, and the metric; one that filters beat was never on the way."""
-    return [(step, (share(step), step.metric)) for step in steps if not step.beaten]
+    """Decisions with what each left of a cost, and the metric; not those without one, or that filters beat."""
+    return [(step, (share(step), step.metric)) for step in steps if not (step.beaten or step.fault)]
 
 
 def curve(story: Story, *, name: str = "tradeoff", height: int = 300) -> Html:

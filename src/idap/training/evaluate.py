@@ -82,7 +82,7 @@ def score(model: nn.Module, task: Task, *, split: Split = "val", progress: Progr
     device = device_of(model)
     batches = task.batches(split)
     meter = Meter(task, device, split=split)
-    broken: list[Tensor] = []
+    broken: list[list[Tensor]] = []
     total = operator.length_hint(batches) or None
     # no_grad, not inference_mode: a model may keep a tensor for later, and training could not use an inference tensor.
     phase_of = (progress or Silent()).phase(f"evaluate {split}", total)
@@ -92,16 +92,39 @@ def score(model: nn.Module, task: Task, *, split: Split = "val", progress: Progr
                 with _named(task, split, number):
                     batch = move(loaded, device)
                     outputs = task.run(model, batch)
-                    meter.add(outputs, batch)
-                if found := [each.isnan().any() for each in tensors_of(outputs)]:
-                    broken.append(torch.stack(found).any())
+                    broken.append(_nan_in(outputs))
+                    with _telling(broken[-1]):
+                        meter.add(outputs, batch)
             meter.seen += 1
             phase.advance()
     if from_torchmetrics(task.metric) and meter.seen < process_count():
         with alone():  # it could not compute a result in a process that has seen nothing
             return score(model, task, split=split)
-    (count,) = totals(sum(float(each) for each in broken))
+    (count,) = totals(sum(any(map(bool, found)) for found in broken))
     return Score(meter.value(), meter.seen, int(count))
+
+
+def _nan_in(outputs: Outputs) -> list[Tensor]:
+    """For each tensor of a model's outputs whether it holds NaN, as the device computes it."""
+    logits = getattr(outputs, "logits", None)  # of an object of the user's own
+    found = [*tensors_of(outputs), *([logits] if isinstance(logits, Tensor) else [])]
+    dense = (each for each in found if each.layout is torch.strided and not (each.is_nested or each.is_quantized))
+    return [each.isnan().any() for each in dense if each.is_floating_point() or each.is_complex()]
+
+
+@contextmanager
+def _telling(broken: list[Tensor]) -> Iterator[None]:
+    """Where a metric can't take NaN, it is the model that failed, and not the metric."""
+    try:
+        yield
+    except (IdapError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not any(map(bool, broken)):
+            raise
+        raise DivergedError(
+            f"the model's outputs hold NaN, and the metric says {type(error).__name__}: {error}"
+        ) from error
 
 
 def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: Split = "val") -> float:

@@ -194,9 +194,7 @@ def read_sections(table: Mapping[str, Any], where: str) -> dict[str, Section]:
             try:
                 found[name] = SECTIONS[name].model_validate(values)
             except ValidationError as error:
-                # One value that suits none of several types gives an error for each of them.
-                found_wrong = (_problem(name, item) for item in error.errors(include_url=False))
-                problems += dict.fromkeys(found_wrong)
+                problems += _problems(name, error.errors(include_url=False))
     if problems:
         raise ConfigError(in_recipe(where, problems))
     return found
@@ -251,8 +249,25 @@ def _unknown_section(name: str, values: object) -> str:
     return f"there is no section [{name}]; {advice}"
 
 
+def _problems(section: str, items: Sequence[Any]) -> list[str]:
+    """What is wrong with a section; a value that suits none of several types has an error for each of them."""
+    expected: dict[str, list[str]] = {}
+    for item in items:
+        said, _, kind = _problem(section, item).partition(_EXPECTED)
+        expected.setdefault(said, [])
+        if kind and kind not in expected[said]:
+            expected[said].append(kind)
+    return [said + (_EXPECTED + " or ".join(kinds) if kinds else "") for said, kinds in expected.items()]
+
+
+_EXPECTED = ", expected "
+_TYPES = ("int", "float", "str", "bool", "none")
+
+
 def _problem(section: str, item: Any) -> str:
-    key = f"{section}.{'.'.join(map(str, item['loc']))}"
+    *outer, last = map(str, item["loc"])
+    place = outer if outer and (last in _TYPES or last.startswith("literal[")) else [*outer, last]
+    key = f"{section}.{'.'.join(place)}"
     if item["type"] == "extra_forbidden":
         return f"there is no key {key}; {nearest_key(section, str(item['loc'][0]))}"
     if item["type"] == "missing":
@@ -262,13 +277,14 @@ def _problem(section: str, item: Any) -> str:
     expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if key == "data.labels":
         expected = 'a list of texts, as in ["bad", "good"]'
-    return f"{key} is {describe(item['input'])}, expected {_plain(expected)}"
+    return f"{key} is {describe(item['input'])}{_EXPECTED}{_plain(expected)}"
 
 
 def _plain(expected: str) -> str:
     """Say what pydantic expects in words of a recipe."""
     words = {
         "a valid number": "a number",
+        "a valid number, unable to parse string as a number": "a number",
         "a valid integer": "a whole number",
         "a valid integer, unable to parse string as an integer": "a whole number",
         "a valid boolean": "true or false",
