@@ -316,11 +316,10 @@ def _finish(setting: Setting, start: State, state: State, journal: Journal) -> S
         metric, fault = recover(setting, model, state.plan, "final recovery", recovery)
         latency = setting.latency_of(model)
         found = Decision(replace(state, model=model, metric=metric, latency=latency, fault=fault), [])
-    metric, better = found.state.metric, setting.task.higher_is_better
-    accepted = not found.state.fault and (metric >= state.metric if better else metric <= state.metric)
-    reason = (
-        "as good as before" if metric == state.metric else "the best so far" if accepted else "no better than before"
-    )
+    metric, fault, higher = found.state.metric, found.state.fault, setting.task.higher_is_better
+    accepted = not fault and (metric >= state.metric if higher else metric <= state.metric)
+    equal = "as good as before" if metric == state.metric else "the best so far"
+    reason = fault or (equal if accepted else "no better than before")
     journal.note("final", found, accepted=accepted, reason=reason)
     return found.state if accepted else state
 
