@@ -120,13 +120,8 @@ class Bench:
 
         How much of what the rows below lose, the training itself takes; by its learning rates.
         """
-        own = replace(self.protocol.recovery, seed=self.seed)
-        ends = {}
-        for rate in self.protocol.rates or (own.lr,):
-            found = recover(self.model, self.teacher, self.task, replace(own, lr=rate), best=False)
-            ends[f"{rate:g}"] = [round(100 * found.quality, 2), self.accuracy(found.model)]
-        deciding, accuracy = max(ends.values())
-        return {"accuracy": accuracy, "deciding": deciding, "rates": ends}
+        last, tried = self.recovered(self.model, (), best=False)
+        return {"accuracy": self.accuracy(last.model), "deciding": round(100 * last.quality, 2), "rates": tried}
 
     def row(self, share: float, method: "Method", rows: Rows) -> dict[str, Any]:
         """Cut to a share of the multiply-adds, judge, recover, judge."""
@@ -156,19 +151,21 @@ class Bench:
             "stages": stages(cut.steps),
         }
 
-    def recovered(self, model: nn.Module, more: Sequence[float]) -> tuple[Recovered, dict[str, list[float]]]:
+    def recovered(
+        self, model: nn.Module, more: Sequence[float], *, best: bool = True
+    ) -> tuple[Recovered, dict[str, list[float]]]:
         """The recovery with the learning rate that the deciding images prefer; points on these and the rest by rate."""
         own = replace(self.protocol.recovery, seed=self.seed)
         tried: dict[str, list[float]] = {}
-        best: Recovered | None = None
+        chosen: Recovered | None = None
         for rate in sorted({*(self.protocol.rates or (own.lr,)), *more}):
-            found = recover(model, self.teacher, self.task, replace(own, lr=rate))
+            found = recover(model, self.teacher, self.task, replace(own, lr=rate), best=best)
             tried[f"{rate:g}"] = [round(100 * found.quality, 2), self.accuracy(found.model)]
-            if best is None or found.quality > best.quality:
-                best = found
-        if best is None:
+            if chosen is None or found.quality > chosen.quality:
+                chosen = found
+        if chosen is None:
             raise RuntimeError("a protocol without a learning rate.")
-        return best, tried
+        return chosen, tried
 
 
 Method = Callable[[Bench, float, Rows], Cut]

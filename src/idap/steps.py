@@ -22,6 +22,15 @@ def met(goal: str, share: float, wanted: float) -> bool:
     return share <= wanted * (1 + (LATENCY_NOISE if goal == "latency" else 0))
 
 
+def numbers_of(kind: str, count: int) -> str:
+    """The name of a kind of units for a number of them.
+
+    >>> numbers_of("heads", 1), numbers_of("head width", 1), numbers_of("channels", 3)
+    ('head', 'head width', 'channels')
+    """
+    return kind.removesuffix("s") if count == 1 else kind
+
+
 @dataclass(frozen=True, kw_only=True)
 class Removal:
     """What one group or block lost in a step.

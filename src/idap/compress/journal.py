@@ -11,7 +11,7 @@ from idap.errors import RunFolderError
 from idap.progress import Status
 from idap.record import BEFORE, RunFolder
 from idap.saving.checkpoint import load, save
-from idap.steps import Contest, Curve, Removal, Step
+from idap.steps import Contest, Curve, Removal, Step, numbers_of
 from idap.structure.blocks import Block
 from idap.structure.projected import PROJECTION
 from idap.training.processes import on_main
@@ -261,8 +261,6 @@ def _what(removed: Sequence[Removal]) -> str:
     for removal in groups:
         counts[removal.kind] = counts.get(removal.kind, 0) + len(removal.units)
     if groups:
-        units = " + ".join(
-            f"{count} {kind.removesuffix('s') if count == 1 else kind}" for kind, count in counts.items()
-        )
+        units = " + ".join(f"{count} {numbers_of(kind, count)}" for kind, count in counts.items())
         parts.insert(0, f"{units} in {len(groups)} {'group' if len(groups) == 1 else 'groups'}")
     return ", ".join(parts)

@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from idap.report import numbers
-from idap.report.flow import numbers_of
 from idap.report.markup import Html, tag
 from idap.report.reading import Run
 from idap.report.tradeoff import COSTS
-from idap.steps import Removal, Step
+from idap.steps import Removal, Step, numbers_of
 
 
 def decisions(run: Run) -> Html:

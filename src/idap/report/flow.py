@@ -7,6 +7,7 @@ from idap.report import numbers
 from idap.report.markup import Html, joined, tag
 from idap.report.plot import Plot, legend, table
 from idap.report.reading import Profile, Run, Spread
+from idap.steps import numbers_of
 
 LETTER = 7
 """Pixels of a letter, about."""
@@ -64,15 +65,6 @@ def flow(run: Run) -> Html:
     if parts:
         found.append(_picture("flow-blocks", "Branches and blocks", parts, criterion))
     return joined([_key(run), *found])
-
-
-def numbers_of(kind: str, count: int) -> str:
-    """The name of a kind of units for a number of them.
-
-    >>> numbers_of("heads", 1), numbers_of("head width", 1), numbers_of("channels", 3)
-    ('head', 'head width', 'channels')
-    """
-    return kind.removesuffix("s") if count == 1 else kind
 
 
 def _alone(profile: Profile | None, name: str) -> Spread | None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from idap.report import numbers
-from idap.report.flow import numbers_of
 from idap.report.markup import Html, tag
 from idap.report.reading import Block, Run
+from idap.steps import numbers_of
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,20 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
             yield from tensors_of(part)
 
 
+def nan_in(values: Batch | Outputs) -> list[Tensor]:
+    """Look for NaN in the numbers of a batch or of a model's outputs.
+
+    Args:
+        values: as `tensors_of` takes them, or an object with `.logits`.
+
+    Returns:
+        For each dense tensor of real or complex numbers whether it holds NaN, without waiting for its device.
+    """
+    found = list(tensors_of(values)) or list(tensors_of(getattr(values, "logits", None)))
+    dense = (each for each in found if each.layout is torch.strided and not (each.is_nested or each.is_quantized))
+    return [each.isnan().any() for each in dense if each.is_floating_point() or each.is_complex()]
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Name the device where a model expects its inputs.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from idap.errors import DivergedError, IdapError, TaskError
 from idap.progress import Progress, Silent
-from idap.training.batch import Batch, Outputs, describe, device_of, move, tensors_of
+from idap.training.batch import Batch, Outputs, describe, device_of, move, nan_in
 from idap.training.generators import drawn_by
 from idap.training.processes import Draw, alone, process_count, process_rank, together, totals
 from idap.training.task import Split, Task, empty_split, from_torchmetrics
@@ -92,7 +92,7 @@ def score(model: nn.Module, task: Task, *, split: Split = "val", progress: Progr
                 with _named(task, split, number):
                     batch = move(loaded, device)
                     outputs = task.run(model, batch)
-                    broken.append(_nan_in(outputs))
+                    broken.append(nan_in(outputs))
                     with _telling(broken[-1]):
                         meter.add(outputs, batch)
             meter.seen += 1
@@ -102,14 +102,6 @@ def score(model: nn.Module, task: Task, *, split: Split = "val", progress: Progr
             return score(model, task, split=split)
     (count,) = totals(sum(any(map(bool, found)) for found in broken))
     return Score(meter.value(), meter.seen, int(count))
-
-
-def _nan_in(outputs: Outputs) -> list[Tensor]:
-    """For each tensor of a model's outputs whether it holds NaN, as the device computes it."""
-    logits = getattr(outputs, "logits", None)  # of an object of the user's own
-    found = [*tensors_of(outputs), *([logits] if isinstance(logits, Tensor) else [])]
-    dense = (each for each in found if each.layout is torch.strided and not (each.is_nested or each.is_quantized))
-    return [each.isnan().any() for each in dense if each.is_floating_point() or each.is_complex()]
 
 
 @contextmanager
@@ -226,7 +218,7 @@ class Meter:
 
         Raises:
             TaskError: the metric of the batch is no number.
-        DivergedError: it is NaN or infinite.
+            DivergedError: it is NaN or infinite.
         """
         if self._metric is not None and self._task.update is not None:
             self._task.update(self._metric, outputs, batch)
@@ -245,7 +237,7 @@ class Meter:
 
         Raises:
             TaskError: there was no batch, or the metric is no number.
-        DivergedError: the metric is NaN or infinite.
+            DivergedError: the metric is NaN or infinite.
         """
         batches, weighted, weight = totals(self._batches, self._sum, self._weight)
         if batches == 0:

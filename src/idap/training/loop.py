@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from idap.errors import DivergedError, IdapError, TaskError
 from idap.progress import Phase
-from idap.training.batch import Batch, Inputs, Outputs, device_of, move, tensors_of
+from idap.training.batch import Batch, Outputs, device_of, move, nan_in
 from idap.training.best import Best
 from idap.training.distill import Features, distillation_loss, feature_distance
 from idap.training.evaluate import modes_kept
@@ -263,14 +263,10 @@ class Loop:
             rate = self._pace.learning_rate(max(self._rates), self._recovery.warmup)
             clip = "" if self._recovery.clip_norm is not None else ", or set clip_norm"
             advice = f"Lower lr or lengthen warmup{clip}; at step 0, look for NaN in the weights."
-            (count,) = totals(0.0 if batch is None else float(_holds_nan(self._task.inputs(batch))))
+            (count,) = totals(0.0 if batch is None else float(any(map(bool, nan_in(self._task.inputs(batch))))))
             if count:
                 advice = "This training batch itself holds NaN: look at the data."
             raise DivergedError(f"the {what} is {number} at {self._pace}, learning rate {rate:.3g}. {advice}")
-
-
-def _holds_nan(inputs: Inputs) -> bool:
-    return any(bool(each.isnan().any()) for each in tensors_of(inputs) if each.is_floating_point())
 
 
 def _described(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:

@@ -271,8 +271,7 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
         settings=found,
         run_dir=Path(output.run_dir) if isinstance(output, OutputSection) else None,
     )
-    goals = table.get("goals")
-    _check_goals(recipe, goals.get("max_drop") if isinstance(goals, dict) else None)
+    _check_goals(recipe, table.get("goals", {}).get("max_drop"))
     return recipe
 
 

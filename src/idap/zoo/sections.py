@@ -251,33 +251,31 @@ def _unknown_section(name: str, values: object) -> str:
 
 def _problems(section: str, items: Sequence[Any]) -> list[str]:
     """What is wrong with a section; a value that suits none of several types has an error for each of them."""
-    expected: dict[str, list[str]] = {}
+    expected: dict[str, dict[str, None]] = {}
     for item in items:
-        said, _, kind = _problem(section, item).partition(_EXPECTED)
-        expected.setdefault(said, [])
-        if kind and kind not in expected[said]:
-            expected[said].append(kind)
-    return [said + (_EXPECTED + " or ".join(kinds) if kinds else "") for said, kinds in expected.items()]
+        wrong, kind = _problem(section, item)
+        expected.setdefault(wrong, {}).update({kind: None} if kind else {})
+    return [f"{wrong}, expected {' or '.join(kinds)}" if kinds else wrong for wrong, kinds in expected.items()]
 
 
-_EXPECTED = ", expected "
 _TYPES = ("int", "float", "str", "bool", "none")
 
 
-def _problem(section: str, item: Any) -> str:
+def _problem(section: str, item: Any) -> tuple[str, str]:
+    """What is wrong, and what was expected in its place; "" where that is said with it."""
     *outer, last = map(str, item["loc"])
     place = outer if outer and (last in _TYPES or last.startswith("literal[")) else [*outer, last]
     key = f"{section}.{'.'.join(place)}"
     if item["type"] == "extra_forbidden":
-        return f"there is no key {key}; {nearest_key(section, str(item['loc'][0]))}"
+        return f"there is no key {key}; {nearest_key(section, str(item['loc'][0]))}", ""
     if item["type"] == "missing":
-        return f"{key} is missing"
+        return f"{key} is missing", ""
     if key.startswith("data.size"):
-        return f"data.size is {describe(item['input'])}, expected a whole number, or [height, width]"
+        return f"data.size is {describe(item['input'])}", "a whole number, or [height, width]"
     expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if key == "data.labels":
         expected = 'a list of texts, as in ["bad", "good"]'
-    return f"{key} is {describe(item['input'])}{_EXPECTED}{_plain(expected)}"
+    return f"{key} is {describe(item['input'])}", _plain(expected)
 
 
 def _plain(expected: str) -> str:
