@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import get_overridable_functions, resolve_name
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,9 @@ _PLAIN = (int, float, str, bool, complex, type(None), type(...), torch.dtype, to
 
 _FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "tril_indices", "triu_indices")
 """Functions that make tensors of numbers."""
+
+_UNLISTED = ("hardsigmoid", "hardswish")
+"""Functions of torch.nn.functional that torch does not list among those that can be overridden."""
 
 _BETWEEN = ("idap/graph/recording.py", "idap/graph/calls.py", "torch/overrides.py")
 """Files whose lines lie between the code of a model and the note of its call."""
@@ -294,12 +298,13 @@ def places_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 
 @cache
 def torch_functions() -> Mapping[str, Callable[..., Any]]:
-    """The functions of torch that compute tensors, by name: those that a rewritten module may call."""
+    """The functions of torch that compute tensors, by name."""
     functions = {function for named in get_overridable_functions().values() for function in named}
     found = {str(name): function for function in functions if (name := resolve_name(function))}
     methods = {f"torch.Tensor.{name}": getattr(torch.Tensor, name) for name in dir(torch.Tensor) if name[0] != "_"}
     methods = {name: method for name, method in methods.items() if callable(method)}
-    return methods | found | {f"torch.{name}": getattr(torch, name) for name in _FACTORIES}
+    found |= {f"torch.{name}": getattr(torch, name) for name in _FACTORIES}
+    return methods | found | {f"torch.nn.functional.{name}": getattr(F, name) for name in _UNLISTED}
 
 
 @cache

@@ -22,7 +22,6 @@ from idap.saving.names import sources
 from idap.saving.reading import INDEX, PLAN, WEIGHTS, inside
 from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, write_tensors
 from idap.structure.plan import Plan
-from idap.surgery.rewritten import check_functions
 
 MARKER = ".idap-unfinished"
 SMALL_FILE = 2**26
@@ -129,7 +128,7 @@ def _checked(plan: Plan | str | Path) -> Plan:
             "and are in no checkpoint of the original; save the compressed model instead"
         )
     for program in plan.programs.values():
-        check_functions(program)
+        program.check()
     return plan
 
 

@@ -20,9 +20,13 @@ from idap.errors import PlanError
 from idap.graph.ir import ARITHMETIC
 from idap.graph.provenance import RELATIONS
 from idap.structure.strict import LARGEST, shown, whole
+from idap.structure.vocabulary import mistake
 
 Tree = Any
 """A plain value or a tagged tuple, see above."""
+
+MOST_ROUTINES, MOST_STEPS = 32, 20_000
+"""The most ways to call one module, and steps of all of them; the largest network of the coverage has a tenth."""
 
 Guard = tuple[Tree, str, Tree, int]
 """Two sizes, the relation in which they must stand, and the number of steps that make both known."""
@@ -93,6 +97,21 @@ class Program:
             for routine in self.routines
         ]
 
+    def check(self) -> None:
+        """Check every part of the program; see `check_routine`.
+
+        Raises:
+            PlanError: names the part that means nothing, or there are more routines or steps than any module has.
+        """
+        steps = sum(len(routine.steps) for routine in self.routines)
+        if len(self.routines) > MOST_ROUTINES or steps > MOST_STEPS:
+            raise PlanError(
+                f"the code of a rewritten module has {len(self.routines)} routines and {steps:,} steps; the most are "
+                f"{MOST_ROUTINES} and {MOST_STEPS:,}"
+            )
+        for routine in self.routines:
+            check_routine(routine)
+
     @classmethod
     def from_json(cls, data: Sequence[Mapping[str, Any]]) -> "Program":
         """Read what `to_json` wrote.
@@ -101,9 +120,11 @@ class Program:
             PlanError: a part is missing or of the wrong type.
         """
         try:
-            return cls(tuple(_checked(_routine(part)) for part in data))
+            program = cls(tuple(map(_routine, data)))
+            program.check()
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"this is not the code of a module: {type(error).__name__}: {error}") from error
+        return program
 
 
 def tagged(tree: Tree) -> Iterator[tuple[str, Any]]:
@@ -150,6 +171,11 @@ def check_tree(tree: Tree) -> None:
     types = _SHAPES[tag]
     if types is not None and (tuple(map(type, parts)) != types or (tag == "value" and parts[0] < 0)):
         raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
+    sizes = (
+        [part for part in parts if part is not None] if tag == "slice" else [tree] if tag in ("size", "calc") else []
+    )
+    if not all(map(_is_size, sizes)) or (tag == "slice" and len(parts) != 3):
+        raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
     for part in parts if types is None else ():
         if tag == "dict":
             if not isinstance(part, tuple) or len(part) != 2 or type(part[0]) not in (str, int):
@@ -175,8 +201,13 @@ def check_routine(routine: Routine) -> None:
     for guard in routine.guards:
         _check_guard(guard, len(routine.steps))
     for step in routine.steps:
-        if type(step.function) is not str or type(step.module) is not str:
-            raise PlanError(f"the code of a rewritten module calls {step.function!r}, which is no function of torch")
+        if type(step.function) is not str or type(step.module) is not str or bool(step.function) == bool(step.module):
+            raise PlanError(
+                f"the code of a rewritten module calls {step.function!r:.80} and module {step.module!r:.80}: each step "
+                "calls one of the two"
+            )
+        if step.function and (wrong := mistake(step.function, step.args, step.kwargs)):
+            raise PlanError(f"the code of a rewritten module {wrong}")
         for path, number in step.results:
             if type(number) is not int or number < 0 or any(type(key) not in (int, str) for key in path):
                 raise PlanError(f"the code of a rewritten module makes value {number!r}, which means nothing")
@@ -187,25 +218,26 @@ def _check_guard(guard: Guard, steps: int) -> None:
     if not isinstance(guard, tuple) or len(guard) != 4 or type(guard[3]) is not int or not 0 <= guard[3] <= steps:
         raise PlanError(f"the code of a rewritten module checks {guard!r}, which means nothing")
     left, symbol, right, _ = guard
-    if type(symbol) is not str or symbol not in RELATIONS or not (_is_size(left) and _is_size(right)):
+    sizes = (
+        _is_size(left) and _is_size(right) and all(tag == "value" for side in (left, right) for tag, _ in tagged(side))
+    )
+    if type(symbol) is not str or symbol not in RELATIONS or not sizes:
         raise PlanError(f"the code of a rewritten module checks {guard!r}, which means nothing")
 
 
 def _is_size(tree: Tree) -> bool:
+    """Whether a tree is a whole number, or made of whole numbers and sizes of tensors."""
     match tree:
         case ("value", number):
             return type(number) is int and number >= 0
-        case ("size", ("value", number), dim):
-            return type(number) is int and number >= 0 and type(dim) is int and abs(dim) < LARGEST
+        case ("size", (("value" | "own") as tag, name), dim):
+            named = type(name) is str if tag == "own" else _is_size(("value", name))
+            return named and type(dim) is int and abs(dim) < LARGEST
         case ("calc", str(symbol), *operands):
-            return symbol in ARITHMETIC and bool(operands) and all(map(_is_size, operands))
+            enough = len(operands) == 1 if symbol == "neg" else len(operands) > 1
+            return symbol in ARITHMETIC and enough and all(map(_is_size, operands))
         case _:
             return type(tree) is int and abs(tree) < LARGEST
-
-
-def _checked(routine: Routine) -> Routine:
-    check_routine(routine)
-    return routine
 
 
 def _routine(data: Mapping[str, Any]) -> Routine:

@@ -20,6 +20,7 @@ from idap.structure.demands import size_position
 from idap.structure.guards import Guards, Hand, asked_of, ever_at_hand
 from idap.structure.layout import Layout
 from idap.structure.program import Instruction, Program, Routine, Tree
+from idap.structure.vocabulary import mistake
 
 _HAS_TRAINING = ("dropout", "batch_norm", "instance_norm")
 _CONTAINERS: Mapping[type, str] = {tuple: "tuple", list: "list"}
@@ -208,6 +209,8 @@ class _Writer:
             kwargs |= {"dropout_p": dropout} if len(args) <= 4 else {}
         if "training" in kwargs and any(step.function.endswith(name) for name in _HAS_TRAINING):
             kwargs["training"] = ("training",)
+        if step.function and (wrong := mistake(step.function, args, kwargs.items())):
+            raise CannotRewriteError(f"its code {wrong}")
         results = tuple((place, self._new(name)) for place, name in step.results)
         module = self._rewriter.below(self._path, step.module, tensor=False) if step.module else ""
         return Instruction(step.function, module, args, tuple(kwargs.items()), results)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from idap.errors import PlanError
 from idap.graph.copies import computed, forget_cached, uninitialised
 from idap.graph.provenance import sizes_held
-from idap.structure.plan import Plan
+from idap.structure.plan import Plan, Size
 from idap.surgery.bypass import LinearMap, Projection, stand_in
 from idap.surgery.rewritten import SETTINGS_ABOVE, original_class, rewrite_, rewritten_class
 
@@ -108,14 +108,25 @@ def _check_modules(model: nn.Module, plan: Plan) -> None:
         for name, value in values.items():
             if name not in held:
                 raise PlanError(f"the plan does not fit this model: module {path!r} has no attribute {name!r}")
-            if isinstance(held[name], int) != isinstance(value, int):
-                raise PlanError(f"the plan does not fit this model: {name!r} of module {path!r} can't become {value!r}")
+            if not _can_become(held[name], value):
+                raise PlanError(
+                    f"the plan does not fit this model: {name!r} of module {path!r} is {held[name]!r} and can't become "
+                    f"{value!r}; a plan makes sizes smaller"
+                )
     for path, program in plan.programs.items():
         rewritten_class(original_class(type(modules[path])), program, modules[path])
     for path, kind in plan.replaced.items():
         if path == "":
             raise PlanError("a plan can't replace the whole model")
         stand_in(kind, plan.called.get(path), plan.projections.get(path))
+
+
+def _can_become(held: Size, value: Size) -> bool:
+    """Whether a plan may set an attribute: as many whole numbers as it holds, none larger, none of another sign."""
+    before, after = (size if isinstance(size, tuple) else (size,) for size in (held, value))
+    if isinstance(held, tuple) != isinstance(value, tuple) or len(before) != len(after):
+        return False
+    return all(min(old, 0) <= new <= max(old, 0) for old, new in zip(before, after, strict=True))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,36 +1,25 @@
 """Give a module the code of a program: its class becomes a subclass whose forward runs that code.
 
 Parameters, their names, submodules and hooks stay as they are; the module can be trained, copied, pickled and
-exported like any other. Programs come from files, so nothing in them is executed as it stands: functions are looked
-up among those with which torch computes tensors, and Python source is generated from checked parts only.
+exported like any other. Programs come from files, so nothing in them is executed as it stands: they call functions of
+the list in `idap.structure.vocabulary` alone, each with arguments that it takes, Python source is generated from
+checked parts only, and what it makes is counted (`idap.surgery.allowance`).
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from idap.errors import PlanError, RewrittenModuleError
-from idap.graph.recording import torch_functions
 from idap.structure.program import Program, Routine, Tree, tagged
+from idap.surgery.allowance import Allowance
 from idap.surgery.source import function_of, inputs_of
 
-_MEDDLING = frozenset(
-    {"apply_", "map_", "map2_", "set_", "backward", "register_hook", "register_post_accumulate_grad_hook", "numpy"}
-    | {"share_memory_", "module_load", "storage", "untyped_storage", "data_ptr", "resize_", "resize_as_", "tolist"}
-)
-"""Methods of tensors that call back, reach memory or touch what is not theirs."""
-
-_OPERATORS = frozenset(
-    f"__{side}{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-    for side in ("", "r", "i")
-) | {"__getitem__", "__setitem__", "__neg__", "__invert__", "__abs__", "__pos__", "__eq__", "__ne__", "__lt__"} | {
-    "__le__", "__gt__", "__ge__",
-}  # fmt: skip
-"""Methods behind Python's operators."""
+KNOWN_SIZES = 1024
+"""How many sizes of inputs a rewritten module remembers."""
 
 _SETTINGS_OF: Mapping[str, Mapping[str, Any]] = {
     # The fused kernel of TransformerEncoderLayer would read the attention's weights without calling it.
@@ -107,7 +96,6 @@ def check_program(module: nn.Module, program: Program) -> None:
     Raises:
         PlanError: names the first that isn't.
     """
-    check_functions(program)
     for step in (step for routine in program.routines for step in routine.steps):
         if step.module:
             _part(module, step.module, "module")
@@ -118,24 +106,6 @@ def check_program(module: nn.Module, program: Program) -> None:
                     _part(module, name, "tensor")
     if not program.routines:
         raise PlanError("the code of a rewritten module is empty")
-
-
-def check_functions(program: Program) -> None:
-    """Check that a program calls nothing but modules and what it may call of torch's functions; needs no module.
-
-    Raises:
-        PlanError: names the first that it may not call.
-    """
-    for step in (step for routine in program.routines for step in routine.steps):
-        if not step.module and not allowed(step.function):
-            raise PlanError(f"the code of a rewritten module calls {step.function!r}, which is no function of torch")
-
-
-def allowed(function: str) -> bool:
-    """Whether a program may call a function: one of torch's that computes tensors, and does nothing else."""
-    name = function.removesuffix(".__get__").rpartition(".")[2]
-    inward = name.startswith("__") and name not in _OPERATORS
-    return function in torch_functions() and name not in _MEDDLING and not inward
 
 
 def _part(module: nn.Module, name: str, what: str) -> None:
@@ -159,7 +129,7 @@ def _compiled(program: Program, signature: inspect.Signature) -> Callable[..., A
         for way in ways:
             values = way.values(self, given)
             if values is not None:
-                return way.body(self, *values)
+                return way.run(self, values)
         raise RewrittenModuleError(
             f"the forward of this {type(self).__name__} was rewritten for {' or '.join(w.described for w in ways)}, "
             f"found {_described(given, self)}. Trace the model with inputs of the kind that it gets in use, or analyze "
@@ -182,7 +152,27 @@ class _Way:
         self._expected = {name: _packed(signature.parameters[name], tree) for name, tree in bound.items()}
         self._inputs = inputs_of(routine)
         self.described = ", ".join(f"{name}={_told(tree)}" for name, tree in self._expected.items())
-        self.body = function_of(routine, self._inputs)
+        self._body = function_of(routine, self._inputs)
+        self._counted_before = function_of(routine, self._inputs, "before")
+        self._counted_after = function_of(routine, self._inputs, "after")
+        self._known: set[tuple[Any, ...]] = set()
+
+    def run(self, module: nn.Module, values: Sequence[Any]) -> Any:
+        """What the module returns; how much that makes is counted where it is called with new sizes."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            return self._body(module, None, *values)
+        if torch.compiler.is_compiling():  # with tensors that take no memory
+            return self._counted_after(module, Allowance(module, values), *values)
+        sizes = (module.training, *(tuple(v.shape) if isinstance(v, Tensor) else v for v in values))
+        if sizes in self._known:
+            return self._body(module, None, *values)
+        allowance = Allowance(module, values)
+        result = self._counted_before(module, allowance, *values)
+        if not allowance.by_content:
+            if len(self._known) >= KNOWN_SIZES:
+                self._known.clear()
+            self._known.add(sizes)
+        return result
 
     def values(self, module: nn.Module, given: Mapping[str, Any]) -> list[Any] | None:
         """The inputs of the routine; None if it was not written for such arguments."""

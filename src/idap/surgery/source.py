@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from keyword import iskeyword
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,8 +11,9 @@ from torch import nn
 from idap.errors import PlanError, RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
 from idap.graph.provenance import RELATIONS
-from idap.graph.recording import torch_functions
 from idap.structure.program import Instruction, Routine, Tree, check_routine, tagged
+from idap.structure.vocabulary import function_of_name, takes_device
+from idap.surgery.allowance import calculate
 
 
 def inputs_of(routine: Routine) -> list[int]:
@@ -21,22 +22,31 @@ def inputs_of(routine: Routine) -> list[int]:
     return [number for tree in trees for tag, number in tagged(tree) if tag == "value"]
 
 
-def function_of(routine: Routine, inputs: Sequence[int]) -> Callable[..., Any]:
-    """A routine as a Python function of the module and the values of its inputs.
+Counting = Literal["", "before", "after"]
+"""Whether a body counts what its steps make, before they make it or once they did."""
+
+
+def function_of(routine: Routine, inputs: Sequence[int], counting: Counting = "") -> Callable[..., Any]:
+    """A routine as a Python function of the module, an allowance and the values of its inputs.
+
+    Args:
+        routine: what the function does.
+        inputs: numbers of its inputs.
+        counting: whether what the steps make is taken off the allowance, which else is not used.
 
     Raises:
         PlanError: a part of the routine means nothing.
     """
     check_routine(routine)
-    globals_: dict[str, Any] = {"torch": torch, "calc": _calculate, "device_of": _device_of, "check": _check_sizes}
+    globals_: dict[str, Any] = {"torch": torch, "calc": calculate, "device_of": _device_of, "check": _check_sizes}
     globals_["type_of"] = _type_of
-    lines = [f"def body(self, {', '.join(f'v{int(number)}' for number in inputs)}):"]
+    lines = [f"def body(self, allowance, {', '.join(f'v{int(number)}' for number in inputs)}):"]
     given = f"v{inputs[0]}" if inputs else "None"
     lines.append(f"    device, kind = device_of(self, {given}), type_of(self, {', '.join(f'v{n}' for n in inputs)})")
     last = _last_uses(routine)
     lines += [f"    {check}" for check in _checks(routine, 0)]
     for place, step in enumerate(routine.steps):
-        lines += [f"    {line}" for line in _lines(step, place, globals_)]
+        lines += [f"    {line}" for line in _lines(step, place, globals_, counting)]
         lines += [f"    {check}" for check in _checks(routine, place + 1)]
         over = [f"v{int(n)}" for n, used in last.items() if used == place]
         if over:
@@ -91,19 +101,25 @@ def _last_uses(routine: Routine) -> dict[int, int]:
     return last
 
 
-def _lines(step: Instruction, place: int, globals_: dict[str, Any]) -> Iterator[str]:
+def _lines(step: Instruction, place: int, globals_: dict[str, Any], counting: Counting) -> Iterator[str]:
     args = [_source(tree) for tree in step.args]
-    args += [f"{key}={_source(tree)}" for key, tree in step.kwargs]
+    kwargs = [f"{key}={_source(tree)}" for key, tree in step.kwargs]
     method = step.function.removeprefix("torch.Tensor.")
     if step.module:
-        called = _path(step.module)
+        call = f"{_path(step.module)}({', '.join([*args, *kwargs])})"
+    elif counting == "before":
+        globals_[f"f{place}"] = function_of_name(step.function)
+        makes = not any(_is_value(tree) for tree in step.args) and takes_device(step.function)
+        given = f"({''.join(f'{arg}, ' for arg in args)}), dict({', '.join(kwargs)})"
+        call = f"allowance.call({step.function!r}, f{place}, {given}, makes={makes})"
     elif method != step.function and method.isidentifier() and step.args and _is_value(step.args[0]):
         # torch.compile can follow methods, but not those of their functions that are written in Python.
-        called = f"{args.pop(0)}.{method}"
+        call = f"{args[0]}.{method}({', '.join([*args[1:], *kwargs])})"
     else:
-        called = f"f{place}"
-        globals_[called] = torch_functions()[step.function]
-    call = f"{called}({', '.join(args)})"
+        globals_[f"f{place}"] = function_of_name(step.function)
+        call = f"f{place}({', '.join([*args, *kwargs])})"
+    if counting == "after" and not step.module:
+        call = f"allowance.note({step.function!r}, {call})"
     if len(step.results) == 1 and not step.results[0][0]:
         yield f"v{int(step.results[0][1])} = {call}"
         return
@@ -158,15 +174,6 @@ def _source(tree: Tree) -> str:  # noqa: PLR0912 - one case per tag
 
 def _join(trees: Sequence[Tree]) -> str:
     return ", ".join(_source(tree) for tree in trees)
-
-
-def _calculate(symbol: str, first: int, *others: int) -> int:
-    """Arithmetic of one or more sizes, from the left."""
-    if not others:
-        return ARITHMETIC[symbol](first)
-    for other in others:
-        first = ARITHMETIC[symbol](first, other)
-    return first
 
 
 def _path(name: str) -> str:
