@@ -98,7 +98,8 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
         keep: units that the measured model has.
 
     Returns:
-        Of each group the lowest, mean and highest divergence of its units, of each branch and block its own.
+        Of each group the lowest, mean and highest divergence of its units, of each branch and block its own; and what
+        nothing could be seen of, or was measured in pieces.
     """
     units = {}
     for group in structure.groups:
@@ -107,7 +108,13 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
             low, mean, high = (float(value) for value in (scores.min(), scores.mean(), scores.max()))
             units[group.name] = {"low": low, "mean": mean, "high": high}
     blocks = {block.name: found.blocks[block.name] for block in structure.blocks if block.name in found.blocks}
-    return {"criterion": found.criterion, "units": units, "blocks": blocks, "unmeasured": found.unmeasured}
+    return {
+        "criterion": found.criterion,
+        "units": units,
+        "blocks": blocks,
+        "unmeasured": found.unmeasured,
+        "notes": found.notes,
+    }
 
 
 def ended(folder: RunFolder | None) -> Mapping[str, Any] | None:
