@@ -116,7 +116,8 @@ def test_the_refusal_says_what_how_much_and_the_way_out(monkeypatch):
         room.check(need, what="the elimination of group 'fc1'", way_out='Take criterion="relative".')
     assert str(caught.value) == (
         "the elimination of group 'fc1' would take 34.0 GB of memory on cpu, and 4.0 GB may be taken there (90% of "
-        'what is free). Take criterion="relative". Or free memory, or set IDAP_MEMORY to more, such as IDAP_MEMORY=34GB.'
+        'what is free). Take criterion="relative". Or free memory, or set IDAP_MEMORY to more, such as '
+        "IDAP_MEMORY=34GB."
     )
     monkeypatch.setenv("IDAP_MEMORY", "4GB")
     with pytest.raises(InsufficientMemoryError, match=r"may be taken there \(IDAP_MEMORY=4GB\)"):

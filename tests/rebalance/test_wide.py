@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from idap.divergence.observe import Pass
 from idap.errors import ConfigError, InsufficientMemoryError
-from idap.memory import Need, Room
+from idap.memory import Need
+from idap.rebalance import projections
 from idap.rebalance.moments import Moments, fit, fit_need
 from idap.rebalance.projections import fit_projections
 from idap.rebalance.residuals import Residuals, fit_shift, shift_need
@@ -120,6 +122,33 @@ def test_what_refitting_takes_is_estimated():
     assert fit_need(2, 100, 30, rows=10) == Need(held=2 * (xx + xy), solving=3 * xx + 7 * xy)
     assert fit_need(2, 100, 30, rows=10**6).solving == 2 * (xx + xy) + 12 * 10**6 * 200
     assert shift_need(2, 100, 30, rows=10) == Need(solving=12 * 3000 + 12 * 10 * 200 + 24 * 300)
+
+
+def test_projections_that_do_not_fit_at_once_take_more_passes_and_are_the_same(monkeypatch):
+    model = built(test_projections.resnet)
+    x = normal(64, 3, 8, 8)
+    structure = test_projections.looked_at(model, x[:2], "projection")
+    names = [block.name for block in structure.blocks if block.projected]
+    runs = []
+    data = [Pass(lambda m, part=part: (runs.append(1), m(part))[1]) for part in x.split(32)]
+
+    def fitted():
+        runs.clear()
+        return fit_projections(model, structure, iter(data), names, present=structure.presence({})), len(runs)
+
+    whole, once = fitted()
+    monkeypatch.setattr(projections, "MEMORY", 1)
+    parts, often = fitted()
+    assert (once, often) == (2, 2 * len(names))
+    assert len(names) > 1
+    assert list(parts) == list(whole)
+    for name, mine in whole.items():
+        assert torch.equal(parts[name].map.weight, mine.map.weight)
+        assert parts[name].residual == mine.residual
+    monkeypatch.setenv("IDAP_MEMORY", "1kB")
+    with pytest.raises(InsufficientMemoryError, match=r"projection in place of block '.*' would take \d.* Let blocks"):
+        fitted()
+    assert not runs
 
 
 def test_a_number_of_columns_below_one_is_refused():

@@ -23,7 +23,7 @@ from idap.compress.state import Keep, Setting, State
 from idap.cost.count import Cost
 from idap.divergence.criteria import opener_of
 from idap.divergence.measure import Divergence
-from idap.errors import ConfigError, RunFolderError, StructureError, TaskError
+from idap.errors import ConfigError, InsufficientMemoryError, RunFolderError, StructureError, TaskError
 from idap.record import AFTER, RESULT, RunFolder
 from idap.saving.checkpoint import fingerprint
 from idap.structure.analysis import Structure
@@ -156,7 +156,7 @@ def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool)
         try:
             found = setting.divergence(state)
             on_main(partial(folder.keep, AFTER, profile_of(found, setting.structure, state.keep)))
-        except (StructureError, TaskError, ConfigError) as error:
+        except (StructureError, TaskError, ConfigError, InsufficientMemoryError) as error:
             setting.progress.say(f"The divergence of the result could not be measured, the report lacks it: {error}")
     seconds = added(result.seconds, setting.clock.take())
     on_main(partial(folder.keep, RESULT, _reached(result, seconds)))
