@@ -99,8 +99,9 @@ def test_limits_of_a_container_are_those_of_its_root(tmp_path):
 
 def test_work_fits_or_lacks_its_numbers():
     cpu, gpu = Room("cpu", 100, 100), Room("cuda:0", 100, 10)
-    assert cpu.lacks([Need(held=60, solving=10, on_cpu=30)]) is None
-    assert cpu.lacks([Need(held=60, solving=11, on_cpu=30)]) == (101, 100, "cpu")
+    assert cpu.lacks([Need(held=60, solving=40, on_cpu=40)]) is None
+    assert cpu.lacks([Need(held=60, solving=41, on_cpu=40)]) == (101, 100, "cpu")
+    assert cpu.lacks([Need(held=60, solving=40, on_cpu=41)]) == (101, 100, "cpu")
     assert cpu.lacks([Need(40, 20), Need(30, 30)]) is None  # they are solved one by one
     assert gpu.lacks([Need(held=90, solving=10, on_cpu=10)]) is None
     assert gpu.lacks([Need(held=91, solving=10)]) == (101, 100, "cuda:0")

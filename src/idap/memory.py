@@ -34,8 +34,8 @@ class Need:
 
     Attributes:
         held: on the device of the model, while data go by.
-        solving: besides that, on the same device, once the data have gone by.
-        on_cpu: besides that, on the CPU, once the data have gone by.
+        solving: besides that, on the same device, for a while.
+        on_cpu: besides that, on the CPU, for another while.
     """
 
     held: int = 0
@@ -77,7 +77,7 @@ class Room:
         """
         held = sum(need.held for need in needs)
         shared = self.device.startswith("cpu")
-        solving = max((need.solving + need.on_cpu * shared for need in needs), default=0)
+        solving = max((max(need.solving, need.on_cpu * shared) for need in needs), default=0)
         if held + solving > self.there:
             return held + solving, self.there, self.device
         on_cpu = max((need.on_cpu for need in needs), default=0)
