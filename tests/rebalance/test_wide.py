@@ -6,7 +6,8 @@ import torch
 from idap.divergence.observe import Pass
 from idap.errors import ConfigError, InsufficientMemoryError
 from idap.memory import Need
-from idap.rebalance import projections
+from idap.rebalance import projections, run, sizes
+from idap.rebalance.cases import Case
 from idap.rebalance.moments import Moments, fit, fit_need
 from idap.rebalance.projections import fit_projections
 from idap.rebalance.residuals import Residuals, fit_shift, shift_need
@@ -101,6 +102,19 @@ def test_without_a_place_for_a_bias_a_wide_layer_keeps_its_weights():
         assert one.too_wide
         assert one.after == one.before
         assert one.ridge != one.ridge
+
+
+def test_of_a_wide_layer_fewer_rows_are_drawn(monkeypatch):
+    """So that 16,384 rows of 65,536 columns are not 4 GB."""
+    monkeypatch.setattr(sizes, "DRAWN", 300 * 54)
+    model = built(Convs)
+    structure = structure_of(model, 2, 3, 6, 6)
+    keep, seen = without(structure, "one.conv1", 1, 2), []
+    monkeypatch.setattr(run, "Case", lambda *given: seen.append(Case(*given)) or seen[-1])
+    Cut(model, structure, keep, normal(96, 3, 6, 6), setting=Rebalance(columns=53))
+    limits = {case.consumer.weight: case.consumer.rows.limit for case in seen}
+    assert limits["one.conv2.weight"] == 16384
+    assert {limit for name, limit in limits.items() if model.get_parameter(name)[0].numel() == 54} == {300}
 
 
 def test_a_bound_that_is_too_small_names_the_layer_and_the_way_out(monkeypatch):

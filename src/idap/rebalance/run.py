@@ -20,7 +20,7 @@ from idap.rebalance.consumers import Consumer, changed_nodes, consumers_of
 from idap.rebalance.moments import RIDGES, Fit, Moments, fit
 from idap.rebalance.norms import Affine, affine_of, reestimate_norms_, running_mean
 from idap.rebalance.residuals import Residuals, fit_shift
-from idap.rebalance.sizes import check_sizes, columns_of
+from idap.rebalance.sizes import check_sizes, columns_of, with_fewer_rows
 from idap.structure.analysis import Structure
 from idap.structure.layout import slots
 from idap.structure.plan import Plan
@@ -119,7 +119,9 @@ def rebalance_(
         fixed = frozen(model)
         consumers = [consumer for consumer in consumers if not fixed & {consumer.weight, consumer.bias}]
         with progress.phase("rebalance", len(consumers)) as phase:
-            check_sizes(consumers, tensors_of(model), setting.columns)
+            tensors = tensors_of(model)
+            consumers = [with_fewer_rows(one, tensors[one.weight], setting.columns) for one in consumers]
+            check_sizes(consumers, tensors, setting.columns)
             walk = _Walk(model, original, structure, plan, setting, found)
             for consumer in walk.over(consumers, passes):
                 phase.advance(consumer.weight)

@@ -1,6 +1,7 @@
 """How large the systems of layers are: which are refitted, which only shifted, and whether memory suffices for it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -9,10 +10,24 @@ from idap.rebalance.consumers import Consumer
 from idap.rebalance.moments import fit_need
 from idap.rebalance.residuals import shift_need
 
+DRAWN = 2**26
+"""Numbers that are drawn from a batch of what a layer reads that is too wide to be refitted."""
+FEWEST_ROWS = 256
+"""Rows that are drawn of it in any case."""
+
 
 def columns_of(consumer: Consumer, weight: Tensor) -> int:
     """Columns that each part of a layer reads."""
     return weight.numel() // max(1, weight.shape[consumer.rows.contraction.write_dim])
+
+
+def with_fewer_rows(consumer: Consumer, weight: Tensor, widest: int) -> Consumer:
+    """A layer that is too wide to be refitted, with fewer rows drawn: a mean needs no more, and each row is large."""
+    columns = columns_of(consumer, weight) * consumer.rows.contraction.groups
+    if columns_of(consumer, weight) <= widest:
+        return consumer
+    limit = min(consumer.rows.limit, max(FEWEST_ROWS, DRAWN // columns))
+    return replace(consumer, rows=replace(consumer.rows, limit=limit))
 
 
 def check_sizes(consumers: Sequence[Consumer], tensors: Mapping[str, Tensor], widest: int) -> None:
