@@ -13,6 +13,7 @@
     ├── ConfigError               a setting or a recipe is wrong
     │   └── BudgetError           the goals cannot be met by any compression
     ├── RunFolderError            a run folder cannot be read or written, or holds another run
+    ├── InsufficientMemoryError   a piece of work would take more memory than may be taken
     ├── ReportError               a report can't be printed
     └── CheckpointError           a saved file is broken or does not belong to this model
 
@@ -70,6 +71,10 @@ class BudgetError(ConfigError):
 
 class RunFolderError(IdapError):
     """A run folder cannot be read or written, or holds another run."""
+
+
+class InsufficientMemoryError(IdapError):
+    """A piece of work would take more memory than may be taken."""
 
 
 class ReportError(IdapError):

@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from idap.errors import CheckpointError, IdapError, PlanError
+from idap.errors import CheckpointError, IdapError, InsufficientMemoryError, PlanError
 from idap.graph.trace import trace
 from idap.saving.checkpoint import fingerprint, load, read_plan, save
+from idap.saving.reading import LARGEST_PLAN
 from idap.saving.stream import apply_to_checkpoint
 from idap.structure.analysis import analyze
 from idap.structure.plan import Plan
@@ -167,6 +168,41 @@ def test_json_that_means_harm(text: str, message: str, saved: Path) -> None:
     (saved / "plan.json").write_text(text)
     with pytest.raises(IdapError, match=message):
         load(saved, build())
+
+
+def enlarge(file: Path, size: int) -> None:
+    with file.open("r+b") as held:
+        held.truncate(size)  # no byte of it is on the disk
+
+
+def test_a_plan_that_is_larger_than_any_is_refused_before_it_is_read(saved: Path) -> None:
+    enlarge(saved / "plan.json", 600 * 2**20)
+    with pytest.raises(CheckpointError, match=r"plan\.json is broken: its 629,145,600 bytes .* than the 268,435,456"):
+        load(saved, build())
+
+
+def test_a_plan_that_may_hold_more_than_memory_is_refused_before_it_is_read(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enlarge(saved / "plan.json", 2**27)
+    monkeypatch.setenv("IDAP_MEMORY", "4GB")
+    message = r"reading .*plan\.json, which has 134\.2 MB .* would take 5\.9 GB of memory on cpu, and 4\.0 GB may"
+    with pytest.raises(InsufficientMemoryError, match=message):
+        load(saved, build())
+
+
+def test_an_index_that_is_larger_than_any_is_refused_before_it_is_read(sharded: Path) -> None:
+    enlarge(sharded / "model.safetensors.index.json", 2**26 + 1)
+    rejects(sharded, r"index\.json is broken: its 67,108,865 bytes are more than the 67,108,864")
+
+
+def test_the_largest_plan_has_room_for_a_model_of_70_billion_parameters() -> None:
+    """Bytes of a slot as it is written, times the slots of all dimensions of a Llama of 80 layers and width 8192."""
+    slot = len(json.dumps({"plan": {"tensors": {"a": {"0": [28671, 28671]}}}}, indent=1).split("\n")[6]) + 1
+    stream, wide, narrow = 8192, 28672, 1024
+    layer = 11 * stream + 2 * narrow + 3 * wide  # norms, inputs and outputs of seven matrices
+    slots = 80 * (layer + wide + 8) + 4 * stream
+    assert 150 * 2**20 < slot * slots < LARGEST_PLAN < 2 * slot * slots
 
 
 def test_a_folder_in_place_of_the_plan(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class Profile:
         groups: in the order of the network.
         parts: branches and blocks, in the order of the network.
         unmeasured: what nothing could be seen of.
+        notes: what the scores leave out where a group is too large to be measured whole.
     """
 
     criterion: str
@@ -65,6 +66,7 @@ class Profile:
     groups: tuple[GroupDivergence, ...]
     parts: tuple[PartDivergence, ...]
     unmeasured: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The same as dicts and lists."""
@@ -92,6 +94,7 @@ def profile(structure: "Structure", found: "Divergence", batches: int) -> Profil
             if block.name in found.blocks
         ),
         unmeasured=found.unmeasured,
+        notes=found.notes,
     )
 
 
@@ -112,6 +115,8 @@ def profile_tree(view: Profile) -> Tree:
         _add(branch, [part.name for part in view.parts], [f"{share:9.2e}" for share in shares], shares)
     if view.unmeasured:
         root.add(Text("nothing could be seen of", style="bold")).add(Text(", ".join(view.unmeasured), style="dim"))
+    for note in view.notes:
+        root.add(Text(note, style="dim"))
     return root
 
 

@@ -61,6 +61,7 @@ DOCUMENT_OF_DIVERGENCE = {
     "groups": "`name`, `kind`, and `units`: the score of each",
     "parts": "branches and blocks: `name`, `kind`, `divergence`, and `inside`: the sum over their units",
     "unmeasured": "what nothing could be seen of",
+    "notes": "what the scores leave out where a group is too large to be measured whole",
 }
 DOCUMENT_OF_LATENCY = {
     "batch": "samples of a timed pass",

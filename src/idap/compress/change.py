@@ -79,8 +79,13 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
         passes = setting.passes([at_once]) if at_once is not None else setting.passes()
         settings = setting.config.rebalance
         with clock.on("rebalance"):
-            rebalance_(model, setting.original, structure, plan, passes, settings, progress=setting.progress)
+            done = rebalance_(model, setting.original, structure, plan, passes, settings, progress=setting.progress)
         align_(model)
+        for correction in done:
+            if correction.too_wide:
+                setting.tell(
+                    f"{correction.weight} reads more than {settings.columns:,} columns, so cuts correct its bias alone."
+                )
     return Made(model, plan, proof.error)
 
 

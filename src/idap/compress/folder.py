@@ -23,7 +23,7 @@ from idap.compress.state import Keep, Setting, State
 from idap.cost.count import Cost
 from idap.divergence.criteria import opener_of
 from idap.divergence.measure import Divergence
-from idap.errors import ConfigError, RunFolderError, StructureError, TaskError
+from idap.errors import ConfigError, InsufficientMemoryError, RunFolderError, StructureError, TaskError
 from idap.record import AFTER, RESULT, RunFolder
 from idap.saving.checkpoint import fingerprint
 from idap.structure.analysis import Structure
@@ -98,7 +98,8 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
         keep: units that the measured model has.
 
     Returns:
-        Of each group the lowest, mean and highest divergence of its units, of each branch and block its own.
+        Of each group the lowest, mean and highest divergence of its units, of each branch and block its own; and what
+        nothing could be seen of, or was measured in pieces.
     """
     units = {}
     for group in structure.groups:
@@ -107,7 +108,13 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
             low, mean, high = (float(value) for value in (scores.min(), scores.mean(), scores.max()))
             units[group.name] = {"low": low, "mean": mean, "high": high}
     blocks = {block.name: found.blocks[block.name] for block in structure.blocks if block.name in found.blocks}
-    return {"criterion": found.criterion, "units": units, "blocks": blocks, "unmeasured": found.unmeasured}
+    return {
+        "criterion": found.criterion,
+        "units": units,
+        "blocks": blocks,
+        "unmeasured": found.unmeasured,
+        "notes": found.notes,
+    }
 
 
 def ended(folder: RunFolder | None) -> Mapping[str, Any] | None:
@@ -149,7 +156,7 @@ def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool)
         try:
             found = setting.divergence(state)
             on_main(partial(folder.keep, AFTER, profile_of(found, setting.structure, state.keep)))
-        except (StructureError, TaskError, ConfigError) as error:
+        except (StructureError, TaskError, ConfigError, InsufficientMemoryError) as error:
             setting.progress.say(f"The divergence of the result could not be measured, the report lacks it: {error}")
     seconds = added(result.seconds, setting.clock.take())
     on_main(partial(folder.keep, RESULT, _reached(result, seconds)))

@@ -107,6 +107,14 @@ class Setting:
     """Makes the user's optimiser fit for what a plan made of the original; None: recovery describes one."""
     measured: dict[str, tuple[ReferenceType[State], Divergence]] = field(default_factory=dict)
     """The last divergence by criterion, with the state that it is of: a state that did not change has the same."""
+    told: set[str] = field(default_factory=set)
+    """Lines that are said once in a run, and were."""
+
+    def tell(self, line: str) -> None:
+        """Say a line, unless this run has said it before."""
+        if line not in self.told:
+            self.told.add(line)
+            self.progress.say(line)
 
     def shares(self, state: State) -> dict[str, float]:
         """What is left of each of the original's costs; latency only where it is a goal."""
@@ -177,7 +185,7 @@ class Setting:
             fits = self.projections(state, [block.name for block in self.structure.blocks])
             scores |= {part: fitted.residual for part, fitted in fits.items()}
         unmeasured = dict.fromkeys([*own.unmeasured, *(part for part in other.unmeasured if part not in own.units)])
-        return Divergence(name, own.units, scores, tuple(unmeasured))
+        return Divergence(name, own.units, scores, tuple(unmeasured), own.notes)
 
     def projections(self, state: State, names: Iterable[str]) -> dict[str, FittedMap]:
         """The best linear maps in place of those of some blocks that may become projections and are still there."""
@@ -197,6 +205,8 @@ class Setting:
         known = {name: found for name, (of, found) in self.measured.items() if name in names and of() is state}
         missing = [names[name] for name in names if name not in known]
         new = self._measured(state, missing, title) if missing else {}
+        for note in (note for found in new.values() for note in found.notes):
+            self.tell(note)
         self.measured.update({name: (ref(state), found) for name, found in new.items()})
         return known | new
 

@@ -5,18 +5,22 @@ tr(V_u (H⁻¹_uu)⁻¹ V_uᵀ), the optimal-brain-surgeon error. Units are elim
 and a unit's score is the cost accumulated when it goes, as a share of the energy of the flow.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from idap.divergence.elimination import Shape, System, elimination_need
 from idap.divergence.gram import Gram, Rows
 from idap.divergence.jobs import Job
 from idap.divergence.observe import Probe, tensors_in
-from idap.divergence.relative import FlowBehind, flow_behind, scaled
+from idap.divergence.pieces import WIDEST, Piece, divide, join
+from idap.divergence.relative import FlowBehind, flow_behind
 from idap.divergence.scene import Place, Scene, Scorer
+from idap.divergence.squares import STRIP
 from idap.divergence.watch import Look
 from idap.errors import StructureError
 from idap.structure.groups import Group
@@ -31,90 +35,85 @@ DAMPING = 1e-3
 STEPS = 96
 """A group is eliminated in at most about so many steps; a wide one several units at a time."""
 
-COMPACT = 0.8
-"""Columns that are gone are dropped from the matrices once less than this share of them is left."""
 
+def innovation(scene: Scene, *, widest: int = WIDEST) -> Scorer:
+    """Accumulated cost of eliminating units when the layers that read them are refitted, over E‖x‖² of the stream.
 
-def innovation(scene: Scene) -> Scorer:
-    """Accumulated cost of eliminating units when the layers that read them are refitted, over E‖x‖² of the stream."""
-    return InnovationScores(scene)
+    Args:
+        scene: what is measured.
+        widest: a group of which a layer reads more columns is eliminated in pieces, see `idap.divergence.pieces`.
+    """
+    return InnovationScores(scene, widest=widest)
 
 
 class InnovationScores:
-    """Scores by elimination; one job per group, since second moments take memory."""
+    """Scores by elimination; one job per group or piece of one, since second moments take memory.
 
-    def __init__(self, scene: Scene) -> None:
+    Attributes:
+        jobs: in the order of the groups.
+        notes: what the scores leave out, one sentence each.
+    """
+
+    def __init__(self, scene: Scene, *, widest: int = WIDEST) -> None:
         self._scores: dict[str, Tensor] = {}
-        self.jobs = [job for group in scene.groups if (job := self._job(scene, group)) is not None]
+        self._pieces: dict[str, list[Piece]] = {}
+        self._sizes = {group.name: group.size for group in scene.groups}
+        self.notes: list[str] = []
+        self.jobs = [job for group in scene.groups for job in self._jobs(scene, group, widest)]
 
     def units(self) -> Mapping[str, Tensor]:
         """Groups whose readers were seen."""
-        return self._scores
+        return self._scores | {name: join(pieces, self._sizes[name]) for name, pieces in self._pieces.items()}
 
     def blocks(self) -> None:
         """Nothing: a block's flow is all innovation."""
 
-    def _job(self, scene: Scene, group: Group) -> Job | None:
+    def _jobs(self, scene: Scene, group: Group, widest: int) -> list[Job]:
         readers = [reader for port in scene.alive(group.readers) if (reader := _reader(scene.place(port), group))]
         if not readers:
-            return None
+            return []
+        columns = max((reader.columns for reader in readers if reader.planned_parts == 1), default=0)
+        left = torch.unique(torch.cat([reader.units[reader.units >= 0] for reader in readers]))
+        pieces = divide(left, columns, widest)
+        if len(pieces) == 1:
 
-        def finish() -> None:
-            systems = [system for reader in readers for system in reader.systems()]
-            if systems:
+            def keep(systems: Sequence[System]) -> None:
                 self._scores[group.name] = eliminate(systems, group.size)
-            for reader in readers:
-                reader.gram.sums.clear()
 
-        def settle() -> None:
-            for reader in readers:
-                reader.gram.settle()
+            return [_job(group.name, readers, keep)]
+        self.notes.append(
+            f"The {len(left):,} units of group {group.name!r} ({columns:,} columns) are measured in {len(pieces)} "
+            "pieces, so that none of them counts as replaced by a unit of another piece."
+        )
+        consumers = sum(reader.planned_parts for reader in readers if reader.flow.energy is not None)
 
-        size, probes = sum(reader.size for reader in readers), [reader.probe() for reader in readers]
-        return Job(size, probes, settle, [reader.gram.sums for reader in readers], finish)
+        def piece_job(piece: Tensor) -> Job:
+            def keep(systems: Sequence[System]) -> None:
+                scores = eliminate(systems, group.size)[piece] * (len(systems) / consumers)
+                self._pieces.setdefault(group.name, []).append(Piece(piece, scores))
+
+            return _job(group.name, [part for reader in readers if (part := reader.of(piece))], keep)
+
+        return [piece_job(piece) for piece in pieces]
 
 
-@dataclass
-class System:
-    """One consumer, or one part of a grouped convolution, on the way of elimination.
+def _job(name: str, readers: Sequence["_Reader"], keep: Callable[[Sequence["System"]], None]) -> Job:
+    """Measure what readers read, eliminate its units, and keep the scores."""
 
-    Attributes:
-        inverse: H⁻¹ on the columns, shape (columns, columns); downdated in place.
-        weights: Vᵀ, refitted as units go, shape (columns, outputs); in units of flow (divided by its root mean square).
-        units: unit of each row of `columns`, shape (units here,).
-        columns: the columns of each unit, shape (units here, columns of a unit).
-    """
+    def finish() -> None:
+        systems = [system for reader in readers for system in reader.systems()]
+        if systems:
+            keep(systems)
+        for reader in readers:
+            reader.gram.sums.clear()
 
-    inverse: Tensor
-    weights: Tensor
-    units: Tensor
-    columns: Tensor
+    def settle() -> None:
+        for reader in readers:
+            reader.gram.settle()
 
-    def costs(self) -> Tensor:
-        """Cost of each unit that is left, shape (units here,)."""
-        cols = self.columns
-        blocks = self.inverse[cols.unsqueeze(2), cols.unsqueeze(1)]  # (U, w, w)
-        weights = self.weights[cols]  # (U, w, O)
-        # tr(V_u (H⁻¹_uu)⁻¹ V_uᵀ) through V_uᵀ V_u, which is as small as the block, however many outputs there are.
-        costs: Tensor = (torch.linalg.inv(_sound(blocks)) * (weights @ weights.transpose(1, 2))).sum((1, 2))
-        return costs.clamp_min(0)
-
-    def remove(self, gone: Tensor) -> None:
-        """Eliminate units, those of the mask of shape (units here,), and refit the others."""
-        cols = self.columns[gone].ravel()
-        part = self.inverse[cols]  # (k, columns)
-        gain = torch.linalg.solve(_sound(part[:, cols]), part)
-        self.weights.addmm_(gain.T, self.weights[cols], alpha=-1)
-        self.inverse.addmm_(part.T, gain, alpha=-1)
-        self.units, self.columns = self.units[~gone], self.columns[~gone]
-        if self.columns.numel() < COMPACT * len(self.inverse):
-            self._compact()
-
-    def _compact(self) -> None:
-        """Forget the columns that no unit has any longer, so that further steps don't update them."""
-        live = self.columns.ravel()
-        self.inverse, self.weights = self.inverse[live][:, live], self.weights[live]
-        self.columns = torch.arange(len(live), device=live.device).reshape(self.columns.shape)
+    need = elimination_need([reader.shape for reader in readers])
+    probes = [reader.probe() for reader in readers]
+    return Job(name, need, probes, settle, [reader.gram.sums for reader in readers], finish)
 
 
 def eliminate(systems: Sequence[System], size: int) -> Tensor:
@@ -149,12 +148,6 @@ def eliminate(systems: Sequence[System], size: int) -> Tensor:
     return scores
 
 
-def _sound(blocks: Tensor) -> Tensor:
-    """Keep the diagonal of blocks of H⁻¹ away from zero, where rounding has eaten it up."""
-    diagonal = blocks.diagonal(dim1=-2, dim2=-1)
-    return blocks + torch.diag_embed((1e-9 * diagonal.abs().amax(-1, keepdim=True)).expand_as(diagonal) + 1e-30)
-
-
 @dataclass
 class _Reader:
     place: Place
@@ -172,15 +165,29 @@ class _Reader:
         return torch.nonzero(self.units >= 0).ravel()
 
     @property
-    def size(self) -> int:
-        """Bytes of the second moments."""
+    def planned_parts(self) -> int:
+        """Number of parts, before any data have gone by."""
+        return _parts(self.place, len(self.units))
+
+    @property
+    def columns(self) -> int:
+        """Columns of the second moments of one part."""
         shape = self.place.scene.structure.graph.nodes[self.place.contraction.weight].shape
-        taps = 1
-        if self.place.contraction.kind == "conv":
-            for extent in shape[2:]:
-                taps *= extent
-        parts = _parts(self.place, len(self.units))
-        return 9 * parts * (len(self.slots) // parts * taps) ** 2  # an eighth are rows that wait
+        taps = prod(shape[2:]) if self.place.contraction.kind == "conv" else 1
+        parts = self.planned_parts
+        return (len(self.slots) if parts == 1 else len(self.units) // parts) * taps
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of what is read."""
+        taps = self.columns * self.planned_parts // (len(self.slots) if self.planned_parts == 1 else len(self.units))
+        width = int(torch.bincount(self.units[self.slots]).max()) * taps
+        return Shape(self.planned_parts, self.columns, self.flow.channels, width, self.rows.limit)
+
+    def of(self, piece: Tensor) -> "_Reader | None":
+        """The same reader of some units alone; None if it reads none of them."""
+        units = torch.where(torch.isin(self.units, piece), self.units, -1)
+        return replace(self, units=units, gram=Gram()) if bool((units >= 0).any()) else None
 
     def probe(self) -> Probe:
         call = self.place.node.call
@@ -202,34 +209,40 @@ class _Reader:
     def _moments(self, taps: int) -> Tensor:
         """Second moments about the mean, with the taps of a channel side by side as in the flat weight."""
         moments = self.gram.centred().cpu()
-        order = torch.arange(moments.shape[-1]).reshape(taps, -1).T.ravel()
-        return moments[:, order][..., order]
+        self.gram.sums.pop("products")  # these matrices are large
+        if taps > 1:
+            order = torch.arange(moments.shape[-1]).reshape(taps, -1).T.ravel()
+            moments = moments[:, order]
+            moments = moments[..., order]
+        return moments
 
     def systems(self) -> list[System]:
         """The consumer's parts, ready for elimination."""
         if self.weight is None or not self.gram.sums or self.flow.energy is None or not self.flow.energy.seen:
             return []
-        contraction = self.place.contraction
-        weight = scaled(self.weight.double().cpu(), contraction, self.flow.scale(self.place.scene))
-        matrix = self.rows.matrix(weight, self.parts) / self.flow.mean_square**0.5
+        matrix = self.rows.matrix(self.weight, self.parts)
         units, taps = self.units.reshape(self.parts, -1), matrix.shape[-1] * self.parts // len(self.units)
-        moments = self._moments(taps)
-        if self.parts == 1:
-            matrix, units = (
-                matrix.reshape(*matrix.shape[:-1], -1, taps)[..., self.slots, :].flatten(-2),
-                units[:, self.slots],
-            )
-        return [self._system(matrix[part], moments[part], units[part], taps) for part in range(self.parts)]
+        if self.parts == 1 and len(self.slots) < len(self.units):
+            matrix = matrix.reshape(*matrix.shape[:-1], -1, taps)[..., self.slots.to(matrix.device), :].flatten(-2)
+            units = units[:, self.slots]
+        matrix, scale = matrix.double().cpu(), self.flow.scale(self.place.scene)
+        if scale is not None:
+            matrix = matrix * scale.reshape(self.parts, -1, 1)
+        matrix = matrix / self.flow.mean_square**0.5
+        moments = list(self._moments(taps))
+        present = [part for part in range(self.parts) if bool((units[part] >= 0).any())]
+        return [self._system(matrix[part], moments[part], units[part], taps) for part in present]
 
     def _system(self, matrix: Tensor, moments: Tensor, units: Tensor, taps: int) -> System:
-        if not bool(moments.isfinite().all()):
+        if not all(bool(strip.isfinite().all()) for strip in torch.split(moments, STRIP)):
             raise StructureError(
                 f"what {self.place.node.where()} reads is not finite; look for NaN or infinite values in the "
                 "calibration data and in the model's activations."
             )
         share = max(DAMPING, len(moments) / max(1.0, self.gram.count))
         ridge = share * moments.diagonal().mean().clamp_min(1e-30)
-        factor = torch.linalg.cholesky(moments + ridge * torch.eye(len(moments), dtype=moments.dtype))
+        moments.diagonal().add_(ridge)  # in place: it is not needed without
+        factor = torch.linalg.cholesky(moments)
         mine = torch.nonzero(units >= 0).ravel()
         mine = mine[units[mine].argsort(stable=True)]
         counts = torch.bincount(units[mine])

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from idap.divergence.criteria import Criterion, opener_of
 from idap.divergence.gates import trainable
-from idap.divergence.jobs import MEMORY, Job, packed
+from idap.divergence.jobs import MEMORY, Job
 from idap.divergence.observe import Pass, observe, sum_over_processes
 from idap.divergence.ports import Wiring
 from idap.divergence.scene import Opener, Scene, Scorer
 from idap.divergence.watch import Watch
 from idap.errors import ConfigError, StructureError, TaskError
+from idap.memory import Room, packed
 from idap.progress import Phase, Progress, Silent
 from idap.structure.analysis import Structure
+from idap.training.batch import device_of
+from idap.training.processes import from_main
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,12 +35,14 @@ class Divergence:
         blocks: name of a branch or block -> score; empty where the criterion knows none.
         unmeasured: groups and blocks that are there and that nothing could be seen of: they run inside one opaque call,
             or no weight reads their units.
+        notes: what the scores leave out where a group is too large to be measured whole, one sentence each.
     """
 
     criterion: str
     units: Mapping[str, Tensor]
     blocks: Mapping[str, float]
     unmeasured: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
         units = sum(int(scores.isfinite().sum()) for scores in self.units.values())
@@ -59,7 +64,8 @@ class Divergence:
         means = [mean for mean, _, _ in spreads.values()]
         means, wholes = [mean for mean, _, _ in spreads.values()], list(self.blocks.values())
         bars = [*_lengths(means), *_lengths(wholes)]  # units and whole parts are scored on different scales
-        note = f"Nothing could be seen of {', '.join(self.unmeasured)}." if self.unmeasured else ""
+        unseen = (f"Nothing could be seen of {', '.join(self.unmeasured)}.",) if self.unmeasured else ()
+        note = " ".join((*unseen, *self.notes))
         heads = ("part", "mean divergence", "range")
         return table_display(repr(self), heads, rows, note=note, bars=bars)
 
@@ -125,8 +131,8 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
         keep: group name -> units that the model still has; groups that are not named are whole.
         removed: branches and blocks that the model no longer has.
         seed: of criteria that draw.
-        memory: bytes that second moments may take at once ("innovation"); what does not fit is measured in further
-            passes over the data, for which `passes` is kept.
+        memory: bytes that second moments may take at once ("innovation"), within what `idap.memory` allows; what does
+            not fit is measured in further passes over the data, for which `passes` is kept.
         progress: told of each batch, and of each layer whose second moments are solved.
         title: what the progress bar is called.
 
@@ -137,6 +143,7 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
         ConfigError: a criterion is unknown, or a user's own gave scores that fit no group.
         TaskError: there is no calibration batch, or one has no loss and a criterion needs it.
         StructureError: the model does not run on this data as it was traced, or its activations are not finite.
+        InsufficientMemoryError: a group takes more than may be taken; raised before any data go by.
     """
     openers: dict[str, Opener] = {}
     for name, opener in map(opener_of, criteria):
@@ -147,8 +154,7 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
     watch = Watch(wiring)
     scene = Scene(model, structure, keep, tuple(removed), structure.presence(keep), wiring, watch, seed=seed)
     scorers = {name: _opened(name, opener(scene)) for name, opener in openers.items()}
-    jobs = [job for scorer in scorers.values() for job in getattr(scorer, "jobs", ())]
-    rounds = packed(jobs, memory)
+    rounds = _rounds(jobs := [job for scorer in scorers.values() for job in getattr(scorer, "jobs", ())], memory, model)
     if len(rounds) > 1:
         passes = list(passes)
     steps = len(passes) * len(rounds) + len(jobs) if isinstance(passes, Sized) else None
@@ -159,6 +165,23 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
             observe(model, probes, passes, begin=watch.begin, end=lambda *_: phase.advance())
             _finish(further, phase)
     return {name: _divergence(scene, name, scorer) for name, scorer in scorers.items()}
+
+
+def _rounds(jobs: Sequence[Job], memory: int, model: nn.Module) -> list[list[Job]]:
+    """Which jobs share a pass; the same in all processes.
+
+    Raises:
+        InsufficientMemoryError: one does not fit by itself.
+    """
+    now = Room.now(device_of(model))
+    room = Room(now.device, int(from_main(now.there)), int(from_main(now.on_cpu)))
+    for job in jobs:
+        room.check(
+            job.need,
+            what=f"the elimination of the units of group {job.name!r}",
+            way_out='Measure by another criterion, such as criterion="relative", which keeps no second moments.',
+        )
+    return packed(jobs, memory, room)
 
 
 def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job], phase: Phase) -> None:
@@ -187,8 +210,8 @@ def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job], phase: Phas
 def _finish(jobs: Sequence[Job], phase: Phase) -> None:
     for job in jobs:
         job.settle()
-    sum_over_processes([sums for job in jobs for sums in job.sums])
     for job in jobs:
+        sum_over_processes(job.sums)
         job.finish()
         phase.advance()
 
@@ -245,4 +268,4 @@ def _divergence(scene: Scene, name: str, scorer: Scorer) -> Divergence:
     unmeasured = [group for group in groups if group not in units]
     if blocks is not None:
         unmeasured += [block.name for block in scene.blocks if block.name not in blocks]
-    return Divergence(name, units, dict(blocks or {}), tuple(unmeasured))
+    return Divergence(name, units, dict(blocks or {}), tuple(unmeasured), tuple(getattr(scorer, "notes", ())))

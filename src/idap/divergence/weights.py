@@ -16,6 +16,9 @@ from idap.structure.layout import count
 
 NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 
+DISTANCES = 2**25
+"""Distances between units that are computed at once."""
+
 
 def magnitude(scene: Scene) -> Mapping[str, Tensor]:
     """L2 norm of all weights that write or read a unit."""
@@ -62,7 +65,8 @@ def fpgm(scene: Scene) -> Mapping[str, Tensor]:
             present = torch.nonzero(counts).ravel()
             if len(present) and bool((counts[present] == counts[present[0]]).all()):
                 vectors = rows[mine].reshape(len(present), -1)
-                total[present] += torch.cdist(vectors, vectors).sum(1)
+                few = max(1, DISTANCES // len(vectors))  # not all at once, which grow with the square of the units
+                total[present] += torch.cat([torch.cdist(part, vectors).sum(1) for part in torch.split(vectors, few)])
         return total
 
     return _by_group(scene, distances)

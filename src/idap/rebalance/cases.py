@@ -12,6 +12,26 @@ from idap.divergence.watch import valid_positions
 from idap.graph.ir import CallKey
 from idap.rebalance.consumers import Consumer
 from idap.rebalance.moments import Moments
+from idap.rebalance.residuals import Residuals, Sums
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What became of one layer.
+
+    Attributes:
+        weight: canonical name of its weight.
+        before: error against the original's output on held-out samples, before the correction.
+        after: and after it; equal to `before` where the layer kept its old weights.
+        ridge: that held-out samples preferred; infinite where only the bias changed, NaN where nothing did.
+        too_wide: it reads more columns than `Rebalance.columns`, so only its bias could change.
+    """
+
+    weight: str
+    before: float
+    after: float
+    ridge: float
+    too_wide: bool = False
 
 
 @dataclass
@@ -30,6 +50,8 @@ class Case:
         again: makes the call that is running once more.
         output: what that call gave.
         read: the rows it has read, shape (parts, rows, columns).
+        layer: its weight and bias, shapes (parts, outputs, columns) and (parts, outputs), where it is too wide to be
+            refitted: then sums are kept of what it misses, and only its bias is corrected.
     """
 
     consumer: Consumer
@@ -37,12 +59,13 @@ class Case:
     through: bool
     chosen: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
-    learned: Moments | None = None
-    held_out: Moments | None = None
+    learned: Sums | None = None
+    held_out: Sums | None = None
     seen: int = 0
     again: Callable[[], Tensor] = torch.empty
     output: Tensor = field(default_factory=lambda: torch.empty(0))
     read: Tensor = field(default_factory=lambda: torch.empty(0))
+    layer: tuple[Tensor, Tensor] | None = None
 
     def choose(self, given: Sequence[Tensor], each: Pass, number: int) -> None:
         """Draw positions from a batch, where the layer's call in the original is given these tensors."""
@@ -64,17 +87,18 @@ class Case:
         judge = _up(self.seen * share) - _up(before * share)  # of batches of one row, some judge and others don't
         places = slice(0, rows - judge), slice(rows - judge, rows)  # rows are in the order of samples
         for name, part in zip(("learned", "held_out"), places, strict=True):
-            sums = Moments.of(self.read[:, part], y[:, part])
+            x = self.read[:, part]
+            sums = Moments.of(x, y[:, part]) if self.layer is None else Residuals.of(x, y[:, part], *self.layer)
             held = getattr(self, name)
             setattr(self, name, sums if held is None else held + sums)
         self.read = torch.empty(0)
 
-    def sums(self) -> tuple[Moments, Moments]:
+    def sums(self) -> tuple[Sums, Sums]:
         """Take the sums over the rows to learn from and over those that judge; nothing is held any longer."""
         learned, held_out = self.learned, self.held_out
         assert learned is not None and held_out is not None
         self.learned = self.held_out = None
-        self.targets, self.chosen = [], []
+        self.targets, self.chosen, self.layer = [], [], None
         return learned, held_out
 
 

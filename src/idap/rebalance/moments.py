@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from idap.divergence.gram import about_mean
-from idap.divergence.squares import add_products, mirrored_
+from idap.divergence.squares import STRIP, add_products, mirrored_
+from idap.memory import Need
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges that are tried, as shares of the mean variance of a column."""
@@ -58,6 +59,11 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
+    @property
+    def parts(self) -> int:
+        """Independent parts of a grouped convolution; else 1."""
+        return len(self.x)
+
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Mean squared error of a layer over the rows, summed over the outputs.
 
@@ -74,9 +80,26 @@ class Moments:
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Second moments about the means, those across, and the means of x and y."""
         mean_x, mean_y = self.x / self.count, self.y / self.count
-        xx = self.xx / self.count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
+        xx = self.xx / self.count
+        for first in range(0, xx.shape[1], STRIP):
+            strip = slice(first, first + STRIP)
+            xx[:, strip] -= mean_x[:, strip].unsqueeze(2) * mean_x.unsqueeze(1)
         xy = self.xy / self.count - mean_x.unsqueeze(2) * mean_y.unsqueeze(1)
         return xx, xy, mean_x, mean_y
+
+
+def fit_need(parts: int, columns: int, outputs: int, rows: int) -> Need:
+    """Estimate what it takes to refit a layer.
+
+    Args:
+        parts: independent parts of a grouped convolution; else 1.
+        columns: that each part reads.
+        outputs: of the layer.
+        rows: that are drawn from a batch at most; counted as drawn, as part of a batch, and moved; float32.
+    """
+    # Two sums of moments; besides, the centred moments and their factor, or the sum of both, centred, and its factor.
+    xx, xy = 8 * parts * columns**2, 8 * columns * outputs
+    return Need(held=2 * (xx + xy), solving=max(3 * xx + 7 * xy, 2 * xx + 2 * xy + 3 * 4 * rows * parts * columns))
 
 
 @dataclass(frozen=True)
@@ -137,14 +160,13 @@ def _solved(moments: Moments, weight: Tensor, bias: Tensor, ridge: float, shift:
         xx, xy = moments.xx / moments.count, moments.xy / moments.count
         xy = xy - (moments.x / moments.count).unsqueeze(2) * bias.unsqueeze(1)
     if ridge < float("inf"):
-        size = xx.shape[-1]
-        amount = ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-        damped = xx + amount[:, None, None] * torch.eye(size, dtype=xx.dtype, device=xx.device)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        missing = xy - xx @ weight.transpose(1, 2)
+        diagonal = xx.diagonal(dim1=1, dim2=2)
+        diagonal.add_(ridge * diagonal.mean(1, keepdim=True).clamp_min(1e-30))  # in place: these matrices are large
+        factor, failed = torch.linalg.cholesky_ex(xx)
         if bool(failed.any()):
             return None
-        change = torch.cholesky_solve(xy - xx @ weight.transpose(1, 2), factor)
-        weight = weight + change.transpose(1, 2)
+        weight = weight + torch.cholesky_solve(missing, factor).transpose(1, 2)
     if shift:
         bias = mean_y - (weight @ mean_x.unsqueeze(2)).squeeze(2)
     return weight, bias

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from idap.divergence.gram import exact
+from idap.divergence.jobs import MEMORY
 from idap.divergence.observe import Pass, Probe, is_result, observe, result_of, sum_over_processes, tensors_in
 from idap.divergence.ports import Sight, Wiring
 from idap.divergence.watch import Look, Note, valid_positions
 from idap.errors import StructureError
 from idap.graph.ir import Graph
-from idap.rebalance.moments import RIDGES, Moments, fit
+from idap.memory import Need, Room, packed
+from idap.rebalance.moments import RIDGES, Moments, fit, fit_need
 from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
-from idap.structure.layout import Presence, slots
+from idap.structure.layout import Presence, count, slots
 from idap.structure.projected import Projected
 from idap.surgery.bypass import LinearMap
+from idap.training.batch import device_of
 
 HELD_OUT = 0.25
 """Share of the rows that decide on the ridge, and on which the residual is measured: the last ones of each batch."""
@@ -53,6 +56,8 @@ def fit_projections(
 ) -> dict[str, FittedMap]:
     """Fit the maps of several blocks in one pass over the calibration data; only sums are kept, no activation.
 
+    Where the sums of all blocks don't fit into memory at once, they are taken in several passes.
+
     Weights and bias minimise E‖y - W x - b‖² + ridge ‖W‖² with x at every s-th position where the map has stride s.
     The ridge is the one of `RIDGES` that held-out rows prefer, so that few samples get a stronger one.
 
@@ -69,42 +74,67 @@ def fit_projections(
 
     Raises:
         StructureError: the model does not run on this data as it was traced.
+        InsufficientMemoryError: a single block takes more memory than may be taken; raised before any data go by.
     """
     structure = structure.after(removed)
     wiring = Wiring(structure, removed)
-    pairs = [pair for name in names if (pair := _pair(wiring, structure.block(name))) is not None]
+    pairs = [pair for name in names if (pair := _pair(wiring, structure, structure.block(name), present)) is not None]
     if not pairs:
         return {}
+    room = Room.now(device_of(model))
+    for pair in pairs:
+        room.check(
+            pair.need,
+            what=f"fitting a projection in place of block {pair.block.name!r}",
+            way_out='Let blocks become the identity alone (layers.replacement="identity").',
+        )
+    rounds = packed(pairs, MEMORY, room)
+    if len(rounds) > 1:
+        passes = list(passes)
+    found = {}
+    for some in rounds:
+        _sum_up(model, some, passes)
+        for pair in some:
+            if pair.sums:
+                found[pair.block.name] = pair.fitted(structure, present)
+                pair.sums.clear()
+    return found
+
+
+def _sum_up(model: nn.Module, pairs: Sequence["_Pair"], passes: Iterable[Pass]) -> None:
+    """Let the data go by, and add up what is seen over all processes."""
 
     def begin(each: Pass) -> None:
         for pair in pairs:
             pair.padding = each.padding
 
     observe(model, [probe for pair in pairs for probe in pair.probes()], passes, begin=begin)
-    everything = [moments for pair in pairs for moments in pair.sums]
-    sums = [{**vars(moments), "count": torch.tensor([moments.count])} for moments in everything]
-    sum_over_processes(sums)
-    for moments, total in zip(everything, sums, strict=True):
-        moments.count = float(total["count"])
-    return {pair.block.name: pair.fitted(structure, present) for pair in pairs if pair.sums}
+    for pair in pairs:
+        sums = [{**vars(moments), "count": torch.tensor([moments.count])} for moments in pair.sums]
+        sum_over_processes(sums)
+        for moments, total in zip(pair.sums, sums, strict=True):
+            moments.count = float(total["count"])
 
 
-def _pair(wiring: Wiring, block: Block) -> "_Pair | None":
+def _pair(wiring: Wiring, structure: Structure, block: Block, present: Presence) -> "_Pair | None":
     entry, leave = wiring.sight(block.entry), wiring.graph.nodes[block.exit]
     seen = entry is not None and leave.call is not None and is_result(wiring.graph, block.exit)
     if block.projected is None or entry is None or not seen or block.exit in wiring.gone:
         return None
-    return _Pair(wiring.graph, block, block.projected, entry)
+    dims, at = structure.layout.dims, block.projected.dim
+    outputs, inputs = (count(dims[node][0][at], present) for node in (block.exit, block.entry))
+    return _Pair(wiring.graph, block, block.projected, entry, fit_need(1, inputs, outputs, rows=0))
 
 
 @dataclass
 class _Pair:
-    """What enters and what leaves a module, as sums."""
+    """What enters and what leaves a module, as sums, and the memory that they need."""
 
     graph: Graph
     block: Block
     projected: Projected
     entry: Sight
+    need: Need
     padding: Tensor | None = None
     sums: list[Moments] = field(default_factory=list)
     _seen: int = 0

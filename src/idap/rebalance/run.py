@@ -15,10 +15,12 @@ from idap.graph.ir import CallKey
 from idap.graph.run import tensors_of
 from idap.kinds import check_kinds
 from idap.progress import Progress, Silent
-from idap.rebalance.cases import Case, by_addition, by_call, by_original
+from idap.rebalance.cases import Case, Correction, by_addition, by_call, by_original
 from idap.rebalance.consumers import Consumer, changed_nodes, consumers_of
-from idap.rebalance.moments import RIDGES, Fit, fit
+from idap.rebalance.moments import RIDGES, Fit, Moments, fit
 from idap.rebalance.norms import Affine, affine_of, reestimate_norms_, running_mean
+from idap.rebalance.residuals import Residuals, fit_shift
+from idap.rebalance.sizes import check_sizes, columns_of, with_fewer_rows
 from idap.structure.analysis import Structure
 from idap.structure.layout import slots
 from idap.structure.plan import Plan
@@ -38,6 +40,8 @@ class Rebalance:
         held_out: share of the calibration samples that decide on the ridge, and on whether a layer keeps its old
             weights; in (0, 1).
         memory: bytes that targets may take at once.
+        columns: most input columns (of a convolution inputs times taps) of a layer that is refitted. Of a wider one
+            only the bias is corrected: second moments grow with the square of the columns, to 11 GB at 16,384.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -50,11 +54,14 @@ class Rebalance:
     rows: int = 16384
     held_out: float = 0.25
     memory: int = 2**30
+    columns: int = 16384
 
     def __post_init__(self) -> None:
         check_kinds(self, prefix="rebalance.")
         if self.memory < 1:
             raise ConfigError(f"rebalance.memory must be at least 1, found {self.memory}.")
+        if self.columns < 1:
+            raise ConfigError(f"rebalance.columns must be at least 1, found {self.columns}.")
         if self.rows < 256:
             raise ConfigError(f"rebalance.rows must be at least 256, found {self.rows}.")
         if not 0 < self.held_out < 1:
@@ -67,23 +74,6 @@ class Rebalance:
 
     def __bool__(self) -> bool:
         return self.refits or self.norms
-
-
-@dataclass(frozen=True)
-class Correction:
-    """What became of one layer.
-
-    Attributes:
-        weight: canonical name of its weight.
-        before: error against the original's output on held-out samples, before the correction.
-        after: and after it; equal to `before` where the layer kept its old weights.
-        ridge: that held-out samples preferred; infinite where only the bias changed, NaN where nothing did.
-    """
-
-    weight: str
-    before: float
-    after: float
-    ridge: float
 
 
 def rebalance_(
@@ -114,6 +104,7 @@ def rebalance_(
     Raises:
         TaskError: there is no calibration batch.
         StructureError: the model does not run on this data as it was traced.
+        InsufficientMemoryError: a layer takes more memory than may be taken; raised before any data go by.
     """
     setting = Rebalance() if setting is None else setting  # one that corrects nothing is false
     progress = progress or Silent()
@@ -128,6 +119,9 @@ def rebalance_(
         fixed = frozen(model)
         consumers = [consumer for consumer in consumers if not fixed & {consumer.weight, consumer.bias}]
         with progress.phase("rebalance", len(consumers)) as phase:
+            tensors = tensors_of(model)
+            consumers = [with_fewer_rows(one, tensors[one.weight], setting.columns) for one in consumers]
+            check_sizes(consumers, tensors, setting.columns)
             walk = _Walk(model, original, structure, plan, setting, found)
             for consumer in walk.over(consumers, passes):
                 phase.advance(consumer.weight)
@@ -255,6 +249,8 @@ class _Walk:
     ) -> Tensor:
         weight = self._tensors[case.consumer.weight]
         case.read = case.consumer.rows.of(x, weight, case.chosen[number])
+        if columns_of(case.consumer, weight) > self._setting.columns and case.layer is None:
+            case.layer = self._layer(case, len(case.read))
         if case.through:
             case.output, case.again = result, again
             return result
@@ -286,24 +282,34 @@ class _Walk:
     def _affine(self, consumer: Consumer) -> Affine:
         return affine_of(self._structure.graph, consumer.norm, self._tensors)
 
+    def _layer(self, case: Case, parts: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a layer as they are, shapes (parts, outputs, columns) and (parts, outputs); float64."""
+        consumer, parameter = case.consumer, self._tensors[case.consumer.weight]
+        weight = consumer.rows.matrix(parameter.double(), parts)
+        bias = self._tensors[consumer.bias].double() if consumer.bias else parameter.new_zeros(len(case.kept)).double()
+        return weight, bias.reshape(weight.shape[:2])
+
     def _correct(self, case: Case) -> bool:
         """Refit a layer from the sums; says whether anything changed."""
         consumer, setting = case.consumer, self._setting
         learned, held_out = case.sums()
         parameter = self._tensors[consumer.weight]
-        weight = consumer.rows.matrix(parameter.double(), len(learned.x))
-        bias = self._tensors[consumer.bias].double() if consumer.bias else parameter.new_zeros(len(case.kept)).double()
-        bias = bias.reshape(weight.shape[:2])
+        weight, bias = self._layer(case, learned.parts)
         shift = consumer.shifts and setting.means
-        ridges = RIDGES if setting.least_squares else ()
-        found = fit(learned, held_out, weight, bias, ridges=ridges, shift=shift)
-        largest = torch.finfo(parameter.dtype).max
+        if isinstance(learned, Residuals):
+            assert isinstance(held_out, Residuals)  # both sums of a layer are of one kind
+            found = fit_shift(learned, held_out, weight, shift=shift)
+        else:
+            assert isinstance(held_out, Moments)
+            ridges = RIDGES if setting.least_squares else ()
+            found = fit(learned, held_out, weight, bias, ridges=ridges, shift=shift)
+        too_wide, largest = isinstance(learned, Residuals), torch.finfo(parameter.dtype).max
         if found is None or max(float(found.weight.abs().max()), float(found.bias.abs().max())) > largest:
             before = held_out.error(weight, bias)
-            self._found.append(Correction(consumer.weight, before, before, float("nan")))
+            self._found.append(Correction(consumer.weight, before, before, float("nan"), too_wide))
             return False
         self._write(consumer, parameter, found, bias)
-        self._found.append(Correction(consumer.weight, found.before, found.after, found.ridge))
+        self._found.append(Correction(consumer.weight, found.before, found.after, found.ridge, too_wide))
         return True
 
     def _write(self, consumer: Consumer, parameter: Tensor, found: Fit, bias: Tensor) -> None:

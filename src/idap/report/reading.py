@@ -70,6 +70,7 @@ class Profile:
     units: Mapping[str, Spread]
     blocks: Mapping[str, float]
     unmeasured: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from idap.cost.count import saved_tensors
 from idap.errors import CheckpointError
 from idap.files import write_json
 from idap.saving.origin import origin, remember_
-from idap.saving.reading import PLAN, WEIGHTS, read_json
+from idap.saving.reading import LARGEST_PLAN, PLAN, WEIGHTS, read_json
 from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, without_subnormals, write_tensors
 from idap.structure.chain import chained
 from idap.structure.plan import Plan
@@ -105,7 +105,7 @@ def read_plan(folder: str | Path, name: str = PLAN) -> Plan:
     """
     file = Path(folder) / name
     try:
-        description = read_json(file)
+        description = read_json(file, largest=LARGEST_PLAN)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no compressed model: {file} is missing") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:

@@ -7,30 +7,65 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from idap.errors import CheckpointError
+from idap.memory import Need, Room, readable
 
 WEIGHTS, INDEX, PLAN = "model.safetensors", "model.safetensors.index.json", "plan.json"
-LARGEST_JSON = 2**30
-"""Bytes of the largest JSON file that is read."""
+LARGEST_PLAN = 2**28
+"""Bytes of the largest plan that is read: one that cuts every dimension of a Llama with 70 billion parameters, of 80
+layers and width 8192, has 17 million slots and 176 MiB."""
+
+LARGEST_JSON = 2**26
+"""Bytes of the largest other JSON file that is read: the index of 100,000 tensors has 10 MiB."""
+
+PARSED = 44
+"""Bytes of memory that a byte of JSON takes at most once it is read: lists in lists; the numbers of a plan take 6."""
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, *, largest: int = LARGEST_JSON) -> Any:
     """Read a JSON file strictly: no NaN, no key twice, nothing nested beyond reason.
+
+    Args:
+        file: which.
+        largest: most bytes that such a file has.
 
     Raises:
         FileNotFoundError: it is missing.
-        CheckpointError: it can't be read, or is broken.
+        CheckpointError: it can't be read, is too large, or is broken.
+        InsufficientMemoryError: what it holds may take more memory than may be taken.
     """
     try:
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(f"cannot read {file}: it is no file")
-        if found.st_size > LARGEST_JSON:
-            raise CheckpointError(f"{file} is broken: {found.st_size} bytes are more than any {file.name} has")
+        check_size(file, largest)
         return read_object(file.read_bytes(), file)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
+
+
+def check_size(file: Path, largest: int) -> None:
+    """Refuse a JSON file that is too large, before any of it is read.
+
+    Args:
+        file: which.
+        largest: most bytes that such a file has.
+
+    Raises:
+        OSError: it is missing.
+        CheckpointError: it is no file, or too large.
+        InsufficientMemoryError: what it holds may take more memory than may be taken.
+    """
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"cannot read {file}: it is no file")
+    if found.st_size > largest:
+        raise CheckpointError(
+            f"{file} is broken: its {found.st_size:,} bytes are more than the {largest:,} that such a file has at most"
+        )
+    Room.now().check(
+        Need(held=PARSED * found.st_size),
+        what=f"reading {file}, which has {readable(found.st_size)} and may hold up to {PARSED} times as much,",
+        way_out="Read it on a machine with more memory.",
+    )
 
 
 def read_object(data: bytes, file: Path) -> Any:
