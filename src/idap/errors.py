@@ -78,3 +78,7 @@ class ReportError(IdapError):
 
 class CheckpointError(IdapError):
     """A saved file is broken or does not belong to this model."""
+
+
+class UncheckedFileWarning(UserWarning):
+    """A saved file carries no checksum, so whether it was damaged is not known."""
