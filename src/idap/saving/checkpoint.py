@@ -24,7 +24,7 @@ from idap.errors import CheckpointError, UncheckedFileWarning
 from idap.files import write_json
 from idap.saving.origin import origin, remember_
 from idap.saving.reading import PLAN, WEIGHTS, read_json
-from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, without_subnormals, write_tensors
+from idap.saving.tensors import PLAN_DIGEST, TensorFiles, entry_of, without_subnormals, write_tensors
 from idap.structure.chain import chained
 from idap.structure.plan import Plan
 from idap.structure.strict import shown
@@ -51,7 +51,7 @@ def save(folder: str | Path, model: nn.Module, plan: Plan, *, exact: bool = Fals
         CheckpointError: the folder can't be written, or the model's state holds something that is no tensor.
     """
     folder = Path(folder)
-    entries = [_entry(name, tensor.detach()) for name, tensor in _owned(model).items()]
+    entries = [entry_of(name, tensor.detach()) for name, tensor in _owned(model).items()]
     described = described_plan(plan)
     try:
         metadata = {"format": "pt", PLAN_DIGEST: digest(plan)}
@@ -134,8 +134,8 @@ def _read_plan(file: Path) -> tuple[Plan, bool]:
         raise CheckpointError(f"{file} was changed after it was written: its fingerprint does not match its shapes")
     if "digest" in description and description["digest"] != digest(plan):
         raise CheckpointError(
-            f"the plan in {file} is not what was written there: its checksum does not match, so the file was damaged or "
-            "changed; copy it again from where it was saved"
+            f"the plan in {file} is not what was written there: its checksum does not match, so the file was damaged "
+            "or changed; copy it again from where it was saved"
         )
     return plan, "digest" in description
 
@@ -183,10 +183,6 @@ def described_plan(plan: Plan) -> dict[str, Any]:
 def digest(plan: Plan) -> str:
     """A short name for a plan: its file carries it as a checksum, the weights so that the two can't be mixed up."""
     return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _entry(name: str, tensor: Tensor) -> Entry:
-    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor.cpu()])
 
 
 def _owned(model: nn.Module) -> dict[str, Tensor]:

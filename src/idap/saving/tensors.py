@@ -6,7 +6,6 @@ piece of one tensor is in memory, however large the files are. Pieces are read, 
 memory of the process until the file is closed, and are slower to get in the order of a file.
 """
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from idap.saving.checksums import (
     read_checksums,
     tensor_checksum,
 )
-from idap.saving.reading import WEIGHTS, read_object, weight_files
+from idap.saving.reading import open_tensors, read_object, weight_files
 from idap.surgery.apply import cut_tensor
 
 PIECE = 2**24
@@ -72,6 +71,11 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def entry_of(name: str, tensor: Tensor) -> Entry:
+    """A tensor in memory that is to be written."""
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor.cpu()])
 
 
 def write_tensors(
@@ -311,7 +315,7 @@ class TensorFiles:
         self._open = None
 
     def _survey(self, file: Path) -> None:
-        mapped = self._mapped[file] = _opened(file)  # checks all that the header says
+        mapped = self._mapped[file] = open_tensors(file)  # checks all that the header says
         with file.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             header = read_object(raw.read(length), file)
@@ -330,22 +334,6 @@ class TensorFiles:
             self.unchecked.append(file)
         self._checksums |= checksums or {}
         self.digests.add((mapped.metadata() or {}).get(PLAN_DIGEST, ""))
-
-
-def _opened(file: Path) -> Any:
-    try:
-        if not file.exists():
-            raise FileNotFoundError
-        if not file.is_file():
-            raise CheckpointError(f"{file} is no safetensors file; copy or download it again")
-        return safetensors.safe_open(file, framework="pt")
-    except FileNotFoundError as error:
-        what = "the compressed model has no weights: " if file.name == WEIGHTS else ""
-        raise CheckpointError(f"{what}{file} is missing") from error
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}); copy or download it again"
-        ) from error
 
 
 def _cut(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
