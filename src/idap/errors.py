@@ -13,6 +13,7 @@
     ├── ConfigError               a setting or a recipe is wrong
     │   └── BudgetError           the goals cannot be met by any compression
     ├── RunFolderError            a run folder cannot be read or written, or holds another run
+    ├── TrustError                a run folder from elsewhere names code, and nobody agreed to run it
     ├── ReportError               a report can't be printed
     └── CheckpointError           a saved file is broken or does not belong to this model
 
@@ -70,6 +71,10 @@ class BudgetError(ConfigError):
 
 class RunFolderError(IdapError):
     """A run folder cannot be read or written, or holds another run."""
+
+
+class TrustError(IdapError):
+    """A run folder from elsewhere names code that nobody agreed to run."""
 
 
 class ReportError(IdapError):
