@@ -131,10 +131,8 @@ def test_a_user_without_a_home(tmp_path, monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(trust.Path, "home", homeless)
-    assert (
-        sealed_place(tmp_path, RECIPE)[1]
-        == "you have no home folder for a key; set XDG_STATE_HOME to a folder of yours"
-    )
+    why = sealed_place(tmp_path, RECIPE)[1]
+    assert why == "you have no home folder for a key; set XDG_STATE_HOME to a folder of yours"
 
 
 def test_a_user_without_a_name(tmp_path, monkeypatch):
