@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 
 from idap.cli import trust
 from idap.cli.failure import Outcome
@@ -150,6 +151,17 @@ def test_a_run_that_begins_without_a_key_says_what_follows(script, monkeypatch, 
     assert "Commands will ask before they run code that the recipe of this run names, since the key" in text(
         done.output
     )
+
+
+@pytest.mark.filterwarnings("default")
+def test_files_without_checksums_are_said_in_a_line(run):
+    weights = run / "model" / "model.safetensors"
+    save_file(load_file(weights), weights)
+    done = idap("evaluate", "run")
+    assert done.exit_code == 0
+    assert "Warning: run/model/model.safetensors was written without checksums" in text(done.stderr)
+    assert "checkpoint.py" not in done.stderr
+    assert idap("evaluate", "run", "--quiet").stderr == ""
 
 
 @pytest.mark.parametrize(("answer", "runs"), [("y", True), ("", False), ("n", False)])

@@ -169,6 +169,13 @@ def test_json_that_means_harm(text: str, message: str, saved: Path) -> None:
         load(saved, build())
 
 
+def test_a_plan_that_would_fill_the_memory(tmp_path: Path) -> None:
+    with (tmp_path / "plan.json").open("wb") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(CheckpointError, match="268435457 bytes are more than any plan"):
+        read_plan(tmp_path)
+
+
 def test_a_folder_in_place_of_the_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.json").mkdir()
     with pytest.raises(CheckpointError, match=r"cannot read .*plan\.json: it is no file"):

@@ -11,7 +11,7 @@ import safetensors
 from idap.errors import CheckpointError
 
 WEIGHTS, INDEX, PLAN = "model.safetensors", "model.safetensors.index.json", "plan.json"
-LARGEST_JSON = 2**30
+LARGEST_JSON = 2**28
 """Bytes of the largest JSON file that is read."""
 
 
