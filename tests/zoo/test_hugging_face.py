@@ -388,6 +388,18 @@ def test_a_folder_without_checksums_loads_and_it_is_said(tmp_path):
         assert_same(load_pretrained(tmp_path), small, inputs)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_folder_that_names_a_kernel_of_the_hub(plain, tmp_path):
+    inner = is_inner if plain else lambda group: is_inner(group) and ".0." in group.name
+    small, plan, _ = cut("bert", inner)
+    save_pretrained(small, plan, tmp_path)
+    file = tmp_path / ("config.json" if plain else "original/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "somebody/kernel"}))
+    (tmp_path / "idap.json").write_text(json.dumps({"sha256": {}}))
+    with pytest.raises(ConfigError, match="names 'somebody/kernel' as attn_implementation, which is code from else"):
+        load_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "original/../x", "a/b", ""])
 def test_checksums_name_only_files_of_the_folder(name, tmp_path):
     small, plan, _ = cut("bert", is_inner)

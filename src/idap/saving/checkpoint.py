@@ -51,7 +51,7 @@ def save(folder: str | Path, model: nn.Module, plan: Plan, *, exact: bool = Fals
         CheckpointError: the folder can't be written, or the model's state holds something that is no tensor.
     """
     folder = Path(folder)
-    entries = [entry_of(name, tensor.detach()) for name, tensor in _owned(model).items()]
+    entries = [entry_of(name, tensor.detach()) for name, tensor in owned_tensors(model).items()]
     described = described_plan(plan)
     try:
         metadata = {"format": "pt", PLAN_DIGEST: digest(plan)}
@@ -185,8 +185,12 @@ def digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _owned(model: nn.Module) -> dict[str, Tensor]:
-    """Every saved tensor once, under its first name."""
+def owned_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every saved tensor of a model once, under its first name.
+
+    Raises:
+        CheckpointError: its state holds something that is no tensor.
+    """
     state = model.state_dict(keep_vars=True)
     for name, held in state.items():
         if not isinstance(held, Tensor):
@@ -208,7 +212,7 @@ def _materialise_(model: nn.Module) -> None:
     Raises:
         CheckpointError: one of them is not saved, so nobody knows its numbers.
     """
-    saved = {id(tensor): tensor for tensor in _owned(model).values() if tensor.is_meta}
+    saved = {id(tensor): tensor for tensor in owned_tensors(model).values() if tensor.is_meta}
     for path, module in model.named_modules():
         for name, held in (*vars(module).items(), *module._buffers.items()):
             if isinstance(held, Tensor) and held.is_meta and id(held) not in saved:
@@ -235,7 +239,7 @@ def _place(files: TensorFiles) -> Path:
 
 
 def _check(model: nn.Module, files: TensorFiles) -> None:
-    wanted = _owned(model)
+    wanted = owned_tensors(model)
     for name, tensor in wanted.items():
         if name not in files.shapes:
             raise CheckpointError(f"{_place(files)} lacks tensor {name!r} (expected shape {tuple(tensor.shape)})")

@@ -33,6 +33,7 @@ from idap.structure.plan import Plan
 from idap.surgery.compare import Inputs
 from idap.surgery.rewritten import original_class
 from idap.zoo.configured import Configured, configured
+from idap.zoo.pretrained import check_kernels
 from idap.zoo.same import output_difference, tolerance
 from idap.zoo.transformers import transformers_inputs
 
@@ -147,10 +148,11 @@ def load_pretrained(folder: str | Path) -> nn.Module:
             f"yourself and take {'from_pretrained' if plain else f'idap.load({str(folder)!r}, original)'}."
         )
     _compare_checksums(folder)
+    config = kind.config_class.from_pretrained(file.parent)
+    check_kernels(str(folder), config)
     if plain:
-        found: nn.Module = kind.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        found: nn.Module = kind.from_pretrained(folder, config=config, use_safetensors=True, weights_only=True)
         return found.eval()
-    config = library.AutoConfig.from_pretrained(folder / ORIGINAL, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         small = load(folder, kind._from_config(config)).eval()
     if (folder / ORIGINAL / "generation_config.json").exists():

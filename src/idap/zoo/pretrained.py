@@ -96,25 +96,30 @@ def load_config(spec: str, library: ModuleType) -> Any:
     if looks_local and not folder.is_dir():
         raise ConfigError(f"{spec}: there is no folder {folder}. Write hf:FOLDER, or hf:NAME as it stands on the hub.")
     config = _attempt(spec, lambda: library.AutoConfig.from_pretrained(_place(spec), trust_remote_code=False))
-    _check_kernels(spec, config)
+    check_kernels(spec, config)
     return config
 
 
-def _check_kernels(spec: str, config: Any) -> None:
+def check_kernels(where: str, config: Any) -> None:
     """Refuse a configuration that has transformers fetch the code of its attention from the hub.
+
+    Args:
+        where: the configuration comes from, for messages.
+        config: of transformers, with those of the parts of its model.
 
     Raises:
         ConfigError: names the code.
     """
-    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    for each in (config, *inner):
-        for kind in ("attn", "experts"):
-            named = getattr(each, f"_{kind}_implementation", None)
-            if named is not None and not str(named).isidentifier():
-                raise ConfigError(
-                    f"{spec}: its config.json names {named!r:.80} as {kind}_implementation, which is code from "
-                    f"elsewhere; idap runs none. Set {kind}_implementation to 'eager' there."
-                )
+    for kind in ("attn", "experts"):
+        named = getattr(config, f"_{kind}_implementation", None)
+        if named is not None and not str(named).isidentifier():
+            raise ConfigError(
+                f"{where}: its config.json names {named!r:.80} as {kind}_implementation, which is code from elsewhere; "
+                f"idap runs none. Set {kind}_implementation to 'eager' there."
+            )
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            check_kernels(where, getattr(config, name))
 
 
 def processor_of(spec: str) -> Any:
