@@ -14,6 +14,7 @@
     │   └── BudgetError           the goals cannot be met by any compression
     ├── RunFolderError            a run folder cannot be read or written, or holds another run
     ├── InsufficientMemoryError   a piece of work would take more memory than may be taken
+    ├── TrustError                a run folder from elsewhere names code, and nobody agreed to run it
     ├── ReportError               a report can't be printed
     └── CheckpointError           a saved file is broken or does not belong to this model
 
@@ -77,9 +78,17 @@ class InsufficientMemoryError(IdapError):
     """A piece of work would take more memory than may be taken."""
 
 
+class TrustError(IdapError):
+    """A run folder from elsewhere names code that nobody agreed to run."""
+
+
 class ReportError(IdapError):
     """A report cannot be printed."""
 
 
 class CheckpointError(IdapError):
     """A saved file is broken or does not belong to this model."""
+
+
+class UncheckedFileWarning(UserWarning):
+    """A saved file carries no checksum, so whether it was damaged is not known."""

@@ -460,7 +460,7 @@ class TestCompress:
         assert "Stopped. runs/build_model holds 1 finished step, 1 accepted" in text(result.stderr)
         assert "Go on with: idap resume runs/build_model" in text(result.stderr)
         shutil.copytree("runs/build_model", "runs/copy")
-        for resumed in (compress(script, "--resume"), idap("resume", "runs/copy")):
+        for resumed in (compress(script, "--resume"), idap("resume", "runs/copy", "--trust")):
             assert resumed.exit_code == 0, resumed.stderr
             assert "(recalled)" in text(resumed.output)
         assert "every decision in runs/copy." in text(resumed.output)

@@ -67,14 +67,14 @@ def test_a_run_knows_everything(small):
     Path("run").mkdir()
     Path("model").rename("run/model")
     table = {"model": {"build": "python:mine.py:build_model"}, "task": {"build": "python:mine.py:task"}}
-    Path("run/run.json").write_text(json.dumps({"recipe": table}))
-    found = json.loads(command("evaluate", "run", "--json").stdout)
+    Path("run/run.json").write_text(json.dumps({"recipe": table}))  # it does not say where it was made
+    found = json.loads(command("evaluate", "run", "--trust", "--json").stdout)
     assert [found["original"], found["compressed"]] == small
     # Weights that came from training in the run are not there, so the original is not measured with others.
     Path("run/run.json").write_text(json.dumps({"recipe": table | {"train": {"epochs": 1}}}))
-    found = json.loads(command("evaluate", "run", "--json").stdout)
+    found = json.loads(command("evaluate", "run", "--trust", "--json").stdout)
     assert found["original"] is None and found["compressed"] == small[1]
-    shown = text(command("evaluate", "run").stdout)
+    shown = text(command("evaluate", "run", "--trust").stdout)
     assert "The original was trained by its recipe, and its weights are not there" in shown and "points" not in shown
     save_file(
         {
@@ -85,10 +85,10 @@ def test_a_run_knows_everything(small):
         },
         "ones.safetensors",
     )
-    found = json.loads(command("evaluate", "run", "--weights", "ones.safetensors", "--json").stdout)
+    found = json.loads(command("evaluate", "run", "--trust", "--weights", "ones.safetensors", "--json").stdout)
     assert found["original"] is not None and found["compressed"] == small[1]
     Path("ones.safetensors").rename("run/original.safetensors")  # as a run keeps them
-    assert json.loads(command("evaluate", "run", "--json").stdout)["original"] == found["original"]
+    assert json.loads(command("evaluate", "run", "--trust", "--json").stdout)["original"] == found["original"]
 
 
 def test_the_original_has_as_many_outputs_as_in_the_run(small, tmp_path):

@@ -17,13 +17,14 @@ pty = pytest.importorskip("pty", reason="pseudo-terminals are for Unix")
 COMMAND = [sys.executable, "-m", "idap"]
 
 
-def on_a_terminal(*words, width=80, **environment):
-    """Run the command on a terminal; gives what it shows and its exit code."""
+def on_a_terminal(*words, width=80, answers=b"", **environment):
+    """Run the command on a terminal, on which somebody types answers; gives what it shows and its exit code."""
     ours, theirs = pty.openpty()
     keep = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
     settings = keep | {"COLUMNS": str(width), "TERM": "xterm-256color"} | environment
     process = subprocess.Popen([*COMMAND, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=settings)
     os.close(theirs)
+    os.write(ours, answers)
     shown = b""
     while True:
         try:

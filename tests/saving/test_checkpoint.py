@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from idap import record
-from idap.errors import CheckpointError, PlanError
+from idap.errors import CheckpointError, PlanError, UncheckedFileWarning
 from idap.graph.trace import trace
 from idap.saving import checkpoint
 from idap.saving.checkpoint import fingerprint, load, read_plan, save
@@ -326,6 +326,8 @@ def test_changed_plan_of_the_same_shapes(saved):
             data["plan"]["tensors"][name]["0"] = sorted(others)
 
     edit(saved, other_units)
+    rejects(saved, r"the plan in .*plan\.json is not what was written there: its checksum does not match")
+    edit(saved, lambda data: data.update(digest=checkpoint.digest(Plan.from_json(data["plan"]))))
     rejects(saved, r"don't belong together|was not saved with the plan\.json beside it")
 
 
@@ -352,7 +354,8 @@ def test_weights_that_a_user_wrote_are_taken_if_they_fit(saved):
     """Fine-tuned elsewhere and written with safetensors alone: no word on the plan, but the right shapes."""
     tensors = safetensors.torch.load_file(saved / "model.safetensors")
     safetensors.torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, saved / "model.safetensors")
-    assert torch.equal(load(saved, nets.mlp())[4].bias, tensors["4.bias"] + 1)
+    with pytest.warns(UncheckedFileWarning, match=r"model\.safetensors was written without checksums, so whether it"):
+        assert torch.equal(load(saved, nets.mlp())[4].bias, tensors["4.bias"] + 1)
 
 
 def test_missing_and_unknown_tensors(saved):

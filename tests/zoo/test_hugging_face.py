@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import idap
-from idap.errors import CheckpointError, ConfigError
+from idap.errors import CheckpointError, ConfigError, UncheckedFileWarning
 from idap.graph.trace import trace
 from idap.structure.analysis import analyze
 from idap.surgery.apply import apply_plan
@@ -357,6 +357,56 @@ def test_a_folder_appears_whole_or_stays_as_it_was(tmp_path):
     assert_same(load_pretrained(folder), other, inputs)
     assert list(tmp_path.iterdir()) == [folder]
     assert json.loads((folder / "idap.json").read_text())["plain"] is False
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_damage_is_noticed(plain, tmp_path):
+    inner = is_inner if plain else lambda group: is_inner(group) and ".0." in group.name
+    small, plan, inputs = cut("bert", inner)
+    assert save_pretrained(small, plan, tmp_path).plain is plain
+    config = "config.json" if plain else "original/config.json"
+    for name, message in {
+        "model.safetensors": r"model\.safetensors is not what was written there: its checksum does not match",
+        config: r"config\.json is not what was written there: its checksum does not match.* delete the entry '.*' of",
+    }.items():
+        content = (tmp_path / name).read_bytes()
+        place = content.rindex(b"1e-12") + 4 if name == config else len(content) - 1
+        (tmp_path / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match=message):
+            load_pretrained(tmp_path)
+        (tmp_path / name).write_bytes(content)
+    assert_same(load_pretrained(tmp_path), small, inputs)
+
+
+def test_a_folder_without_checksums_loads_and_it_is_said(tmp_path):
+    small, plan, inputs = cut("bert", is_inner)
+    save_pretrained(small, plan, tmp_path)
+    note = json.loads((tmp_path / "idap.json").read_text())
+    del note["sha256"]
+    (tmp_path / "idap.json").write_text(json.dumps(note))
+    with pytest.warns(UncheckedFileWarning, match="was written without checksums"):
+        assert_same(load_pretrained(tmp_path), small, inputs)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_folder_that_names_a_kernel_of_the_hub(plain, tmp_path):
+    inner = is_inner if plain else lambda group: is_inner(group) and ".0." in group.name
+    small, plan, _ = cut("bert", inner)
+    save_pretrained(small, plan, tmp_path)
+    file = tmp_path / ("config.json" if plain else "original/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "somebody/kernel"}))
+    (tmp_path / "idap.json").write_text(json.dumps({"sha256": {}}))
+    with pytest.raises(ConfigError, match="names 'somebody/kernel' as attn_implementation, which is code from else"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "original/../x", "a/b", ""])
+def test_checksums_name_only_files_of_the_folder(name, tmp_path):
+    small, plan, _ = cut("bert", is_inner)
+    save_pretrained(small, plan, tmp_path)
+    (tmp_path / "idap.json").write_text(json.dumps({"sha256": {name: "0"}}))
+    with pytest.raises(CheckpointError, match=r"names the file|can't be read"):
+        load_pretrained(tmp_path)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -23,9 +23,11 @@ from idap.cli.options import (
     RunOrModel,
     TaskSpec,
     Threads,
+    Trust,
     Verbose,
 )
 from idap.cli.subject import model_and_inputs, recipe_of
+from idap.cli.trust import check_code
 
 if TYPE_CHECKING:
     from idap.cost.latency import Latency
@@ -61,6 +63,7 @@ def bench_command(  # noqa: PLR0913 - one argument per option
     threads: Threads = None,
     channels_last: ChannelsLast = False,
     repeats: Repeats = 50,
+    trust: Trust = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -69,6 +72,7 @@ def bench_command(  # noqa: PLR0913 - one argument per option
     """Time a compressed model and its original in turn, on this machine.
 
     Both run in one process and take turns, so that both see the same machine: compare the ratios, not the seconds.
+    Where the run was made elsewhere and its recipe names Python code, the command asks before it runs that.
     """
     outcome = Outcome(
         command="idap bench", where=str(folder), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug
@@ -81,6 +85,8 @@ def bench_command(  # noqa: PLR0913 - one argument per option
 
         place = model_folder(folder)
         recipe = recipe_of(model, task, data) if model is not None else recipe_of_run(folder)
+        if model is None:
+            check_code(outcome, folder, {}, trust=trust)
         spec = model or (recipe.network.build if recipe is not None else "")
         original, args, kwargs = model_and_inputs(spec, recipe, input_shape or [], weights=False)
         found = bench(

@@ -19,10 +19,12 @@ from idap.cli.options import (
     RunOrModelOrNone,
     SplitName,
     TaskSpec,
+    Trust,
     Verbose,
     WeightsPath,
 )
 from idap.cli.tables import metric_cells
+from idap.cli.trust import check_code
 from idap.errors import ConfigError
 from idap.record import RunFolder
 
@@ -85,6 +87,7 @@ def evaluate_command(  # noqa: PLR0913 - one argument per option
     data: DataPath = None,
     weights: WeightsPath = None,
     split: SplitName = "val",
+    trust: Trust = False,
     quiet: OnlyNumbers = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -94,18 +97,21 @@ def evaluate_command(  # noqa: PLR0913 - one argument per option
 
     A run knows its model and its data; for a folder with a plan, name a recipe, or a model and a task. Without a
     folder, the original alone is measured. The test data is for the end: what is chosen by looking at it is
-    no longer honest.
+    no longer honest. Where the run was made elsewhere and its recipe names Python code, the command asks before it runs
+    that.
     """
     where = str(folder or recipe or model or "the command line")
     outcome = Outcome(command="idap evaluate", where=where, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with outcome.reported():
         if split not in _SPLITS:
             raise ConfigError(f"--split is {' or '.join(_SPLITS)}, found {split!r}.")
-        from idap.training.processes import is_main, launched  # noqa: PLC0415 - torch is slow to import
+        from idap.training.processes import is_main, launched, on_main  # noqa: PLC0415 - torch is slow to import
 
         replaced = {"model.build": model, "task.build": task, "data.path": data, "model.weights": weights}
-        read = _recipe(folder, recipe, replaced)
+        read, own = _recipe(folder, recipe, replaced)
         with launched() as device:
+            if folder is not None and not own:
+                on_main(lambda: check_code(outcome, folder, replaced, trust=trust))
             found = _measure(read, folder, split, device, outcome.progress(speaks=is_main()), given=weights is not None)
             if is_main():
                 outcome.document = asdict(found)
@@ -113,12 +119,15 @@ def evaluate_command(  # noqa: PLR0913 - one argument per option
                     _show(outcome.console, found, quiet=quiet)
 
 
-def _recipe(folder: Path | None, recipe: Path | None, replaced: "dict[str, str | Path | None]") -> "Recipe":
+def _recipe(
+    folder: Path | None, recipe: Path | None, replaced: "dict[str, str | Path | None]"
+) -> "tuple[Recipe, bool]":
+    """The recipe, and whether it is the user's own: not that of the run."""
     from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
     from idap.zoo.runs import model_folder, recipe_of_run, settings_of_run  # noqa: PLC0415 - as above
 
     if recipe is not None or (replaced["model.build"] is not None and replaced["task.build"] is not None):
-        return read_recipe(recipe, replaced=replaced)
+        return read_recipe(recipe, replaced=replaced), True
     if folder is not None:
         model_folder(folder)
     if folder is None or "recipe" not in settings_of_run(folder):
@@ -126,7 +135,7 @@ def _recipe(folder: Path | None, recipe: Path | None, replaced: "dict[str, str |
             f"{folder or 'the command line'} does not say what model and data are; say it: --recipe FILE, or both "
             "--model and --task."
         )
-    return recipe_of_run(folder, replaced)
+    return recipe_of_run(folder, replaced), False
 
 
 def _measure(

@@ -21,9 +21,11 @@ from idap.cli.options import (
     RunOrModel,
     StaticBatch,
     TaskSpec,
+    Trust,
     Verbose,
 )
 from idap.cli.subject import model_and_inputs, recipe_of
+from idap.cli.trust import check_code
 from idap.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def export_command(  # noqa: PLR0913 - one argument per option
     finalize: Finalize = False,
     static_batch: StaticBatch = False,
     opset: Opset = None,
+    trust: Trust = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -75,7 +78,8 @@ def export_command(  # noqa: PLR0913 - one argument per option
     """Write a compressed model as ONNX, as a torch.export program, as plain weights or as a folder of transformers.
 
     What was written is read back and compared with the model on fresh inputs; on a mismatch there is no file. A folder
-    of transformers is a plain one, for `from_pretrained`, where its configuration can say what is left.
+    of transformers is a plain one, for `from_pretrained`, where its configuration can say what is left. Where the run
+    was made elsewhere and its recipe names Python code, the command asks before it runs that.
     """
     outcome = Outcome(
         command="idap export", where=str(folder), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug
@@ -86,6 +90,8 @@ def export_command(  # noqa: PLR0913 - one argument per option
 
         place = model_folder(folder)
         recipe = recipe_of(model, task, data) if model is not None else recipe_of_run(folder)
+        if model is None:
+            check_code(outcome, folder, {}, trust=trust)
         spec = model or (recipe.network.build if recipe is not None else "")
         small, args, kwargs, report = _loaded(place, spec, recipe, input_shape or [], finalized=finalize)
         if to == "transformers":

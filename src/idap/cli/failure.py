@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from idap.cli.terminal import silence, terminal
+from idap.cli.terminal import plain_warnings, silence, terminal
 from idap.errors import ConfigError, IdapError, RunFolderError
 from idap.record import RUN, RunFolder, read_steps
 
@@ -80,6 +80,10 @@ class Outcome:
     def _tell(self, line: str) -> None:
         self.errors.print(line, markup=False, soft_wrap=not self.errors.is_terminal)
 
+    def _warn(self, line: str) -> None:
+        if not self.quiet:
+            self._tell(line)
+
     @contextmanager
     def reported(self) -> Iterator[None]:
         """Turn every exception into something a person, or a machine, can act on; in the end write the document.
@@ -93,7 +97,8 @@ class Outcome:
             if self.quiet and self.verbose:
                 raise ConfigError("--quiet and --verbose contradict each other; leave one out.")
             # What user code or a library prints must not come before the document.
-            with redirect_stdout(sys.stderr) if self.as_json else nullcontext():
+            redirected = redirect_stdout(sys.stderr) if self.as_json else nullcontext()
+            with redirected, plain_warnings(self._warn):
                 yield
             if self.as_json and self.document is not None:
                 typer.echo(json.dumps(self.document, indent=1, default=str))

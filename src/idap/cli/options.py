@@ -283,6 +283,14 @@ ShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file: 5GB, 500MB or a number of bytes.")
 ]
 RunToResume = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        metavar="",
+        help="Run the code that the run's recipe names, also where the run was made elsewhere.",
+    ),
+]
 RunOrModelOrNone = Annotated[
     Path | None,
     typer.Argument(metavar="FOLDER", help="A run folder, or a folder with plan.json.", show_default=False),

@@ -4,7 +4,8 @@ import typer
 
 from idap.cli.compress import DOCUMENT, carried_out
 from idap.cli.failure import GOAL_MISSED, Outcome
-from idap.cli.options import Debug, Json, Quiet, RunToResume, TensorBoardDir, Verbose
+from idap.cli.options import Debug, Json, Quiet, RunToResume, TensorBoardDir, Trust, Verbose
+from idap.cli.trust import check_code
 from idap.errors import ConfigError, RunFolderError
 from idap.record import RUN, RunFolder
 
@@ -17,6 +18,7 @@ def resume_command(
     run: RunToResume,
     *,
     tensorboard: TensorBoardDir = None,
+    trust: Trust = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -26,7 +28,8 @@ def resume_command(
 
     The folder knows the recipe it was begun with: model, data, goals and settings. Decisions that were taken are
     recalled, not taken again, and the result is that of a run that was not stopped. A run that is finished shows its
-    result again.
+    result again. Where the run was made elsewhere and its recipe names Python code, the command asks before it runs
+    that.
     """
     outcome = Outcome(
         command="idap resume", where=str(run), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, run_dir=run
@@ -37,13 +40,17 @@ def resume_command(
             what = "only an original that was trained for it" if trained else "so there is nothing to go on with"
             begin = f"idap compress RECIPE --run-dir {run}{' --resume' if trained else ''}"
             raise RunFolderError(f"{run} holds no run ({RUN}), {what}; begin one with {begin}.")
-        from idap.zoo.runs import recipe_of_run, settings_of_run  # noqa: PLC0415 - torch is slow to import
+        from idap.training.processes import launched, on_main  # noqa: PLC0415 - torch is slow to import
+        from idap.zoo.runs import recipe_of_run, settings_of_run  # noqa: PLC0415 - as above
 
         if "recipe" not in settings_of_run(run):
             raise ConfigError(
                 f"{run} was begun from Python and knows no recipe; go on there: idap.compress(model, task, config, "
                 f"run_dir={str(run)!r}, resume=True)."
             )
-        reached = carried_out(outcome, recipe_of_run(run), run, resume=True, tensorboard=tensorboard)
+        recipe = recipe_of_run(run)
+        with launched():
+            on_main(lambda: check_code(outcome, run, {}, trust=trust))
+            reached = carried_out(outcome, recipe, run, resume=True, tensorboard=tensorboard)
     if not reached:
         raise typer.Exit(GOAL_MISSED)

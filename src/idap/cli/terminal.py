@@ -3,10 +3,14 @@
 import codecs
 import os
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
+
+from idap.errors import UncheckedFileWarning
 
 _PLAIN: Mapping[str, str] = {
     "−": "-",
@@ -43,6 +47,24 @@ def terminal(*, stderr: bool = False) -> Terminal:
 def nowhere() -> Console:
     """Make a console that prints nothing."""
     return Console(quiet=True)
+
+
+@contextmanager
+def plain_warnings(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell warnings of idap in one line each, without a place in its code; others stay as Python shows them."""
+    shown: Any = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, UncheckedFileWarning):
+            tell(f"Warning: {message}.")
+        else:
+            shown(message, category, *place, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def settle_streams() -> None:

@@ -84,7 +84,6 @@ def _environment(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": process_count(),
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-        "folder": str(Path.cwd()),
         "command": sys.argv,
     }
 

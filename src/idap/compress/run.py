@@ -46,6 +46,7 @@ from idap.training.evaluate import Score, score
 from idap.training.processes import align_, is_main, on_main
 from idap.training.split import with_validation
 from idap.training.task import Task
+from idap.trust import sealed_place
 
 TRACED_SAMPLES = 2
 CHECKPOINTS_AT_LEAST = 3
@@ -180,6 +181,13 @@ def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable:
 
 def _begun(folder: RunFolder, settings: dict[str, Any], progress: Progress, *, resume: bool) -> list[dict[str, Any]]:
     """Begin a run in its folder, or go on with it; gives the decisions that were taken."""
+    place, keyless = sealed_place(folder.path, settings.get("recipe"))
+    settings["environment"] |= place
+    if keyless:
+        progress.say(
+            f"Commands will ask before they run code that the recipe of this run names, since {keyless}. "
+            "--trust runs it unasked."
+        )
     if not resume:
         folder.open(settings)
         return []

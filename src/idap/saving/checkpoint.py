@@ -2,12 +2,15 @@
 
 folder/
 ├── model.safetensors   the small tensors; tied tensors once; or several files and model.safetensors.index.json
-└── plan.json           format, versions, fingerprint of the original, and the plan
+└── plan.json           format, versions, fingerprint of the original, the plan and its digest
+
+Both are compared with their checksums when they are read (`checksums`): what was damaged on the way is an error.
 """
 
 import hashlib
 import json
 import platform
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from idap.cost.count import saved_tensors
-from idap.errors import CheckpointError
+from idap.errors import CheckpointError, UncheckedFileWarning
 from idap.files import write_json
 from idap.saving.origin import origin, remember_
 from idap.saving.reading import LARGEST_PLAN, PLAN, WEIGHTS, read_json
-from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, without_subnormals, write_tensors
+from idap.saving.tensors import PLAN_DIGEST, TensorFiles, entry_of, without_subnormals, write_tensors
 from idap.structure.chain import chained
 from idap.structure.plan import Plan
 from idap.structure.strict import shown
@@ -48,7 +51,7 @@ def save(folder: str | Path, model: nn.Module, plan: Plan, *, exact: bool = Fals
         CheckpointError: the folder can't be written, or the model's state holds something that is no tensor.
     """
     folder = Path(folder)
-    entries = [_entry(name, tensor.detach()) for name, tensor in _owned(model).items()]
+    entries = [entry_of(name, tensor.detach()) for name, tensor in owned_tensors(model).items()]
     described = described_plan(plan)
     try:
         metadata = {"format": "pt", PLAN_DIGEST: digest(plan)}
@@ -72,11 +75,15 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         compressed again is saved with one plan for the same original.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not what `save` writes, the tensors don't match the plan, or a
-            model on the meta device has tensors that are not saved.
+        CheckpointError: a file is missing, truncated or not what `save` writes, a tensor is not what was written (its
+            checksum does not match), the tensors don't match the plan, or a model on the meta device has tensors that
+            are not saved.
         PlanError: the plan does not fit `model`; names the first tensor, its shape and the shape expected.
+
+    Warns:
+        UncheckedFileWarning: a file was written without checksums, so whether it was damaged is not known.
     """
-    plan = read_plan(folder)
+    plan, checked = _read_plan(Path(folder) / PLAN)
     with TensorFiles(Path(folder)) as files:
         small = apply_plan(model, plan)
         _check(small, files)
@@ -86,8 +93,9 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
                 "copy both again"
             )
         _materialise_(small)
-        tensors = {name: files.tensor(name) for name in files.shapes}
-        small.load_state_dict(_with_aliases(small, tensors), strict=False, assign=False)
+        small.load_state_dict(_with_aliases(small, files.tensors()), strict=False, assign=False)
+        if not checked or files.unchecked:
+            _warn_unchecked(files.unchecked[0] if files.unchecked else Path(folder) / PLAN)
     before = origin(model)
     remember_(small, plan if before is None else chained(before, plan))
     return small
@@ -101,20 +109,44 @@ def read_plan(folder: str | Path, name: str = PLAN) -> Plan:
         name: of the file with the plan.
 
     Raises:
-        CheckpointError: it is missing, broken or of another format.
+        CheckpointError: it is missing, broken, damaged or of another format.
+
+    Warns:
+        UncheckedFileWarning: the file was written without a checksum.
     """
-    file = Path(folder) / name
+    plan, checked = _read_plan(Path(folder) / name)
+    if not checked:
+        _warn_unchecked(Path(folder) / name)
+    return plan
+
+
+def _read_plan(file: Path) -> tuple[Plan, bool]:
+    """The plan, and whether its checksum was there to be compared."""
     try:
         description = read_json(file, largest=LARGEST_PLAN)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no compressed model: {file} is missing") from error
+        raise CheckpointError(f"{file.parent} holds no compressed model: {file} is missing") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else description
         raise CheckpointError(f"{file} has format {shown(found)}, this version of idap reads format {FORMAT}")
     plan = Plan.from_json(description.get("plan", {}))
     if description.get("fingerprint") != fingerprint(plan.shapes):
         raise CheckpointError(f"{file} was changed after it was written: its fingerprint does not match its shapes")
-    return plan
+    if "digest" in description and description["digest"] != digest(plan):
+        raise CheckpointError(
+            f"the plan in {file} is not what was written there: its checksum does not match, so the file was damaged "
+            "or changed; copy it again from where it was saved"
+        )
+    return plan, "digest" in description
+
+
+def _warn_unchecked(file: Path) -> None:
+    warnings.warn(
+        f"{file} was written without checksums, so whether it was damaged since is not known; save the model with "
+        "idap.save to have them",
+        UncheckedFileWarning,
+        stacklevel=3,
+    )
 
 
 def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -143,21 +175,22 @@ def described_plan(plan: Plan) -> dict[str, Any]:
             "safetensors": str(safetensors.__version__),
             "python": platform.python_version(),
         },
+        "digest": digest(plan),
         "plan": plan.to_json(),
     }
 
 
 def digest(plan: Plan) -> str:
-    """A short name for a plan, which the weights carry so that the two can't be mixed up."""
+    """A short name for a plan: its file carries it as a checksum, the weights so that the two can't be mixed up."""
     return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _entry(name: str, tensor: Tensor) -> Entry:
-    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor.cpu()])
+def owned_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every saved tensor of a model once, under its first name.
 
-
-def _owned(model: nn.Module) -> dict[str, Tensor]:
-    """Every saved tensor once, under its first name."""
+    Raises:
+        CheckpointError: its state holds something that is no tensor.
+    """
     state = model.state_dict(keep_vars=True)
     for name, held in state.items():
         if not isinstance(held, Tensor):
@@ -179,7 +212,7 @@ def _materialise_(model: nn.Module) -> None:
     Raises:
         CheckpointError: one of them is not saved, so nobody knows its numbers.
     """
-    saved = {id(tensor): tensor for tensor in _owned(model).values() if tensor.is_meta}
+    saved = {id(tensor): tensor for tensor in owned_tensors(model).values() if tensor.is_meta}
     for path, module in model.named_modules():
         for name, held in (*vars(module).items(), *module._buffers.items()):
             if isinstance(held, Tensor) and held.is_meta and id(held) not in saved:
@@ -206,7 +239,7 @@ def _place(files: TensorFiles) -> Path:
 
 
 def _check(model: nn.Module, files: TensorFiles) -> None:
-    wanted = _owned(model)
+    wanted = owned_tensors(model)
     for name, tensor in wanted.items():
         if name not in files.shapes:
             raise CheckpointError(f"{_place(files)} lacks tensor {name!r} (expected shape {tuple(tensor.shape)})")

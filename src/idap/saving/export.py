@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file
 from torch import nn
 
-from idap.errors import ConfigError, ExportError
+from idap.errors import CheckpointError, ConfigError, ExportError
 from idap.graph.copies import skeleton
+from idap.saving.checkpoint import owned_tensors
 from idap.saving.formats import Check, Program, onnx_runner, program_of, program_runner, write_onnx, write_program
+from idap.saving.tensors import entry_of, write_tensors
 from idap.surgery.compare import Inputs, batch_size, fresh_inputs, largest_difference
 
 TOLERANCE = 1e-4
@@ -118,7 +120,7 @@ def export(
 
 
 def export_weights(model: nn.Module, file: str | Path) -> Exported:
-    """Write a model's state as one safetensors file: tied tensors once, no plan, no code.
+    """Write a model's state as one safetensors file: tied tensors once, with checksums, no plan, no code.
 
     Args:
         model: any module.
@@ -134,8 +136,9 @@ def export_weights(model: nn.Module, file: str | Path) -> Exported:
     file = _checked_path(file, "safetensors")
     with _placed(file) as beside:
         try:
-            save_model(model, str(beside), metadata={"format": "pt"})
-        except (AttributeError, RuntimeError, ValueError) as error:
+            entries = [entry_of(name, tensor.detach()) for name, tensor in owned_tensors(model).items()]
+            write_tensors(beside, entries, {"format": "pt"}, exact=True)
+        except CheckpointError as error:
             raise ExportError(f"{type(model).__name__} can't be written as safetensors: {error}") from error
         held = model.state_dict()
         for name, tensor in load_file(str(beside)).items():

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import safetensors
+
 from idap.errors import CheckpointError
 from idap.memory import Need, Room, readable
 
@@ -155,3 +157,24 @@ def inside(folder: Path, name: str, source: str) -> Path:
             "file itself there"
         )
     return folder / name
+
+
+def open_tensors(file: Path) -> Any:
+    """Open a safetensors file, whose header the library checks against the size of the file.
+
+    Raises:
+        CheckpointError: it is missing, truncated or none.
+    """
+    try:
+        if not file.exists():
+            raise FileNotFoundError
+        if not file.is_file():
+            raise CheckpointError(f"{file} is no safetensors file; copy or download it again")
+        return safetensors.safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        what = "the compressed model has no weights: " if file.name == WEIGHTS else ""
+        raise CheckpointError(f"{what}{file} is missing") from error
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file ({error}); copy or download it again"
+        ) from error

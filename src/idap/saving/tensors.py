@@ -6,15 +6,15 @@ piece of one tensor is in memory, however large the files are. Pieces are read, 
 memory of the process until the file is closed, and are slower to get in the order of a file.
 """
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import safetensors
 import torch
@@ -22,7 +22,16 @@ from torch import Tensor
 
 from idap.errors import CheckpointError
 from idap.files import written
-from idap.saving.reading import WEIGHTS, read_object, weight_files
+from idap.saving.checksums import (
+    EMPTY,
+    Checksum,
+    bytes_of,
+    compare_checksum,
+    header_text,
+    read_checksums,
+    tensor_checksum,
+)
+from idap.saving.reading import open_tensors, read_object, weight_files
 from idap.surgery.apply import cut_tensor
 
 PIECE = 2**24
@@ -64,10 +73,15 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def entry_of(name: str, tensor: Tensor) -> Entry:
+    """A tensor in memory that is to be written."""
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor.cpu()])
+
+
 def write_tensors(
     file: Path, entries: Sequence[Entry], metadata: Mapping[str, str], *, exact: bool = False
 ) -> dict[str, int]:
-    """Write a safetensors file whole or not at all.
+    """Write a safetensors file whole or not at all, with a checksum of each tensor and of the header.
 
     Args:
         file: replaced where it exists.
@@ -91,22 +105,32 @@ def write_tensors(
             raise CheckpointError(f"tensor {entry.name!r} is {entry.dtype}, which safetensors files can't hold here")
         begin, end = end, end + entry.nbytes
         header[entry.name] = {"dtype": codes[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    checksums = dict.fromkeys((entry.name for entry in ordered), EMPTY)
     subnormal: dict[str, int] = {}
     with written(file) as out:
+        text = header_text(header, checksums)
         out.write(len(text).to_bytes(8, "little") + text)
         for entry in ordered:
-            before, count = out.tell(), 0
-            for piece in entry.pieces():
-                clean, found = (piece, 0) if exact else without_subnormals(piece)
-                count += found
-                out.write(clean.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            if out.tell() - before != entry.nbytes:
-                raise CheckpointError(f"tensor {entry.name!r} changed while it was written")
+            checksums[entry.name], count = _write_entry(out, entry, exact=exact)
             if count:
                 subnormal[entry.name] = count
+        out.seek(8)
+        out.write(header_text(header, checksums))
     return subnormal
+
+
+def _write_entry(out: BinaryIO, entry: Entry, *, exact: bool) -> tuple[str, int]:
+    """Write one tensor; gives its checksum, and how many subnormal numbers were written as zeros."""
+    before, count, checksum = out.tell(), 0, Checksum()
+    for piece in entry.pieces():
+        clean, found = (piece, 0) if exact else without_subnormals(piece)
+        count += found
+        whole = clean.contiguous()
+        checksum.add(whole)
+        out.write(bytes_of(whole))
+    if out.tell() - before != entry.nbytes:
+        raise CheckpointError(f"tensor {entry.name!r} changed while it was written")
+    return checksum.hex(), count
 
 
 def without_subnormals(tensor: Tensor) -> tuple[Tensor, int]:
@@ -136,9 +160,11 @@ class TensorFiles:
         shapes: tensor -> its shape.
         dtypes: tensor -> its type.
         digests: what the files say about the plan that they were made with, "" where one says nothing.
+        unchecked: files that were written without checksums; what is read from the others is compared with theirs.
 
     Raises:
-        CheckpointError: a file is missing, truncated or none, the index is wrong, or a tensor comes twice.
+        CheckpointError: a file is missing, truncated or none, the index is wrong, a header was damaged, or a tensor
+            comes twice.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,6 +172,8 @@ class TensorFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.digests: set[str] = set()
+        self.unchecked: list[Path] = []
+        self._checksums: dict[str, str] = {}
         self._files: dict[str, Path] = {}
         self._begins: dict[str, int] = {}
         self._mapped: dict[Path, Any] = {}
@@ -192,7 +220,30 @@ class TensorFiles:
         return self._files[name]
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor; it is a view of the file, so copy what is kept."""
+        """A whole tensor; it is a view of the file, so copy what is kept.
+
+        Raises:
+            CheckpointError: it can't be read, or is not what was written.
+        """
+        found = self._view(name)
+        if name in self._checksums:
+            compare_checksum(name, self._files[name], tensor_checksum(found), self._checksums[name])
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, each a view of its file; as many at a time are compared as torch has threads.
+
+        Raises:
+            CheckpointError: one can't be read, or is not what was written.
+        """
+        views = {name: self._view(name) for name in self.shapes}
+        checked = [name for name in views if name in self._checksums]
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # hashlib lets other threads run
+            for name, found in zip(checked, pool.map(lambda name: tensor_checksum(views[name]), checked), strict=True):
+                compare_checksum(name, self._files[name], found, self._checksums[name])
+        return views
+
+    def _view(self, name: str) -> Tensor:
         try:
             found: Tensor = self._mapped[self._files[name]].get_tensor(name)
         except (safetensors.SafetensorError, RuntimeError) as error:
@@ -208,6 +259,9 @@ class TensorFiles:
 
         Yields:
             Parts of about `PIECE` bytes.
+
+        Raises:
+            CheckpointError: it can't be read; or, after the last part, it is not what was written.
         """
         shape = self.shapes[name]
         if not shape or 0 in shape:
@@ -216,15 +270,25 @@ class TensorFiles:
         rows: Sequence[int] = kept.get(0, range(shape[0]))
         others = {dim: slots for dim, slots in kept.items() if dim}
         span = max(1, PIECE // (math.prod(shape[1:]) * self.dtypes[name].itemsize))
-        start = 0
+        checksum = Checksum() if name in self._checksums else None
+        start = position = 0
         while start < len(rows):
-            end = bisect_left(rows, rows[start] + span)
-            first, stop = rows[start], rows[end - 1] + 1
-            part = self._rows(name, first, stop)
-            whole = stop - first == end - start
-            inner = {} if whole else {0: tuple(row - first for row in rows[start:end])}
-            yield _cut(part, inner | others)
+            # A checksum is that of all rows, so none is left out; without one, reading begins with the next row kept.
+            first = rows[start] if checksum is None else position
+            end = bisect_left(rows, first + span)
+            position = first + span if checksum is not None else rows[end - 1] + 1
+            part = self._rows(name, first, min(position, shape[0]))
+            if checksum is not None:
+                checksum.add(part)
+            if end > start:
+                whole = len(part) == end - start
+                inner = {} if whole else {0: tuple(row - first for row in rows[start:end])}
+                yield _cut(part, inner | others)
             start = end
+        if checksum is not None:
+            for first in range(position, shape[0], span):
+                checksum.add(self._rows(name, first, min(first + span, shape[0])))
+            compare_checksum(name, self._files[name], checksum.hex(), self._checksums[name])
 
     def _rows(self, name: str, first: int, stop: int) -> Tensor:
         file, shape, dtype = self._files[name], self.shapes[name], self.dtypes[name]
@@ -251,7 +315,7 @@ class TensorFiles:
         self._open = None
 
     def _survey(self, file: Path) -> None:
-        mapped = self._mapped[file] = _opened(file)  # checks all that the header says
+        mapped = self._mapped[file] = open_tensors(file)  # checks all that the header says
         with file.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             header = read_object(raw.read(length), file)
@@ -265,23 +329,11 @@ class TensorFiles:
             self._files[name], self.dtypes[name] = file, CODES[code]
             self.shapes[name] = tuple(entry.get_shape())
             self._begins[name] = 8 + length + header[name]["data_offsets"][0]
+        checksums = read_checksums(header, mapped.keys(), file)
+        if checksums is None:
+            self.unchecked.append(file)
+        self._checksums |= checksums or {}
         self.digests.add((mapped.metadata() or {}).get(PLAN_DIGEST, ""))
-
-
-def _opened(file: Path) -> Any:
-    try:
-        if not file.exists():
-            raise FileNotFoundError
-        if not file.is_file():
-            raise CheckpointError(f"{file} is no safetensors file; copy or download it again")
-        return safetensors.safe_open(file, framework="pt")
-    except FileNotFoundError as error:
-        what = "the compressed model has no weights: " if file.name == WEIGHTS else ""
-        raise CheckpointError(f"{what}{file} is missing") from error
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}); copy or download it again"
-        ) from error
 
 
 def _cut(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:

@@ -5,12 +5,15 @@ a plain folder, where a configuration can say what is left:     otherwise:
 ├── model.safetensors                                           ├── model.safetensors, plan.json   as `idap.save` writes
 ├── files of the tokenizer                                      ├── config.json    says how to load the folder
 └── idap.json      what was changed                             └── idap.json      why it is not a plain folder
+
+`idap.json` also holds checksums of the files that transformers wrote, for `load_pretrained`.
 """
 
 import importlib
 import json
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idap.errors import CheckpointError, ConfigError
+from idap.errors import CheckpointError, ConfigError, UncheckedFileWarning
 from idap.files import write_bytes, write_json
 from idap.saving.checkpoint import load, save
+from idap.saving.checksums import file_checksum
 from idap.saving.origin import origin
-from idap.saving.reading import PLAN
+from idap.saving.reading import PLAN, WEIGHTS, inside, read_json
 from idap.structure.plan import Plan
 from idap.surgery.compare import Inputs
 from idap.surgery.rewritten import original_class
 from idap.zoo.configured import Configured, configured
+from idap.zoo.pretrained import check_kernels
 from idap.zoo.same import output_difference, tolerance
 from idap.zoo.transformers import transformers_inputs
 
@@ -103,9 +108,11 @@ def save_pretrained(
             _write_plain(found, model, new, inputs)
         else:
             _write_with_plan(model, plan, new, saved.loads_with)
+        checksums = {name: file_checksum(new / name) for name in _unguarded(new)}
         if tokenizer is not None:
             tokenizer.save_pretrained(new if saved.plain else new / ORIGINAL)
-        write_json(new / NOTE, {"format": 1, "plain": saved.plain, "changed": saved.changed, "reason": saved.reason})
+        note = {"format": 1, "plain": saved.plain, "changed": saved.changed, "reason": saved.reason}
+        write_json(new / NOTE, {**note, "sha256": checksums})
 
     _put(folder, write)
     return saved
@@ -119,7 +126,10 @@ def load_pretrained(folder: str | Path) -> nn.Module:
 
     Raises:
         ConfigError: transformers is missing, or has no such model.
-        CheckpointError: a file is missing or broken.
+        CheckpointError: a file is missing, broken, or not what was written.
+
+    Warns:
+        UncheckedFileWarning: the folder was written without checksums, so whether it was damaged is not known.
     """
     folder = Path(folder)
     plain = not (folder / PLAN).exists()
@@ -137,15 +147,61 @@ def load_pretrained(folder: str | Path) -> nn.Module:
             f"{file} names the model {name!r}, which transformers {library.__version__} does not have; build it "
             f"yourself and take {'from_pretrained' if plain else f'idap.load({str(folder)!r}, original)'}."
         )
+    _compare_checksums(folder)
+    config = kind.config_class.from_pretrained(file.parent)
+    check_kernels(str(folder), config)
     if plain:
-        found: nn.Module = kind.from_pretrained(folder)
+        found: nn.Module = kind.from_pretrained(folder, config=config, use_safetensors=True, weights_only=True)
         return found.eval()
-    config = library.AutoConfig.from_pretrained(folder / ORIGINAL)
     with torch.random.fork_rng(devices=[]):
         small = load(folder, kind._from_config(config)).eval()
     if (folder / ORIGINAL / "generation_config.json").exists():
         small.generation_config = library.GenerationConfig.from_pretrained(folder / ORIGINAL)
     return small
+
+
+def _unguarded(folder: Path) -> list[str]:
+    """The files of a folder that carry no checksum of their own, those that `idap.save` writes do."""
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return [name for name in names if not ((folder / PLAN).exists() and name in (PLAN, WEIGHTS))]
+
+
+def _compare_checksums(folder: Path) -> None:
+    """Refuse a folder of which a file is not what `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    try:
+        note = read_json(folder / NOTE)
+    except FileNotFoundError:
+        note = {}
+    checksums = note.get("sha256") if isinstance(note, dict) else None
+    if checksums is None:
+        warnings.warn(
+            f"{folder} was written without checksums, so whether it was damaged since is not known; save the model "
+            "with idap.save_pretrained to have them",
+            UncheckedFileWarning,
+            stacklevel=3,
+        )
+        return
+    if not isinstance(checksums, dict):
+        raise CheckpointError(f"{folder / NOTE} is broken: its checksums are no list of files; copy it again")
+    for name, wanted in checksums.items():
+        part, _, last = name.rpartition("/")
+        if part not in ("", ORIGINAL):
+            raise CheckpointError(f"{folder / NOTE} names the file {name!r:.80}, which is not one of this folder")
+        file = inside(folder / part, last, NOTE)
+        try:
+            found = file_checksum(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} can't be read: {error}; copy the folder again") from error
+        if found != wanted:
+            raise CheckpointError(
+                f"{file} is not what was written there: its checksum does not match, so the file was damaged or "
+                "changed; copy it again from where it was saved. If you changed it on purpose, delete the entry "
+                f"{name!r} of sha256 in {folder / NOTE}"
+            )
 
 
 def example_inputs(model: Any) -> Inputs:

@@ -57,12 +57,19 @@ def build_pretrained(
     if head == "language":
         config.use_cache = False
     if not trained:
-        made: nn.Module = _attempt(spec, lambda: builder.from_config(config))
+        made: nn.Module = _attempt(spec, lambda: builder.from_config(config, trust_remote_code=False))
         return made
     with _quiet(library):
         model, report = _attempt(
             spec,
-            lambda: builder.from_pretrained(_place(spec), config=config, dtype=torch.float32, output_loading_info=True),
+            lambda: builder.from_pretrained(
+                _place(spec),
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                weights_only=True,
+                trust_remote_code=False,
+            ),
         )
     missing = sorted(report["missing_keys"])
     if missing and not new_head:
@@ -76,10 +83,10 @@ def build_pretrained(
 
 
 def load_config(spec: str, library: ModuleType) -> Any:
-    """Read the configuration of a model.
+    """Read the configuration of a model; one that brings code of its own is refused.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it names code.
     """
     name = spec.removeprefix(PREFIX)
     folder = Path(name).expanduser()
@@ -88,7 +95,31 @@ def load_config(spec: str, library: ModuleType) -> Any:
         raise ConfigError(f"{spec}: {folder} holds no config.json; expected what model.save_pretrained(...) writes.")
     if looks_local and not folder.is_dir():
         raise ConfigError(f"{spec}: there is no folder {folder}. Write hf:FOLDER, or hf:NAME as it stands on the hub.")
-    return _attempt(spec, lambda: library.AutoConfig.from_pretrained(_place(spec)))
+    config = _attempt(spec, lambda: library.AutoConfig.from_pretrained(_place(spec), trust_remote_code=False))
+    check_kernels(spec, config)
+    return config
+
+
+def check_kernels(where: str, config: Any) -> None:
+    """Refuse a configuration that has transformers fetch the code of its attention from the hub.
+
+    Args:
+        where: the configuration comes from, for messages.
+        config: of transformers, with those of the parts of its model.
+
+    Raises:
+        ConfigError: names the code.
+    """
+    for kind in ("attn", "experts"):
+        named = getattr(config, f"_{kind}_implementation", None)
+        if named is not None and not str(named).isidentifier():
+            raise ConfigError(
+                f"{where}: its config.json names {named!r:.80} as {kind}_implementation, which is code from elsewhere; "
+                f"idap runs none. Set {kind}_implementation to 'eager' there."
+            )
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            check_kernels(where, getattr(config, name))
 
 
 def processor_of(spec: str) -> Any:
@@ -111,7 +142,7 @@ def processor_of(spec: str) -> Any:
     ):
         if not isinstance(place, Path) or any((place / file).is_file() for file in files):
             try:
-                return loader.from_pretrained(place)
+                return loader.from_pretrained(place, trust_remote_code=False)
             except Exception as error:  # whatever a broken file raises
                 if isinstance(place, Path):  # the files are there
                     raise CheckpointError(
@@ -158,9 +189,10 @@ def _builder(spec: str, library: ModuleType, config: Any, head: Head | None) -> 
     if head is not None:
         name, ending = HEADS[head]
         return getattr(library, name), ending
-    named = getattr(config, "architectures", None) or []
-    if named and hasattr(library, named[0]):
-        return _Plain(getattr(library, named[0])), ""
+    named = getattr(config, "architectures", None)
+    kind = getattr(library, str(named[0]), None) if isinstance(named, list) and named else None
+    if isinstance(kind, type) and issubclass(kind, library.PreTrainedModel):
+        return _Plain(kind), ""
     return library.AutoModel, ""
 
 
@@ -169,7 +201,12 @@ class _Plain:
 
     def __init__(self, kind: Any) -> None:
         self.from_pretrained = kind.from_pretrained
-        self.from_config = kind._from_config
+        self._build = kind._from_config
+
+    def from_config(self, config: Any, *, trust_remote_code: bool) -> Any:
+        """Build a model; its class is one of the library's own, so there is no other code to trust."""
+        assert not trust_remote_code
+        return self._build(config)
 
 
 def _attempt(spec: str, call: Any) -> Any:

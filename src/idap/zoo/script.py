@@ -27,6 +27,25 @@ def is_script(spec: str) -> bool:
     return spec.startswith(PREFIX)
 
 
+def place_of(value: object) -> tuple[Path | None, str, str] | None:
+    """Where the code is that a value of a recipe names; nothing is imported.
+
+    Args:
+        value: any value.
+
+    Returns:
+        The file (None for a module), the place as it is written, and the name in it; None for what names no code.
+
+    Example:
+        >>> place_of("python:math:floor"), place_of("idap:digits_vit")
+        ((None, 'math', 'floor'), None)
+    """
+    if not isinstance(value, str) or not is_script(value):
+        return None
+    place, _, name = value.removeprefix(PREFIX).rpartition(":")
+    return Path(place).expanduser().resolve() if _is_file(place) else None, place, name
+
+
 def load_object(spec: str) -> Any:
     """Find an object in a file or in an installed module; importing it runs the code there.
 

@@ -34,7 +34,7 @@ def load_tokenizer(name: str) -> Any:
             "tokenizer.save_pretrained(...), or set data.tokenizer to a folder that has one."
         )
     try:
-        return library.AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
+        return library.AutoTokenizer.from_pretrained(folder if folder.is_dir() else name, trust_remote_code=False)
     except Exception as error:  # whatever a broken file or a failed download raises
         raise TaskError(
             f"the tokenizer {name!r} can't be loaded: {type(error).__name__}: {_first_line(error)}. Set data.tokenizer "

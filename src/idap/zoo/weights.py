@@ -8,12 +8,10 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from idap.errors import CheckpointError
-from idap.files import write_bytes
+from idap.saving.tensors import TensorFiles, entry_of, write_tensors
 
 # Names under which training scripts keep the tensors within a larger checkpoint.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -59,14 +57,9 @@ def keep_weights(model: nn.Module, file: Path, notes: Mapping[str, str]) -> None
     Raises:
         CheckpointError: it can't be written.
     """
-    state = model.state_dict()
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
-        write_bytes(file, save_safetensors(tensors, metadata=dict(notes)))
+        write_tensors(file, [entry_of(name, tensor) for name, tensor in tensors.items()], notes, exact=True)
     except OSError as error:
         raise CheckpointError(f"cannot write the weights {file}: {error}") from error
 
@@ -85,13 +78,8 @@ def notes_in(file: Path) -> dict[str, str]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_safetensors(path.read_bytes())
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({error}); copy or download it again."
-        ) from error
-    return tensors
+    with TensorFiles(path) as files:
+        return {name: tensor.clone() for name, tensor in files.tensors().items()}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,138 @@
+"""Checksums of saved tensors: written with them, compared when they are read.
+
+A file of weights carries two things in the free text of its header: the SHA-256 of the bytes of each tensor, and the
+SHA-256 of all the rest of the header. The header stands at the beginning of the file, so room is left for them while
+the tensors are written, and they are filled in at the end: nothing is read twice. Only `idap` looks at them; every
+other reader of safetensors files ignores them.
+
+They find damage: a failing disk, a broken copy. Whoever can change a file on purpose can change its checksums too.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idap.errors import CheckpointError
+from idap.saving.reading import read_object
+
+TENSORS, HEADER = "idap_sha256", "idap_header_sha256"
+"""Where the header keeps the checksums: name of the tensor -> its own, as JSON; and that of the rest of the header."""
+EMPTY = "0" * hashlib.sha256().digest_size * 2
+"""Takes the room of a checksum that is not known yet."""
+CHUNK = 2**20
+"""Bytes of a file that are in memory at a time."""
+
+
+class Checksum:
+    """The checksum of bytes that come a part at a time."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, tensor: Tensor) -> None:
+        """Add the numbers of a contiguous tensor on the CPU."""
+        self._hash.update(bytes_of(tensor))
+
+    def hex(self) -> str:
+        """The checksum of all that was added."""
+        return self._hash.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which share its memory."""
+    found: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return found
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """The checksum of a contiguous tensor on the CPU."""
+    found = Checksum()
+    found.add(tensor)
+    return found.hex()
+
+
+def file_checksum(file: Path) -> str:
+    """The checksum of a whole file, of which a part is in memory at a time.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    found = hashlib.sha256()
+    with file.open("rb") as source:
+        while part := source.read(CHUNK):
+            found.update(part)
+    return found.hexdigest()
+
+
+def header_text(header: Mapping[str, Any], checksums: Mapping[str, str]) -> bytes:
+    """The header of a file of weights, as it is written; its length depends on the names of the tensors only.
+
+    Args:
+        header: name of the tensor -> type, shape and place; and the metadata.
+        checksums: name of the tensor -> its checksum, or `EMPTY`.
+    """
+    metadata = {**header["__metadata__"], TENSORS: json.dumps(checksums, separators=(",", ":"))}
+    whole = {**header, "__metadata__": metadata}
+    metadata[HEADER] = _header_checksum(whole)
+    text = json.dumps(whole, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def read_checksums(header: Mapping[str, Any], names: Iterable[str], file: Path) -> Mapping[str, str] | None:
+    """Read the checksums in the header of a file of weights.
+
+    Args:
+        header: as it was read.
+        names: of the tensors in the file.
+        file: for messages.
+
+    Returns:
+        Name of the tensor -> its checksum; None for a file that was written without checksums.
+
+    Raises:
+        CheckpointError: the header was damaged.
+    """
+    metadata = header.get("__metadata__") or {}
+    if TENSORS not in metadata and HEADER not in metadata:
+        return None
+    if metadata.get(HEADER) != _header_checksum(header):
+        raise CheckpointError(
+            f"the header of {file} is not what was written there: its checksum does not match, so the file was damaged "
+            "or changed; copy it again from where it was saved"
+        )
+    found = read_object(str(metadata.get(TENSORS)).encode(), file)
+    if not isinstance(found, dict) or found.keys() != set(names):
+        raise CheckpointError(f"{file} does not hold a checksum for each of its tensors; copy or save it again")
+    return found
+
+
+def compare_checksum(name: str, file: Path, found: str, wanted: str) -> None:
+    """Refuse a tensor that is not what was written.
+
+    Args:
+        name: of the tensor.
+        file: that holds it.
+        found: the checksum of what was read.
+        wanted: the checksum that was written.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if found != wanted:
+        raise CheckpointError(
+            f"tensor {name!r} in {file} is not what was written there: its checksum does not match, so the file was "
+            "damaged or changed; copy it again from where it was saved. If you changed the weights on purpose, save "
+            "the model with idap.save, or write the tensors without the metadata of the old file"
+        )
+
+
+def _header_checksum(header: Mapping[str, Any]) -> str:
+    """The checksum of all that a header says, but for this checksum."""
+    metadata = {key: value for key, value in header["__metadata__"].items() if key != HEADER}
+    text = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
