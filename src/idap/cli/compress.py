@@ -225,7 +225,7 @@ def _trained(
     from idap.compress.folder import run_size  # noqa: PLC0415 - torch is slow to import
     from idap.training.fit import fit  # noqa: PLC0415 - as above
     from idap.training.processes import on_main  # noqa: PLC0415 - as above
-    from idap.zoo.weights import keep_weights, load_weights, notes_in  # noqa: PLC0415 - as above
+    from idap.zoo.weights import check_keepable, keep_weights, load_weights, notes_in  # noqa: PLC0415 - as above
 
     file = folder.original
     if resume and on_main(file.exists):
@@ -237,6 +237,7 @@ def _trained(
         load_weights(model, file)
         progress.say(f"The original was trained before: its weights are those of {file}.")
         return
+    check_keepable(model)
     if resume:
         on_main(lambda: folder.check_room(run_size(model)))
     fit(model, task, training, progress=progress, title="train")

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
+
+from torch import nn
 
 from idap.compress.folder import profile_of
 from idap.compress.state import Keep, Setting, State
@@ -102,11 +105,20 @@ class Journal:
             raise RunFolderError(
                 f"line {index + 1} of {file} is a decision that does not fit the run: {error}. {remedy(file)}"
             ) from error
-        model = load(setting.folder.checkpoint(index), setting.original) if found.accepted else state.model
+        model = self._recalled_model(setting.folder.checkpoint(index)) if found.accepted else state.model
         cost, latency = setting.costs.cost(keep, parts), found.shares.get("latency")
         then = State(model, keep, parts, plan, cost, found.metric, found.error, latency, found.fault)
         self._recalled = True
         return Decision(then, found.removed, found.contest)
+
+    def _recalled_model(self, checkpoint: Path) -> nn.Module:
+        try:
+            return load(checkpoint, self._setting.original)
+        except PlanError as error:
+            raise RunFolderError(
+                f"the accepted state {checkpoint} does not fit the run: {error}. Delete its line and all behind it "
+                f"from {STEPS} to have those decisions taken again, or begin anew in another folder."
+            ) from error
 
     def _recalled_cut(self, found: Step, state: State) -> tuple[Keep, tuple[str, ...]]:
         """The units and the removed parts that a decision of then came to from a state.

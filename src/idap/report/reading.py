@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,6 +17,7 @@ from idap.report.contents import LARGEST, Begun, Costs, Decided, Measured, Profi
 from idap.steps import Removal, Step
 
 Kind = TypeVar("Kind")
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 GOALS = ("macs", "parameters", "size", "latency")
 
 
@@ -219,8 +220,10 @@ def _read(file: Path, kind: type[Kind]) -> Kind | None:
 
 def _checked(found: Any, kind: type[Kind], file: Path, where: str = "") -> Kind:
     """Data as a type; strictly: a number as text is none."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(found), strict=True)
+        return cast("Kind", _ADAPTERS[kind].validate_json(json.dumps(found), strict=True))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "all of it"

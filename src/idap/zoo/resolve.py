@@ -148,8 +148,11 @@ def _torchvision(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
 
 def _timm(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
     timm = _optional("timm", spec)
-    # Names may end in a tag, as in resnet18.a1_in1k; the tag picks weights, which are not fetched here.
+    # Names may end in a tag, as in resnet18.a1_in1k; the tag picks weights, which are not fetched here. Only tags that
+    # timm lists: it takes others for places to fetch a model from.
     _known(spec, name.partition(".")[0], timm.list_models())
+    if "." in name:
+        _known(spec, name, timm.list_pretrained())
     model: nn.Module = timm.create_model(name, pretrained=False, **counted)
     return model
 
