@@ -134,7 +134,11 @@ def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
     nested = next((key for key in _NESTED if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)), None)
     inner = found if nested is None else found[nested]
     if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()):
-        keys = f" with the keys {', '.join(map(shown, list(inner)[:6]))}" if isinstance(inner, Mapping) else ""
+        keys = (
+            f" with the keys {', '.join(str(key)[:60] for key in list(inner)[:6])}"
+            if isinstance(inner, Mapping)
+            else ""
+        )
         raise CheckpointError(
             f"{path} holds {type(inner).__name__}{keys}; expected tensors by name, as model.state_dict() gives them."
         )
