@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "idap"
 FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = {
-    **dict.fromkeys(("errors", "files", "steps"), 0),
+    **dict.fromkeys(("claims", "errors", "files", "steps"), 0),
     **dict.fromkeys(("record", "progress", "kinds", "memory", "trust"), 1),
     **dict.fromkeys(("graph", "training", "tensorboard", "report"), 2),
     "structure": 3,

@@ -1,4 +1,4 @@
-"""The run folder: one JSON line per decision, every file written whole or not at all.
+"""The run folder: one JSON line per decision, every file written whole or not at all, one process at a time.
 
 run/
 ├── original.safetensors    weights of the original, where the recipe trained it first
@@ -10,7 +10,9 @@ run/
 ├── result.json             what was reached; a run that has it is finished
 ├── measured.json           original and result side by side, where `idap compress` measured them
 ├── checkpoints/            the accepted states
-└── model/                  the result: model.safetensors, plan.json
+├── model/                  the result: model.safetensors, plan.json
+├── .idap-lock              locked by the process that works on the run; gone when it ends
+└── .idap-holder.json       which process that is
 """
 
 import json
@@ -19,29 +21,108 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from idap.claims import HOLDER, LOCK, Claim, InUseError
 from idap.errors import RunFolderError
-from idap.files import plain, unfinished, write_bytes, write_json
+from idap.files import (
+    difference,
+    json_text,
+    load_json,
+    nearest,
+    numbered,
+    parse_json,
+    read_text,
+    remove_unfinished,
+    unfinished,
+    write_bytes,
+    write_json,
+)
 from idap.steps import Step
 
 RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
 BEFORE, AFTER = "divergence-before.json", "divergence-after.json"
 RESULT, MEASURED = "result.json", "measured.json"
-LATENCY = "latency.json"
-ORIGINAL = "original.safetensors"
+LATENCY, ORIGINAL = "latency.json", "original.safetensors"
+
+_REMEDIES: Mapping[str, str] = {
+    STEPS: "Delete the line and all behind it to have those decisions taken again, or begin anew in another folder.",
+    **dict.fromkeys((BEFORE, AFTER), "Delete the file; the report then lacks this measurement."),
+    **dict.fromkeys((RESULT, MEASURED, LATENCY), "Delete it to have it measured again (idap resume)."),
+}
+
+
+def remedy(file: Path) -> str:
+    """What to do about a file of a run folder that is broken."""
+    return _REMEDIES.get(file.name, "Begin the run anew in another folder.")
 
 
 class RunFolder:
-    """A folder that holds one run."""
+    """A folder that holds one run.
+
+    Args:
+        path: of the folder, which may be yet to be made.
+
+    A process claims the folder before it writes there. The claim is a lock of the operating system, so it ends with the
+    process, whatever ends it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._claim = Claim(self.path)
+
+    @classmethod
+    def claim_free(cls, first: Path) -> Self:
+        """Make and claim the first of NAME, NAME-2, NAME-3, ... that does not exist.
+
+        Two processes that ask at once get two folders.
+
+        Args:
+            first: NAME, with the folder that it lies in.
+
+        Raises:
+            RunFolderError: no folder can be made there.
+        """
+        return next(folder for folder in map(cls, numbered(first)) if folder._claimed_new())
+
+    def _claimed_new(self) -> bool:
+        try:
+            return self._claim.acquire(new=True)
+        except (FileExistsError, InUseError):
+            if os.path.lexists(self.path):
+                return False
+            raise RunFolderError(f"{self.path.parent} is no folder, so no run can be kept in it.") from None
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def claim(self) -> bool:
+        """Claim the folder for this object, until `release`; it is made where it does not exist.
+
+        Returns:
+            Whether it was claimed now; False where this object holds it already.
+
+        Raises:
+            RunFolderError: another process works on the run, or this one does elsewhere; or nothing can be written.
+        """
+        try:
+            return self._claim.acquire()
+        except InUseError as error:
+            raise RunFolderError(
+                f"{self.path} is in use by {error}: only one process may work on a run. Wait until it has ended, or "
+                "choose another folder."
+            ) from error
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def release(self) -> None:
+        """Give up the claim, if there is one; a folder that was made for it and is empty goes again."""
+        self._claim.release()
 
     def check(self, *, size: int = 0) -> None:
         """Make sure that a run may be written here; writes nothing.
 
-        The weights of an original that was trained for the run may lie there already.
+        The weights of an original that was trained for the run may lie there already, and what a process left that was
+        killed before the run began.
 
         Args:
             size: bytes for which there must be room.
@@ -52,20 +133,38 @@ class RunFolder:
         """
         try:
             begun = (self.path / RUN).exists()
+            broken = next(
+                (each for each in (self.path, *self.path.parents) if each.is_symlink() and not each.exists()), None
+            )
         except OSError as error:
             raise RunFolderError(f"{self.path} can't be the folder of a run: {error}. Choose another one.") from error
+        if broken is not None:
+            raise RunFolderError(
+                f"{broken} is a link to {broken.readlink()}, which does not exist; make that folder, or choose another "
+                "one for the run."
+            )
         if begun:
             raise RunFolderError(f"{self.path} already holds a run ({RUN}); choose another folder, or delete this one.")
-        others = self.path.is_dir() and {each.name for each in self.path.iterdir()} - {ORIGINAL}
-        if others or (self.path.exists() and not self.path.is_dir()):
+        if self.path.is_dir():
+            others = [each for each in self.path.iterdir() if not _before_a_run(each)]
+        if self.path.exists() and (not self.path.is_dir() or others):
             raise RunFolderError(f"{self.path} exists and is not an empty folder; choose another one for the run.")
-        near = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        near = nearest(self.path)
         if not near.is_dir():
             raise RunFolderError(f"{near} is a file, so no run can be kept in {self.path}; choose another folder.")
         if not os.access(near, os.W_OK | os.X_OK):
             raise RunFolderError(
                 f"{near} can't be written, so no run can be kept in {self.path}; choose another folder."
             )
+        self.check_room(size)
+
+    def check_room(self, size: int) -> None:
+        """Make sure that so many bytes can be written.
+
+        Raises:
+            RunFolderError: the disk is full.
+        """
+        near = nearest(self.path)
         free = shutil.disk_usage(near).free
         if free < size:
             raise RunFolderError(
@@ -73,7 +172,7 @@ class RunFolder:
                 "make room, or choose a folder on another disk."
             )
 
-    def reopen(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def reopen(self, settings: Mapping[str, Any]) -> None:
         """Go on with a run that was stopped at any moment, or begin it where it had not come to its settings yet.
 
         What a killed process left half-written is cleared away: unfinished files, and a last line cut short.
@@ -82,31 +181,25 @@ class RunFolder:
             settings: of the run as it is now; all but its environment, recipe, time and calibration data must be what
                 it was begun with.
 
-        Returns:
-            The decisions that were taken, in order.
-
         Raises:
-            RunFolderError: the folder holds something else, another run, or a broken decision; or can't be written.
+            RunFolderError: the folder holds something else, or another run; or can't be written.
         """
         try:
             self._clear()
             if not (self.path / RUN).exists():
                 self.open(settings)
-                return []
-            begun = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-            if not isinstance(begun, dict):
-                raise ValueError(f"{RUN} holds no settings")
-        except (OSError, ValueError) as error:
+                return
+        except OSError as error:
             raise RunFolderError(f"cannot go on with the run in {self.path}: {error}") from error
-        now = json.loads(json.dumps(settings, default=plain))
+        begun = read_object(self.path / RUN)
+        now = json.loads(json_text(settings))
         for name in sorted({*begun, *now} - {"environment", "recipe", "preparation", "calibration"}):
             if begun.get(name) != now.get(name):
-                what = _difference(begun.get(name), now.get(name))
+                what = difference(begun.get(name), now.get(name))
                 raise RunFolderError(
                     f"{self.path} holds a run with another {name}: {what}. Go on with the settings, model and data "
                     "that it was begun with, or choose another folder."
                 )
-        return read_steps(self.path)
 
     def _clear(self) -> None:
         """Remove what a killed process left half-written."""
@@ -114,7 +207,7 @@ class RunFolder:
             return
         for file in [*self.path.glob(".*"), *self.path.glob("*/.*"), *self.path.glob("*/*/.*")]:
             if unfinished(file.name):
-                file.unlink()
+                remove_unfinished(file)
         if not (self.path / RUN).exists():
             if (self.path / CHECKPOINTS).is_dir() and not any((self.path / CHECKPOINTS).iterdir()):
                 (self.path / CHECKPOINTS).rmdir()
@@ -134,6 +227,7 @@ class RunFolder:
         """
         try:
             self.check()
+            self._clear()
             (self.path / CHECKPOINTS).mkdir(parents=True)
             write_json(self.path / RUN, settings)
         except OSError as error:
@@ -145,7 +239,7 @@ class RunFolder:
         Raises:
             RunFolderError: the folder can't be written.
         """
-        line = json.dumps(asdict(step), default=plain) + "\n"
+        line = json_text(asdict(step)) + "\n"
         try:
             with (self.path / STEPS).open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -189,16 +283,28 @@ def read_json(file: Path) -> Any:
     """Read one of the JSON files of a run.
 
     Raises:
-        RunFolderError: it can't be read, or holds something else.
+        RunFolderError: it can't be read, or is broken.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunFolderError(f"{file} can't be read: {error}") from error
+        return load_json(file)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} can't be read: {error}. {remedy(file)}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read one of the JSON files of a run, which holds an object.
+
+    Raises:
+        RunFolderError: it can't be read, is broken, or holds something else.
+    """
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{file} holds a {type(found).__name__}, expected an object. {remedy(file)}")
+    return found
 
 
 def read_steps(folder: str | Path, *, whole: bool = True) -> list[dict[str, Any]]:
-    """The decisions of a run, in order; none where it has not come to one yet.
+    """The decisions of a run as they were written, in order; none where it has not come to one yet.
 
     Args:
         folder: of the run.
@@ -208,32 +314,36 @@ def read_steps(folder: str | Path, *, whole: bool = True) -> list[dict[str, Any]
         RunFolderError: the folder holds no run, or a line is broken.
     """
     file = Path(folder) / STEPS
-    if not file.exists() and (Path(folder) / RUN).exists():
-        return []
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if not os.path.lexists(file) and (Path(folder) / RUN).exists():
+            return []
+        text = read_text(file)
+    except FileNotFoundError as error:
         raise RunFolderError(f"{folder} holds no run: {file} can't be read ({error})") from error
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} can't be read: {error}. {remedy(file)}") from error
+    lines = (text if whole else text[: text.rfind("\n") + 1]).split("\n")
     found = []
-    for number, line in enumerate((text if whole else text[: text.rfind("\n") + 1]).splitlines(), start=1):
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RunFolderError(f"line {number} of {file} is broken: {error}") from error
+            step = parse_json(line)
+            if not isinstance(step, dict):
+                raise ValueError(f"it holds a {type(step).__name__}, expected an object")
+        except ValueError as error:
+            raise RunFolderError(f"line {number} of {file} is broken: {error}. {remedy(file)}") from error
+        found.append(step)
     return found
 
 
-def _difference(begun: Any, now: Any) -> str:
-    if isinstance(begun, dict) and isinstance(now, dict):
-        for name in sorted({*begun, *now}):
-            if begun.get(name) != now.get(name):
-                return f"{name}, {_difference(begun.get(name), now.get(name))}"
-    return f"{_short(begun)} then, {_short(now)} now"
+def _unwritable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{path} can't be written, so no run can be kept in it: {error}. Choose another folder.")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _before_a_run(path: Path) -> bool:
+    """Whether a file or folder may lie in a folder in which no run has begun."""
+    if path.name == CHECKPOINTS:  # made just before the settings are written
+        return path.is_dir() and not any(path.iterdir())
+    return path.name in (ORIGINAL, LOCK, HOLDER) or unfinished(path.name)  # the last: of a process that was killed
 
 
 def _bytes(count: float) -> str:

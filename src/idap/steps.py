@@ -84,17 +84,17 @@ class Contest:
     """A layer against filters that save as much; neither was trained.
 
     Attributes:
-        layer: mean loss on the calibration data without the layer.
+        layer: mean loss on the calibration data without the layer; None if it is no finite number.
         filters: the same without the filters; None if filters can't save as much, or leave no finite loss.
     """
 
-    layer: float
+    layer: float | None
     filters: float | None
 
     @property
     def lost(self) -> bool:
         """Whether the filters lose less, so that the layer stays."""
-        return self.filters is not None and not self.layer <= self.filters
+        return self.filters is not None and (self.layer is None or self.layer > self.filters)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -343,11 +343,7 @@ class TestCompress:
         half = tmp_path / "part" / f".original.safetensors.{'a' * 32}"  # as a killed process leaves it
         half.touch()
         refused = idap("compress", "mine.toml", "--run-dir", "part")
-        assert refused.exit_code == 2 and "is not an empty folder" in text(refused.stderr)
-        half.unlink()
-        refused = idap("compress", "mine.toml", "--run-dir", "part")
         assert refused.exit_code == 2 and "was stopped before it began" in text(refused.stderr)
-        half.touch()
         monkeypatch.setattr(importlib.import_module("idap.training.fit"), "fit", None)  # can't be called
         result = idap("compress", "mine.toml", "--json", "--run-dir", "part", "--resume")
         assert result.exit_code == 0, result.stderr

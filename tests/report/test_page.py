@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 import pytest
 
 from idap.record import RESULT, RunFolder
+from idap.report.contents import Block
 from idap.report.markup import VOID
 from idap.report.network import Section, sections
 from idap.report.origin import words
 from idap.report.page import run_page
-from idap.report.reading import Block, read_run
+from idap.report.reading import read_run
 from idap.report.timeline import stretches
 from idap.steps import Curve
 from tests.report.runs import HOSTILE, REACHED, decision, settings, steps, write_run

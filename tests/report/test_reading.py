@@ -71,7 +71,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
             '{"index": 0}\n',
             r"line 1 of .*steps\.jsonl is not what this version of idap writes: stage: ",
         ),
-        (STEPS, "[]\n", r"line 1 of .*steps\.jsonl is not what this version"),
+        (STEPS, "[]\n", r"line 1 of .*steps\.jsonl is broken: it holds a list, expected an object"),
     ],
 )
 def test_what_is_not_of_this_version_is_said(tmp_path, name, text, message):

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from random import Random
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from idap.errors import CheckpointError, ConfigError
 from idap.zoo.nets import CifarResNet, DigitsResNet, DigitsViT, cifar_resnet20
 from idap.zoo.resolve import build_model, example_inputs
 from idap.zoo.script import load_object
-from idap.zoo.weights import load_weights
+from idap.zoo.weights import check_keepable, load_weights, notes_in
+from tests.fuzz.mutations import damages
 
 SCRIPT = """
 from torch import nn
@@ -142,6 +144,7 @@ class TestModels:
 
         fake = types.ModuleType("timm")
         fake.list_models, fake.create_model = lambda: ["vit_tiny"], create
+        fake.list_pretrained = lambda: ["vit_tiny.augreg"]
         monkeypatch.setitem(sys.modules, "timm", fake)
         assert example_inputs("timm:vit_tiny", build_model("timm:vit_tiny.augreg"))[0][0].shape == (1, 3, 96, 96)
 
@@ -299,3 +302,75 @@ class TestWeights:
         (tmp_path / "resnet20.safetensors").touch()
         with pytest.raises(CheckpointError, match=r"do not exist; did you mean .*resnet20\.safetensors\?"):
             load_weights(nn.Linear(3, 2), tmp_path / "resnet2.safetensors")
+
+    @pytest.mark.parametrize(
+        ("state", "text"),
+        [
+            (
+                {1: torch.zeros(2, 3), 2: torch.zeros(2)},
+                r"w\.pt holds a tensor under 1; expected names, as model\.state_d",
+            ),
+            (
+                {"weight": torch.zeros(2, 3).to_sparse(), "bias": torch.zeros(2)},
+                r"holds 'weight', which is torch\.sparse_",
+            ),
+            (
+                {"weight": torch.zeros(2, 3, device="meta"), "bias": torch.zeros(2)},
+                "'weight', which is without numbers",
+            ),
+            (
+                {"weight": torch.zeros(2, 3, dtype=torch.cfloat), "bias": torch.zeros(2)},
+                "'weight' with complex numbers",
+            ),
+            ({"weight": [1.0], "bias": torch.zeros(2)}, r"holds dict with the keys weight, bias; expected tensors"),
+            ({"state_dict": {(1, 2): torch.zeros(1)}}, r"holds a tensor under \(1, 2\)"),
+        ],
+        ids=["integers", "sparse", "meta", "complex", "a list", "tuples"],
+    )
+    def test_what_are_no_weights_is_said(self, tmp_path, state, text):
+        torch.save(state, tmp_path / "w.pt")
+        model = nn.Linear(3, 2)
+        before = model.weight.clone()
+        with pytest.raises(CheckpointError, match=text):
+            load_weights(model, tmp_path / "w.pt")
+        assert torch.equal(model.weight, before)
+
+    def test_a_broken_checkpoint_is_said_whatever_its_bytes_lead_to(self, tmp_path):
+        torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "whole.pt")
+        content = (tmp_path / "whole.pt").read_bytes()
+        damaged = damages(content, Random(0))
+        for _ in range(60):
+            what, data = next(damaged)
+            (tmp_path / "w.pt").write_bytes(data)
+            try:
+                load_weights(nn.Linear(3, 2), tmp_path / "w.pt")
+            except CheckpointError as error:
+                assert "w.pt" in str(error), what
+
+    def test_a_path_that_can_be_no_file(self, tmp_path):
+        with pytest.raises(CheckpointError, match=r"the weights n+\.pt can't be read: .*too long"):
+            load_weights(nn.Linear(3, 2), "n" * 300 + ".pt")
+        (tmp_path / "w.safetensors").mkdir()
+        with pytest.raises(CheckpointError, match="do not exist"):
+            load_weights(nn.Linear(3, 2), tmp_path / "w.safetensors")
+        with pytest.raises(CheckpointError, match=r"w\.safetensors is broken \(it is no file\)"):
+            notes_in(tmp_path / "w.safetensors")
+
+    def test_what_can_not_be_kept_is_named_before_it_is_trained(self):
+        class Net(nn.Linear):
+            def __init__(self):
+                super().__init__(3, 2)
+                self.register_buffer("graph", torch.eye(2).to_sparse())
+
+        with pytest.raises(
+            CheckpointError, match=r"'graph' in the model's state is a tensor of torch\.float32 with torch"
+        ):
+            check_keepable(Net())
+        check_keepable(nn.Linear(3, 2))
+
+
+def test_a_tag_of_timm_that_names_another_place_is_refused():
+    pytest.importorskip("timm", reason="timm is not installed; pip install 'idap[vision]'")
+    for tag in ("hf-hub:x/y", "nosuch_tag", "local-dir:/tmp"):
+        with pytest.raises(ConfigError, match=r"timm has no model named 'resnet18\."):
+            build_model(f"timm:resnet18.{tag}")

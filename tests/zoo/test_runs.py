@@ -65,7 +65,7 @@ def test_a_recipe_with_something_else_in_it(run):
     ("content", "error", "message"),
     [
         ("{", RunFolderError, "run.json can't be read"),
-        ("[]", RunFolderError, "holds list, expected the settings of a run"),
+        ("[]", RunFolderError, "holds a list, expected an object"),
         ("{}", ConfigError, "does not say how its original is built"),
         ('{"recipe": {"modle": {}}}', ConfigError, r"no section \[modle\]"),
     ],

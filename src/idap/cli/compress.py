@@ -2,7 +2,8 @@
 
 import json
 from contextlib import nullcontext
-from itertools import count
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from idap.cli.claiming import claimed_folder
 from idap.cli.failure import GOAL_MISSED, Outcome
 from idap.cli.options import (
     DataPath,
@@ -33,6 +35,7 @@ from idap.cli.options import (
 )
 from idap.cli.tables import Comparison, comparison_table
 from idap.errors import ConfigError, RunFolderError
+from idap.files import numbered
 from idap.progress import Progress
 from idap.record import MEASURED, RunFolder, read_steps
 from idap.tensorboard import TensorBoard
@@ -131,78 +134,81 @@ def carried_out(
     Returns:
         Whether every goal was reached.
     """
-    from idap.training.processes import is_main, launched, on_main  # noqa: PLC0415 - torch is slow to import
+    from idap.training.processes import is_main, launched  # noqa: PLC0415 - torch is slow to import
 
     with launched() as device:
         speaks = is_main()
-        outcome.run_dir = run_dir = on_main(lambda: _folder(wanted, recipe.name, resume=resume))
-        progress = outcome.progress(speaks=speaks)
-        board = tensorboard if speaks else None
-        with nullcontext(progress) if board is None else _board(board, run_dir, progress) as listening:
-            result, numbers = _run(recipe, run_dir, listening, device, resume=resume)
-        if speaks:
-            outcome.document = _document(result, numbers, run_dir)
-        if speaks and not (outcome.as_json or outcome.quiet):
-            _show(outcome.console, result, numbers, run_dir)
+        with claimed_folder(wanted, recipe.name, resume=resume) as folder:
+            outcome.run_dir = run_dir = folder.path
+            progress = outcome.progress(speaks=speaks)
+            board = tensorboard if speaks else None
+            with nullcontext(progress) if board is None else _board(board, run_dir, progress) as listening:
+                result, numbers = _run(recipe, folder, listening, device, resume=resume)
+            if speaks:
+                outcome.document = _document(result, numbers, run_dir)
+            if speaks and not (outcome.as_json or outcome.quiet):
+                _show(outcome.console, result, numbers, run_dir)
     return result.reached
-
-
-def _folder(wanted: Path | None, name: str, *, resume: bool) -> Path:
-    """Refuse a folder that is in use before any work is done; without a wish, take the first free one of `runs/`.
-
-    To go on with a run, without a wish the last one of `runs/` that has the name.
-    """
-    if wanted is None:
-        last, free = _numbered(Path("runs") / name)
-        return last if resume and last is not None else free
-    if not resume:
-        RunFolder(wanted).check()
-        if RunFolder(wanted).original.exists():
-            raise RunFolderError(
-                f"{wanted} holds an original that was trained for a run which was stopped before it began. Go on with "
-                "it: --resume; or choose another folder."
-            )
-    return wanted
-
-
-def _numbered(first: Path) -> tuple[Path | None, Path]:
-    """The last folder of NAME, NAME-2, NAME-3, ... that is there, and the next one."""
-    names = (first if number == 1 else first.with_name(f"{first.name}-{number}") for number in count(1))
-    last, free = None, next(names)
-    while free.exists():
-        last, free = free, next(names)
-    return last, free
 
 
 def _board(folder: Path, run_dir: Path, progress: Progress) -> TensorBoard:
     """Log beside whoever listens; each start has a folder of its own, since a run that goes on would be mixed up."""
-    return TensorBoard(_numbered(folder / run_dir.resolve().name)[1], progress)
+    free = next(each for each in numbered(folder / run_dir.resolve().name) if not each.exists())
+    return TensorBoard(free, progress)
 
 
 def _run(
-    recipe: "Recipe", run_dir: Path, progress: Progress, device: "torch.device", *, resume: bool
+    recipe: "Recipe", folder: RunFolder, progress: Progress, device: "torch.device", *, resume: bool
 ) -> tuple["Result", Comparison]:
-    from idap.compress.run import compress  # noqa: PLC0415 - torch is slow to import
+    from idap.compress.folder import run_size  # noqa: PLC0415 - torch is slow to import
+    from idap.compress.run import compress  # noqa: PLC0415 - as above
     from idap.training.processes import align_, on_main  # noqa: PLC0415 - as above
 
     config, about = recipe.config(), recipe.table()
     model, task = recipe.model().to(device), recipe.task()
     align_(model)
+    if not resume:
+        on_main(partial(folder.check, size=run_size(model)))
     training = recipe.training()
     if training is not None:
         made_by = json.dumps({name: about.get(name) for name in _MAKES}, sort_keys=True, default=str)
-        _trained(model, task, training, made_by, RunFolder(run_dir).original, progress, resume=resume)
+        _trained(model, task, training, made_by, folder, progress, resume=resume)
     if _untrained(recipe):
         progress.say(
             f"{recipe.network.build} has random weights: none are named (--weights FILE), and it is not trained first "
             "(--set train.epochs=10). What it loses says nothing about a trained model."
         )
-    progress.say(f"Compressing {recipe.network.build} into {run_dir}: {_goals(config, task.metric_name)}.")
+    progress.say(f"Compressing {recipe.network.build} into {folder.path}: {_goals(config, task.metric_name)}.")
     with progress.phase("compress", None):
-        result = compress(model, task, config, run_dir=run_dir, resume=resume, recipe=about, progress=progress)
-    numbers = compare(model, result, task, progress)
-    on_main(lambda: RunFolder(run_dir).keep(MEASURED, numbers.to_json()))
-    return result, numbers
+        result = compress(model, task, config, run_dir=folder, resume=resume, recipe=about, progress=progress)
+    return result, _measured(model, result, task, folder, progress)
+
+
+def _measured(model: "nn.Module", result: "Result", task: "Task", folder: RunFolder, progress: Progress) -> Comparison:
+    """Measure original and result side by side and keep the numbers; what fails is said, the result stays."""
+    from idap.compress.folder import spared  # noqa: PLC0415 - torch is slow to import
+    from idap.training.processes import on_main  # noqa: PLC0415 - as above
+
+    numbers = _known(result, task)
+    try:
+        numbers = compare(model, result, task, progress)
+        on_main(lambda: folder.keep(MEASURED, numbers.to_json()))
+    except spared() as error:
+        progress.say(
+            f"The run is finished, and {folder.path / MEASURED}, with latency and test data, is not written: {error}. "
+            f"To try again: idap resume {folder.path}"
+        )
+    return numbers
+
+
+def _known(result: "Result", task: "Task") -> Comparison:
+    """What is known of the original and the result without another measurement."""
+    return Comparison(
+        parameters=result.parameters,
+        macs=result.macs,
+        metric_name=task.metric_name,
+        val=(result.baseline, result.metric),
+    )
 
 
 def _trained(
@@ -210,16 +216,18 @@ def _trained(
     task: "Task",
     training: "Recovery",
     made_by: str,
-    file: Path,
+    folder: RunFolder,
     progress: Progress,
     *,
     resume: bool,
 ) -> None:
-    """Train the original first and keep its weights in a file, so that a run that goes on has them."""
-    from idap.training.fit import fit  # noqa: PLC0415 - torch is slow to import
+    """Train the original first and keep its weights, so that a run that goes on has them."""
+    from idap.compress.folder import run_size  # noqa: PLC0415 - torch is slow to import
+    from idap.training.fit import fit  # noqa: PLC0415 - as above
     from idap.training.processes import on_main  # noqa: PLC0415 - as above
-    from idap.zoo.weights import keep_weights, load_weights, notes_in  # noqa: PLC0415 - as above
+    from idap.zoo.weights import check_keepable, keep_weights, load_weights, notes_in  # noqa: PLC0415 - as above
 
+    file = folder.original
     if resume and on_main(file.exists):
         if on_main(lambda: notes_in(file).get(MADE_BY)) != made_by:
             raise RunFolderError(
@@ -229,6 +237,9 @@ def _trained(
         load_weights(model, file)
         progress.say(f"The original was trained before: its weights are those of {file}.")
         return
+    check_keepable(model)
+    if resume:
+        on_main(lambda: folder.check_room(run_size(model)))
     fit(model, task, training, progress=progress, title="train")
     on_main(lambda: keep_weights(model, file, {MADE_BY: made_by}))
 
@@ -266,11 +277,8 @@ def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progre
         models = {"before": model, "after": result.model}
         times = on_main(lambda: measure_latency(models, args, kwargs, repeats=LATENCY_REPEATS))
         phase.advance()
-    return Comparison(
-        parameters=result.parameters,
-        macs=result.macs,
-        metric_name=task.metric_name,
-        val=(result.baseline, result.metric),
+    return replace(
+        _known(result, task),
         test=test,
         latency=(times["before"].median, times["after"].median),
         batch=next((len(value) for value in args if hasattr(value, "__len__")), 1),

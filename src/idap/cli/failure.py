@@ -20,7 +20,7 @@ from rich.text import Text
 
 from idap.cli.terminal import plain_warnings, silence, terminal
 from idap.errors import ConfigError, IdapError, RunFolderError
-from idap.record import RUN, RunFolder, read_steps
+from idap.record import RUN, RunFolder
 
 if TYPE_CHECKING:
     from idap.progress import Progress
@@ -78,7 +78,7 @@ class Outcome:
         return Timed(shown, shown.say if self.console.is_terminal else self._tell)
 
     def _tell(self, line: str) -> None:
-        self.errors.print(line, markup=False, soft_wrap=not self.errors.is_terminal)
+        self.errors.print(printable(line), markup=False, soft_wrap=not self.errors.is_terminal)
 
     def _warn(self, line: str) -> None:
         if not self.quiet:
@@ -144,11 +144,11 @@ class Outcome:
 
     def _show(self, error: BaseException, *, title: str, advice: str) -> None:
         if self.debug:
-            self.errors.print("".join(traceback.format_exception(error)), markup=False, soft_wrap=True)
-        message = str(error) if isinstance(error, IdapError) else f"{type(error).__name__}: {error}"
+            self.errors.print(printable("".join(traceback.format_exception(error))), markup=False, soft_wrap=True)
+        message = message_of(error)
         rank = os.environ.get("RANK", "0")
         if rank != "0":  # of several processes; most errors are those of all, and the first one shows them
-            self.errors.print(f"process {rank}: {message}", markup=False, soft_wrap=True)
+            self.errors.print(printable(f"process {rank}: {message}"), markup=False, soft_wrap=True)
         elif self.as_json:
             _write_error(type(error).__name__, f"{message} {advice}".rstrip(), self.where)
         else:
@@ -174,10 +174,31 @@ def show_error(errors: Console, title: str, message: str, *, advice: str, where:
         help_line: where more is to be read.
     """
     facts = Table.grid(padding=(0, 2))
-    facts.add_row(Text("in", style="dim"), Text(where))
+    facts.add_row(Text("in", style="dim"), Text(printable(where)))
     facts.add_row(Text("help", style="dim"), Text(help_line))
-    parts = Group(Text(message), *([Text(advice)] if advice else []), Text(""), facts)
+    parts = Group(Text(printable(message)), *([Text(printable(advice))] if advice else []), Text(""), facts)
     errors.print(Panel(parts, title=Text(title), title_align="left", border_style="red"))
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says; of one that idap did not raise on purpose, with its type."""
+    try:
+        text = str(error)
+    except Exception as failure:  # of foreign errors anything may fail
+        text = f"it can't say what is wrong ({type(failure).__name__})"
+    return text if isinstance(error, IdapError) else f"{type(error).__name__}: {text}"
+
+
+def printable(text: str) -> str:
+    r"""Text that every terminal can show, and that does nothing else to it: what is no letter is written as its code.
+
+    >>> printable("a\x1b[2J\ud800\n\tb")
+    'a\\x1b[2J\\ud800\n\tb'
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def report_usage(error: Any, words: list[str]) -> None:
@@ -204,19 +225,28 @@ def state_of(run_dir: Path | None) -> str:
     """Say in one line what a run folder holds after an interruption."""
     if run_dir is None:
         return "Nothing was written."
+    try:
+        return _held_by(run_dir)
+    except (OSError, ValueError) as error:  # the path itself can't be looked at
+        return f"What {run_dir} holds can't be read: {error}."
+
+
+def _held_by(run_dir: Path) -> str:
     if not (run_dir / RUN).exists() and RunFolder(run_dir).original.exists():
         return f"{run_dir} holds the trained original. Go on with the same command and --run-dir {run_dir} --resume."
     if not (run_dir / RUN).exists():
         return f"Nothing was written to {run_dir}."
+    from idap.report.reading import read_progress  # noqa: PLC0415 - its checks are slow to import
+
     try:
-        steps = read_steps(run_dir)
+        steps = read_progress(run_dir)
     except RunFolderError as error:
-        return f"It came in the middle of writing: {error}."
+        return f"It came in the middle of writing: {error}"
     again = f"Go on with: idap resume {run_dir}"
     if not steps:
         return f"{run_dir} holds the settings of the run and no finished step. {again}"
-    accepted = [step for step in steps if step["accepted"]]
+    accepted = [step for step in steps if step.accepted]
     counted = f"{len(steps)} finished {'step' if len(steps) == 1 else 'steps'}, {len(accepted)} accepted"
-    kept = RunFolder(run_dir).checkpoint(accepted[-1]["index"]) if accepted else None
+    kept = RunFolder(run_dir).checkpoint(accepted[-1].index) if accepted else None
     last = f"; the last accepted model is in {kept}" if kept is not None and kept.exists() else ""
     return f"{run_dir} holds {counted}{last}. {again}"

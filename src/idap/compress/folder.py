@@ -1,6 +1,5 @@
 """What a run folder holds beside the decisions: the settings, the profiles over depth, what was reached."""
 
-import json
 import math
 import platform
 import sys
@@ -10,7 +9,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +18,52 @@ from idap.compress.budget import Budget
 from idap.compress.config import Config
 from idap.compress.result import Result
 from idap.compress.state import Keep, Setting, State
-from idap.cost.count import Cost
+from idap.cost.count import Cost, saved_tensors
 from idap.divergence.criteria import opener_of
 from idap.divergence.measure import Divergence
-from idap.errors import ConfigError, InsufficientMemoryError, RunFolderError, StructureError, TaskError
+from idap.errors import IdapError, RunFolderError
 from idap.record import AFTER, RESULT, RunFolder
+from idap.report.contents import Reached
+from idap.report.reading import read_end
 from idap.saving.checkpoint import fingerprint
 from idap.structure.analysis import Structure
 from idap.training.batch import device_name, device_of
 from idap.training.processes import on_main, process_count
 from idap.training.task import Task
+
+CHECKPOINTS_AT_LEAST = 3
+"""Models of the original's size for which a run folder needs room."""
+
+
+@contextmanager
+def claimed(folder: RunFolder | None, *, resume: bool) -> Iterator[None]:
+    """Claim a run folder for this run, unless the caller has; of several processes, process 0 holds it for all.
+
+    Raises:
+        RunFolderError: another process works on the run, or nothing can be written there; or it is to be a new one, and
+            the folder holds a run or other files.
+    """
+    if folder is None:
+        yield
+        return
+    if not resume:
+        on_main(folder.check)  # says what is wrong before anything is made
+    mine = on_main(folder.claim)
+    try:
+        yield
+    finally:
+        if mine:
+            folder.release()  # in processes that claimed nothing this does nothing
+
+
+def run_size(model: nn.Module) -> int:
+    """Bytes for which a run folder needs room: accepted states and the result are smaller than the original."""
+    return CHECKPOINTS_AT_LEAST * sum(saved_tensors(model).values())
+
+
+def spared() -> tuple[type[Exception], ...]:
+    """Errors of work beside the result, which is kept all the same; where several processes work, those of all."""
+    return (Exception,) if process_count() == 1 else (IdapError,)
 
 
 @contextmanager
@@ -116,32 +150,19 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
     }
 
 
-def ended(folder: RunFolder | None) -> Mapping[str, Any] | None:
+def ended(folder: RunFolder | None) -> Reached | None:
     """What a run that is finished came to, as it was written down; None for one that is not.
 
     Raises:
         RunFolderError: the file is broken.
     """
-    found: Mapping[str, Any] | None = None if folder is None else on_main(partial(_read_end, folder.path / RESULT))
-    return found
-
-
-def _read_end(file: Path) -> Mapping[str, Any] | None:
-    try:
-        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        latency = None if found is None else found["latency"]
-        if latency is not None and type(latency) not in (int, float):
-            raise ValueError(f"the latency is {latency!r:.60}")
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunFolderError(f"{file} can't be read: {error}. Delete it to have the result measured again.") from error
-    end: Mapping[str, Any] | None = found
-    return end
+    return None if folder is None else on_main(partial(read_end, folder.path))
 
 
 def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool) -> None:
     """Measure the result once more, part by part, and write down what was reached.
 
-    The model is saved by then: a measurement that fails costs the picture, and is said.
+    The model is saved by then: a measurement that fails, or can't be written, is said; the report lacks it.
 
     Args:
         setting: of the run, which has a folder.
@@ -155,7 +176,7 @@ def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool)
         try:
             found = setting.divergence(state)
             on_main(partial(folder.keep, AFTER, profile_of(found, setting.structure, state.keep)))
-        except (StructureError, TaskError, ConfigError, InsufficientMemoryError) as error:
+        except spared() as error:
             setting.progress.say(f"The divergence of the result could not be measured, the report lacks it: {error}")
     seconds = added(result.seconds, setting.clock.take())
     on_main(partial(folder.keep, RESULT, _reached(result, seconds)))

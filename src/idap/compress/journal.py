@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
 
 from idap.compress.folder import profile_of
-from idap.compress.state import Setting, State
+from idap.compress.state import Keep, Setting, State
 from idap.divergence.measure import Divergence
-from idap.errors import RunFolderError
+from idap.errors import PlanError, RunFolderError, StructureError
 from idap.progress import Status
-from idap.record import BEFORE, RunFolder
+from idap.record import BEFORE, STEPS, RunFolder, remedy
 from idap.saving.checkpoint import load, save
 from idap.steps import Contest, Curve, Removal, Step, numbers_of
 from idap.structure.blocks import Block
@@ -51,7 +54,7 @@ class Journal:
         self,
         setting: Setting,
         baseline: float,
-        past: Sequence[Mapping[str, Any]] = (),
+        past: Sequence[Step] = (),
         preparation: Mapping[str, float] | None = None,
     ) -> None:
         self.preparation = dict(preparation or {})
@@ -72,7 +75,7 @@ class Journal:
         index = len(self.steps)
         if index >= len(self._past):
             return False
-        return (self._past[index]["stage"], self._past[index]["turn"]) != (stage, self._turn)
+        return (self._past[index].stage, self._past[index].turn) != (stage, self._turn)
 
     def recall(self, stage: str, state: State) -> Decision | None:
         """The next decision, if it was taken before the run was stopped.
@@ -92,31 +95,48 @@ class Journal:
         index = len(self.steps)
         if index >= len(self._past) or self.ended(stage):
             return None
-        found = self._past[index]
-        removed = [_removal(item) for item in found["removed"]]
-        setting = self._setting
-        gone = {item.name: set(item.units) for item in removed if item.units}
-        unknown = sorted(set(gone) - set(state.keep))
-        if unknown or found["index"] != index:
-            why = f"there is no group {unknown[0]!r}" if unknown else f"it is number {found['index']}, not {index}"
-            raise RunFolderError(f"a decision of the run does not fit it: {why}. Begin anew in another folder.")
-        keep = {
-            name: tuple(unit for unit in units if unit not in gone.get(name, ())) for name, units in state.keep.items()
-        }
-        parts = list(state.removed)
-        for item in removed:
-            if not item.units:
-                parts = [name for name in parts if name not in setting.structure.block(item.name).contains]
-                parts.append(item.name)
-        plan = setting.structure.plan(keep, tuple(parts))
-        model = state.model
-        if found["accepted"]:
-            assert setting.folder is not None
-            model = load(setting.folder.checkpoint(index), setting.original)
-        cost, latency = setting.costs.cost(keep, parts), found["shares"].get("latency")
-        then = State(model, keep, tuple(parts), plan, cost, found["metric"], found["error"], latency, found["fault"])
+        found, setting = self._past[index], self._setting
+        assert setting.folder is not None
+        try:
+            keep, parts = self._recalled_cut(found, state)
+            plan = setting.structure.plan(keep, parts)
+        except (PlanError, StructureError) as error:
+            file = setting.folder.path / STEPS
+            raise RunFolderError(
+                f"line {index + 1} of {file} is a decision that does not fit the run: {error}. {remedy(file)}"
+            ) from error
+        model = self._recalled_model(setting.folder.checkpoint(index)) if found.accepted else state.model
+        cost, latency = setting.costs.cost(keep, parts), found.shares.get("latency")
+        then = State(model, keep, parts, plan, cost, found.metric, found.error, latency, found.fault)
         self._recalled = True
-        return Decision(then, removed, None if found["contest"] is None else Contest(**found["contest"]))
+        return Decision(then, found.removed, found.contest)
+
+    def _recalled_model(self, checkpoint: Path) -> nn.Module:
+        try:
+            return load(checkpoint, self._setting.original)
+        except PlanError as error:
+            raise RunFolderError(
+                f"the accepted state {checkpoint} does not fit the run: {error}. Delete its line and all behind it "
+                f"from {STEPS} to have those decisions taken again, or begin anew in another folder."
+            ) from error
+
+    def _recalled_cut(self, found: Step, state: State) -> tuple[Keep, tuple[str, ...]]:
+        """The units and the removed parts that a decision of then came to from a state.
+
+        Raises:
+            PlanError, StructureError: it takes what is not there.
+        """
+        keep, parts = dict(state.keep), list(state.removed)
+        for item in found.removed:
+            if item.units:
+                lacking = sorted(set(item.units) - set(keep.get(item.name, ())))
+                if lacking:
+                    raise PlanError(f"group {item.name!r} has no unit {lacking[0]} any more that could go")
+                keep[item.name] = tuple(unit for unit in keep[item.name] if unit not in item.units)
+            else:
+                inside = self._setting.structure.block(item.name).contains
+                parts = [*(name for name in parts if name not in inside), item.name]
+        return keep, tuple(parts)
 
     def note(self, stage: str, decision: Decision, *, accepted: bool, reason: str) -> None:
         """Record one decision; an accepted state is saved before the decision is written.
@@ -128,11 +148,11 @@ class Journal:
         recalled, self._recalled = self._recalled, False
         if index < len(self._past) and not recalled:
             raise RunFolderError(
-                f"decision {index} of the run is one of stage {self._past[index]['stage']!r}, and the run now comes to "
+                f"decision {index} of the run is one of stage {self._past[index].stage!r}, and the run now comes to "
                 f"one of stage {stage!r} there: the folder was changed, or written by another version. Begin anew in "
                 "another folder."
             )
-        phases = self._past[index]["phases"] if recalled else self._setting.clock.take()
+        phases = self._past[index].phases if recalled else self._setting.clock.take()
         step = Step(
             index=index,
             stage=stage,
@@ -144,10 +164,10 @@ class Journal:
             accepted=accepted,
             reason=reason,
             error=state.error,
-            seconds=self._past[index]["seconds"] if recalled else sum(phases.values()),
+            seconds=self._past[index].seconds if recalled else sum(phases.values()),
             shares=self._setting.shares(state),
             phases=phases,
-            curve=_curve(self._past[index]["curve"]) if recalled else self._curve(),
+            curve=self._past[index].curve if recalled else self._curve(),
             contest=decision.contest,
             turn=self._turn,
         )
@@ -210,18 +230,6 @@ def _written(folder: RunFolder, step: Step, state: State) -> None:
     if step.accepted:
         save(folder.checkpoint(step.index), state.model, state.plan, exact=True)
     folder.add(step)
-
-
-def _removal(found: Mapping[str, Any]) -> Removal:
-    lists = {name: tuple(found[name]) for name in ("units", "divergence", "scores", "ranks")}
-    return Removal(**{**found, **lists})
-
-
-def _curve(found: Mapping[str, Any] | None) -> Curve | None:
-    if found is None:
-        return None
-    metrics = tuple((steps, value) for steps, value in found["metrics"])
-    return Curve(**{**found, "losses": tuple(found["losses"]), "metrics": metrics})
 
 
 def block_removal(block: Block, score: float, rank: int, cost: float) -> Removal:

@@ -1,11 +1,9 @@
 """The latency table of a run: measured when it is first needed, kept in the run folder, used again on resuming."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +13,7 @@ from idap.cost.table import LatencyTable, table_from
 from idap.errors import RunFolderError, TraceError
 from idap.files import write_json
 from idap.progress import Progress, Silent
-from idap.record import RESULT, RUN, RunFolder, read_json
+from idap.record import RESULT, RUN, RunFolder, read_object, remedy
 from idap.selection.steps import probes, step_of
 from idap.structure.analysis import Structure
 from idap.training.batch import Inputs, device_name, device_of
@@ -146,8 +144,8 @@ def _read_own(
     folder: RunFolder, fingerprint: str, here: tuple[str, int]
 ) -> tuple[float | None, LatencyTable | None, str]:
     """What the folder holds that is good for this model and machine, and what to say of the rest."""
-    begun = read_json(folder.path / RUN) if (folder.path / RUN).exists() else {"fingerprint": fingerprint}
-    if not isinstance(begun, dict) or begun.get("fingerprint") != fingerprint:
+    begun = read_object(folder.path / RUN) if (folder.path / RUN).exists() else {"fingerprint": fingerprint}
+    if begun.get("fingerprint") != fingerprint:
         return None, None, ""  # another model's, which is said when the folder is opened
     least, table = _read(folder.latency)
     finished = (folder.path / RESULT).exists()  # nothing is measured any longer
@@ -163,17 +161,14 @@ def _read_own(
 def _read(file: Path) -> tuple[float | None, LatencyTable | None]:
     if not file.exists():
         return None, None
+    data = read_object(file)
     try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
         least = data["least"]
         if least is not None and (type(least) not in (int, float) or not 0 < least < float("inf")):
             raise ValueError(f"the least share of the latency is {least!r:.60}")
         return least, None if data["table"] is None else table_from(data["table"])
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunFolderError(
-            f"the latency table {file} can't be read: {error}. Delete it to have it measured again, or begin anew in "
-            "another folder."
-        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"the latency table {file} can't be read: {error}. {remedy(file)}") from error
 
 
 def _write_first(file: Path, least: float) -> None:

@@ -150,14 +150,15 @@ def _contest(
     left = left_after(setting, state, Cut(state.keep, removed), made.model)
     level = {name: max(left[name], wanted) for name, wanted in goal.targets.items()}
     rival = filters_instead(setting, state, replace(goal, targets=level), title)
-    return made, left, Contest(loss, rival)
+    return made, left, Contest(loss if isfinite(loss) else None, rival)
 
 
 def _told(contest: Contest) -> str:
     if contest.filters is None:
         return "filters can't save as much"
     verdict = "less" if contest.lost else "no less"
-    losses = f"{contest.filters:.4g} in place of {contest.layer:.4g}"
+    layer = "no finite number" if contest.layer is None else f"{contest.layer:.4g}"
+    losses = f"{contest.filters:.4g} in place of {layer}"
     return f"filters in its place lose {verdict}, {losses} on calibration data"
 
 

@@ -27,7 +27,7 @@ def concluded(
     with setting.clock.on("judging"):
         metric, fault = (start.metric, "") if state is start else setting.judged(state.model)
         error = _output_error(setting, state)
-    latency = None if past is None else past["latency"]
+    latency = None if past is None else past.latency
     if latency is None and state is not start:
         latency = setting.latency_of(state.model)
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency, fault=fault)

@@ -17,7 +17,7 @@ from idap.compress.clock import Clock
 from idap.compress.config import Config, checked
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
-from idap.compress.folder import resumable, settings_of
+from idap.compress.folder import claimed, resumable, run_size, settings_of
 from idap.compress.journal import Decision, Journal
 from idap.compress.layer_times import LayerTimes, measured, recalled
 from idap.compress.layers import layer_stage
@@ -32,9 +32,11 @@ from idap.errors import ConfigError, TaskError
 from idap.files import plain
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
-from idap.record import RUN, RunFolder, read_json
+from idap.record import RUN, RunFolder, read_object
+from idap.report.reading import read_decisions, read_settings
 from idap.saving.checkpoint import fingerprint, weights_digest
 from idap.saving.origin import checked_origin
+from idap.steps import Step
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
@@ -49,8 +51,6 @@ from idap.training.task import Task
 from idap.trust import sealed_place
 
 TRACED_SAMPLES = 2
-CHECKPOINTS_AT_LEAST = 3
-"""Models of the original's size for which a run folder needs room: accepted states and the result are smaller."""
 
 
 def compress(
@@ -59,7 +59,7 @@ def compress(
     config: Config | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    run_dir: str | Path | None = None,
+    run_dir: str | Path | RunFolder | None = None,
     resume: bool = False,
     recipe: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -74,6 +74,7 @@ def compress(
             model was, momentum included, instead of the optimiser that the settings describe; of these, warmup and
             the fall of the learning rate stay. None: the settings say all.
         run_dir: a new or empty folder for the record of the run, its accepted states and the result; None keeps none.
+            It is claimed for this process until the run ends, unless it is a `RunFolder` that the caller has claimed.
         resume: go on with the run in `run_dir` that was stopped, at whatever moment; a run that was never begun there
             begins. Decisions that were taken are recalled, not taken again, and the result is that of a run that was
             not stopped.
@@ -96,7 +97,23 @@ def compress(
     config, progress = checked(config), (progress if is_main() else None) or Silent()
     if resume and run_dir is None:
         raise ConfigError("to go on with a run, say where it is: resume=True needs run_dir.")
-    folder = RunFolder(run_dir) if run_dir is not None else None
+    folder = RunFolder(run_dir) if isinstance(run_dir, str | Path) else run_dir
+    with claimed(folder, resume=resume):
+        return _carried_out(model, task, config, folder, progress, optimizer=optimizer, resume=resume, recipe=recipe)
+
+
+def _carried_out(
+    model: nn.Module,
+    task: Task,
+    config: Config,
+    folder: RunFolder | None,
+    progress: Progress,
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    resume: bool,
+    recipe: Mapping[str, Any] | None,
+) -> Result:
+    """Compress in a folder that is claimed."""
     setting, state, removable, settings = _prepare(model, task, config, folder, progress, resume=resume)
     if optimizer is not None:
         setting = replace(setting, optimizer=_slicer(optimizer, model, setting))
@@ -107,7 +124,7 @@ def compress(
         settings["weights"] = weights_digest(model)
         settings["calibration"] = samples_digest(setting.calibration)
     settings["preparation"] = preparation = setting.clock.take()
-    past = [] if folder is None else on_main(partial(_begun, folder, settings, progress, resume=resume))
+    past = () if folder is None else on_main(partial(_begun, folder, settings, progress, resume=resume))
     setting.layer_times.keep_least()
     journal = Journal(setting, state.metric, past, preparation)
     with resumable(folder):
@@ -126,13 +143,13 @@ def _check_arguments(model: nn.Module, task: object, optimizer: object, run_dir:
         raise TaskError(f"the task is {describe(task)}; expected an idap.Task, such as idap.classification(...) makes.")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"optimizer must be a torch.optim.Optimizer of the model's parameters, found {optimizer!r}.")
-    if run_dir is not None and (not isinstance(run_dir, str | Path) or "\0" in str(run_dir)):
+    if run_dir is not None and (not isinstance(run_dir, str | Path | RunFolder) or "\0" in str(run_dir)):
         raise ConfigError(f"run_dir must be the path of a folder, found {run_dir!r}.")
     if recipe is None:
         return
     try:
         sections = isinstance(recipe, Mapping) and all(isinstance(part, Mapping) for part in recipe.values())
-        json.dumps(recipe, default=plain)
+        json.dumps(recipe, default=plain, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"recipe can't be written down as JSON: {error}.") from error
     if not sections:
@@ -179,7 +196,7 @@ def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable:
     return last if last is narrow else filter_stage(setting, last, goal, journal)
 
 
-def _begun(folder: RunFolder, settings: dict[str, Any], progress: Progress, *, resume: bool) -> list[dict[str, Any]]:
+def _begun(folder: RunFolder, settings: dict[str, Any], progress: Progress, *, resume: bool) -> tuple[Step, ...]:
     """Begin a run in its folder, or go on with it; gives the decisions that were taken."""
     place, keyless = sealed_place(folder.path, settings.get("recipe"))
     settings["environment"] |= place
@@ -190,9 +207,10 @@ def _begun(folder: RunFolder, settings: dict[str, Any], progress: Progress, *, r
         )
     if not resume:
         folder.open(settings)
-        return []
-    past = folder.reopen(settings)
-    if read_json(folder.path / RUN).get("calibration") != settings["calibration"]:
+        return ()
+    folder.reopen(settings)
+    past = read_decisions(folder.path, read_settings(folder.path))
+    if read_object(folder.path / RUN).get("calibration") != settings["calibration"]:
         progress.say(
             "The calibration data are not those that the run was begun with: other data, or a loader that gives others "
             "each time. What was decided stays; what comes may be decided otherwise than without the break."
@@ -224,7 +242,7 @@ def _prepare(
 ) -> tuple[Setting, State, list[str], dict[str, Any]]:
     """Check everything that can be checked before any work; measure where we stand."""
     if folder is not None and not resume:
-        on_main(partial(folder.check, size=CHECKPOINTS_AT_LEAST * sum(saved_tensors(model).values())))
+        on_main(partial(folder.check, size=run_size(model)))
     clock = Clock()
     task = _validated(task, config, progress)
     with progress.phase("check", 4) as phase, clock.on("structure"):

@@ -5,13 +5,14 @@ from typing import Any
 
 from idap.errors import ConfigError
 from idap.report import numbers
+from idap.report.contents import Spread
 from idap.report.flow import section_names
 from idap.report.headline import Fact, facts, verdict
 from idap.report.markup import Html, joined, tag
 from idap.report.origin import flat
 from idap.report.page import document, section
 from idap.report.plot import Plot, legend, table
-from idap.report.reading import Run, Spread
+from idap.report.reading import Run
 from idap.report.tradeoff import COSTS, metric_labels, tell
 
 SIGNS = ("circle", "square", "diamond", "triangle")

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from idap.report import numbers
+from idap.report.contents import Profile, Spread
 from idap.report.markup import Html, joined, tag
 from idap.report.plot import Plot, legend, table
-from idap.report.reading import Profile, Run, Spread
+from idap.report.reading import Run
 from idap.steps import numbers_of
 
 LETTER = 7

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from idap.report import numbers
+from idap.report.contents import Block
 from idap.report.markup import Html, tag
-from idap.report.reading import Block, Run
+from idap.report.reading import Run
 from idap.steps import numbers_of
 
 

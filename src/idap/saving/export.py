@@ -5,8 +5,6 @@ inputs that it was not made with. Only then it takes its name, so a file that is
 """
 
 import copy
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from idap.errors import CheckpointError, ConfigError, ExportError
+from idap.files import folder_beside
 from idap.graph.copies import skeleton
 from idap.saving.checkpoint import owned_tensors
 from idap.saving.formats import Check, Program, onnx_runner, program_of, program_runner, write_onnx, write_program
@@ -213,13 +212,10 @@ def _placed(file: Path) -> Iterator[Path]:
 
     Weights that lie in a file of their own go first: the file that names them comes last.
     """
-    folder = file.parent / f".{file.name}.{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True)
-        yield folder / file.name
-        for written in sorted(folder.iterdir(), key=lambda each: each.name == file.name):
-            written.replace(file.parent / written.name)
+        with folder_beside(file) as folder:
+            yield folder / file.name
+            for written in sorted(folder.iterdir(), key=lambda each: each.name == file.name):
+                written.replace(file.parent / written.name)
     except OSError as error:
         raise ExportError(f"cannot write {file}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -1,14 +1,14 @@
 """What may be believed of files that came from elsewhere: JSON of a sane size and form, names that stay in a folder."""
 
-import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors
 
 from idap.errors import CheckpointError
+from idap.files import load_json, parse_json
 from idap.memory import Need, Room, readable
 
 WEIGHTS, INDEX, PLAN = "model.safetensors", "model.safetensors.index.json", "plan.json"
@@ -24,7 +24,7 @@ PARSED = 44
 
 
 def read_json(file: Path, *, largest: int = LARGEST_JSON) -> Any:
-    """Read a JSON file strictly: no NaN, no key twice, nothing nested beyond reason.
+    """Read a JSON file strictly, see `idap.files.parse_json`.
 
     Args:
         file: which.
@@ -37,11 +37,13 @@ def read_json(file: Path, *, largest: int = LARGEST_JSON) -> Any:
     """
     try:
         check_size(file, largest)
-        return read_object(file.read_bytes(), file)
+        return load_json(file)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
+    except ValueError as error:  # broken JSON or Unicode
+        raise CheckpointError(f"{file} is broken: {error}") from error
 
 
 def check_size(file: Path, largest: int) -> None:
@@ -81,24 +83,9 @@ def read_object(data: bytes, file: Path) -> Any:
         CheckpointError: it is broken.
     """
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_constant, object_pairs_hook=_object)
-    except RecursionError as error:
-        raise CheckpointError(f"{file} is broken: it is nested too deep") from error
-    except ValueError as error:  # broken JSON or Unicode, a number of thousands of digits
+        return parse_json(data.decode("utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{file} is broken: {error}") from error
-
-
-def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} comes twice")
-    return found
 
 
 def weight_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from idap.errors import CheckpointError, PlanError
-from idap.files import unfinished, write_bytes, write_json
+from idap.files import remove_unfinished, unfinished, write_bytes, write_json
 from idap.progress import Phase, Progress, Silent
 from idap.saving.checkpoint import described_plan, digest, read_plan
 from idap.saving.names import sources
@@ -177,9 +177,12 @@ def _claim(out: Path, size: int) -> None:
     free = shutil.disk_usage(home).free
     if free < size:
         raise CheckpointError(f"the small checkpoint takes {size} bytes, but {home} has only {free} free")
-    write_bytes(out / MARKER, b"")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()  # at once there and whole: a process that is killed leaves nothing but the marker
     for path in out.iterdir():
-        if unfinished(path.name) or path.name.endswith(".safetensors") or path.name in (INDEX, PLAN):
+        if unfinished(path.name):
+            remove_unfinished(path)
+        elif path.name.endswith(".safetensors") or path.name in (INDEX, PLAN):
             path.unlink()
 
 

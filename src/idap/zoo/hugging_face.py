@@ -12,7 +12,6 @@ a plain folder, where a configuration can say what is left:     otherwise:
 import importlib
 import json
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import CheckpointError, ConfigError, UncheckedFileWarning
-from idap.files import write_bytes, write_json
+from idap.files import folder_beside, held, moved_aside, write_bytes, write_json
 from idap.saving.checkpoint import load, save
 from idap.saving.checksums import file_checksum
 from idap.saving.origin import origin
@@ -305,22 +304,19 @@ def _write_with_plan(model: Any, plan: Plan, new: Path, loads_with: str) -> None
 
 def _put(folder: Path, write: Callable[[Path], None]) -> None:
     """Write a folder beside its place, then move it there; what was there before goes last."""
-    mark = uuid.uuid4().hex
-    new, old = (folder.with_name(f".{folder.name}.{mark}.{what}") for what in ("new", "old"))
     try:
-        new.mkdir(parents=True)
-        write(new)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
+        with folder_beside(folder) as new:
+            write(new)
+            if not folder.exists():
+                new.rename(folder)
+                return
+            with held(folder):  # so that nobody takes it for a leftover while it lies aside
+                old = moved_aside(folder)
+                try:
+                    new.rename(folder)
+                except OSError:
+                    old.rename(folder)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,11 +148,11 @@ def _torchvision(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
 
 def _timm(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
     timm = _optional("timm", spec)
-    # Names may end in a tag, as in resnet18.a1_in1k; the tag picks weights, which are not fetched here.
-    base, dot, tag = name.partition(".")
-    _known(spec, base, timm.list_models())
-    if dot and not re.fullmatch(r"\w+", tag):
-        raise ConfigError(f"{spec}: {tag!r} is no tag of weights; write timm:{base}, or a tag as in resnet18.a1_in1k.")
+    # Names may end in a tag, as in resnet18.a1_in1k; the tag picks weights, which are not fetched here. Only tags that
+    # timm lists: it takes others for places to fetch a model from.
+    _known(spec, name.partition(".")[0], timm.list_models())
+    if "." in name:
+        _known(spec, name, timm.list_pretrained())
     model: nn.Module = timm.create_model(name, pretrained=False, **counted)
     return model
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from idap.errors import ConfigError, RunFolderError
-from idap.record import CHECKPOINTS, RUN, RunFolder, read_json
+from idap.record import CHECKPOINTS, RUN, RunFolder, read_object
+from idap.report.reading import read_recipe_sections
 from idap.saving.reading import PLAN
 from idap.zoo.recipe import Recipe, make_recipe
 from idap.zoo.recipe_file import read_changes, with_changes
@@ -40,16 +41,16 @@ def settings_of_run(folder: str | Path) -> dict[str, Any]:
     """Read the settings that a run noted before it began.
 
     Returns:
-        What `run.json` holds; empty where there is none.
+        What `run.json` holds; empty where there is none. A recipe in it has sections.
 
     Raises:
-        RunFolderError: the file can't be read.
+        RunFolderError: the file can't be read, or holds something else.
     """
     file = Path(folder) / RUN
-    noted = read_json(file) if file.exists() else {}
-    if not isinstance(noted, dict):
-        raise RunFolderError(f"{file} holds {type(noted).__name__}, expected the settings of a run.")
-    return noted
+    if not file.exists():
+        return {}
+    read_recipe_sections(file.parent)
+    return read_object(file)
 
 
 def recipe_of_run(folder: str | Path, replaced: Mapping[str, str | Path | None] | None = None) -> Recipe:

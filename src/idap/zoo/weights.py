@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import CheckpointError
-from idap.saving.tensors import TensorFiles, entry_of, write_tensors
+from idap.saving.tensors import CODES, TensorFiles, entry_of, write_tensors
+from idap.structure.strict import shown
 
 # Names under which training scripts keep the tensors within a larger checkpoint.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -35,15 +36,18 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             another shape; names the first of them.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not _is_file(path):
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
         advice = f"did you mean {path.with_name(near[0])}?" if near else "check the path."
         raise CheckpointError(f"the weights {path} do not exist; {advice}")
-    wanted = model.state_dict(keep_vars=True)
+    wanted = {name: own for name, own in model.state_dict(keep_vars=True).items() if isinstance(own, Tensor)}
     read = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     tensors = _completed(_without_prefixes(read, wanted), wanted)
     _check(tensors, wanted, path)
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors, strict=False)
+    except (RuntimeError, TypeError) as error:  # of code of the model that takes part in it
+        raise CheckpointError(f"the weights {path} can't be loaded: {error}") from error
 
 
 def keep_weights(model: nn.Module, file: Path, notes: Mapping[str, str]) -> None:
@@ -57,11 +61,26 @@ def keep_weights(model: nn.Module, file: Path, notes: Mapping[str, str]) -> None
     Raises:
         CheckpointError: it can't be written.
     """
+    check_keepable(model)
     tensors = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
         write_tensors(file, [entry_of(name, tensor) for name, tensor in tensors.items()], notes, exact=True)
     except OSError as error:
         raise CheckpointError(f"cannot write the weights {file}: {error}") from error
+
+
+def check_keepable(model: nn.Module) -> None:
+    """Make sure that `keep_weights` can write a model's state.
+
+    Raises:
+        CheckpointError: a tensor is of a kind that safetensors files can't hold; names it.
+    """
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.dtype not in CODES.values()):
+            raise CheckpointError(
+                f"{name!r} in the model's state is a tensor of {value.dtype} with {value.layout}, which safetensors "
+                "files can't hold; make it an ordinary tensor."
+            )
 
 
 def notes_in(file: Path) -> dict[str, str]:
@@ -71,6 +90,8 @@ def notes_in(file: Path) -> dict[str, str]:
         CheckpointError: the file is broken.
     """
     try:
+        if not file.is_file():
+            raise OSError("it is no file")
         with safetensors.safe_open(file, "pt") as held:
             return dict(held.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
@@ -90,7 +111,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, or is no checkpoint of torch; idap runs no code from a file. In the "
             "program that wrote it, save the weights alone: safetensors.torch.save_file(model.state_dict(), ...)."
         ) from error
-    except (RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # what the bytes of a broken file lead to is not known
         raise CheckpointError(
             f"{path} is truncated or no checkpoint of torch ({error}); copy or download it again."
         ) from error
@@ -101,10 +122,25 @@ def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
     nested = next((key for key in _NESTED if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)), None)
     inner = found if nested is None else found[nested]
     if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()):
-        keys = f" with the keys {', '.join(map(str, list(inner)[:6]))}" if isinstance(inner, Mapping) else ""
+        keys = (
+            f" with the keys {', '.join(str(key)[:60] for key in list(inner)[:6])}"
+            if isinstance(inner, Mapping)
+            else ""
+        )
         raise CheckpointError(
             f"{path} holds {type(inner).__name__}{keys}; expected tensors by name, as model.state_dict() gives them."
         )
+    for name, value in inner.items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{path} holds a tensor under {shown(name)}; expected names, as model.state_dict() gives them."
+            )
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantized" if value.is_quantized else "without numbers" if value.is_meta else str(value.layout)
+            raise CheckpointError(
+                f"{path} holds {name!r}, which is {kind}; idap compresses models of ordinary tensors. Save them with "
+                "tensor.to_dense() or tensor.dequantize()."
+            )
     return dict(inner)
 
 
@@ -141,6 +177,9 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pa
                 f"holds {name!r} with shape {tuple(tensor.shape)}, the model's has {tuple(wanted[name].shape)}"
             )
             break
+        if name in wanted and tensor.is_complex() and not wanted[name].is_complex():
+            problems.append(f"holds {name!r} with complex numbers, the model's are {wanted[name].dtype}")
+            break
     if problems:
         raise CheckpointError(
             f"{path} does not fit the model: it {'; it '.join(problems)}. "
@@ -169,6 +208,13 @@ def _advice(
             f"{built} classes, or build it with model.classes = {stored} for data of {stored}."
         )
     return "Build the model that the weights belong to, with the same number of classes."
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"the weights {path} can't be read: {error}") from error
 
 
 def _more(names: Sequence[str]) -> str:
