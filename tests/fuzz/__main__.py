@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import resource
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from tests.fuzz.cases import KINDS
+from tests.fuzz.known import KNOWN, cause_of
 from tests.fuzz.pool import Failure, Report, run_cases, run_one
 
 
@@ -22,12 +24,31 @@ def main() -> int:
             _say(f"{failure.action}: {failure.what}\n  {failure.about}")
     else:
         numbers = range(options.first, options.first + options.cases)
-        report = run_cases(kinds, numbers, options.seed, processes=options.processes)
+        report = run_cases(kinds, numbers, options.seed, processes=options.processes, heard=_tell_first)
         _tell(report, options.seed)
+        for pattern in sorted(set(KNOWN) - {_pattern_of(failure) for failure in report.failures}):
+            _say(f"known, but not seen in this run: {pattern}")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(failure) for failure in report.failures], indent=1))
-    _say(f"{sum(report.cases.values())} inputs, {len(report.failures)} failures, {time.monotonic() - began:.0f} s")
-    return 1 if report.failures else 0
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _say(
+        f"{sum(report.cases.values())} inputs, {len(report.failures)} failures, {time.monotonic() - began:.0f} s, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of processor time"
+    )
+    return 1 if any(not _cause_of(failure) for failure in report.failures) else 0
+
+
+def _tell_first(failure: Failure) -> None:
+    _say(f"found: {failure.signature} (case {failure.number})")
+
+
+def _cause_of(failure: Failure) -> str:
+    return cause_of(f"{failure.signature} {failure.what}")
+
+
+def _pattern_of(failure: Failure) -> str:
+    cause = _cause_of(failure)
+    return next((pattern for pattern, known in KNOWN.items() if known == cause), "")
 
 
 def _tell(report: Report, seed: int) -> None:
@@ -36,7 +57,9 @@ def _tell(report: Report, seed: int) -> None:
         _say(f"{kind}: {report.cases[kind]} inputs; {counted}")
     for signature, group in report.grouped().items():
         shortest: Failure = group[0]
-        _say(f"\n{len(group)} x {signature}\n  {shortest.what}\n  {shortest.about}")
+        known = _cause_of(shortest)
+        _say(f"\n{len(group)} x {signature}{f'   KNOWN: {known}' if known else ''}")
+        _say(f"  {shortest.what}\n  {shortest.about}")
         _say(f"  again: python -m tests.fuzz --only {shortest.kind} --seed {seed} --case {shortest.number}")
 
 

@@ -1,6 +1,7 @@
 """What a kind of input is to the fuzzer: it makes inputs from dice, and says what is tried with each."""
 
 import copy
+import importlib
 import random
 import re
 import traceback
@@ -25,7 +26,7 @@ CHECKED_RUNS = False
 resumed may lead to another result, and is counted as "changed"."""
 
 
-class Broken(AssertionError):
+class Broken(AssertionError):  # noqa: N818 - it is a failed check
     """A promise does not hold for an input; the text begins with the kind of the failure."""
 
 
@@ -61,6 +62,16 @@ KINDS = {
     "runs": "tests.fuzz.runs:Runs",
     "recipes": "tests.fuzz.recipes:Recipes",
 }
+"""Name -> what makes inputs of that kind."""
+SELF = "misbehaving"
+"""A kind whose cases break every promise on purpose, for the test of the fuzzer itself."""
+
+
+def kind_of(name: str) -> type[Kind]:
+    """Import a kind."""
+    module, _, attribute = KINDS.get(name, "tests.fuzz.misbehaving:Misbehaving").partition(":")
+    found: type[Kind] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def dice_of(seed: int, kind: str, number: int) -> random.Random:

@@ -58,6 +58,14 @@ class Report:
     cases: Counter[str] = field(default_factory=Counter)
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    heard: Callable[[Failure], None] | None = None
+
+    def fail(self, failures: Sequence[Failure]) -> None:
+        """Note failures."""
+        for failure in failures:
+            if self.heard is not None and all(failure.signature != each.signature for each in self.failures):
+                self.heard(failure)
+            self.failures.append(failure)
 
     def add(self, kind: str, outcomes: dict[str, int]) -> None:
         """Count a case that has come to its end."""
@@ -74,7 +82,14 @@ class Report:
         return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
-def run_cases(kinds: Sequence[str], numbers: range, seed: int, *, processes: int = 2, batch: int = BATCH) -> Report:
+def run_cases(
+    kinds: Sequence[str],
+    numbers: range,
+    seed: int,
+    *,
+    processes: int = 2,
+    heard: Callable[[Failure], None] | None = None,
+) -> Report:
     """Run cases of several kinds.
 
     Args:
@@ -82,10 +97,10 @@ def run_cases(kinds: Sequence[str], numbers: range, seed: int, *, processes: int
         numbers: of the cases of each kind.
         seed: of all.
         processes: workers at a time.
-        batch: cases of one worker.
+        heard: is told of the first failure of each cause, as soon as it is found.
     """
-    report, lock = Report(), threading.Lock()
-    pieces = [(kind, numbers[start : start + batch]) for start in range(0, len(numbers), batch) for kind in kinds]
+    report, lock = Report(heard=heard), threading.Lock()
+    pieces = [(kind, numbers[start : start + BATCH]) for start in range(0, len(numbers), BATCH) for kind in kinds]
 
     def work(piece: tuple[str, range]) -> None:
         for told in _batch(*piece, seed):
@@ -124,7 +139,7 @@ def _batch(kind: str, numbers: range, seed: int) -> Iterator[Callable[[Report], 
 def _noted(kind: str, outcomes: dict[str, int], failures: list[Failure]) -> Callable[[Report], None]:
     def note(report: Report) -> None:
         report.add(kind, outcomes)
-        report.failures.extend(failures)
+        report.fail(failures)
 
     return note
 
@@ -137,15 +152,18 @@ def _worker(kind: str, numbers: range, seed: int, *extra: str) -> Iterator[dict[
     with errors.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.worker", *words, *extra],
-            **{"stdout": subprocess.PIPE, "stderr": log, "cwd": ROOT, "env": _environment()},
+            **{"stdout": subprocess.PIPE, "stderr": log, "cwd": ROOT, "env": environment()},
         )
     try:
         lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True).start()
+        reader = threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True)
+        reader.start()
         yield from _heard(process, lines, errors)
     finally:
         process.kill()
         process.wait()
+        reader.join()
+        process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -182,7 +200,8 @@ def _pump(stream: Any, lines: "queue.Queue[str | None]") -> None:
     lines.put(None)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The environment of a worker: it finds the tests, writes no bytecode, and asks no server."""
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1", "COLUMNS": "200"}
     offline = {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "PYTHONFAULTHANDLER": ""}

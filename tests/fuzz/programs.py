@@ -48,16 +48,74 @@ FOREIGN = (
     *("torch.relu ", "torch..relu", "torch.Tensor.", "relu", "torch.Tensor.relu.__get__", "f0", "v0.relu", *HARM),
 )
 TEXTS = (
-    *("sum", "mean", "none", "reflect", "constant", "circular", "cpu", "cuda", "meta", "ij,jk->ik", "...,...->...", "trunc"),
-    *("floor", "bilinear", "nearest", "fro", "nuc", "ortho", "left", "coo", "torch.float32", "complete", "i->", "xla:0"),
+    *(
+        "sum",
+        "mean",
+        "none",
+        "reflect",
+        "constant",
+        "circular",
+        "cpu",
+        "cuda",
+        "meta",
+        "ij,jk->ik",
+        "...,...->...",
+        "trunc",
+    ),
+    *(
+        "floor",
+        "bilinear",
+        "nearest",
+        "fro",
+        "nuc",
+        "ortho",
+        "left",
+        "coo",
+        "torch.float32",
+        "complete",
+        "i->",
+        "xla:0",
+    ),
     *(f"/tmp/{CANARY}", CANARY, *HARM[:8]),
 )
-SIZES = (0, 1, -1, 2, 3, 4, 7, 8, 16, -2, -100, 63, 64, 2**15, 2**31, 2**31 - 1, 2**40, 2**62, -(2**62), 71_748_523_458_560)
-TYPES = tuple(
-    name for name in dir(torch) if isinstance(getattr(torch, name, None), torch.dtype | torch.memory_format)
+SIZES = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    16,
+    -2,
+    -100,
+    63,
+    64,
+    2**15,
+    2**31,
+    2**31 - 1,
+    2**40,
+    2**62,
+    -(2**62),
+    71_748_523_458_560,
 )
+TYPES = tuple(name for name in dir(torch) if isinstance(getattr(torch, name, None), torch.dtype | torch.memory_format))
 KEYS = (
-    *("dim", "out", "dtype", "device", "requires_grad", "size", "input", "other", "p", "training", "inplace", "keepdim"),
+    *(
+        "dim",
+        "out",
+        "dtype",
+        "device",
+        "requires_grad",
+        "size",
+        "input",
+        "other",
+        "p",
+        "training",
+        "inplace",
+        "keepdim",
+    ),
     *("memory_format", "generator", "cdata", "weight", "bias", "mode", "reduction", "layout", "src", "index", "value"),
     *("copy_", "self", "func", "types", "args", "kwargs", "filename", "shared", "storage_offset", "stride", "names"),
 )
@@ -143,11 +201,15 @@ class Programs:
     def make(self, number: int, dice: random.Random, folder: Path) -> Trial:
         grammar = Grammar(dice, self.keys)
         first = self.accepted[number % len(self.accepted)] if dice.random() < 0.9 else None
-        steps = [grammar.step(self._name(dice, first if place == 0 else None)) for place in range(dice.choice((1, 1, 1, 2)))]
+        steps = [
+            grammar.step(self._name(dice, first if place == 0 else None)) for place in range(dice.choice((1, 1, 1, 2)))
+        ]
         output = ["value", dice.randrange(grammar.made)] if dice.random() < 0.9 else grammar.tree(2)
         code: Any = program(steps, output)
         if dice.random() < 0.05:
-            code[0]["guards"] = [[grammar.size(2), dice.choice(("==", "<", "<=", "!=", "x")), grammar.size(1), len(steps)]]
+            code[0]["guards"] = [
+                [grammar.size(2), dice.choice(("==", "<", "<=", "!=", "x")), grammar.size(1), len(steps)]
+            ]
         told = ""
         if dice.random() < 0.1:
             code, told = mutate(code, dice)
@@ -237,7 +299,9 @@ class Grammar:
             return self._numbered(name, args, kwargs)
         args = list(self._args())
         known = self.keys.get(name, KEYS)
-        names = dict.fromkeys(dice.choice(known[: 12 + len(known) // 2]) for _ in range(dice.choice((0, 0, 0, 0, 1, 2))))
+        names = dict.fromkeys(
+            dice.choice(known[: 12 + len(known) // 2]) for _ in range(dice.choice((0, 0, 0, 0, 1, 2)))
+        )
         kwargs = [[key, self.tree(2)] for key in names]
         return self._numbered(name if not module or dice.random() < 0.1 else "", args, kwargs, module)
 

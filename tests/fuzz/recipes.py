@@ -17,7 +17,21 @@ from tests.fuzz import structural
 from tests.fuzz.cases import Broken, Trial, command, copied
 
 VALUES = (
-    *("50%", "none", "1%", "1e3%", "-5%", "innovation", "magnitude", "paper", "auto", "digits", "csv:x.csv", "sgd", "adamw"),
+    *(
+        "50%",
+        "none",
+        "1%",
+        "1e3%",
+        "-5%",
+        "innovation",
+        "magnitude",
+        "paper",
+        "auto",
+        "digits",
+        "csv:x.csv",
+        "sgd",
+        "adamw",
+    ),
     *("idap:digits_resnet", "idap:digits_vit", "idap:mlp", "timm:resnet18", "torchvision:resnet18", "${HOME}/x", "${"),
     *("${IDAP_FUZZ_UNSET}", "text:x.txt", "imagefolder:.", "masks:.", "cifar10:.", "mnist:.", "~/x", "accept", "keep"),
     *(f"python:{structural.CANARY}.py:build", f"python:../{structural.CANARY}.py:f", "python::", "python:os:system"),
@@ -38,7 +52,9 @@ class Recipes:
         way = dice.random()
         if way < 0.2:
             name = dice.choice(list(self.texts))
-            content, did = structural.mutate_bytes(self.texts[name].encode(), dice, dice.choice(list(self.texts.values())).encode())
+            content, did = structural.mutate_bytes(
+                self.texts[name].encode(), dice, dice.choice(list(self.texts.values())).encode()
+            )
             told.append(f"{name}: {did}")
         else:
             table = copied(dice.choice(self.tables)) if way < 0.6 else draw_table(dice)
@@ -51,7 +67,7 @@ class Recipes:
             content = toml_bytes(table)
         file.write_bytes(content)
         if dice.random() < 0.03:
-            told.append(structural.mutate_place(file, dice, folder.parent / "outside"))
+            told.append(structural.mutate_place(file, dice, folder.parent / "outside", pipes=False))
         overrides = [draw_override(dice) for _ in range(dice.choice((0, 0, 1, 2)))]
         told += [f"--set {structural.shown(each)}" for each in overrides]
         shown = structural.shown(content.decode("utf-8", "replace"), 300) if told[0] == "drawn" else ""
@@ -63,7 +79,9 @@ class Recipes:
         if dice.random() < 0.05:
             words = [word for each in overrides if "\0" not in each for word in ("--set", each)]
             missing = ("--set", f"data.path={folder / 'nothing'}")
-            actions["idap compress"] = partial(command, "compress", str(file), *words, *missing, "--task", "python:x.py:f")
+            actions["idap compress"] = partial(
+                command, "compress", str(file), *words, *missing, "--task", "python:x.py:f"
+            )
         return Trial(f"{'; '.join(told)} {shown}", actions)
 
 

@@ -61,7 +61,7 @@ class Runs:
         if dice.random() < 0.1:
             actions["idap report"] = partial(command, "report", str(run))
             actions["idap compare"] = partial(command, "compare", str(run), str(self.shown))
-        if source == self.finished and dice.random() < 0.5 or source == self.stopped and dice.random() < 0.2:
+        if (source == self.finished and dice.random() < 0.5) or (source == self.stopped and dice.random() < 0.2):
             actions["resume"] = partial(self._resume, run)
         return Trial(f"{source.name}: {'; '.join(told)}", actions)
 
@@ -95,7 +95,9 @@ class Runs:
             return did
         lines = file.read_bytes().splitlines()
         place = dice.randrange(len(lines)) if lines else 0
-        way = dice.choice(("value", "value", "value", "value", "drop", "twice", "swap", "blank", "end")) if lines else ""
+        way = (
+            dice.choice(("value", "value", "value", "value", "drop", "twice", "swap", "blank", "end")) if lines else ""
+        )
         match way:
             case "value":
                 try:
@@ -169,7 +171,7 @@ def _change_folder(run: Path, dice: random.Random) -> str:
             shutil.rmtree(state)
             return f"{state.name} is missing"
         case "file" if states:
-            file = dice.choice([each for each in sorted(dice.choice(states).iterdir())])
+            file = dice.choice(sorted(dice.choice(states).iterdir()))
             content, did = structural.mutate_bytes(file.read_bytes(), dice)
             file.write_bytes(content)
             return f"{file.parent.name}/{file.name}: {did}"
@@ -185,5 +187,3 @@ def _change_folder(run: Path, dice: random.Random) -> str:
         case _:
             (run / f".run.json.{'a' * 32}").mkdir()
             return "a folder that is named like an unfinished file"
-
-

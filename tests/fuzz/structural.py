@@ -46,10 +46,24 @@ NUMBERS: tuple[Any, ...] = (
     *(0.0, -0.0, 0.5, 1e-320, 1e308, -1.5, float("nan"), float("inf"), float("-inf")),
 )
 RAWS = tuple(
-    map(
-        Raw,
-        ("9" * 5000, "1e999", "-1e-999", "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000, "[" * 100_000)
-        + ("NaN", "-Infinity", "+1", "0x10", "'a'", "tru", "", '"\\ud800"', '"\\u0000"', '"\t"', "1.", "/* */ 1"),
+    Raw(text)
+    for text in (
+        *("9" * 5000, "1e999", "-1e-999", "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000, "[" * 100_000),
+        *(
+            "NaN",
+            "-Infinity",
+            "+1",
+            "0x10",
+            "'a'",
+            "tru",
+            "",
+            '"\\ud800"',
+            '"\\u0000"',
+            '"\t"',
+            '"\ud800"',
+            "1.",
+            "/* */ 1",
+        ),
     )
 )
 
@@ -238,16 +252,18 @@ def mutate_bytes(content: bytes, dice: random.Random, other: bytes = b"") -> tup
             return dice.choice((b"", b"\0", b"\n", b"null", b"{}", b"[]", b"\xff\xfe", b"\xef\xbb\xbf{}")), "replaced"
 
 
-def mutate_place(file: Path, dice: random.Random, outside: Path) -> str:
+def mutate_place(file: Path, dice: random.Random, outside: Path, *, pipes: bool = True) -> str:
     """Put something else in the place of a file.
 
     Args:
         file: that is there.
         dice: decides.
         outside: a folder beside the input, whose files nobody may read or write.
+        pipes: whether a pipe may take the place, which blocks whoever reads it.
     """
     content = file.read_bytes()
-    way = dice.choice(("missing", "missing", "folder", "dangling", "circle", "outside", "null", "pipe", "parent"))
+    ways = ("missing", "missing", "folder", "dangling", "circle", "outside", "null", "parent")
+    way = dice.choice((*ways, "pipe") if pipes else ways)
     file.unlink()
     match way:
         case "folder":

@@ -79,7 +79,7 @@ class Watch:
         if event.startswith(_FORBIDDEN):
             return f"executed: {event} {args!r:.120}"
         if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
-            path = _real(args[0], -1)
+            path = _real(args[0], -1, followed=True)
             if CANARY in path:
                 return f"written: opens {path}"
             writes = isinstance(args[2], int) and args[2] & _WRITES
@@ -87,7 +87,7 @@ class Watch:
         if event in _PATHS:
             place = next((arg for arg in reversed(args) if isinstance(arg, int)), -1)
             for number in _PATHS[event]:
-                path = _real(args[number], place)
+                path = _real(args[number], place, followed=False)
                 if not _inside(path, home):
                     return f"written: {event} {path}"
         if event == "compile":
@@ -98,12 +98,14 @@ class Watch:
         return f"executed: import {args[0]}" if event == "import" and CANARY in str(args[0]) else ""
 
 
-def _real(path: Any, place: int) -> str:
-    text = os.fsdecode(path) if not isinstance(path, int) else f"/proc/self/fd/{path}"
-    if place >= 0 and not os.path.isabs(text):
-        text = f"/proc/self/fd/{place}/{text}"
-    head, tail = os.path.split(text)  # a link itself may be removed; what it leads to may not be written
-    return f"{os.path.realpath(head)}/{tail}" if not os.path.islink(text) else os.path.realpath(text)
+def _real(path: Any, place: int, *, followed: bool) -> str:
+    """Where a path leads: what is opened is where a link leads to, what is removed is the link itself."""
+    found = Path(f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(path))
+    if place >= 0 and not found.is_absolute():
+        found = Path(f"/proc/self/fd/{place}") / found
+    if followed:
+        return os.path.realpath(found)
+    return f"{os.path.realpath(found.parent)}/{found.name}"
 
 
 def _inside(path: str, home: str) -> bool:

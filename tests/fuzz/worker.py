@@ -5,7 +5,6 @@ A line `begin` comes before a case is tried, so that whoever reads knows which o
 
 import argparse
 import gc
-import importlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from idap.errors import IdapError
-from tests.fuzz.cases import KINDS, Broken, Trial, dice_of, told
+from tests.fuzz.cases import KINDS, SELF, Broken, Trial, dice_of, kind_of, told
 from tests.fuzz.watch import GROWTH, Watch, bound_memory, bound_time, peak, reset_peak
 
 
@@ -33,8 +32,7 @@ def main() -> None:
     home = Path(options.folder)
     (home / "outside").mkdir(parents=True)
     os.chdir(home)
-    module, _, name = KINDS[options.kind].partition(":")
-    kind = getattr(importlib.import_module(module), name)(home / "valid")
+    kind = kind_of(options.kind)(home / "valid")
     watch = Watch()
     bound_memory()
     say(out, ready=True)
@@ -125,7 +123,7 @@ def _remove(folder: Path) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.worker")
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=[*KINDS, SELF])
     parser.add_argument("folder")
     for name in ("seed", "first", "last"):
         parser.add_argument(f"--{name}", type=int, required=True)
