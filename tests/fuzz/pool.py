@@ -45,8 +45,8 @@ class Failure:
     @property
     def signature(self) -> str:
         """The same for failures that have one cause: without numbers and quoted parts, except lines of code."""
-        place = re.search(r" at (\S+:\d+ in \w+)", self.what)
-        text = self.what.partition(" at ")[0] if place else self.what
+        place = re.search(r" at (\S+:\d+ in [\w<>]+)", self.what)
+        text = (self.what.partition(" at ")[0] if place else self.what).splitlines()[0]
         text = re.sub(r"'[^']*'|\"[^\"]*\"|/\S+|0x[0-9a-f]+|\d+", "_", text)[:90]
         return f"{self.kind}/{self.action} {text}{f' at {place[1]}' if place else ''}"
 

@@ -298,7 +298,7 @@ def hostile_pickle(dice: random.Random) -> tuple[bytes, str]:
             (subprocess.Popen, (["touch", structural.CANARY],)),
             (torch.load, (structural.CANARY,)),
             (torch.hub.load, (structural.CANARY, "x")),
-            (getattr, (torch, "os")),
+            (getattr, ("x", "__class__")),
             (torch.nn.Linear, (4, 4)),
             (torch._utils._rebuild_tensor_v2, (1, 2, 3)),
             (torch.device, ("cuda:9",)),

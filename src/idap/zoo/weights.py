@@ -102,9 +102,10 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, or is no checkpoint of torch; idap runs no code from a file. In the "
             "program that wrote it, save the weights alone: safetensors.torch.save_file(model.state_dict(), ...)."
         ) from error
-    except (RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # of broken bytes, torch raises whatever the first wrong one leads to
         raise CheckpointError(
-            f"{path} is truncated or no checkpoint of torch ({error}); copy or download it again."
+            f"{path} is truncated or no checkpoint of torch ({type(error).__name__}: {error}); copy or download it "
+            "again."
         ) from error
     return _tensors_in(found, path)
 
@@ -117,6 +118,15 @@ def _tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} holds {type(inner).__name__}{keys}; expected tensors by name, as model.state_dict() gives them."
         )
+    for name, tensor in inner.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} holds a tensor named {name!r:.60}; expected names as text.")
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else tensor.layout
+            raise CheckpointError(
+                f"{path} holds {name!r} as a tensor that is {kind}; expected dense tensors of plain numbers: save "
+                "tensor.to_dense() or tensor.dequantize()."
+            )
     return dict(inner)
 
 
