@@ -4,7 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test slow conformance check docs format clean
+CASES ?= 1700
+KILLS ?= 60
+SEED ?= 0
+
+.PHONY: demo test slow fuzz conformance check docs format clean
 
 $(STAMP): pyproject.toml constraints.txt tests/conformance/vision_operators.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -22,6 +26,10 @@ test: $(STAMP)  ## what must hold after each change, in under 10 minutes
 
 slow: $(STAMP)  ## what takes longer: pages run as a reader does, launched processes, kills, whole architectures
 	$(BIN)/python -m pytest -n 2 -m slow
+
+fuzz: $(STAMP)  ## 10,000 changed files that idap must refuse or read rightly, and 60 kills; about ten minutes on two cores
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED)
+	$(BIN)/python -m tests.fuzz.kills --kills $(KILLS) --seed $(SEED)
 
 conformance: $(STAMP)  ## every architecture, and what Torch-Pruning does with it; takes hours, writes docs/coverage.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

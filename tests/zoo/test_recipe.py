@@ -329,6 +329,8 @@ class TestMistakes:
             ("[data]\nname = 'digits'", "there is no model: write [model] with build ="),
             ("[model]\nbuild = 'idap:digits_vit'", "there is no task: write [data] with name ="),
             ("[model\n", "is not valid TOML"),
+            ("size = " + "9" * 5000, "is not valid TOML"),
+            ("size = " + "[" * 100_000, "is nested too deep"),
         ],
     )
     def test_wrong_files(self, recipe, text, expected):
@@ -337,6 +339,9 @@ class TestMistakes:
     @pytest.mark.parametrize("override", ["goals.macs", "macs=0.5", "=3", "goals.=3"])
     def test_overrides_of_another_form(self, recipe, override):
         assert "is not section.key=value, as in --set goals.macs=0.5" in refusal(recipe, PLAIN, override)
+
+    def test_an_override_that_is_nested_too_deep(self, recipe):
+        assert "--set goals.macs is nested too deep" in refusal(recipe, PLAIN, "goals.macs=" + "[" * 5000)
 
     def test_an_override_without_its_section_gets_it(self, recipe):
         assert "(the nearest is goals.macs)" in refusal(recipe, PLAIN, "macs=0.5")

@@ -298,6 +298,28 @@ class TestWeights:
         with pytest.raises(CheckpointError, match="holds dict with the keys loss; expected tensors by name"):
             load_weights(nn.Linear(3, 2), tmp_path / "w.pt")
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda weight: {"weight": weight.to_sparse()}, "holds 'weight' as a tensor that is torch.sparse_coo"),
+            (lambda weight: {3: weight}, "holds a tensor named 3; expected names as text"),
+        ],
+    )
+    def test_tensors_that_no_model_takes(self, tmp_path, change, message):
+        net = nn.Linear(3, 2)
+        torch.save(net.state_dict() | change(net.weight.detach()), tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=message):
+            load_weights(net, tmp_path / "w.pt")
+
+    @pytest.mark.parametrize("place", [20, 189, 300])
+    def test_a_checkpoint_with_foreign_bytes(self, tmp_path, place):
+        path = tmp_path / "w.pt"
+        torch.save(nn.Linear(3, 2).state_dict(), path, _use_new_zipfile_serialization=False)
+        data = path.read_bytes()
+        path.write_bytes(data[:place] + b"\x03\xa9\xed\x89\xfdE" + data[place:])
+        with pytest.raises(CheckpointError, match=r"truncated or no checkpoint|holds more than tensors"):
+            load_weights(nn.Linear(3, 2), path)
+
     def test_a_missing_file_gets_its_neighbour(self, tmp_path):
         (tmp_path / "resnet20.safetensors").touch()
         with pytest.raises(CheckpointError, match=r"do not exist; did you mean .*resnet20\.safetensors\?"):

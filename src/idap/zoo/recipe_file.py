@@ -163,7 +163,9 @@ def _override(text: str) -> tuple[tuple[str, str], Any]:
         raise ConfigError(f"--set {text!r} is not section.key=value, as in --set goals.macs=0.5{advice}.")
     try:
         return (section, key), tomllib.loads(f"value = {written.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError as error:
+        raise ConfigError(f"--set {name} is nested too deep; no setting is.") from error
+    except ValueError:
         # A shell eats quotes, so what is no TOML value is text.
         return (section, key), written.strip()
 
@@ -178,7 +180,11 @@ def _parse(path: Path) -> Table:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} can't be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise ConfigError(
+            f"the recipe {path} is nested too deep; sections, keys and lists of values suffice."
+        ) from error
+    except ValueError as error:  # of the syntax, or a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}. Text needs quotes, and each key stands once.") from error
 
 

@@ -73,4 +73,9 @@ def recipe_of_run(folder: str | Path, replaced: Mapping[str, str | Path | None] 
             f"{folder} does not say how its original is built; say it: --model python:net.py:build, or --model and the "
             "recipe."
         )
+    if not isinstance(noted["recipe"], dict):
+        raise RunFolderError(
+            f"{Path(folder) / RUN} holds {type(noted['recipe']).__name__} as the recipe, expected its sections; the "
+            "file was changed by hand. Begin the run anew in another folder."
+        )
     return make_recipe(with_changes(noted["recipe"], read_changes((), replaced or {})), str(Path(folder) / RUN))

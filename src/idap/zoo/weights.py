@@ -113,7 +113,8 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # what the bytes of a broken file lead to is not known
         raise CheckpointError(
-            f"{path} is truncated or no checkpoint of torch ({error}); copy or download it again."
+            f"{path} is truncated or no checkpoint of torch ({type(error).__name__}: {error}); copy or download it "
+            "again."
         ) from error
     return _tensors_in(found, path)
 
