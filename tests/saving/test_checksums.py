@@ -17,11 +17,13 @@ from idap.graph.trace import trace
 from idap.saving import tensors
 from idap.saving.checkpoint import load, read_plan, save
 from idap.saving.checksums import HEADER, TENSORS, header_text
+from idap.saving.export import export_weights
 from idap.saving.stream import apply_to_checkpoint
 from idap.saving.tensors import Entry, TensorFiles, write_tensors
 from idap.structure.analysis import analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
+from idap.zoo.weights import keep_weights, load_weights
 from tests.saving.test_stream import stored
 
 
@@ -172,6 +174,17 @@ def test_tools_that_write_the_header_anew_leave_the_file_readable(tmp_path: Path
     assert {TENSORS, HEADER} <= metadata.keys()
     safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata=metadata)
     assert equal(load(tmp_path, build()).state_dict(), cut()[0].state_dict())
+
+
+def test_other_files_of_weights_are_guarded_too(tmp_path: Path) -> None:
+    original, exported = tmp_path / "original.safetensors", tmp_path / "net.safetensors"
+    keep_weights(build(), original, {"made by": "a recipe"})
+    export_weights(build(), exported)
+    for file in (original, exported):
+        load_weights(build(), file)
+        damage(file)
+        with pytest.raises(CheckpointError, match=rf"tensor '.*' in .*{file.name} is not what was written there"):
+            load_weights(build(), file)
 
 
 # ------------------------------------------------------------------------------------------------- without checksums
