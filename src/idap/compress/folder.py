@@ -22,14 +22,17 @@ from idap.cost.count import Cost, saved_tensors
 from idap.divergence.criteria import opener_of
 from idap.divergence.measure import Divergence
 from idap.errors import IdapError, RunFolderError
-from idap.record import AFTER, RESULT, RunFolder
+from idap.progress import Progress
+from idap.record import AFTER, RESULT, RUN, RunFolder, read_object
 from idap.report.contents import Reached
-from idap.report.reading import read_end
+from idap.report.reading import read_decisions, read_end, read_settings
 from idap.saving.checkpoint import fingerprint
+from idap.steps import Step
 from idap.structure.analysis import Structure
 from idap.training.batch import device_name, device_of
 from idap.training.processes import on_main, process_count
 from idap.training.task import Task
+from idap.trust import sealed_place
 
 CHECKPOINTS_AT_LEAST = 3
 """Models of the original's size for which a run folder needs room."""
@@ -75,6 +78,41 @@ def resumable(folder: RunFolder | None) -> Iterator[None]:
         if folder is not None and not isinstance(error, RunFolderError):
             error.add_note(f"Every decision so far is in {folder.path}: the same call with resume=True goes on there.")
         raise
+
+
+def begin_run(folder: RunFolder, settings: dict[str, Any], progress: Progress, *, resume: bool) -> tuple[Step, ...]:
+    """Begin a run in its folder, or go on with it.
+
+    Args:
+        folder: of the run, claimed by this process.
+        settings: of the run as it is now; the place and its seal are added to the environment.
+        progress: is told of what the user should know.
+        resume: whether to go on with the run that the folder holds.
+
+    Returns:
+        The decisions that were taken, in order.
+
+    Raises:
+        RunFolderError: the folder can't be written, or holds another run.
+    """
+    place, keyless = sealed_place(folder.path, settings.get("recipe"))
+    settings["environment"] |= place
+    if keyless:
+        progress.say(
+            f"Commands will ask before they run code that the recipe of this run names, since {keyless}. "
+            "--trust runs it unasked."
+        )
+    if not resume:
+        folder.open(settings)
+        return ()
+    folder.reopen(settings)
+    past = read_decisions(folder.path, read_settings(folder.path))
+    if read_object(folder.path / RUN).get("calibration") != settings["calibration"]:
+        progress.say(
+            "The calibration data are not those that the run was begun with: other data, or a loader that gives others "
+            "each time. What was decided stays; what comes may be decided otherwise than without the break."
+        )
+    return past
 
 
 def settings_of(

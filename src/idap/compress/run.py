@@ -32,11 +32,9 @@ from idap.errors import ConfigError, TaskError
 from idap.files import plain
 from idap.graph.trace import trace
 from idap.progress import Phase, Progress, Silent
-from idap.record import RUN, RunFolder, read_object
-from idap.report.reading import read_decisions, read_settings
+from idap.record import RunFolder
 from idap.saving.checkpoint import fingerprint, weights_digest
 from idap.saving.origin import checked_origin
-from idap.steps import Step
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
@@ -48,7 +46,6 @@ from idap.training.evaluate import Score, score
 from idap.training.processes import align_, is_main, on_main
 from idap.training.split import with_validation
 from idap.training.task import Task
-from idap.trust import sealed_place
 
 TRACED_SAMPLES = 2
 
@@ -124,7 +121,7 @@ def _carried_out(
         settings["weights"] = weights_digest(model)
         settings["calibration"] = samples_digest(setting.calibration)
     settings["preparation"] = preparation = setting.clock.take()
-    past = () if folder is None else on_main(partial(_begun, folder, settings, progress, resume=resume))
+    past = () if folder is None else on_main(partial(begin_run, folder, settings, progress, resume=resume))
     setting.layer_times.keep_least()
     journal = Journal(setting, state.metric, past, preparation)
     with resumable(folder):
@@ -194,28 +191,6 @@ def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable:
     spared = [name for name in removable if name not in essential]
     last = layer_stage(setting, narrow, goal, journal, spared, alone=True)
     return last if last is narrow else filter_stage(setting, last, goal, journal)
-
-
-def _begun(folder: RunFolder, settings: dict[str, Any], progress: Progress, *, resume: bool) -> tuple[Step, ...]:
-    """Begin a run in its folder, or go on with it; gives the decisions that were taken."""
-    place, keyless = sealed_place(folder.path, settings.get("recipe"))
-    settings["environment"] |= place
-    if keyless:
-        progress.say(
-            f"Commands will ask before they run code that the recipe of this run names, since {keyless}. "
-            "--trust runs it unasked."
-        )
-    if not resume:
-        folder.open(settings)
-        return ()
-    folder.reopen(settings)
-    past = read_decisions(folder.path, read_settings(folder.path))
-    if read_object(folder.path / RUN).get("calibration") != settings["calibration"]:
-        progress.say(
-            "The calibration data are not those that the run was begun with: other data, or a loader that gives others "
-            "each time. What was decided stays; what comes may be decided otherwise than without the break."
-        )
-    return past
 
 
 def _slicer(

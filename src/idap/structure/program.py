@@ -25,6 +25,11 @@ from idap.structure.vocabulary import mistake
 Tree = Any
 """A plain value or a tagged tuple, see above."""
 
+DTYPES = frozenset(
+    ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64")
+) | {"complex128"}
+"""Types of numbers that a program may name: those with which all functions of torch compute."""
+
 MOST_ROUTINES, MOST_STEPS = 32, 20_000
 """The most ways to call one module, and steps of all of them; the largest network of the coverage has a tenth."""
 
@@ -169,7 +174,8 @@ def check_tree(tree: Tree) -> None:
     if not isinstance(tag, str) or tag not in _SHAPES:
         raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
     types = _SHAPES[tag]
-    if types is not None and (tuple(map(type, parts)) != types or (tag == "value" and parts[0] < 0)):
+    wrong = types is not None and (tuple(map(type, parts)) != types or (tag == "value" and parts[0] < 0))
+    if wrong or (tag == "dtype" and parts[0] not in DTYPES):
         raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
     sizes = (
         [part for part in parts if part is not None] if tag == "slice" else [tree] if tag in ("size", "calc") else []
