@@ -17,7 +17,7 @@ from idap.compress.clock import Clock
 from idap.compress.config import Config, checked
 from idap.compress.features import check_features
 from idap.compress.filters import filter_stage
-from idap.compress.folder import claimed, resumable, run_size, settings_of
+from idap.compress.folder import begin_run, claimed, resumable, run_size, settings_of
 from idap.compress.journal import Decision, Journal
 from idap.compress.layer_times import LayerTimes, measured, recalled
 from idap.compress.layers import layer_stage
