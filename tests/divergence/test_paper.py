@@ -1,4 +1,4 @@
-"""The paper's forms against their formulas in method.md 2.1, computed the slow way."""
+"""The paper's forms against their formulas in docs/method.md#paper, computed the slow way."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The share of each step follows the formula of method.md 3.1."""
+"""The share of each step follows the formula of docs/method.md#filters."""
 
 from hypothesis import given
 from hypothesis import strategies as st

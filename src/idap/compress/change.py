@@ -49,7 +49,7 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
 
     Projections that stand in for blocks which the state still has are fitted to these. Where nothing is trained
     between the cuts, each of them begins with the original anew: corrections of corrected weights lose more than
-    one correction does (docs/results.md).
+    one correction does (docs/results.md#several-cuts).
 
     Args:
         setting: of the run.

@@ -23,7 +23,7 @@ MOST_GROWTH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class FilterStage:
-    """Stage 1, filters: which share of the units goes in each step (method.md 3.1).
+    """Stage 1, filters: which share of the units goes in each step (docs/method.md#filters).
 
     Args:
         schedule: "growing" removes a growing share of the remaining units in each step; "even" comes to the targets in
@@ -85,7 +85,7 @@ class FilterStage:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStage:
-    """Stage 2, layers: how many branches and blocks may go (method.md 3.2).
+    """Stage 2, layers: how many branches and blocks may go (docs/method.md#layers).
 
     Args:
         removals: branches and blocks removed at most.
@@ -99,7 +99,7 @@ class LayerStage:
             can say how many layers there are, not that one of them lacks its attention.
         against: what a layer has to beat before it goes, where costs have targets and stage 1 comes first. "filters":
             those that would save as much, or come to the targets; where they lose less on calibration data, stage 2
-            is over, unless filters don't come to the targets then. "nothing": layers go unasked, which makes a network
+            is over, unless filters don't come to the targets then. "nothing": no comparison, which makes a network
             faster than its multiply-adds say. Where the budget ended stage 1 there is nothing to beat.
         tune: which weights recover after a removal: "all", or "neighbours", those of the layers next to what went.
 
@@ -314,7 +314,7 @@ def checked(config: Config | None) -> Config:
 
 
 PER_COST = ("paper", "share", "activation", "taylor", "fisher", "bn_scale", "fpgm")
-"""Criteria that rank better per cost (docs/results.md)."""
+"""Criteria that rank better per cost (docs/results.md#criteria)."""
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Stage 1, filters: remove the units of lowest divergence step by step within the budget (method.md 3.1)."""
+"""Stage 1, filters: remove the units of lowest divergence step by step within the budget (docs/method.md#filters)."""
 
 from collections.abc import Collection, Sequence
 

@@ -1,4 +1,4 @@
-"""Stage 2, layers: remove the branches and blocks that change the flow least (method.md 3.2)."""
+"""Stage 2, layers: remove the branches and blocks that change the flow least (docs/method.md#layers)."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace

@@ -32,7 +32,7 @@ class Result:
         parameters: before and after.
         size: bytes of all tensors in the saved file, before and after.
         latency: as a share of the original's, measured here at the end; None where it was no goal.
-        output_error: E‖N0(x) − N*(x)‖² / E‖N0(x)‖² on the validation data (method.md 3.5).
+        output_error: E‖N0(x) − N*(x)‖² / E‖N0(x)‖² on the validation data (docs/method.md#promise).
         reached: whether every goal was met.
         message: one sentence on what was reached, or which goal was not and why.
         metric_name: what the metric is.

@@ -1,4 +1,4 @@
-"""The innovation form (method.md 2.3): the flow of a unit that the other units cannot replace.
+"""The innovation form (docs/method.md#innovation): the flow of a unit that the other units cannot replace.
 
 With H the centred second moments of what a consumer reads, removing unit u and refitting the consumer costs
 tr(V_u (H⁻¹_uu)⁻¹ V_uᵀ), the optimal-brain-surgeon error. Units are eliminated one after another, the cheapest first,

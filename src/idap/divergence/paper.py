@@ -1,4 +1,4 @@
-"""The paper's forms (method.md 2.1, D2 to D8): activation times weight, and the activation alone."""
+"""The paper's forms (docs/method.md#paper, D2 to D8): activation times weight, and the activation alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

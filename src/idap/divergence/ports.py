@@ -143,7 +143,7 @@ def factor_in(graph: Graph, node: Node) -> Any:
 
 
 def activation_of(wiring: Wiring, name: str) -> str:
-    """The node that holds a layer's output after its norm and its activation (A in method.md 2.1)."""
+    """The node that holds a layer's output after its norm and its activation (A in docs/method.md#notation)."""
     graph = wiring.graph
     found = end = name
     while len(wiring.users[end]) == 1:

@@ -1,4 +1,4 @@
-"""The relative form (method.md 2.2): the relative change of the flow that removing a part would cause."""
+"""The relative form (docs/method.md#relative): the relative change of the flow that removing a part would cause."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

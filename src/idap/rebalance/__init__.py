@@ -1,1 +1,1 @@
-"""Correct what stays after a cut, in closed form, so that the flow continues as before (method.md 3.3)."""
+"""Correct what stays after a cut, in closed form, so that the flow continues as before (docs/method.md#rebalancing)."""

@@ -1,4 +1,4 @@
-"""Fit the linear maps that can stand in for modules, in closed form from calibration data (method.md 3.2)."""
+"""Fit the linear maps that replace modules, in closed form (docs/method.md#projections)."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

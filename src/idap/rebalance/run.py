@@ -29,7 +29,7 @@ from idap.training.evaluate import modes_kept
 
 @dataclass(frozen=True)
 class Rebalance:
-    """What is corrected after a cut, without any gradient step (method.md 3.3).
+    """What is corrected after a cut, without any gradient step (docs/method.md#rebalancing).
 
     Args:
         least_squares: refit the weights of the layers whose inputs changed to the original's outputs.

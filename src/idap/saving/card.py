@@ -36,7 +36,7 @@ class Facts:
         parameters: number of parameters.
         size: bytes of all tensors in the saved file.
         latency: of the compressed model as a share of the original's, where it was measured; else None.
-        output_error: E‖N0(x) − N*(x)‖² / E‖N0(x)‖² on the validation data (method.md 3.5).
+        output_error: E‖N0(x) − N*(x)‖² / E‖N0(x)‖² on the validation data (docs/method.md#promise).
         message: one sentence on what was reached.
         again: whether the model that was compressed had itself been compressed before.
     """

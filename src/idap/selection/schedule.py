@@ -2,7 +2,7 @@
 
 
 def step_share(first: float, step: int, steps: int, growth: float) -> float:
-    """Share of the remaining units that step t removes: rho_0 (1 + t/T)^alpha (method.md 3.1).
+    """Share of the remaining units that step t removes: rho_0 (1 + t/T)^alpha (docs/method.md#filters).
 
     Args:
         first: rho_0, in (0, 1).

@@ -122,7 +122,7 @@ def _telling(broken: list[Tensor]) -> Iterator[None]:
 def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: Split = "val") -> float:
     """Measure how far a model's logits are from those of a reference, relative to the size of the latter.
 
-    The value is E‖N0(x) − N*(x)‖² / E‖N0(x)‖², section 3.5 of `docs/method.md`.
+    The value is E‖N0(x) − N*(x)‖² / E‖N0(x)‖²; see `docs/method.md#promise`.
 
     Args:
         model: N*, the compressed model.
