@@ -59,7 +59,7 @@ KINDS = {
     "programs": "tests.fuzz.programs:Programs",
     "weights": "tests.fuzz.weights:Weights",
     "indices": "tests.fuzz.indices:Indices",
-    "runs": "tests.fuzz.runs:Runs",
+    "runs": "tests.fuzz.run_folders:Runs",
     "recipes": "tests.fuzz.recipes:Recipes",
 }
 """Name -> what makes inputs of that kind."""
