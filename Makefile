@@ -27,7 +27,7 @@ test: $(STAMP)  ## what must hold after each change, in under 10 minutes
 slow: $(STAMP)  ## what takes longer: pages run as a reader does, launched processes, kills, whole architectures
 	$(BIN)/python -m pytest -n 2 -m slow
 
-fuzz: $(STAMP)  ## 10,000 changed files that idap must refuse or read rightly, and 60 kills; about ten minutes on two cores
+fuzz: $(STAMP)  ## 10,000 changed files that idap must refuse or read rightly, and 60 kills; about a quarter of an hour on two cores
 	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED)
 	$(BIN)/python -m tests.fuzz.kills --kills $(KILLS) --seed $(SEED)
 

@@ -20,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 BATCH = 250
 """Cases of one worker: as many as make its start cheap."""
-START_SECONDS, CASE_SECONDS = 180, 40
-"""Seconds on the clock that a worker may take to start and for one case, on a busy machine."""
+LOOK_SECONDS, LONGEST = 20, 600
+"""After how many silent seconds a worker is looked at: it hangs if it computed nothing, or is silent for too long."""
 
 
 @dataclass(frozen=True)
@@ -168,21 +168,30 @@ def _worker(kind: str, numbers: range, seed: int, *extra: str) -> Iterator[dict[
 
 
 def _heard(process: Any, lines: "queue.Queue[str | None]", errors: Path) -> Iterator[dict[str, Any]]:
-    done, limit = False, START_SECONDS
+    done, silent, spent = False, 0, 0.0
     while True:
         try:
-            line = lines.get(timeout=limit)
+            line = lines.get(timeout=LOOK_SECONDS)
         except queue.Empty:
-            yield {"died": f"hang: more than {limit} seconds"}
-            return
+            silent, before, spent = silent + LOOK_SECONDS, spent, _processor_time(process.pid)
+            if spent - before < LOOK_SECONDS / 100 or silent > LONGEST:
+                yield {"died": f"hang: silent for {silent} seconds, {spent:.0f} s of processor time in all"}
+                return
+            continue
         if line is None:
             break
         found = json.loads(line)
-        done, limit = "done" in found, CASE_SECONDS
+        done, silent = "done" in found, 0
         yield found
     code = process.wait()
     if not done:
         yield {"died": _death(code, errors)}
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _death(code: int, errors: Path) -> str:

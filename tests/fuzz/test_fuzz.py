@@ -48,6 +48,7 @@ def test_foreign_code_is_seen(line: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_broken_promise_is_found_and_is_that_of_its_case() -> None:
     report = run_cases([SELF], range(len(CASES)), 0)
     found = {failure.number: failure for failure in report.failures}
@@ -60,6 +61,7 @@ def test_every_broken_promise_is_found_and_is_that_of_its_case() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_short_run(kind: str) -> None:
     report = run_cases([kind], range(SHORT), 0, processes=1)
@@ -69,6 +71,7 @@ def test_a_short_run(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_case_is_the_same_when_it_is_run_alone(tmp_path: Path) -> None:
     report, again = run_one("indices", 7, 0, tmp_path), run_one("indices", 7, 0)
     assert report.outcomes == again.outcomes and sum(report.cases.values()) == 1

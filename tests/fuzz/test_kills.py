@@ -15,6 +15,7 @@ KILLS = 10
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_commands_that_were_killed_and_run_again_leave_what_undisturbed_ones_do(tmp_path: Path) -> None:
     told = tmp_path / "told.json"
     words = [sys.executable, "-m", "tests.fuzz.kills", "--kills", str(KILLS), "--json", str(told)]

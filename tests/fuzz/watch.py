@@ -132,7 +132,7 @@ def foreign_code(source: str) -> str:
 
     >>> foreign_code("def body(self, v0):\\n    v1 = self.fc(v0)\\n    return v1")
     ''
-    >>> foreign_code("def body(self, v0):\\n    return v0.__class__.__base__")
+    >>> foreign_code("def body(self, v0):\\n    return v0.__class__")
     'executed: generated source holds .__class__'
     >>> foreign_code("def body(self, v0):\\n    import os")
     'executed: generated source holds Import'

@@ -33,7 +33,8 @@ class Weights:
         self.checkpoints = {each.name: checkpoints(each.model) for each in self.valid}
 
     def make(self, number: int, dice: random.Random, folder: Path) -> Trial:
-        valid = dice.choice(self.valid)
+        valid, folder = dice.choice(self.valid), folder / "saved"
+        folder.mkdir()
         match dice.choice(("small", "small", "original", "original", "torch", "torch")):
             case "small":
                 return self._small(valid, dice, folder)
@@ -44,15 +45,15 @@ class Weights:
 
     def _small(self, valid: Valid, dice: random.Random, folder: Path) -> Trial:
         """A compressed model."""
-        about = self._write(valid.folder, dice, folder)
         (folder / "plan.json").write_bytes((valid.folder / "plan.json").read_bytes())
+        about = self._write(valid.folder, dice, folder)
         return Trial(f"{valid.name}, small: {about}", {"load": partial(self._load, valid, folder)})
 
     def _original(self, valid: Valid, dice: random.Random, folder: Path) -> Trial:
         """The checkpoint of an original."""
         about = self._write(valid.original, dice, folder)
         actions = {
-            "apply": partial(self._cut_files, valid, folder / WEIGHTS, folder / "out"),
+            "apply": partial(self._cut_files, valid, folder / WEIGHTS, folder.with_name("out")),
             "weights": partial(self._weights, valid, folder / WEIGHTS),
             "notes": partial(_notes, folder / WEIGHTS),
         }
@@ -68,7 +69,7 @@ class Weights:
             content, about = structural.mutate_bytes(content, dice, dice.choice(others))
         file.write_bytes(content)
         if way > 0.97:
-            about += f"; {structural.mutate_place(file, dice, folder.parent / 'outside')}"
+            about += f"; {structural.mutate_place(file, dice, folder.parents[1] / 'outside')}"
         return about
 
     def _torch(self, valid: Valid, dice: random.Random, folder: Path) -> Trial:
