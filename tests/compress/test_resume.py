@@ -37,7 +37,7 @@ def undisturbed():
     return result
 
 
-class Interrupted(BaseException):  # noqa: N818 - it is no error
+class Interrupted(BaseException):
     """Stands for a signal in the middle of the work."""
 
 

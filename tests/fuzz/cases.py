@@ -15,13 +15,7 @@ from torch import Tensor, nn
 
 from idap.errors import IdapError
 
-CHECKED_WEIGHTS = False
-"""Whether files of weights carry a checksum: then every change of a tensor that is not refused is a failure.
-
-The one place to switch it: set it to True once `idap.saving` writes and checks checksums. Until then a changed file
-may be read if what is loaded is what the file says.
-"""
-CHECKED_RUNS = False
+CHECKED_RUNS = True
 """Whether run folders are protected against changes; the one place to switch it. Until then a changed folder that is
 resumed may lead to another result, and is counted as "changed"."""
 

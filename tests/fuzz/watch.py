@@ -119,7 +119,9 @@ def _judged_source(source: Any, filename: Any) -> str:
     return foreign_code(text) if str(filename).startswith("<rewritten") else ""
 
 
-_NAMES = re.compile(r"v\d+|f\d+|self|device|kind|result|torch|calc|check|device_of|type_of|slice|float|getattr|body")
+_NAMES = re.compile(
+    r"v\d+|f\d+|self|allowance|dict|device|kind|result|torch|calc|check|device_of|type_of|slice|float|getattr|body"
+)
 _NODES = (
     *(ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Expr, ast.Call, ast.keyword),
     *(ast.Name, ast.Load, ast.Store, ast.Attribute, ast.Constant, ast.Subscript, ast.Tuple, ast.List, ast.Dict),
