@@ -19,12 +19,24 @@ from idap.surgery.apply import apply_plan
 HUGE = 2**40
 
 
+class More(nn.Module):
+    """Of the user's own: what it makes is more than what it gets, and not the same each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("times", torch.tensor(1), persistent=False)
+        self.factor = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape[0], self.factor, device="meta")
+
+
 class Plain(nn.Module):
     """Its code can't follow a cut, so it is rewritten: a call, a view, a calculation, a call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.write, self.read = nn.Linear(4, 12), nn.Linear(12, 3)
+        self.write, self.read, self.more = nn.Linear(4, 12), nn.Linear(12, 3), More()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.write(x).view(x.shape[0], 3, 4).relu()
@@ -42,8 +54,9 @@ def with_step(written: tuple[nn.Module, dict[str, Any]], *steps: list[Any]) -> n
     """The model with other steps behind its first one; what they make is not used."""
     model, data = written
     data = copy.deepcopy(data)
-    data["programs"][""][0]["steps"][1:1] = [[name, "", args, kwargs, [[[], n + 50]]] for n, (name, args, kwargs) in
-                                             enumerate(steps)]  # fmt: skip
+    data["programs"][""][0]["steps"][1:1] = [
+        [name, "" if name else "more", args, kwargs, [[[], n + 50]]] for n, (name, args, kwargs) in enumerate(steps)
+    ]
     return apply_plan(model, Plan.from_json(data))
 
 
@@ -78,6 +91,26 @@ BOMBS: dict[str, list[list[Any]]] = {
         ["torch.nn.functional.scaled_dot_product_attention", [["value", 50]] * 3, []],
     ],
     "doubling": [["torch.cat", [["list", ["value", n], ["value", n]]], []] for n in [0, *range(50, 90)]],
+    "many small tensors": [["torch.ones", [2**20], []], ["torch.Tensor.unbind", [["value", 50]], []]],
+    "a product that is expanded first": [
+        ["torch.ones", [2**11, 1, 1, 2**11], []],
+        ["torch.ones", [1, 2**11, 2**11, 1], []],
+        ["torch.matmul", [["value", 50], ["value", 51]], []],
+    ],
+    "pairs that are compared": [
+        ["torch.ones", [2**11, 1, 2**11], []],
+        ["torch.ones", [1, 2**11, 2**11], []],
+        ["torch.nn.functional.cosine_similarity", [["value", 50], ["value", 51], 2], []],
+    ],
+    "a kernel as long as what it passes over": [
+        ["torch.ones", [1, 1, 2**23], []],
+        ["torch.ones", [1, 1, 2**22], []],
+        ["torch.nn.functional.conv1d", [["value", 50], ["value", 51]], []],
+    ],
+    "a window as long as what it passes over": [
+        ["torch.ones", [1, 1, 2**22], []],
+        ["torch.nn.functional.max_pool1d", [["value", 50], 2**21, 1], []],
+    ],
     "places picked over and over": [
         ["torch.zeros", [2**22], [["dtype", ["dtype", "int64"]]]],
         ["torch.ones", [1, 2**22], []],
@@ -89,7 +122,7 @@ BOMBS: dict[str, list[list[Any]]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_takes_too_much_is_refused_before_it_takes_it(written: Any, name: str) -> None:
     small = with_step(written, *BOMBS[name])
-    with pytest.raises(RewrittenModuleError, match=r"would make .* numbers up to|can't compute"):
+    with pytest.raises(RewrittenModuleError, match=r"would make .* numbers in .* up to|can't compute"):
         small(torch.ones(2, 4))
 
 
@@ -111,8 +144,8 @@ def test_calculations_within_bounds() -> None:
 
 def test_each_size_of_inputs_is_counted_once(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[str] = []
-    take = Allowance.take
-    monkeypatch.setattr(Allowance, "take", lambda self, name, n: (counted.append(name), take(self, name, n))[1])
+    note = Allowance.note
+    monkeypatch.setattr(Allowance, "note", lambda self, name, made: (counted.append(name), note(self, name, made))[1])
     small = with_step(written)
     for batch in (2, 2, 3, 2, 3):
         small(torch.ones(batch, 4))
@@ -163,4 +196,37 @@ def test_attributes_only_become_smaller(written: Any) -> None:
         wrong = copy.deepcopy(data)
         wrong["attributes"].setdefault("0", {})[name] = value
         with pytest.raises(Exception, match=f"'{name}' of module '0' is .* and can't become"):
+            apply_plan(model, Plan.from_json(wrong))
+
+
+def test_a_module_that_makes_more_than_before_is_counted_from_there_on(written: Any) -> None:
+    """What follows was counted with the sizes of then, so it must be counted anew."""
+    small = with_step(written, ["", [X], []], ["torch.Tensor.mul", [["value", 50], 2.0], []])
+    small(torch.ones(2, 4))
+    small.more.factor = 2**20
+    small(torch.ones(2, 4))
+    small.more.factor = 2**40
+    with pytest.raises(RewrittenModuleError, match=r"up to more"):
+        small(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_weights_of_a_recurrent_layer_must_fit_each_other(kind: type[nn.RNNBase]) -> None:
+    """The kernels of torch don't look: they would read behind the end of a weight."""
+    model = nn.Sequential(kind(4, 8, batch_first=True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    for name in shapes:
+        with pytest.raises(Exception, match=rf"{name}.* recurrent"):
+            apply_plan(model, Plan(tensors={name: {0: (0,)}}, shapes=shapes))
+    smaller = {"0": {"hidden_size": 2}}
+    with pytest.raises(Exception, match=r"recurrent"):
+        apply_plan(model, Plan(attributes=smaller, shapes=shapes))
+
+
+def test_values_and_numbers_are_told_apart(written: Any) -> None:
+    model, data = written
+    for step in (["torch.Tensor.narrow", "", [X, 0, 0, ["int", 0]], [], []], ["torch.zeros", "", [["int", 9]], [], []]):
+        wrong = copy.deepcopy(data)
+        wrong["programs"][""][0]["steps"].insert(0, step)
+        with pytest.raises(Exception, match="uses number"):
             apply_plan(model, Plan.from_json(wrong))

@@ -113,7 +113,7 @@ class Guards:
         if not any(map(self._varies, sources(expression))):
             return expression.value
         if expression in hand.given:
-            return ("value", hand.given[expression])
+            return ("int", hand.given[expression])
         if isinstance(expression, Operation):
             return ("calc", expression.symbol, *(self._tree(part, hand) for part in expression.operands))
         assert isinstance(expression, Extent)

@@ -14,6 +14,9 @@ from idap.structure.strict import ascending, dimension, items, sequence, size, s
 
 Size = int | tuple[int, ...]
 
+MOST_DIMENSIONS = 64
+"""Dimensions of a tensor in torch."""
+
 
 @dataclass(frozen=True)
 class Called:
@@ -192,7 +195,7 @@ class Plan:
                     name: {dimension(dim): ascending(kept) for dim, kept in items(dims)}
                     for name, dims in items(data["tensors"])
                 },
-                shapes={name: sizes(shape) for name, shape in items(data["shapes"])},
+                shapes={name: _shape(shape) for name, shape in items(data["shapes"])},
                 attributes={
                     path: {name: size(value) for name, value in items(values)}
                     for path, values in items(data["attributes"])
@@ -224,6 +227,13 @@ class Plan:
                     f"the projection in place of {path!r} maps {projected.sizes[1]} to {projected.sizes[0]} channels, "
                     f"which is more than the {most:,} numbers of the module that it replaces"
                 )
+
+
+def _shape(data: Any) -> tuple[int, ...]:
+    found = sizes(data)
+    if len(found) > MOST_DIMENSIONS:
+        raise ValueError(f"a tensor has {len(found)} dimensions")
+    return found
 
 
 def _called(call: Any) -> Called:

@@ -2,7 +2,8 @@
 
 Trees of arguments are plain values, and tuples that begin with a tag:
 
-    ("value", n)            the n-th value: an input or the result of a step
+    ("value", n)            the n-th value, a tensor: an input or the result of a step
+    ("int", n)              the n-th value, a whole number: an input
     ("own", name)           a parameter or buffer of the module, or of one below it
     ("size", tree, dim)     a size of a tensor
     ("calc", symbol, ...)   arithmetic with sizes
@@ -30,8 +31,8 @@ DTYPES = frozenset(
 ) | {"complex128"}
 """Types of numbers that a program may name: those with which all functions of torch compute."""
 
-MOST_ROUTINES, MOST_STEPS = 32, 20_000
-"""The most ways to call one module, and steps of all of them; the largest network of the coverage has a tenth."""
+MOST_ROUTINES, MOST_STEPS, MOST_PARTS = 32, 20_000, 400_000
+"""The most ways to call one module, steps and guards of all of them, and parts of all their arguments."""
 
 Guard = tuple[Tree, str, Tree, int]
 """Two sizes, the relation in which they must stand, and the number of steps that make both known."""
@@ -65,7 +66,7 @@ class Routine:
     """What a rewritten module does when it is called in one way.
 
     Attributes:
-        args: positional arguments as they must come: ("value", n) gets a tensor or an int.
+        args: positional arguments as they must come: ("value", n) takes a tensor, ("int", n) a whole number.
         kwargs: keyword arguments, likewise.
         steps: in order.
         output: what is returned.
@@ -108,11 +109,12 @@ class Program:
         Raises:
             PlanError: names the part that means nothing, or there are more routines or steps than any module has.
         """
-        steps = sum(len(routine.steps) for routine in self.routines)
-        if len(self.routines) > MOST_ROUTINES or steps > MOST_STEPS:
+        steps = sum(len(routine.steps) + len(routine.guards) for routine in self.routines)
+        parts = sum(_parts(tree) for routine in self.routines for tree in _everything(routine))
+        if len(self.routines) > MOST_ROUTINES or steps > MOST_STEPS or parts > MOST_PARTS:
             raise PlanError(
-                f"the code of a rewritten module has {len(self.routines)} routines and {steps:,} steps; the most are "
-                f"{MOST_ROUTINES} and {MOST_STEPS:,}"
+                f"the code of a rewritten module has {len(self.routines)} routines, {steps:,} steps and {parts:,} "
+                f"parts; the most are {MOST_ROUTINES}, {MOST_STEPS:,} and {MOST_PARTS:,}"
             )
         for routine in self.routines:
             check_routine(routine)
@@ -132,14 +134,25 @@ class Program:
         return program
 
 
+def _everything(routine: Routine) -> Iterator[Tree]:
+    """All trees of a routine."""
+    yield from (routine.args, routine.kwargs, routine.output, routine.guards)
+    for step in routine.steps:
+        yield from (step.args, step.kwargs, step.results)
+
+
+def _parts(tree: Tree) -> int:
+    return 1 + sum(map(_parts, tree)) if isinstance(tree, tuple) else 1
+
+
 def tagged(tree: Tree) -> Iterator[tuple[str, Any]]:
-    """The values and the module's own tensors in a tree: ("value", number) and ("own", name).
+    """The values and the module's own tensors in a tree: ("value", number), ("int", number) and ("own", name).
 
     >>> list(tagged(("tuple", ("value", 3), ("dict", ("value", ("own", "weight"))), 7)))
     [('value', 3), ('own', 'weight')]
     """
     match tree:
-        case ("value" | "own", _):
+        case ("value" | "int" | "own", _):
             yield tree
         case ("dict", *pairs):
             for _, item in pairs:
@@ -152,9 +165,9 @@ def tagged(tree: Tree) -> Iterator[tuple[str, Any]]:
 
 
 _SHAPES: Mapping[str, tuple[type, ...] | None] = {
-    "value": (int,), "own": (str,), "dtype": (str,), "format": (str,), "float": (str,), "in training": (float,),
-    "ellipsis": (), "device": (), "same type": (), "training": (), "size": None, "calc": None, "list": None,
-    "tuple": None, "dict": None, "slice": None,
+    "value": (int,), "int": (int,), "own": (str,), "dtype": (str,), "format": (str,), "float": (str,),
+    "in training": (float,), "ellipsis": (), "device": (), "same type": (), "training": (), "size": None,
+    "calc": None, "list": None, "tuple": None, "dict": None, "slice": None,
 }  # fmt: skip
 """Tag -> the types of what follows it; None where trees follow."""
 
@@ -174,7 +187,7 @@ def check_tree(tree: Tree) -> None:
     if not isinstance(tag, str) or tag not in _SHAPES:
         raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
     types = _SHAPES[tag]
-    wrong = types is not None and (tuple(map(type, parts)) != types or (tag == "value" and parts[0] < 0))
+    wrong = types is not None and (tuple(map(type, parts)) != types or (tag in ("value", "int") and parts[0] < 0))
     if wrong or (tag == "dtype" and parts[0] not in DTYPES):
         raise PlanError(f"the code of a rewritten module holds {tree!r}, which means nothing")
     sizes = (
@@ -225,7 +238,7 @@ def _check_guard(guard: Guard, steps: int) -> None:
         raise PlanError(f"the code of a rewritten module checks {guard!r}, which means nothing")
     left, symbol, right, _ = guard
     sizes = (
-        _is_size(left) and _is_size(right) and all(tag == "value" for side in (left, right) for tag, _ in tagged(side))
+        _is_size(left) and _is_size(right) and all(tag != "own" for side in (left, right) for tag, _ in tagged(side))
     )
     if type(symbol) is not str or symbol not in RELATIONS or not sizes:
         raise PlanError(f"the code of a rewritten module checks {guard!r}, which means nothing")
@@ -234,10 +247,10 @@ def _check_guard(guard: Guard, steps: int) -> None:
 def _is_size(tree: Tree) -> bool:
     """Whether a tree is a whole number, or made of whole numbers and sizes of tensors."""
     match tree:
-        case ("value", number):
+        case ("int", number):
             return type(number) is int and number >= 0
         case ("size", (("value" | "own") as tag, name), dim):
-            named = type(name) is str if tag == "own" else _is_size(("value", name))
+            named = type(name) is str if tag == "own" else _is_size(("int", name))
             return named and type(dim) is int and abs(dim) < LARGEST
         case ("calc", str(symbol), *operands):
             enough = len(operands) == 1 if symbol == "neg" else len(operands) > 1

@@ -177,7 +177,7 @@ class _Writer:
         if isinstance(item, Ref):
             return ("value", self._new(item.name))
         if isinstance(item, Attribute | Extent | Literal | Operation):
-            return ("value", self._given.setdefault(item, self._new("")))
+            return ("int", self._given.setdefault(item, self._new("")))
         if type(item) in _CONTAINERS:
             return (_CONTAINERS[type(item)], *(self._input(part) for part in item))
         if isinstance(item, dict):
@@ -308,7 +308,7 @@ class _Writer:
 
     def _calc(self, expression: Expression) -> Tree:
         if expression in self._given:
-            return ("value", self._given[expression])
+            return ("int", self._given[expression])
         if isinstance(expression, Extent):
             return ("size", self._tensor(expression.node), expression.dim)
         if isinstance(expression, Operation):

@@ -112,7 +112,7 @@ def _tag(tree: Tree) -> str:
 
 
 def _int(tree: Tree) -> bool:
-    return type(tree) is int or _tag(tree) in ("value", "size", "calc")
+    return type(tree) is int or _tag(tree) in ("int", "size", "calc")
 
 
 def _number(tree: Tree) -> bool:
@@ -136,7 +136,8 @@ def _index(tree: Tree) -> bool:
 
 
 def _indices(tree: Tree) -> bool:
-    return _index(tree) or (_tag(tree) in ("list", "tuple") and all(map(_indices, tree[1:])))
+    """A tuple of indices, or one; lists of numbers in their place make tensors, so they are none."""
+    return _index(tree) or (_tag(tree) == "tuple" and all(map(_index, tree[1:])))
 
 
 def _equation(tree: Tree) -> bool:

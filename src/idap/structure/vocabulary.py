@@ -28,6 +28,14 @@ def vocabulary() -> Mapping[str, tuple[Signature, ...]]:
     return found
 
 
+@cache
+def refused() -> frozenset[str]:
+    """The functions that models of the coverage call and that a program may not, with the reason in the file."""
+    lines = files(__package__).joinpath(FILE).read_text(encoding="utf-8").splitlines()
+    told = [line.partition("(")[0].removeprefix("# refused:") for line in lines if line.startswith("# refused:")]
+    return frozenset(name for line in told for name in line.split())
+
+
 def function_of_name(name: str) -> Callable[..., Any]:
     """A function of the list."""
     if name not in vocabulary():

@@ -1,8 +1,8 @@
-"""How much the code of a plan may make: a bound on what each call of a rewritten module asks of memory.
+"""How much the code of a plan may make: a bound on what each call of a rewritten module asks of memory and time.
 
 Plans come from strangers, and a program of a few lines could ask for any amount of memory. So where a module is called
 with sizes that it was not called with before, each step is first computed on torch's meta device, which takes no
-memory, and counted.
+memory, and counted: what it makes, what it makes on the way, and how often it multiplies.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from idap.errors import RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
+from idap.surgery.effort import effort_of
 
 LEAST = 2**26
 """Elements that all steps of a call may make together, however small the module is."""
@@ -22,12 +23,21 @@ LEAST = 2**26
 TIMES = 1024
 """They may make so many times the largest tensor at hand, or as many times as the widest dimension has slots."""
 
+PRODUCTS = 2**12
+"""Multiplications and comparisons that may be made for each element that may be made."""
+
+SMALLEST = 512
+"""Elements that a tensor counts for at least: an empty one takes memory too."""
+
 LARGEST_SIZE = 2**48
 """No size that a program computes may be larger."""
 
 _META = torch.device("meta")
-_BY_CONTENT = frozenset({"torch.Tensor.__getitem__", "torch.Tensor.__setitem__"})
-"""Functions whose result may depend on the content of a mask; it is no larger than what the mask lies on."""
+_BY_CONTENT = ("torch.Tensor.__getitem__", "torch.Tensor.__setitem__")
+"""Functions whose result may depend on the content of a mask."""
+
+Shapes = tuple[tuple[int, ...], ...]
+"""The shapes of the tensors in what a module returned."""
 
 
 class Allowance:
@@ -36,21 +46,41 @@ class Allowance:
     Args:
         module: the rewritten module.
         given: the tensors and whole numbers that it was called with.
+        known: what the modules that it calls returned when it was called with the same sizes before; None if it never
+            was.
 
     Attributes:
-        total: elements that its steps may make together.
+        fast: whether nothing needs to be counted, as all sizes are those of an earlier call.
         by_content: whether a step made a result whose size depends on the content of a mask.
+        shapes: what the modules that it called returned, in order.
     """
 
-    def __init__(self, module: nn.Module, given: Sequence[Any]) -> None:
-        largest = widest = 0
-        for tensor in (*given, *module.parameters(), *module.buffers()):
-            if isinstance(tensor, Tensor):
-                largest, widest = max(largest, tensor.numel()), max(widest, *tensor.shape, 0)
-        self.total = max(LEAST, largest * max(TIMES, widest))
+    def __init__(self, module: nn.Module, given: Sequence[Any], known: Sequence[Shapes] | None = None) -> None:
+        self.fast = known is not None
         self.by_content = False
-        self._kind = type(module).__name__
-        self._made = 0
+        self.shapes: list[Shapes] = []
+        self._known = known or ()
+        self._module, self._given = module, given
+        self._total = self._made = self._products = 0
+
+    @property
+    def total(self) -> int:
+        """Elements that the steps may make together."""
+        if not self._total:
+            largest = widest = 0
+            for tensor in (*self._given, *self._module.parameters(), *self._module.buffers()):
+                if isinstance(tensor, Tensor):
+                    largest, widest = max(largest, tensor.numel()), max(widest, *tensor.shape, 0)
+            self._total = max(LEAST, largest * max(TIMES, widest))
+        return self._total
+
+    def passed(self, name: str, result: Any) -> Any:
+        """Look at what a module returned, and give it back; other sizes than before must be counted from here on."""
+        shapes = tuple(tuple(tensor.shape) for tensor in _tensors(result))
+        if self.fast and (len(self.shapes) >= len(self._known) or self._known[len(self.shapes)] != shapes):
+            self.fast = False
+        self.shapes.append(shapes)
+        return result if self.fast else self.note(name, result)
 
     def call(
         self, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, makes: bool
@@ -70,30 +100,30 @@ class Allowance:
         if all(tensor.layout == torch.strided and not tensor.is_nested for tensor in _tensors((args, kwargs))):
             # Neither modes that count calls, such as a probe of ours or a counter of FLOPs, nor hooks hear of this.
             with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
-                self._count(
-                    name, function, _on_meta(args), {**_on_meta(kwargs), **({"device": _META} if makes else {})}
-                )
-        if name.endswith("scaled_dot_product_attention"):
-            query, key = args[0], args[1]
-            self.take(name, query.numel() // max(query.shape[-1], 1) * key.shape[-2])
+                device = {"device": _META} if makes else {}
+                self._count(name, function, _on_meta(args), {**_on_meta(kwargs), **device})
         return function(*args, **kwargs)
 
     def _count(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         try:
             result = function(*args, **kwargs)
         except Exception as error:
-            if name in _BY_CONTENT and _masked((args, kwargs)):
+            if name in _BY_CONTENT and _one_mask(args[1]):
                 self.by_content = True
                 self.take(name, args[0].numel())
                 return
+            kind = type(self._module).__name__
             raise RewrittenModuleError(
-                f"the new code of this {self._kind} can't compute {name} with what it was given: {error}"
+                f"the new code of this {kind} can't compute {name} with what it was given: {error}"
             ) from error
+        beside, products = effort_of(name, args, kwargs, _tensors(result))
+        self._products += products
+        self.take(name, beside)
         self.note(name, result)
 
     def note(self, name: str, result: Any) -> Any:
-        """Count what a function made; gives it back."""
-        self.take(name, sum(tensor.numel() for tensor in _tensors(result)))
+        """Count what a step made, and give it back."""
+        self.take(name, sum(max(tensor.numel(), SMALLEST) for tensor in _tensors(result)))
         return result
 
     def take(self, name: str, elements: int) -> None:
@@ -103,12 +133,23 @@ class Allowance:
             RewrittenModuleError: all steps together make too many.
         """
         self._made += elements
-        if self._made > self.total:
+        if self._made > self.total or self._products > PRODUCTS * self.total:
             raise RewrittenModuleError(
-                f"the new code of this {self._kind} would make {self._made:,} numbers up to {name}; for what the "
-                f"module holds and was given, {self.total:,} are the most. A plan that idap wrote does not come near "
-                "that: do not use this one."
+                f"the new code of this {type(self._module).__name__} would make {self._made:,} numbers in "
+                f"{self._products:,} multiplications up to {name}; for what the module holds and was given, "
+                f"{self.total:,} numbers are the most, and {PRODUCTS:,} multiplications for each. A plan that idap "
+                "wrote does not come near that: do not use this one."
             )
+
+
+class Unlimited:
+    """What code may make while it is traced into another form: nothing is counted."""
+
+    fast = True
+
+    def passed(self, _name: str, result: Any) -> Any:
+        """Give back what a module returned."""
+        return result
 
 
 def calculate(symbol: str, *operands: int) -> int:
@@ -153,6 +194,7 @@ def _on_meta(tree: Any) -> Any:
     return _META if isinstance(tree, torch.device) else tree
 
 
-def _masked(tree: Any) -> bool:
-    """Whether all tensors but the first are masks, or there is no other."""
-    return all(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(tree)[1:])
+def _one_mask(index: Any) -> bool:
+    """Whether a mask is the only tensor of an index: then no more is picked than there is."""
+    picked = _tensors(index)
+    return len(picked) == 1 and picked[0].dtype == torch.bool

@@ -11,6 +11,7 @@ from idap.graph.copies import computed, forget_cached, uninitialised
 from idap.graph.provenance import sizes_held
 from idap.structure.plan import Plan, Size
 from idap.surgery.bypass import LinearMap, Projection, stand_in
+from idap.surgery.recurrent import check_recurrent
 from idap.surgery.rewritten import SETTINGS_ABOVE, original_class, rewrite_, rewritten_class
 
 
@@ -93,7 +94,14 @@ def check_fit(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None
             )
     plan.check_slots()
     _check_modules(model, plan)
+    check_recurrent(model, plan)
     for path, projected in plan.projections.items():
+        most = sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
+        if projected.sizes[0] * projected.sizes[1] > most:
+            raise PlanError(
+                f"the projection in place of {path!r} has {projected.sizes} channels, which is more than the {most:,} "
+                "parameters of the module that it replaces"
+            )
         if maps is not None and path in maps:
             maps[path].tensors(projected, path)
 

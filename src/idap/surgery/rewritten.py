@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from idap.errors import PlanError, RewrittenModuleError
 from idap.structure.program import Program, Routine, Tree, tagged
-from idap.surgery.allowance import Allowance
+from idap.surgery.allowance import Allowance, Shapes, Unlimited
 from idap.surgery.source import function_of, inputs_of
 
 KNOWN_SIZES = 1024
@@ -153,25 +153,22 @@ class _Way:
         self._inputs = inputs_of(routine)
         self.described = ", ".join(f"{name}={_told(tree)}" for name, tree in self._expected.items())
         self._body = function_of(routine, self._inputs)
-        self._counted_before = function_of(routine, self._inputs, "before")
-        self._counted_after = function_of(routine, self._inputs, "after")
-        self._known: set[tuple[Any, ...]] = set()
+        self._counted_after = function_of(routine, self._inputs, counted_after=True)
+        self._known: dict[tuple[Any, ...], Sequence[Shapes]] = {}
 
     def run(self, module: nn.Module, values: Sequence[Any]) -> Any:
         """What the module returns; how much that makes is counted where it is called with new sizes."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-            return self._body(module, None, *values)
+            return self._body(module, Unlimited(), *values)
         if torch.compiler.is_compiling():  # with tensors that take no memory
             return self._counted_after(module, Allowance(module, values), *values)
         sizes = (module.training, *(tuple(v.shape) if isinstance(v, Tensor) else v for v in values))
-        if sizes in self._known:
-            return self._body(module, None, *values)
-        allowance = Allowance(module, values)
-        result = self._counted_before(module, allowance, *values)
-        if not allowance.by_content:
+        allowance = Allowance(module, values, self._known.get(sizes))
+        result = self._body(module, allowance, *values)
+        if not allowance.fast and not allowance.by_content:
             if len(self._known) >= KNOWN_SIZES:
                 self._known.clear()
-            self._known.add(sizes)
+            self._known[sizes] = tuple(allowance.shapes)
         return result
 
     def values(self, module: nn.Module, given: Mapping[str, Any]) -> list[Any] | None:
@@ -188,7 +185,8 @@ class _Way:
 
 def _told(tree: Tree) -> str:
     """An argument as a reader knows it."""
-    return "a tensor" if isinstance(tree, tuple) and tree[:1] == ("value",) else repr(tree)
+    kind = tree[:1] if isinstance(tree, tuple) else ()
+    return {("value",): "a tensor", ("int",): "a whole number"}.get(kind, repr(tree))
 
 
 def _described(given: Mapping[str, Any], module: nn.Module) -> str:
@@ -219,7 +217,10 @@ def _take(tree: Tree, value: Any, values: dict[int, Any]) -> bool:
     match tree:
         case ("value", int(number)):
             values[number] = value
-            return isinstance(value, Tensor | int | torch.SymInt) and not isinstance(value, bool)
+            return isinstance(value, Tensor)
+        case ("int", int(number)):
+            values[number] = value
+            return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
         case ("tuple" | "list", *items):
             fits = isinstance(value, tuple | list) and len(value) == len(items)
             return fits and all(_take(item, part, values) for item, part in zip(items, value, strict=True))

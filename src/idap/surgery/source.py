@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from keyword import iskeyword
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,74 +19,83 @@ from idap.surgery.allowance import calculate
 def inputs_of(routine: Routine) -> list[int]:
     """The numbers of the values that a routine is given, in order."""
     trees = (*routine.args, *(tree for _, tree in routine.kwargs))
-    return [number for tree in trees for tag, number in tagged(tree) if tag == "value"]
+    return [number for tree in trees for tag, number in tagged(tree) if tag in ("value", "int")]
 
 
-Counting = Literal["", "before", "after"]
-"""Whether a body counts what its steps make, before they make it or once they did."""
-
-
-def function_of(routine: Routine, inputs: Sequence[int], counting: Counting = "") -> Callable[..., Any]:
+def function_of(routine: Routine, inputs: Sequence[int], *, counted_after: bool = False) -> Callable[..., Any]:
     """A routine as a Python function of the module, an allowance and the values of its inputs.
 
     Args:
         routine: what the function does.
         inputs: numbers of its inputs.
-        counting: whether what the steps make is taken off the allowance, which else is not used.
+        counted_after: count what each step made, once it did; else before it does, where the allowance asks for that.
 
     Raises:
         PlanError: a part of the routine means nothing.
     """
     check_routine(routine)
+    _check_values(routine)
     globals_: dict[str, Any] = {"torch": torch, "calc": calculate, "device_of": _device_of, "check": _check_sizes}
     globals_["type_of"] = _type_of
     lines = [f"def body(self, allowance, {', '.join(f'v{int(number)}' for number in inputs)}):"]
     given = f"v{inputs[0]}" if inputs else "None"
     lines.append(f"    device, kind = device_of(self, {given}), type_of(self, {', '.join(f'v{n}' for n in inputs)})")
-    last = _last_uses(routine)
-    lines += [f"    {check}" for check in _checks(routine, 0)]
+    over: dict[int, list[str]] = {}
+    for number, place in _last_uses(routine).items():
+        over.setdefault(place, []).append(f"v{int(number)}")
+    checks = _checks(routine)
+    lines += [f"    {check}" for check in checks.get(0, ())]
     for place, step in enumerate(routine.steps):
-        lines += [f"    {line}" for line in _lines(step, place, globals_, counting)]
-        lines += [f"    {check}" for check in _checks(routine, place + 1)]
-        over = [f"v{int(n)}" for n, used in last.items() if used == place]
-        if over:
-            lines.append(f"    {' = '.join(over)} = None")
+        lines += [f"    {line}" for line in _lines(step, place, globals_, counted_after=counted_after)]
+        lines += [f"    {check}" for check in checks.get(place + 1, ())]
+        if place in over:
+            lines.append(f"    {' = '.join(over[place])} = None")
     lines.append(f"    return {_source(routine.output)}")
-    _check_values(routine)
     exec(compile("\n".join(lines), f"<rewritten, {len(routine.steps)} steps>", "exec"), globals_)
     body: Callable[..., Any] = globals_["body"]
     return body
 
 
-def _checks(routine: Routine, place: int) -> Iterator[str]:
-    """The guards after so many steps."""
+def _checks(routine: Routine) -> Mapping[int, Sequence[str]]:
+    """Number of steps -> the guards after so many."""
+    found: dict[int, list[str]] = {}
     for left, symbol, right, known in routine.guards:
-        if known == place:
-            yield f"check(self, {_source(left)}, {symbol!r}, {_source(right)}, {isinstance(right, tuple)})"
+        check = f"check(self, {_source(left)}, {symbol!r}, {_source(right)}, {isinstance(right, tuple)})"
+        found.setdefault(known, []).append(check)
+    return found
 
 
 def _check_values(routine: Routine) -> None:
-    """Every value must be made before it is used."""
-    made = set(inputs_of(routine))
+    """Every value must be made before it is used: tensors by inputs and steps, whole numbers by inputs."""
+    given = [found for tree in (*routine.args, *(tree for _, tree in routine.kwargs)) for found in tagged(tree)]
+    made = set(given)
+    if any(tag == "own" for tag, _ in made) or len({number for _, number in made}) < len(made):
+        raise PlanError("the code of a rewritten module takes a value as two kinds, or one that it holds itself")
     asked: dict[int, list[Tree]] = {}
     for left, _, right, known in routine.guards:
         asked.setdefault(known, []).extend((left, right))
-    _check_made(_used(asked.get(0, ())), made)
+    _check_made(asked.get(0, ()), made)
     for place, step in enumerate(routine.steps):
-        _check_made(_used(step.trees()), made)
-        made |= {number for _, number in step.results}
-        _check_made(_used(asked.get(place + 1, ())), made)
-    _check_made(_used([routine.output]), made)
+        _check_made(step.trees(), made)
+        for _, number in step.results:
+            if ("int", number) in made:
+                raise PlanError(
+                    f"the code of a rewritten module makes value {number}, which is a number that it is given"
+                )
+            made.add(("value", number))
+        _check_made(asked.get(place + 1, ()), made)
+    _check_made([routine.output], made)
 
 
-def _check_made(used: Iterable[int], made: set[int]) -> None:
-    for number in used:
-        if number not in made:
-            raise PlanError(f"the code of a rewritten module uses value {number}, which nothing makes")
+def _check_made(trees: Iterable[Tree], made: set[tuple[str, Any]]) -> None:
+    for found in (found for tree in trees for found in tagged(tree)):
+        if found[0] != "own" and found not in made:
+            kind = "number" if found[0] == "int" else "value"
+            raise PlanError(f"the code of a rewritten module uses {kind} {found[1]}, which nothing makes")
 
 
 def _used(trees: Iterable[Tree]) -> Iterator[int]:
-    """The numbers of the values that trees use."""
+    """The numbers of the tensors that trees use."""
     return (number for tree in trees for tag, number in tagged(tree) if tag == "value")
 
 
@@ -101,25 +110,26 @@ def _last_uses(routine: Routine) -> dict[int, int]:
     return last
 
 
-def _lines(step: Instruction, place: int, globals_: dict[str, Any], counting: Counting) -> Iterator[str]:
+def _lines(step: Instruction, place: int, globals_: dict[str, Any], *, counted_after: bool) -> Iterator[str]:
     args = [_source(tree) for tree in step.args]
     kwargs = [f"{key}={_source(tree)}" for key, tree in step.kwargs]
-    method = step.function.removeprefix("torch.Tensor.")
     if step.module:
-        call = f"{_path(step.module)}({', '.join([*args, *kwargs])})"
-    elif counting == "before":
-        globals_[f"f{place}"] = function_of_name(step.function)
-        makes = not any(_is_value(tree) for tree in step.args) and takes_device(step.function)
-        given = f"({''.join(f'{arg}, ' for arg in args)}), dict({', '.join(kwargs)})"
-        call = f"allowance.call({step.function!r}, f{place}, {given}, makes={makes})"
-    elif method != step.function and method.isidentifier() and step.args and _is_value(step.args[0]):
-        # torch.compile can follow methods, but not those of their functions that are written in Python.
-        call = f"{args[0]}.{method}({', '.join([*args[1:], *kwargs])})"
+        called = "note" if counted_after else "passed"
+        call = f"allowance.{called}({step.module!r}, {_path(step.module)}({', '.join([*args, *kwargs])}))"
     else:
         globals_[f"f{place}"] = function_of_name(step.function)
-        call = f"f{place}({', '.join([*args, *kwargs])})"
-    if counting == "after" and not step.module:
-        call = f"allowance.note({step.function!r}, {call})"
+        method = step.function.removeprefix("torch.Tensor.")
+        if method != step.function and method.isidentifier() and step.args and _is_value(step.args[0]):
+            # torch.compile can follow methods, but not those of their functions that are written in Python.
+            call = f"{args[0]}.{method}({', '.join([*args[1:], *kwargs])})"
+        else:
+            call = f"f{place}({', '.join([*args, *kwargs])})"
+        if counted_after:
+            call = f"allowance.note({step.function!r}, {call})"
+        else:
+            makes = not any(_is_value(tree) for tree in step.args) and takes_device(step.function)
+            given = f"({''.join(f'{arg}, ' for arg in args)}), dict({', '.join(kwargs)})"
+            call += f" if allowance.fast else allowance.call({step.function!r}, f{place}, {given}, makes={makes})"
     if len(step.results) == 1 and not step.results[0][0]:
         yield f"v{int(step.results[0][1])} = {call}"
         return
@@ -136,7 +146,7 @@ def _source(tree: Tree) -> str:  # noqa: PLR0912 - one case per tag
     if not isinstance(tree, tuple):
         return repr(tree)
     match tree:
-        case ("value", int(number)):
+        case ("value" | "int", int(number)):
             return f"v{number}"
         case ("own", str(name)):
             return _path(name)
