@@ -117,6 +117,18 @@ class TestWithThePackage:
             board.show(status())
         assert recorder.heard == ["loss 0.5", "a line", status()]
 
+    def test_a_log_that_can_not_be_written_is_said_once_and_the_run_goes_on(self, tmp_path):
+        (tmp_path / "file").touch()
+        recorder = Recorder()
+        with TensorBoard(tmp_path / "file" / "log", recorder) as board:
+            board.say("a line")
+            board.show(status())
+            with board.phase("recovery", 1) as phase:
+                phase.advance("loss 0.5")
+        said, *rest = recorder.heard
+        assert said.startswith(f"The log for TensorBoard in {tmp_path / 'file' / 'log'} is not written any further: ")
+        assert rest == ["a line", status(), "loss 0.5"]
+
     def test_nothing_is_written_while_there_is_nothing_to_log(self, log):
         with TensorBoard(log):
             pass

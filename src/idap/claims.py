@@ -102,7 +102,8 @@ class Claim:
         """Note who holds the folder, for those who are refused."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        with (self._folder / HOLDER).open("w", encoding="utf-8") as file:
+        (self._folder / HOLDER).unlink(missing_ok=True)  # whatever it is: of a process that was killed
+        with (self._folder / HOLDER).open("x", encoding="utf-8") as file:
             file.write(json.dumps(who) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -117,6 +118,8 @@ class Claim:
 def _holder(file: Path) -> str:
     """Who holds a folder, as far as it is known."""
     try:
+        if not file.is_file():
+            return "another process"
         found: Any = json.loads(file.read_text(encoding="utf-8")[:1000])
         return f"process {found['pid']:d} on {found['host']:s} since {found['since']:s}"
     except (OSError, ValueError, TypeError, KeyError):  # it is just being written

@@ -213,7 +213,7 @@ class RunFolder:
                 (self.path / CHECKPOINTS).rmdir()
             return
         steps = self.path / STEPS
-        if steps.exists():
+        if steps.is_file():  # what else lies there is said by who reads it
             data = steps.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
             if whole != data:

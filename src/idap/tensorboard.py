@@ -1,8 +1,9 @@
 """Log a run for TensorBoard: costs, metric, decisions, the divergence over depth, the losses of recovery."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -23,6 +24,8 @@ class TensorBoard:
     The horizontal axis counts decisions, but for what is measured at every step of a phase, such as the loss of
     recovery: that counts the steps of all phases of the same title. The divergence is a histogram over depth: a bucket
     for each group, as high as the mean divergence of its units; it is empty where that is not above 0.
+
+    A log that can't be written any further, such as on a full disk, is said; the run goes on without it.
 
     Args:
         folder: a new or empty one; it is made when there is something to log.
@@ -48,6 +51,7 @@ class TensorBoard:
             )
         self._open = SummaryWriter
         self._made: SummaryWriter | None = None
+        self._broken = False
         self._counts: Counter[str] = Counter()
         self._last: Status | None = None
 
@@ -62,7 +66,19 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is still to be written, and close the file."""
         if self._made is not None:
-            self._made.close()
+            self._log(lambda writer: writer.close())
+
+    def _log(self, write: "Callable[[SummaryWriter], None]") -> None:
+        """Write to the log, as long as that can be done."""
+        if self._broken:
+            return
+        try:
+            write(self._writer)
+        except OSError as error:
+            self._broken = True
+            self._progress.say(
+                f"The log for TensorBoard in {self._folder} is not written any further: {error}. The run goes on."
+            )
 
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator["_Steps"]:
@@ -73,8 +89,9 @@ class TensorBoard:
     def say(self, line: str) -> None:
         """Log a line as text."""
         # Four spaces make it code: names of modules would otherwise be read as markup.
-        self._writer.add_text("decisions", f"    {line}", self._next("decisions"))
-        self._writer.flush()
+        place = self._next("decisions")
+        self._log(lambda writer: writer.add_text("decisions", f"    {line}", place))
+        self._log(lambda writer: writer.flush())
         self._progress.say(line)
 
     def show(self, status: Status) -> None:
@@ -84,13 +101,13 @@ class TensorBoard:
             self._decided(last, status)
         if status.profile and (last is None or last.profile != status.profile):
             self._profile(status)
-        self._writer.flush()
+        self._log(lambda writer: writer.flush())
         self._progress.show(status)
 
     def measured(self, title: str, name: str, value: float) -> None:
         """Log what was measured at one step of a phase."""
         tag = f"{name}/{title.replace(' ', '_')}"
-        self._writer.add_scalar(tag, value, self._next(tag))
+        self._log(partial(_scalar, tag, value, self._next(tag)))
 
     @property
     def _writer(self) -> "SummaryWriter":
@@ -107,23 +124,29 @@ class TensorBoard:
         values[f"metric/{status.metric_name}"] = status.metric
         values["accepted/count"] = status.accepted
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, status.step)
+            self._log(partial(_scalar, tag, value, status.step))
         if last is not None and status.step == last.step + 1:
-            self._writer.add_scalar("accepted/decision", status.accepted - last.accepted, last.step)
+            self._log(partial(_scalar, "accepted/decision", status.accepted - last.accepted, last.step))
 
     def _profile(self, status: Status) -> None:
         profile = [value if value > 0 else 0.0 for value in status.profile]
-        self._writer.add_histogram_raw(
-            "divergence/over depth",
-            min=0,
-            max=len(profile),
-            num=len(profile),
-            sum=sum(profile),
-            sum_squares=sum(value * value for value in profile),
-            bucket_limits=[index + 1 for index in range(len(profile))],
-            bucket_counts=profile,
-            global_step=status.step,
+        self._log(
+            lambda writer: writer.add_histogram_raw(
+                "divergence/over depth",
+                min=0,
+                max=len(profile),
+                num=len(profile),
+                sum=sum(profile),
+                sum_squares=sum(value * value for value in profile),
+                bucket_limits=[index + 1 for index in range(len(profile))],
+                bucket_counts=profile,
+                global_step=status.step,
+            )
         )
+
+
+def _scalar(tag: str, value: float, step: int, writer: "SummaryWriter") -> None:
+    writer.add_scalar(tag, value, step)
 
 
 class _Steps:

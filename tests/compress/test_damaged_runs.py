@@ -1,8 +1,10 @@
 """Run folders that were damaged: every command gives what is left, or an error that names the file and the way out."""
 
 import json
+import os
 import re
 import shutil
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -158,6 +160,20 @@ def test_each_file_is_named_with_what_is_wrong_and_the_way_out(runs, tmp_path, n
     if name in (STEPS, RUN):
         with pytest.raises(RunFolderError):
             begun(run, resume=True)
+
+
+@pytest.mark.parametrize("name", [RUN, STEPS, RESULT, ".idap-holder.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(runs, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "whole", run)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    if name in (RUN, STEPS, RESULT):
+        for command in (partial(begun, run, resume=True), partial(read_run, run)):
+            with pytest.raises(RunFolderError, match="can't be read: it is no file"):
+                command()
+    else:
+        assert begun(run, resume=True).steps
 
 
 def test_a_decision_that_takes_what_is_not_there(runs, tmp_path):

@@ -194,7 +194,7 @@ def test_a_finished_run_keeps_the_latency_and_the_end_that_it_wrote(clock, monke
 def test_a_broken_end_is_an_error(clock, tmp_path, text):
     compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run")
     (tmp_path / "run" / "result.json").write_text(text)
-    with pytest.raises(RunFolderError, match=r"result\.json (can't be read: |is not what this version)"):
+    with pytest.raises(RunFolderError, match=r"result\.json (can't be read: |is not what this version of idap)"):
         compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
 
 

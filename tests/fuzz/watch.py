@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ _FORBIDDEN = (
     *("pickle.find_class", "os.chdir", "sys.setprofile", "sys.settrace"),
 )
 """How the names of events begin that no reader of a file has a reason to raise."""
+
+_HARMLESS = ("socket.gethostname",)
+"""Events of these kinds that harm nobody: who holds a folder is written down with the name of the machine."""
 
 _PATHS = {
     **dict.fromkeys(("os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.chown", "os.utime"), (0,)),
@@ -50,6 +54,7 @@ class Watch:
     def __init__(self) -> None:
         self.found: list[str] = []
         self._home: str | None = None
+        tempfile.gettempdir()  # tries where it may write, once
         sys.addaudithook(self._hear)
 
     @contextmanager
@@ -76,7 +81,7 @@ class Watch:
             raise Stopped(told)
 
     def _judged(self, event: str, args: tuple[Any, ...], home: str) -> str:
-        if event.startswith(_FORBIDDEN):
+        if event.startswith(_FORBIDDEN) and event not in _HARMLESS:
             return f"executed: {event} {args!r:.120}"
         if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
             path = _real(args[0], -1, followed=True)

@@ -160,7 +160,7 @@ def saved(tmp_path: Path) -> Path:
         ('{"format": 1, "format": 1}', "the key 'format' comes twice"),
         ("[" * 200_000, "nested too deep"),
         ('{"format": ' + "9" * 5000 + "}", "broken: the whole number 999999999999... has 5000 digits"),
-        ('{"format": ' + "9" * 50 + "}", r"the whole number 99999.* has 50 digits"),
+        ('{"format": ' + "9" * 50 + "}", "broken: the whole number 999999999999... has 50 digits"),
         ('{"format": 1, "plan": []}', "this is not a plan"),
     ],
 )

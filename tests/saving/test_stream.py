@@ -273,7 +273,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         apply_to_checkpoint(plan, original, tmp_path / "file")
 
 
-@pytest.mark.parametrize("stop", range(1, 8))
+@pytest.mark.parametrize("stop", range(1, 7))
 def test_a_run_that_is_killed_leaves_nothing_half_written_and_can_be_run_again(
     stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,8 +299,6 @@ def test_a_run_that_is_killed_leaves_nothing_half_written_and_can_be_run_again(
     assert not (out / "model.safetensors.index.json").exists()
     with pytest.raises(CheckpointError, match=r"is missing"):
         load(out, nets.mlp())
-    if stop == 1:  # the marker itself was not written yet
-        (out / f".model-00001-of-00005.safetensors.{'0' * 32}").unlink()
     apply_to_checkpoint(plan, original, out)
     assert_close(load(out, nets.mlp()).state_dict(), small.state_dict(), rtol=0, atol=0)
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "plan.json"]
