@@ -40,10 +40,10 @@ from idap import Recovery
 from idap.compress.config import FilterStage, LayerStage
 from idap.divergence.observe import Pass
 from idap.rebalance.run import Rebalance, rebalance_
+from idap.selection.ranking import rank_uniform, rank_units
 from idap.selection.reach import reach
-from idap.selection.units import rank_uniform, rank_units
 from idap.surgery.apply import apply_plan
-from idap.training.batch import merged, move
+from idap.training.batch import merge_batches, move
 
 SHARES = {"1/2.1": 1 / 2.1, "1/3": 1 / 3}
 FLOOR = 1 / 16
@@ -76,7 +76,7 @@ def peer(criterion: str, *, ranking: str = "global", rebalanced: bool = False) -
         plan = structure.plan(to_cost(bench, scores, share, uniform=ranking == "uniform"))
         model = apply_plan(bench.model, plan)
         if rebalanced:
-            images, labels = move(merged(batches), bench.protocol.device)
+            images, labels = move(merge_batches(batches), bench.protocol.device)
             everything = Pass(
                 lambda judged: judged(images), lambda outputs: bench.subject.loss(outputs, (None, labels))
             )

@@ -44,12 +44,12 @@ from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
 from idap.graph.trace import trace
 from idap.rebalance.run import Rebalance, rebalance_
+from idap.selection.ranking import Ranking, ScoredBlock, rank_uniform, rank_units
 from idap.selection.reach import reach
-from idap.selection.units import Ranking, ScoredBlock, rank_uniform, rank_units
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
-from idap.training.batch import merged
+from idap.training.batch import merge_batches
 
 CORRECTIONS: Mapping[str, Rebalance | None] = {
     "none": None,
@@ -95,7 +95,7 @@ class Bench:
     def passes(self, samples: int, seed: int, *, at_once: bool) -> list[Pass]:
         """The calibration batches of a draw; one for all samples where they fit together."""
         batches: Sequence[Any] = self.subject.calibration(samples, seed)
-        whole = merged(batches) if at_once else None
+        whole = merge_batches(batches) if at_once else None
         run, loss = self.subject.run, self.subject.loss
         return [
             Pass(lambda model, b=batch: run(model, b), lambda outputs, b=batch: loss(outputs, b))

@@ -33,7 +33,7 @@ from idap.divergence.measure import Divergence
 from idap.divergence.observe import Pass
 from idap.rebalance.run import Rebalance, rebalance_
 from idap.surgery.apply import apply_plan
-from idap.training.batch import merged
+from idap.training.batch import merge_batches
 
 KEYS = ("subject", "task", "divided by", "power", "seed")
 INNOVATION = "innovation"
@@ -49,9 +49,9 @@ class Exchange:
         self.bench, self.seed = bench, seed
         self.innovation = bench.scores(INNOVATION, SAMPLES, seed).units
         subject = bench.subject
-        fitted = merged(subject.calibration(FITTED, seed))
+        fitted = merge_batches(subject.calibration(FITTED, seed))
         self._pass = Pass(lambda model: subject.run(model, fitted), lambda outputs: subject.loss(outputs, fitted))
-        self._held = merged(subject.calibration(HELD, HELD_SEED))
+        self._held = merge_batches(subject.calibration(HELD, HELD_SEED))
         with torch.no_grad():
             self._wanted = subject.run(subject.model, self._held)
         self._known: dict[str, tuple[dict[str, Tensor], float]] = {}

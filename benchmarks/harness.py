@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from benchmarks.subjects import ROOT, Subject, read_cifar10  # makes torchvision importable
 from idap import Recovery, fit
 from idap.cost.latency import measure_latency
+from idap.data.tensors import IMAGENET_MEAN, IMAGENET_STD, TensorLoader, crop_and_flip, normalise
 from idap.files import write_json
-from idap.training.evaluate import evaluate, modes_kept
+from idap.training.evaluate import evaluate, keep_modes
 from idap.training.task import Task, classification
-from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD, TensorLoader, crop_and_flip, normalise
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "torch-pruning")
@@ -316,7 +316,7 @@ def _processor_times(models: Mapping[str, nn.Module], inputs: Tensor, repeats: i
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
-            with modes_kept(model):
+            with keep_modes(model):
                 start = time.process_time()
                 model(inputs)
                 times[name].append(time.process_time() - start)

@@ -29,8 +29,8 @@ from benchmarks.bench import Bench, Protocol, ours
 from benchmarks.harness import RESULTS, Rows, cifar_task, reported, timed
 from benchmarks.subjects import BATCH, CIFAR_MEAN, CIFAR_STD, Subject, accuracy, add_data_argument, build
 from idap import LayerStage, Recovery, fit
+from idap.data.tensors import TensorLoader
 from idap.training.task import Task, classification
-from idap.zoo.data import TensorLoader
 
 SHARE = 1 / 2
 KEYS = ("network", "seed")

@@ -29,9 +29,9 @@ from tests.conformance import vision_operators  # noqa: E402 - the project's own
 
 vision_operators.make_importable()
 
-from idap.zoo.data import IMAGENET_MEAN, IMAGENET_STD, normalise, read_delta_images  # noqa: E402
-from idap.zoo.nets import cifar_resnet20, cifar_resnet56  # noqa: E402
-from idap.zoo.weights import load_weights  # noqa: E402
+from idap.data.tensors import IMAGENET_MEAN, IMAGENET_STD, normalise, read_delta_images  # noqa: E402
+from idap.models.nets import cifar_resnet20, cifar_resnet56  # noqa: E402
+from idap.models.weights import load_weights  # noqa: E402
 
 Batch = Any
 BATCH = 256

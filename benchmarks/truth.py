@@ -32,7 +32,7 @@ from idap.graph.trace import trace  # noqa: E402
 from idap.rebalance.run import Rebalance, rebalance_  # noqa: E402
 from idap.structure.analysis import Structure, analyze  # noqa: E402
 from idap.surgery.apply import apply_plan  # noqa: E402
-from idap.training.batch import merged  # noqa: E402
+from idap.training.batch import merge_batches  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "truth.json"
 UNITS, JUDGED, JUDGED_SEED = 200, 1024, 99
@@ -58,7 +58,7 @@ def changes(subject: Subject, structure: Structure, batches: Sequence[Any]) -> d
     every = [(group.name, unit) for group in structure.groups for unit in range(group.size)]
     chosen = [every[place] for place in sorted(draw.choice(len(every), min(UNITS, len(every)), replace=False))]
     base = loss_of(subject, subject.model, batches)
-    whole = merged(subject.calibration(256, 7))
+    whole = merge_batches(subject.calibration(256, 7))
     plans = {
         f"{name} {unit}": structure.plan({name: [u for u in range(structure.group(name).size) if u != unit]})
         for name, unit in chosen

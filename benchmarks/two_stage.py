@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 
 import idap
-from idap.cli.compress import compare
+from idap.cli.commands.compress import compare
 from idap.cli.progress import listener
-from idap.zoo.recipe import read_recipe
+from idap.recipes.recipe import read_recipe
 
 PACKAGES = ("torch", "numpy", "safetensors", "torchmetrics")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idap
-from idap.zoo.data import digits
+from idap.data.tensors import digits
 
 
 def build_autoencoder() -> nn.Module:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idap
+from idap.data import tensors
+from idap.models import nets
 from idap.training.distill import distillation_loss
-from idap.zoo import data, nets
 
 
 class Classifier(lightning.LightningModule):
@@ -41,7 +42,7 @@ class Classifier(lightning.LightningModule):
         return torch.optim.SGD(self.net.parameters(), lr=self.lr, momentum=0.9)
 
 
-def train(module: Classifier, batches: data.TensorLoader, epochs: int) -> None:
+def train(module: Classifier, batches: tensors.TensorLoader, epochs: int) -> None:
     """Run a Lightning trainer without files and bars."""
     quiet = {
         "logger": False,
@@ -55,7 +56,7 @@ def train(module: Classifier, batches: data.TensorLoader, epochs: int) -> None:
 def main(epochs: int = 8) -> idap.Result:
     """Train, cut, recover, save."""
     lightning.seed_everything(0, verbose=False)
-    digits = data.digits()
+    digits = tensors.digits()
     task = idap.classification(digits.train, digits.val, num_classes=10, test=digits.test)
     original = Classifier(nets.DigitsResNet())
     train(original, digits.train, epochs)

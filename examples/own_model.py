@@ -10,7 +10,7 @@ A class, or any function without arguments, will do for the model; a Task, or a 
 from torch import nn
 
 import idap
-from idap.zoo.data import digits
+from idap.data.tensors import digits
 
 splits = digits(seed=0)
 task = idap.classification(splits.train, splits.val, num_classes=10, test=splits.test)

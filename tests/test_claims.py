@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from idap.claims import HOLDER, LOCK, Claim, InUseError
 from idap.errors import RunFolderError
+from idap.ownership import HOLDER, LOCK, Claim, InUseError
 from idap.record import RunFolder
 
 ROOT = Path(__file__).parents[1]

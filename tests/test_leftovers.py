@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from idap.files import folder_beside, unfinished, write_bytes, written
+from idap.deploy.export import export_weights
+from idap.files import atomic_write, folder_beside, is_leftover, write_bytes
+from idap.hugging_face.folder import _put
 from idap.record import RunFolder
-from idap.saving.export import export_weights
 from idap.saving.stream import MARKER, apply_to_checkpoint
 from idap.structure.plan import Plan
-from idap.zoo.hugging_face import _put
-from tests.cli.test_commands import idap
+from tests.cli.commands.test_commands import idap
 from tests.report.runs import write_run
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def killed(code, folder, number=1):
 
 
 def leftovers(folder):
-    return [each.name for each in folder.iterdir() if unfinished(each.name)]
+    return [each.name for each in folder.iterdir() if is_leftover(each.name)]
 
 
 def test_a_report(tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_a_report(tmp_path, monkeypatch):
 
 
 def test_an_export(tmp_path):
-    code = "from torch import nn; from idap.saving.export import export_weights; "
+    code = "from torch import nn; from idap.deploy.export import export_weights; "
     killed(f"{code}export_weights(nn.Linear(2, 2), 'net.safetensors')", tmp_path)
     (left,) = leftovers(tmp_path)
     assert (tmp_path / left / "net.safetensors").exists()
@@ -72,7 +72,7 @@ def test_an_export(tmp_path):
 def test_a_folder_of_transformers(tmp_path, number):
     """The first move takes the old folder aside, the second brings the new one."""
     _put(tmp_path / "net", lambda new: (new / "old").touch())
-    code = "from pathlib import Path; from idap.zoo.hugging_face import _put; "
+    code = "from pathlib import Path; from idap.hugging_face.folder import _put; "
     killed(f"{code}_put(Path('net'), lambda new: (new / 'new').touch())", tmp_path, number)
     assert len(leftovers(tmp_path)) == number
     _put(tmp_path / "net", lambda new: (new / "new").touch())
@@ -119,7 +119,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_settings_begins_with_the_same_
 
 
 def test_what_somebody_still_writes_is_left_alone(tmp_path):
-    with written(tmp_path / "page") as file:
+    with atomic_write(tmp_path / "page") as file:
         file.write(b"slow")
         write_bytes(tmp_path / "page", b"fast")
         assert (tmp_path / "page").read_bytes() == b"fast"

@@ -10,7 +10,7 @@ import torch
 
 from idap import memory
 from idap.errors import ConfigError, InsufficientMemoryError
-from idap.memory import Need, Room, allowed_bytes, free_bytes, packed, parse_bytes
+from idap.memory import Need, Room, allowed_bytes, free_bytes, pack, parse_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -127,10 +127,10 @@ def test_the_refusal_says_what_how_much_and_the_way_out(monkeypatch):
 
 def test_rounds_keep_the_order_and_both_bounds():
     items = [Item(Need(held, solving)) for held, solving in ((10, 5), (10, 5), (30, 0), (10, 50), (10, 0))]
-    sizes = lambda limit, there: [len(part) for part in packed(items, limit, Room("cpu", there, there))]  # noqa: E731
+    sizes = lambda limit, there: [len(part) for part in pack(items, limit, Room("cpu", there, there))]  # noqa: E731
     assert sizes(1000, 1000) == [5]
     assert sizes(20, 1000) == [2, 1, 2]
     assert sizes(1, 1000) == [1, 1, 1, 1, 1]
     assert sizes(1000, 70) == [3, 2]
-    assert [item for part in packed(items, 1000, Room("cpu", 70, 70)) for item in part] == items
-    assert packed([], 10, Room("cpu", 1, 1)) == [[]]
+    assert [item for part in pack(items, 1000, Room("cpu", 70, 70)) for item in part] == items
+    assert pack([], 10, Room("cpu", 1, 1)) == [[]]

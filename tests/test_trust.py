@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from idap import trust
-from idap.trust import foreign_signs, key_file, printable, sealed_place
+from idap import ownership
+from idap.ownership import foreign_signs, key_file, printable, seal_place
 
 RECIPE = {"model": {"build": "python:/home/me/net.py:build"}, "goals": {"macs": 0.5, "steps": (1, 2)}}
 
@@ -23,7 +23,7 @@ def state(tmp_path, monkeypatch):
 
 def settings(run: Path, recipe=RECIPE):
     """What a run notes, as it is read back."""
-    place, why = sealed_place(run, recipe)
+    place, why = seal_place(run, recipe)
     assert why == ""
     return json.loads(json.dumps({"environment": place, "recipe": recipe}))
 
@@ -98,7 +98,7 @@ def test_the_seal_of_another_key_does_not_fit(tmp_path, state):
 
 
 def test_a_run_without_a_recipe_needs_no_key(tmp_path, state):
-    place, why = sealed_place(tmp_path, None)
+    place, why = seal_place(tmp_path, None)
     assert place["seal"] is None and why == "" and not state.exists()
 
 
@@ -110,7 +110,7 @@ def test_only_the_user_can_read_the_key(tmp_path, state):
     assert [file.name for file in key.parent.iterdir()] == ["key"]
     key.chmod(0o640)
     assert "is not yours alone" in signs(tmp_path, noted)[0]
-    assert "is not yours alone" in sealed_place(tmp_path, RECIPE)[1]
+    assert "is not yours alone" in seal_place(tmp_path, RECIPE)[1]
     key.chmod(0o600)
     key.rename(tmp_path / "known")
     key.symlink_to(tmp_path / "known")
@@ -119,7 +119,7 @@ def test_only_the_user_can_read_the_key(tmp_path, state):
 
 def test_a_folder_that_cannot_hold_a_key(tmp_path, state):
     state.write_text("a file")
-    place, why = sealed_place(tmp_path, RECIPE)
+    place, why = seal_place(tmp_path, RECIPE)
     assert place["seal"] is None and "can't be used" in why
     assert "can't be told" in signs(tmp_path, {"environment": place, "recipe": RECIPE})[0]
 
@@ -130,8 +130,8 @@ def test_a_user_without_a_home(tmp_path, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(trust.Path, "home", homeless)
-    why = sealed_place(tmp_path, RECIPE)[1]
+    monkeypatch.setattr(ownership.Path, "home", homeless)
+    why = seal_place(tmp_path, RECIPE)[1]
     assert why == "you have no home folder for a key; set XDG_STATE_HOME to a folder of yours"
 
 
@@ -139,7 +139,7 @@ def test_a_user_without_a_name(tmp_path, monkeypatch):
     def nameless():
         raise KeyError("uid not found")
 
-    monkeypatch.setattr(trust.getpass, "getuser", nameless)
+    monkeypatch.setattr(ownership.getpass, "getuser", nameless)
     assert signs(tmp_path, settings(tmp_path)) == []
 
 
@@ -147,14 +147,14 @@ def test_a_file_system_without_links(tmp_path, state, monkeypatch):
     def unsupported(*_):
         raise PermissionError("no links here")
 
-    monkeypatch.setattr(trust.os, "link", unsupported)
+    monkeypatch.setattr(ownership.os, "link", unsupported)
     assert signs(tmp_path, settings(tmp_path)) == []
     assert [file.name for file in (state / "idap").iterdir()] == ["key"]
 
 
 def test_processes_that_begin_at_once_make_one_key(tmp_path):
-    code = "import sys; from pathlib import Path; from idap.trust import sealed_place; "
-    code += "sys.stdin.readline(); print(sealed_place(Path('/run'), {})[0]['seal'])"
+    code = "import sys; from pathlib import Path; from idap.ownership import seal_place; "
+    code += "sys.stdin.readline(); print(seal_place(Path('/run'), {})[0]['seal'])"
     start = [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [

@@ -11,11 +11,12 @@ if typing.TYPE_CHECKING:
     from idap.compress.run import compress
     from idap.cost.count import Cost, CostModel, count_macs, count_parameters
     from idap.cost.latency import Latency, measure_latency
+    from idap.deploy.export import export
     from idap.divergence.measure import Divergence, measure
     from idap.errors import IdapError
     from idap.graph.trace import trace
+    from idap.hugging_face.folder import save_pretrained
     from idap.saving.checkpoint import load, save
-    from idap.saving.export import export
     from idap.structure.analysis import Structure, analyze
     from idap.structure.plan import Plan
     from idap.surgery.apply import apply_plan, apply_plan_
@@ -26,7 +27,6 @@ if typing.TYPE_CHECKING:
     from idap.training.fit import fit
     from idap.training.recovery import Recovery
     from idap.training.task import Task, classification
-    from idap.zoo.hugging_face import save_pretrained
 
 __version__ = "0.1.0"
 
@@ -85,7 +85,7 @@ _HOMES = {
     "trace": "idap.graph.trace",
     "load": "idap.saving.checkpoint",
     "save": "idap.saving.checkpoint",
-    "export": "idap.saving.export",
+    "export": "idap.deploy.export",
     "Structure": "idap.structure.analysis",
     "analyze": "idap.structure.analysis",
     "Plan": "idap.structure.plan",
@@ -101,7 +101,7 @@ _HOMES = {
     "fit": "idap.training.fit",
     "Task": "idap.training.task",
     "classification": "idap.training.task",
-    "save_pretrained": "idap.zoo.hugging_face",
+    "save_pretrained": "idap.hugging_face.folder",
 }
 
 

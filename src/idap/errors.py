@@ -1,25 +1,9 @@
-"""Every error that idap raises on purpose.
+"""Every error that idap raises on purpose, and the check that settings have the right kind."""
 
-    IdapError
-    ├── TraceError                the model could not be run or exported on the example inputs
-    │   └── UnknownOperatorError  an operator has no rule; names operator, module and source line
-    ├── StructureError            the analysis found nothing to prune, or was asked for an unknown name
-    ├── PlanError                 a plan does not fit the model, or contradicts itself
-    ├── RewrittenModuleError      a module with rewritten code was called in another way than it was rewritten for
-    ├── VerificationError         the pruned model does not equal the masked original
-    ├── ExportError               a model can't be brought into another form, or differs in it
-    ├── TaskError                 the data, the loss or the metric cannot be used
-    │   └── DivergedError         a loss, gradient or metric is no finite number, or an output is NaN
-    ├── ConfigError               a setting or a recipe is wrong
-    │   └── BudgetError           the goals cannot be met by any compression
-    ├── RunFolderError            a run folder cannot be read or written, or holds another run
-    ├── InsufficientMemoryError   a piece of work would take more memory than may be taken
-    ├── TrustError                a run folder from elsewhere names code, and nobody agreed to run it
-    ├── ReportError               a report can't be printed
-    └── CheckpointError           a saved file is broken or does not belong to this model
-
-Every message names the culprit, what was found, what was expected and the way out.
-"""
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 class IdapError(Exception):
@@ -92,3 +76,60 @@ class CheckpointError(IdapError):
 
 class UncheckedFileWarning(UserWarning):
     """A saved file carries no checksum, so whether it was damaged is not known."""
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+
+
+def check_kinds(settings: object, *, prefix: str = "", word: str = "found", only: Sequence[str] = ()) -> None:
+    """Compare the fields of a dataclass with their annotations.
+
+    Args:
+        settings: the instance; fields of other kinds than numbers, texts, switches, tuples and mappings of these are
+            left to its own checks, and so are the choices of a Literal.
+        prefix: before each name in the message.
+        word: "found" or "got", before the value in the message.
+        only: the fields that are checked; empty: all.
+
+    Raises:
+        ConfigError: names the field, what it must be, and what it is.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Pace:
+        ...     lr: float | None
+        >>> check_kinds(Pace(lr="fast"))
+        Traceback (most recent call last):
+        ...
+        idap.errors.ConfigError: lr must be a number or None, found 'fast'.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        value = getattr(settings, name)
+        if (only and name not in only) or any(_fits(value, option) for option in options):
+            continue
+        kinds = " or ".join(_describe_kind(option) for option in options)
+        raise ConfigError(f"{prefix}{name} must be {kinds}, {word} {value!r:.80}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind in _WORDS:
+        return isinstance(value, kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is Mapping:
+        key, held = get_args(kind)
+        return isinstance(value, Mapping) and all(_fits(k, key) and _fits(v, held) for k, v in value.items())
+    return True
+
+
+def _describe_kind(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"several of {_describe_kind(get_args(kind)[0])}"
+    if get_origin(kind) is Mapping:
+        key, held = get_args(kind)
+        return f"a mapping of {_describe_kind(key)} to {_describe_kind(held)}"
+    return _WORDS.get(kind, str(kind))

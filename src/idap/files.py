@@ -61,19 +61,19 @@ def _finite(data: Any) -> Any:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    with written(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
 
 
 @contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears whole or not at all: a neighbour is written, and takes its name in the end.
 
     What earlier processes left of this file when they were killed is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_unfinished(path)
-    neighbour, file = _opened_beside(path)
+    neighbour, file = _open_beside(path)
     try:
         with file:
             yield file
@@ -102,20 +102,20 @@ def folder_beside(path: Path) -> Iterator[Path]:
     folder = _beside(path)
     folder.mkdir()
     try:
-        with held(folder):
+        with hold(folder):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def moved_aside(path: Path) -> Path:
+def move_aside(path: Path) -> Path:
     """Rename what lies at a path, so that something else can take its place; gives where it lies now."""
     aside = _beside(path)
     path.rename(aside)
     return aside
 
 
-def unfinished(name: str) -> bool:
+def is_leftover(name: str) -> bool:
     """Whether a file of this name is what a killed process left half-written."""
     return _UNFINISHED.fullmatch(name) is not None
 
@@ -146,7 +146,7 @@ def remove_unfinished(file: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def hold(folder: Path) -> Iterator[None]:
     """Let no other process take a folder for what a killed one left; it may be renamed."""
     if sys.platform == "win32":  # where folders that were left are not removed
         yield
@@ -170,7 +170,7 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _opened_beside(path: Path) -> tuple[Path, BinaryIO]:
+def _open_beside(path: Path) -> tuple[Path, BinaryIO]:
     """A new file beside a path, open and locked."""
     while True:
         neighbour = _beside(path)
@@ -201,7 +201,7 @@ def nearest(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
-def numbered(first: Path) -> Iterator[Path]:
+def number_paths(first: Path) -> Iterator[Path]:
     """NAME, NAME-2, NAME-3, ... without an end."""
     yield first
     yield from (first.with_name(f"{first.name}-{number}") for number in count(2))

@@ -101,7 +101,7 @@ class Room:
         source = f"{VARIABLE}={os.environ[VARIABLE]}" if VARIABLE in os.environ else f"{SHARE:.0%} of what is free"
         raise InsufficientMemoryError(
             f"{what} would take {readable(needed)} of memory on {device}, and {readable(allowed)} may be taken there "
-            f"({source}). {way_out} Or free memory, or set {VARIABLE} to more, such as {VARIABLE}={_rounded(needed)}."
+            f"({source}). {way_out} Or free memory, or set {VARIABLE} to more, such as {VARIABLE}={_round_up(needed)}."
         )
 
 
@@ -116,7 +116,7 @@ class Work(Protocol):
 AnyWork = TypeVar("AnyWork", bound=Work)
 
 
-def packed(works: Sequence[AnyWork], limit: int, room: Room) -> list[list[AnyWork]]:
+def pack(works: Sequence[AnyWork], limit: int, room: Room) -> list[list[AnyWork]]:
     """Distribute work over as few rounds as its memory allows.
 
     Args:
@@ -196,7 +196,7 @@ def readable(size: float) -> str:
     return f"{size:,.0f} bytes"
 
 
-def _rounded(size: int) -> str:
+def _round_up(size: int) -> str:
     return f"{-(-size // 10**9)}GB" if size > 10**9 else f"{-(-size // 10**6)}MB"
 
 
@@ -231,7 +231,7 @@ def _left_in_groups(root: Path) -> list[int]:
             folder = root / base / part
             limit, usage = _number(folder / most), _number(folder / used)
             if limit is not None and usage is not None:
-                found.append(limit - usage + _cached(folder / "memory.stat", cached))
+                found.append(limit - usage + _reclaimable(folder / "memory.stat", cached))
     return found
 
 
@@ -244,7 +244,7 @@ def _number(file: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _cached(file: Path, name: str) -> int:
+def _reclaimable(file: Path, name: str) -> int:
     """Bytes of a control group that hold files which can be read again."""
     try:
         entries = dict(line.split(" ", 1) for line in file.read_text(encoding="utf-8").splitlines() if " " in line)

@@ -23,21 +23,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from idap.claims import HOLDER, LOCK, Claim, InUseError
 from idap.errors import RunFolderError
 from idap.files import (
     difference,
+    is_leftover,
     json_text,
     load_json,
     nearest,
-    numbered,
+    number_paths,
     parse_json,
     read_text,
     remove_unfinished,
-    unfinished,
     write_bytes,
     write_json,
 )
+from idap.ownership import HOLDER, LOCK, Claim, InUseError
 from idap.steps import Step
 
 RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
@@ -83,9 +83,9 @@ class RunFolder:
         Raises:
             RunFolderError: no folder can be made there.
         """
-        return next(folder for folder in map(cls, numbered(first)) if folder._claimed_new())
+        return next(folder for folder in map(cls, number_paths(first)) if folder._claim_new())
 
-    def _claimed_new(self) -> bool:
+    def _claim_new(self) -> bool:
         try:
             return self._claim.acquire(new=True)
         except (FileExistsError, InUseError):
@@ -206,7 +206,7 @@ class RunFolder:
         if not self.path.is_dir():
             return
         for file in [*self.path.glob(".*"), *self.path.glob("*/.*"), *self.path.glob("*/*/.*")]:
-            if unfinished(file.name):
+            if is_leftover(file.name):
                 remove_unfinished(file)
         if not (self.path / RUN).exists():
             if (self.path / CHECKPOINTS).is_dir() and not any((self.path / CHECKPOINTS).iterdir()):
@@ -343,7 +343,7 @@ def _before_a_run(path: Path) -> bool:
     """Whether a file or folder may lie in a folder in which no run has begun."""
     if path.name == CHECKPOINTS:  # made just before the settings are written
         return path.is_dir() and not any(path.iterdir())
-    return path.name in (ORIGINAL, LOCK, HOLDER) or unfinished(path.name)  # the last: of a process that was killed
+    return path.name in (ORIGINAL, LOCK, HOLDER) or is_leftover(path.name)  # the last: of a process that was killed
 
 
 def _bytes(count: float) -> str:

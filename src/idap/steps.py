@@ -7,7 +7,7 @@ LATENCY_NOISE = 0.02
 """By how much a last measurement of latency may be above what is wanted, as a share of it, and count as reached."""
 
 
-def met(goal: str, share: float, wanted: float) -> bool:
+def is_met(goal: str, share: float, wanted: float) -> bool:
     """Whether a cost came down to its target; a latency also within what a measurement of it is worth.
 
     Args:
@@ -16,7 +16,7 @@ def met(goal: str, share: float, wanted: float) -> bool:
         wanted: the share that may be left.
 
     Example:
-        >>> met("macs", 0.505, 0.5), met("latency", 0.505, 0.5)
+        >>> is_met("macs", 0.505, 0.5), is_met("latency", 0.505, 0.5)
         (False, True)
     """
     return share <= wanted * (1 + (LATENCY_NOISE if goal == "latency" else 0))
@@ -92,7 +92,7 @@ class Contest:
     filters: float | None
 
     @property
-    def lost(self) -> bool:
+    def is_lost(self) -> bool:
         """Whether the filters lose less, so that the layer stays."""
         return self.filters is not None and (self.layer is None or self.layer > self.filters)
 
@@ -140,11 +140,11 @@ class Step:
     turn: int = 0
 
     @property
-    def beaten(self) -> bool:
+    def is_beaten(self) -> bool:
         """Whether a layer stayed because filters were better, which says nothing about the budget."""
-        return self.contest is not None and self.contest.lost
+        return self.contest is not None and self.contest.is_lost
 
     @property
-    def refused(self) -> bool:
+    def is_refused(self) -> bool:
         """Whether it was rolled back for what it did to the metric."""
-        return not self.accepted and not self.beaten
+        return not self.accepted and not self.is_beaten

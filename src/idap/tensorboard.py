@@ -98,13 +98,13 @@ class TensorBoard:
         """Log where the run stands, as far as that is new."""
         last, self._last = self._last, status
         if last is None or last.step != status.step:
-            self._decided(last, status)
+            self._log_decision(last, status)
         if status.profile and (last is None or last.profile != status.profile):
             self._profile(status)
         self._log(lambda writer: writer.flush())
         self._progress.show(status)
 
-    def measured(self, title: str, name: str, value: float) -> None:
+    def log_value(self, title: str, name: str, value: float) -> None:
         """Log what was measured at one step of a phase."""
         tag = f"{name}/{title.replace(' ', '_')}"
         self._log(partial(_scalar, tag, value, self._next(tag)))
@@ -119,7 +119,7 @@ class TensorBoard:
         self._counts[tag] += 1
         return self._counts[tag] - 1
 
-    def _decided(self, last: Status | None, status: Status) -> None:
+    def _log_decision(self, last: Status | None, status: Status) -> None:
         values = {f"cost/{name}": now for name, (now, _) in status.costs.items()}
         values[f"metric/{status.metric_name}"] = status.metric
         values["accepted/count"] = status.accepted
@@ -157,5 +157,5 @@ class _Steps:
         """Log what a step measured."""
         found = measurement(note)
         if found is not None:
-            self._board.measured(self._title, *found)
+            self._board.log_value(self._title, *found)
         self._phase.advance(note)

@@ -9,8 +9,8 @@ import torch
 from benchmarks.harness import Rows, cifar_task, latencies, recover, reported, timed
 from benchmarks.subjects import build
 from idap import Recovery
+from idap.models.nets import cifar_resnet20
 from idap.training.evaluate import evaluate
-from idap.zoo.nets import cifar_resnet20
 
 
 class TestRows:

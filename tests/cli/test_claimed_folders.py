@@ -11,7 +11,7 @@ import pytest
 from idap.cli.failure import message_of, printable, state_of
 from idap.errors import RunFolderError, TaskError
 from idap.record import MEASURED, ORIGINAL, RunFolder
-from tests.cli.test_commands import compress, idap, plain_terminal, script, text  # noqa: F401 - fixtures
+from tests.cli.commands.test_commands import compress, idap, plain_terminal, script, text  # noqa: F401 - fixtures
 
 TRAINS = (
     '[model]\nbuild="python:mine.py:build_model"\n[task]\nbuild="python:mine.py:task"\n[train]\nepochs=2\n'
@@ -63,7 +63,7 @@ def test_a_folder_that_can_not_be_written_is_found_before_the_original_is_traine
     def refused(_descriptor):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("idap.claims.os.fsync", refused)
+    monkeypatch.setattr("idap.ownership.os.fsync", refused)
     result = idap("compress", untrained, "--run-dir", "run")
     assert result.exit_code == 2 and "Read-only file system" in text(result.stderr)
     assert not (tmp_path / "run").exists()
@@ -75,7 +75,7 @@ def test_a_comparison_that_fails_leaves_the_result(script, tmp_path, monkeypatch
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(importlib.import_module("idap.cli.compress"), "compare", fail)
+        patched.setattr(importlib.import_module("idap.cli.commands.compress"), "compare", fail)
         result = compress(script, "--run-dir", "run")
     assert result.exit_code == 0, result.stderr
     assert f"run/measured.json, with latency and test data, is not written: {error}" in text(result.stdout)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from idap.cli.divergence_view import GroupDivergence, PartDivergence, Profile, profile_tree
 from idap.cli.main import app
-from tests.cli.test_commands import SCRIPT, text
+from idap.cli.views import GroupDivergence, PartDivergence, Profile, profile_tree
+from tests.cli.commands.test_commands import SCRIPT, text
 
 RECIPE = """
 [model]

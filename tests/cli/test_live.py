@@ -5,8 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from idap.cli.course import Course
-from idap.cli.live import StatusView, in_brief
+from idap.cli.live import Course, StatusView, in_brief
 from tests.cli.statuses import status
 
 

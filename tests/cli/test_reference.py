@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from idap.cli import apply, bench, evaluate, export, inspect
+from idap.cli.commands import apply, bench, evaluate, export, inspect
+from idap.cli.commands.evaluate import Measured
 from idap.cli.demo import Played
-from idap.cli.divergence_view import Profile
-from idap.cli.evaluate import Measured
 from idap.cli.main import COMMANDS
 from idap.cli.reference import page
-from idap.cli.structure_view import StructureView
+from idap.cli.views import Profile, StructureView
 from idap.deploy.bench import Bench
-from idap.saving.export import Exported
+from idap.deploy.export import Exported
 from idap.saving.stream import Applied
-from tests.cli.test_commands import compress, idap, numbers, plain_terminal, script  # noqa: F401 - fixtures
+from tests.cli.commands.test_commands import compress, idap, numbers, plain_terminal, script  # noqa: F401 - fixtures
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -48,11 +47,11 @@ def test_documents_of_dataclasses(documented, kind, more):
 
 
 def test_documents_of_others(script):  # noqa: F811
-    from idap.cli import completion, demo_command, listing, resume  # fmt: skip
-    from idap.cli import compress as compressing
+    from idap.cli.commands import completion, demo, listing, resume  # fmt: skip
+    from idap.cli.commands import compress as compressing
 
     found = json.loads(compress(script, "--json", "--quiet").stdout)
     assert set(found) == set(compressing.DOCUMENT) == set(resume.DOCUMENT)
-    assert set(Played("net", True, "done", numbers()).to_json()) == set(demo_command.DOCUMENT)
+    assert set(Played("net", True, "done", numbers()).to_json()) == set(demo.DOCUMENT)
     assert set(json.loads(idap("completion", "bash", "--json").stdout)) == set(completion.DOCUMENT)
     assert set(json.loads(idap("list", "--json").stdout)[0]) == set(listing.DOCUMENT)

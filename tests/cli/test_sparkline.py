@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from idap.cli.sparkline import ASCII, BLOCKS, logarithmic, sparkline
+from idap.cli.live import ASCII, BLOCKS, logarithmic, sparkline
 
 
 @pytest.mark.parametrize(

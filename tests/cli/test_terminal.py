@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from idap.cli.terminal import Terminal, nowhere, settle_streams
+from idap.cli.failure import Terminal, null_console, settle_streams
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are for Unix")
 COMMAND = [sys.executable, "-m", "idap"]
@@ -87,7 +87,7 @@ def test_letters_that_stand_for_others(monkeypatch):
 def test_a_console_tells_of_a_closed_pipe():
     with pytest.raises(BrokenPipeError):
         Terminal(file=io.StringIO()).on_broken_pipe()
-    nowhere().print("nothing")
+    null_console().print("nothing")
 
 
 def test_output_in_a_file_has_no_colours(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from idap.cli.timed import Timed
+from idap.cli.progress import Timed
 from idap.progress import Silent
 
 

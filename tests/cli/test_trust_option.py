@@ -9,10 +9,10 @@ import pytest
 import typer
 from safetensors.torch import load_file, save_file
 
-from idap.cli import trust
+from idap.cli import subject
 from idap.cli.failure import Outcome
 from idap.errors import TrustError
-from tests.cli.test_commands import compress, idap, plain_terminal, script, text  # noqa: F401 - fixtures
+from tests.cli.commands.test_commands import compress, idap, plain_terminal, script, text  # noqa: F401 - fixtures
 from tests.cli.test_terminal import bare, on_a_terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -121,11 +121,11 @@ def test_a_run_that_names_no_code_is_nobodys_code(run):
 def test_modules_are_looked_for_in_the_working_folder(run, tmp_path, monkeypatch):
     settings = json.loads((run / "run.json").read_text())
     assert settings["environment"]["folder"] == str(tmp_path)
-    from idap.trust import sealed_place
+    from idap.ownership import seal_place
 
     for section, name in (("model", "build_model"), ("task", "task")):
         settings["recipe"][section]["build"] = f"python:mine:{name}"
-    settings["environment"] |= sealed_place(run, settings["recipe"])[0]
+    settings["environment"] |= seal_place(run, settings["recipe"])[0]
     (run / "run.json").write_text(json.dumps(settings))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     try:
@@ -173,7 +173,7 @@ def test_on_a_terminal_it_asks(answer, runs, run, monkeypatch, tmp_path):
         asked.append((question, settings["default"]))
         return answer == "y"
 
-    monkeypatch.setattr(trust, "_can_ask", lambda _: True)
+    monkeypatch.setattr(subject, "_can_ask", lambda _: True)
     monkeypatch.setattr(typer, "confirm", confirm)
     done = idap("evaluate", "moved", "--quiet")
     assert asked == [("Run it?", False)]
@@ -204,12 +204,12 @@ def test_nobody_is_asked_who_cannot_answer(monkeypatch):
     ):
         monkeypatch.setattr(type(outcome.errors), "is_terminal", True)
         monkeypatch.setenv("WORLD_SIZE", count)
-        assert trust._can_ask(outcome) is can
+        assert subject._can_ask(outcome) is can
 
 
 @pytest.mark.parametrize("text_of_a_stranger", ["\x1b[2J\x1b[H", "\r", "\n\nAll is well.\n"])
 def test_a_stranger_cannot_hide_the_question(text_of_a_stranger, tmp_path):
-    from idap.zoo.foreign import foreign_code
+    from idap.recipes.runs import foreign_code
 
     recipe = {
         "model": {"build": f"python:/tmp/{text_of_a_stranger}.py:build{text_of_a_stranger}"},
@@ -220,4 +220,4 @@ def test_a_stranger_cannot_hide_the_question(text_of_a_stranger, tmp_path):
     found = str(foreign_code(tmp_path, {}))
     assert not set(found) & set("\x1b\r") and found.count("\n") == 1
     with pytest.raises(TrustError):
-        trust.check_code(Outcome(command="x", where="y"), tmp_path, {}, trust=False)
+        subject.check_code(Outcome(command="x", where="y"), tmp_path, {}, trust=False)

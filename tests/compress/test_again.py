@@ -10,8 +10,7 @@ from torch.testing import assert_close
 
 from idap.compress.run import compress
 from idap.errors import PlanError
-from idap.saving.checkpoint import load, read_plan
-from idap.saving.origin import forget_, origin
+from idap.saving.checkpoint import forget_, load, origin, read_plan
 from idap.structure.plan import Plan
 from tests.compress.tiny import Net, config, task, trained
 

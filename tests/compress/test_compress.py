@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MeanSquaredError
 
-from idap.compress import change, proving
+from idap.compress import change, limits
 from idap.compress import run as running
 from idap.compress import state as states
 from idap.compress.config import FilterStage, LayerStage
@@ -356,8 +356,8 @@ def test_the_final_training_has_its_own_settings(monkeypatch):
     [(0.95, True, "the best so far"), (0.9, True, "as good as before"), (0.85, False, "no better than before")],
 )
 def test_the_last_training_is_kept_unless_it_is_worse(monkeypatch, metric, accepted, reason):
-    monkeypatch.setattr(change, "recover", lambda *_: states.Judged(0.9))
-    monkeypatch.setattr(running, "recover", lambda *_: states.Judged(metric))
+    monkeypatch.setattr(change, "recover", lambda *_: states.Judgement(0.9))
+    monkeypatch.setattr(running, "recover", lambda *_: states.Judgement(metric))
     last = compress(NET, task(), config(max_drop=None, macs=0.8, **ONLY_FILTERS)).steps[-1]
     assert (last.stage, last.metric, last.accepted, last.reason) == ("final", metric, accepted, reason)
 
@@ -488,7 +488,7 @@ def test_a_cut_that_cannot_be_proved_touches_nothing(monkeypatch):
     def doubtful(*_args, **_kwargs):
         raise VerificationError("not equal (cut: stem)")
 
-    monkeypatch.setattr(proving, "verify", doubtful)
+    monkeypatch.setattr(limits, "verify", doubtful)
     rejects(VerificationError, r"not equal \(cut: stem\)")
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from idap.compress.budget import Budget, budget_of
-from idap.compress.config import Config, FilterStage, LayerStage, checked
+from idap.compress.config import Config, FilterStage, LayerStage, check_config
 from idap.divergence.criteria import CRITERIA
 from idap.errors import BudgetError, ConfigError
 from idap.rebalance.run import Rebalance
@@ -107,7 +107,7 @@ def test_impossible_goals(settings, match):
             lambda: Config(contracts="logits"),
             r"^contracts must be several names, found 'logits'; write \('logits',\)\.$",
         ),
-        (lambda: checked({"macs": 0.5}), r"^config must be an idap\.Config\(\.\.\.\), found \{'macs': 0\.5\}\.$"),
+        (lambda: check_config({"macs": 0.5}), r"^config must be an idap\.Config\(\.\.\.\), found \{'macs': 0\.5\}\.$"),
         (lambda: LayerStage(removals=-1), r"^layers\.removals must be at least 0, found -1\.$"),
         (lambda: LayerStage(short_list=0), r"^layers\.short_list must be at least 1, found 0\.$"),
         (lambda: LayerStage(patience=0), r"^layers\.patience must be at least 1, found 0\.$"),
@@ -205,10 +205,10 @@ def test_the_point_that_is_allowed_by_default_does_not_tighten_another_bound():
 
 def test_only_a_latency_may_be_above_its_target_by_the_noise_of_a_clock():
     goals = Budget(None, True, {"macs": 0.5, "latency": 0.5})
-    assert goals.missed({"macs": 0.5, "latency": 0.509}) == []
-    assert goals.missed({"macs": 0.509, "latency": 0.509}) == ["macs"]
-    assert goals.missed({"macs": 0.5, "latency": 0.511}) == ["latency"]
-    assert goals.missed({"latency": 0.4}) == []  # of the others nothing is known
+    assert goals.misses({"macs": 0.5, "latency": 0.509}) == []
+    assert goals.misses({"macs": 0.509, "latency": 0.509}) == ["macs"]
+    assert goals.misses({"macs": 0.5, "latency": 0.511}) == ["latency"]
+    assert goals.misses({"latency": 0.4}) == []  # of the others nothing is known
 
 
 def test_an_original_outside_the_budget_is_refused():
@@ -229,21 +229,21 @@ def shares(macs, parameters):
 def test_targets_are_shares_of_the_original():
     both = budget(macs=0.5, parameters=0.25)
     assert both.targets == {"macs": 0.5, "parameters": 0.25}
-    found = [both.reached(shares(*pair)) for pair in ((0.5, 0.25), (0.501, 0.25), (0.5, 0.26), (0.1, 0.1))]
+    found = [both.is_reached(shares(*pair)) for pair in ((0.5, 0.25), (0.501, 0.25), (0.5, 0.26), (0.1, 0.1))]
     assert found == [True, False, False, True]
     assert both.shortfall(shares(0.75, 0.25)) == 0.5
     assert both.shortfall(shares(0.75, 0.75)) == 2.0
 
 
 def test_without_a_target_there_is_always_more_to_gain():
-    assert not budget().reached(shares(0.001, 0.001))
+    assert not budget().is_reached(shares(0.001, 0.001))
 
 
 def test_part_way():
     half = budget(macs=0.5, parameters=0.5, latency=0.7).part_way(WHOLE, 0.4)
     assert half.targets == pytest.approx({"macs": 0.8, "parameters": 0.8, "latency": 0.88})
     assert budget(macs=0.5).part_way(WHOLE, 1.0).targets == {"macs": 0.5}
-    assert budget(macs=0.5).part_way(WHOLE, 0.0).reached(WHOLE)
+    assert budget(macs=0.5).part_way(WHOLE, 0.0).is_reached(WHOLE)
     assert budget().part_way(WHOLE, 0.4) == budget()
     assert budget(macs=0.5).part_way({"macs": 0.3}, 0.5).targets == {"macs": 0.5}  # it is below already
 

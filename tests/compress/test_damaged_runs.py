@@ -11,17 +11,17 @@ from random import Random
 
 import pytest
 
+from idap.cli.commands.report import _document
 from idap.cli.failure import state_of
-from idap.cli.report import _document
 from idap.compress.run import compress
 from idap.errors import IdapError, RunFolderError
+from idap.recipes.runs import model_folder, recipe_of_run
 from idap.record import AFTER, BEFORE, MEASURED, RESULT, RUN, STEPS
-from idap.report.comparing import checked, compare_page, document_of
+from idap.report.comparing import check_runs, compare_page, document_of
 from idap.report.page import run_page
 from idap.report.reading import read_run
 from idap.saving.checkpoint import load
 from idap.training.recovery import Recovery
-from idap.zoo.runs import model_folder, recipe_of_run
 from tests.compress.tiny import config, task, trained
 from tests.fuzz.mutations import damages, misplacements, mutations
 from tests.report.runs import MEASUREMENT
@@ -80,7 +80,7 @@ def report(run, _):
 
 def compare(run, whole):
     found = [read_run(run), whole]
-    checked(found)
+    check_runs(found)
     compare_page(found).encode()
     json.dumps(document_of(found)).encode()
 

@@ -13,27 +13,25 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from idap.compress import change, latencies, run
 from idap.compress import run as running
 from idap.compress import state as states
-from idap.compress.change import make_cut
-from idap.compress.clock import Clock
+from idap.compress.change import make_cut, neighbours, only_training
 from idap.compress.config import FilterStage, LayerStage
-from idap.compress.latencies import come_down
-from idap.compress.neighbours import neighbours, only_training
-from idap.compress.pace import Pace
 from idap.compress.run import compress
-from idap.compress.state import Judged
+from idap.compress.stages.filters import Pace
+from idap.compress.state import Clock, Judgement
 from idap.cost.latency import Latency
 from idap.errors import ConfigError, RunFolderError, TaskError
 from idap.graph.trace import trace
+from idap.models.nets import cifar_resnet20
 from idap.record import RunFolder, read_steps
+from idap.selection.reach import come_down
 from idap.structure.analysis import analyze
+from idap.training.check import with_validation
 from idap.training.evaluate import Score
 from idap.training.recovery import Recovery
-from idap.training.split import with_validation
 from idap.training.task import classification
-from idap.zoo.nets import cifar_resnet20
 from tests import nets
+from tests.compress.stages.test_stages import prepare
 from tests.compress.test_compress import imitation
-from tests.compress.test_stages import prepare
 from tests.compress.tiny import Noting, batches, clusters, config, task, trained
 
 NET = trained()
@@ -425,7 +423,7 @@ def test_what_is_split_off_leaves_no_batch_of_one_sample(count, size):
 
 
 def test_a_validation_that_changes_is_said(monkeypatch):
-    end = running.concluded
+    end = running.finish_run
 
     def later(*given):
         monkeypatch.setattr(states, "score", lambda *_, **__: Score(0.2, 4))
@@ -433,7 +431,7 @@ def test_a_validation_that_changes_is_said(monkeypatch):
 
     for module in (running, states):
         monkeypatch.setattr(module, "score", lambda *_, **__: Score(0.9, 4))
-    monkeypatch.setattr(running, "concluded", later)
+    monkeypatch.setattr(running, "finish_run", later)
     result = compress(NET, task(), config(max_drop=0.1, macs=0.9, recovery=Recovery(epochs=0)))
     assert not result.reached
     assert result.metric == 0.2
@@ -462,7 +460,7 @@ def test_validation_data_of_another_length_are_refused_at_the_first_step(tmp_pat
 
 def test_a_target_that_the_last_training_would_have_made_room_for_is_told(monkeypatch):
     """Without training after the steps the budget ends them; the last training brings the metric back."""
-    monkeypatch.setattr(running, "recover", lambda *_: Judged(0.0))
+    monkeypatch.setattr(running, "recover", lambda *_: Judgement(0.0))
     settings = config(max_drop=0.01, macs=0.3, recovery=Recovery(epochs=0), final=Recovery(epochs=1))
     result = compress(NET, imitation(), settings)
     assert not result.reached
@@ -474,7 +472,7 @@ def test_a_target_that_the_last_training_would_have_made_room_for_is_told(monkey
 
 
 def test_channels_last_is_left_out_where_a_cut_runs_into_the_fault(monkeypatch):
-    monkeypatch.setattr(change, "broken_channels_last", lambda *_: "layer 'short' runs into a fault")
+    monkeypatch.setattr(change, "channels_last_fault", lambda *_: "layer 'short' runs into a fault")
     used, real = [], change.fit
     monkeypatch.setattr(change, "fit", lambda *given, **named: used.append(given[2]) or real(*given, **named))
     heard = Noting()

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from idap.compress import choice, latencies, layer_times
+from idap.compress import latencies
 from idap.compress import state as states
 from idap.compress.config import FilterStage, LayerStage
-from idap.compress.filters import filter_stage
 from idap.compress.journal import Journal
 from idap.compress.latencies import least_share
 from idap.compress.run import compress
-from idap.cost.table import Curve, LatencyTable
+from idap.compress.stages import choice
+from idap.compress.stages.filters import filter_stage
+from idap.cost.latency import Curve, LatencyTable
 from idap.errors import BudgetError, RunFolderError
 from idap.training.recovery import Recovery
+from tests.compress.stages.test_stages import prepare
 from tests.compress.test_resume import Interrupted, StopsAt, outcome
-from tests.compress.test_stages import prepare
 from tests.compress.tiny import Noting, config, task, trained
 
 NET = trained()
@@ -55,7 +56,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(states, "latency_share", share)
     monkeypatch.setattr(latencies, "latency_share", share)
-    monkeypatch.setattr(layer_times, "measure_table", table)
+    monkeypatch.setattr(latencies, "measure_table", table)
     return measured
 
 
@@ -133,7 +134,7 @@ def test_a_run_that_goes_on_uses_the_table_that_it_had(clock, monkeypatch, tmp_p
     def never(*args, **settings):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(layer_times, "measure_table", never)
+    monkeypatch.setattr(latencies, "measure_table", never)
     monkeypatch.setattr(latencies, "latency_share", never)
     first, second = (compress(NET, task(), config(**ONLY), run_dir=tmp_path / name, resume=True) for name in ("a", "b"))
     assert outcome(first) == outcome(second)

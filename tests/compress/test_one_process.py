@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from idap.claims import HOLDER, LOCK
 from idap.compress import folder as folders
 from idap.compress.run import compress
 from idap.errors import RunFolderError, TaskError
+from idap.ownership import HOLDER, LOCK
 from idap.record import AFTER, RESULT, STEPS, RunFolder, read_steps
 from idap.report.reading import read_run
 from idap.training.recovery import Recovery
@@ -107,9 +107,9 @@ def test_a_profile_that_fails_after_the_last_decision_is_said(tmp_path, monkeypa
 
 
 def test_where_several_work_only_what_all_hear_of_is_spared(monkeypatch):
-    assert folders.spared() == (Exception,)
+    assert folders.tolerable_errors() == (Exception,)
     monkeypatch.setattr(folders, "process_count", lambda: 2)
-    assert RuntimeError not in folders.spared()
+    assert RuntimeError not in folders.tolerable_errors()
 
 
 def test_an_end_that_is_broken_is_named_with_the_way_out(stopped, tmp_path):

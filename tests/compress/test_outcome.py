@@ -9,14 +9,14 @@ from idap.compress.outcome import _build
     ("recipe", "call"),
     [
         ({}, None),
-        ({"model": {"build": "idap:digits_vit"}}, "idap.zoo.resolve.build_model('idap:digits_vit')"),
+        ({"model": {"build": "idap:digits_vit"}}, "idap.models.resolve.build_model('idap:digits_vit')"),
         (
             {"model": {"build": "torchvision:resnet18", "classes": 3}, "data": {"name": "imagefolder"}},
-            "idap.zoo.resolve.build_model('torchvision:resnet18', classes=3)",
+            "idap.models.resolve.build_model('torchvision:resnet18', classes=3)",
         ),
         (
             {"model": {"build": "hf:bert"}, "task": {"build": "python:a.py:task"}},
-            "idap.zoo.resolve.build_model('hf:bert')",
+            "idap.models.resolve.build_model('hf:bert')",
         ),
         ({"model": {"build": "hf:bert", "classes": 2}, "data": {"name": "csv"}}, None),  # the head is not in the recipe
     ],

@@ -1,7 +1,7 @@
 """Note which functions of torch the modules of every architecture call: `python -m tests.conformance.functions`.
 
 What is found stands in `benchmarks/results/functions.json`, a row per architecture, so that a run that was stopped goes
-on. `tests/structure/test_vocabulary.py` holds it against the list of functions that a plan may call.
+on. `tests/structure/code/test_vocabulary.py` holds it against the list of functions that a plan may call.
 """
 
 import argparse

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idap.errors import VerificationError
-from idap.graph.copies import forget_cached
 from idap.graph.ir import Graph
 from idap.graph.labels import Dim
+from idap.graph.run import forget_cached
 from idap.graph.trace import trace
 from idap.structure.analysis import Structure, analyze
 from idap.structure.layout import Layout

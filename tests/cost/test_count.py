@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from idap.cost.count import Cost, CostModel, count_macs, count_parameters
 from idap.graph.trace import trace
+from idap.models.nets import DigitsResNet, DigitsViT, cifar_resnet20
 from idap.structure.analysis import analyze
 from idap.surgery.apply import apply_plan
-from idap.zoo.nets import DigitsResNet, DigitsViT, cifar_resnet20
 from tests import nets
 
 IMAGE, TOKENS = nets.images(), nets.sequence(4)

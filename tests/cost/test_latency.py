@@ -62,14 +62,14 @@ def test_a_tensor_that_a_model_keeps_can_be_trained_with():
 
 def test_median_and_quartiles_are_those_of_the_timed_passes(monkeypatch):
     seconds = iter([100.0, 1.0, 2.0, 3.0, 4.0, 10.0])
-    monkeypatch.setattr(latency, "_timed", lambda *_, on_gpu: next(seconds))
+    monkeypatch.setattr(latency, "_time", lambda *_, on_gpu: next(seconds))
     found = measure_latency({"one": nn.Identity()}, (), repeats=5, warmup=1)
     assert found == {"one": Latency(3.0, (2.0, 4.0))}
 
 
 def test_quartiles_of_two_passes_lie_between_them(monkeypatch):
     seconds = iter([1.0, 2.0])
-    monkeypatch.setattr(latency, "_timed", lambda *_, on_gpu: next(seconds))
+    monkeypatch.setattr(latency, "_time", lambda *_, on_gpu: next(seconds))
     found = measure_latency({"one": nn.Identity()}, (), repeats=2, warmup=0)["one"]
     assert found == Latency(1.5, (1.25, 1.75))
 

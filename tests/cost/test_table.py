@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from idap.cost.table import Curve, LatencyTable, above_zero, table_from
+from idap.cost.latency import Curve, LatencyTable, above_zero, table_from
 
 TABLE = LatencyTable(
     batch=4,

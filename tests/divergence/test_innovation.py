@@ -9,12 +9,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from idap.divergence import innovation
-from idap.divergence.gram import Gram, Rows
 from idap.divergence.measure import measure_all
 from idap.divergence.observe import Pass
+from idap.divergence.ports import Unfolding
 from idap.errors import StructureError
 from idap.graph.rules import Contraction
 from idap.graph.trace import trace
+from idap.linalg.moments import SecondMoments
 from idap.structure.analysis import analyze
 from idap.surgery.apply import apply_plan
 from tests import nets
@@ -32,7 +33,7 @@ def undamped(monkeypatch):
     monkeypatch.setattr(innovation, "DAMPING", 1e-9)
     monkeypatch.setattr(innovation, "PER_SAMPLE", 10**6)
     monkeypatch.setattr(innovation, "PER_SAMPLE", 10**6)
-    monkeypatch.setattr(Gram, "count", property(lambda _: 1e10))  # the other lower bound of the ridge
+    monkeypatch.setattr(SecondMoments, "count", property(lambda _: 1e10))  # the other lower bound of the ridge
 
 
 def exactly(model, structure, batch):
@@ -75,7 +76,7 @@ def rows_of(spatial, stride, padding, dilation, x, weight, op=None):
     x_ref, w_ref = (SimpleNamespace(name=name) for name in "xw")
     op = op or f"aten.conv{spatial}d.default"
     args = (x_ref, w_ref, None, stride, padding, dilation, 1)
-    rows = Rows(CONV, SimpleNamespace(op=op, args=args, kwargs={}), 10**6)
+    rows = Unfolding(CONV, SimpleNamespace(op=op, args=args, kwargs={}), 10**6)
     chosen = rows.choose(x, weight, lambda _: None, 0)
     return rows, rows.of(x, weight, chosen), chosen
 
@@ -118,7 +119,7 @@ def test_rows_of_grouped_and_of_one_dimensional_convolutions():
 def test_some_rows_are_drawn_without_repetition_and_the_same_again():
     x, weight = torch.randn(4, 3, 6, 6), torch.randn(2, 3, 3, 3)
     rows, whole, everywhere = rows_of(2, 1, 1, 1, x, weight)
-    few = Rows(CONV, rows.node, 10)
+    few = Unfolding(CONV, rows.node, 10)
     chosen = few.choose(x, weight, lambda _: None, 7)
     assert len(chosen.unique()) == len(chosen) == 10 < len(everywhere) == 144
     assert torch.equal(chosen, few.choose(x, weight, lambda _: None, 7))
@@ -128,23 +129,23 @@ def test_some_rows_are_drawn_without_repetition_and_the_same_again():
 
 def test_second_moments_keep_their_digits_beside_a_large_mean():
     rows = torch.randn(3, 50, 4) + torch.tensor([0.0, 10.0, 1000.0, -3000.0])
-    gram = Gram()
+    gram = SecondMoments()
     for part in rows.split([20, 0, 30], 1):
         gram.add(part)
     exact = rows.double() - rows.double().mean(1, keepdim=True)
     assert gram.count == 50
-    assert_close(gram.centred(), exact.transpose(1, 2) @ exact / 50, rtol=1e-4, atol=1e-5)
+    assert_close(gram.covariance(), exact.transpose(1, 2) @ exact / 50, rtol=1e-4, atol=1e-5)
 
 
 def test_few_rows_wait_for_more_and_none_is_lost():
     rows = torch.randn(2, 700, 4)
-    gram, at_once = Gram(), Gram()
+    gram, at_once = SecondMoments(), SecondMoments()
     for part in rows.split([100, 100, 300, 200], 1):
         gram.add(part)
         assert bool(gram.sums) == (part.shape[1] >= 200)
     at_once.add(rows)
     assert gram.count == at_once.count == 700
-    assert_close(gram.centred(), at_once.centred(), rtol=1e-5, atol=1e-6)
+    assert_close(gram.covariance(), at_once.covariance(), rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- the elimination

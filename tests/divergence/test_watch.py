@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from idap.divergence import squares
 from idap.divergence.watch import ChannelStats
+from idap.linalg import moments
 
 
 @pytest.mark.parametrize("piece", [1, 150, 2**19])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("batch", [1, 7])
 def test_squares_are_added_piece_by_piece(monkeypatch, piece, dtype, batch):
-    monkeypatch.setattr(squares, "PIECE", piece)
+    monkeypatch.setattr(moments, "PIECE", piece)
     x = torch.randn(batch, 5, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
     for tensor in (x, x.permute(0, 2, 1).contiguous().permute(0, 2, 1)):
         stats = ChannelStats(2)
@@ -24,7 +24,7 @@ def test_squares_are_added_piece_by_piece(monkeypatch, piece, dtype, batch):
 
 
 def test_padded_positions_do_not_count_in_pieces(monkeypatch):
-    monkeypatch.setattr(squares, "PIECE", 1)
+    monkeypatch.setattr(moments, "PIECE", 1)
     x = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
     padding = torch.arange(6) < torch.tensor([6, 2, 4, 1])[:, None]
     stats = ChannelStats(2)

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from idap.parsing import INDEX
 from idap.saving.checkpoint import load
-from idap.saving.reading import INDEX
 from idap.saving.stream import apply_to_checkpoint
 from tests.fuzz import structural
 from tests.fuzz.cases import Broken, Trial, copied, differing, refused, state_of

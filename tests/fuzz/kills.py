@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 import idap
-from tests.cli.test_commands import QUICK, SCRIPT
+from tests.cli.commands.test_commands import QUICK, SCRIPT
 from tests.fuzz.killing import Ended, Moment, contents, differences, draw_moment, empty, run_command
 from tests.fuzz.known import cause_of
 from tests.fuzz.pool import ROOT
@@ -213,20 +213,6 @@ def perform(kills: int, seed: int, names: list[str] | None = None) -> Trials:
 
 def _warm() -> None:
     """Import what the commands import, so that kills come in the middle of the work."""
-    import idap.cli.apply
-    import idap.cli.compare
-    import idap.cli.compress
-    import idap.cli.export
-    import idap.cli.recipe
-    import idap.cli.report
-    import idap.cli.resume
-    import idap.report.comparing
-    import idap.report.page
-    import idap.saving.export
-    import idap.saving.stream
-    import idap.zoo.new_recipe
-    import idap.zoo.recipe
-    import idap.zoo.runs  # noqa: F401
 
 
 def main() -> int:

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from idap.zoo.new_recipe import Answers, compose_recipe
-from idap.zoo.recipe import make_recipe, read_recipe
-from idap.zoo.sections import SECTIONS
-from idap.zoo.shipped import shipped_recipes
+from idap.recipes.catalogue import shipped_recipes
+from idap.recipes.new import Answers, compose_recipe
+from idap.recipes.recipe import make_recipe, read_recipe
+from idap.recipes.sections import SECTIONS
 from tests.fuzz import structural
 from tests.fuzz.cases import Broken, Trial, command, copied
 

@@ -11,11 +11,11 @@ from typing import Any
 from idap.cli.failure import state_of as told_state
 from idap.compress.result import Result
 from idap.compress.run import compress
+from idap.recipes.runs import model_folder, recipe_of_run
 from idap.record import CHECKPOINTS, MODEL, RESULT, RUN, STEPS
 from idap.report.comparing import compare_page
 from idap.report.page import run_page
 from idap.report.reading import read_run
-from idap.zoo.runs import model_folder, recipe_of_run
 from tests.compress.tiny import config, task, trained
 from tests.fuzz import structural
 from tests.fuzz.cases import CHECKED_RUNS, Broken, Trial, command, differing, state_of

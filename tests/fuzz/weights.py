@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from idap.models.weights import load_weights, notes_in
 from idap.saving.checkpoint import load
 from idap.saving.checksums import HEADER, TENSORS
 from idap.saving.stream import apply_to_checkpoint
 from idap.saving.tensors import CODES
-from idap.zoo.weights import load_weights, notes_in
 from tests.fuzz import structural
 from tests.fuzz.cases import Broken, Trial, copied, differing, refused, state_of
 from tests.fuzz.plans import Valid

@@ -97,7 +97,7 @@ def test_what_stays_keeps_its_calls_when_blocks_go(net: Net) -> None:
         plan = structure.plan({}, [block.name])
         left = set(calls(apply_plan(model, plan), *net.args, **net.kwargs))
         stand_ins = {(path, "zeros_like", 0) for path, kind in plan.replaced.items() if kind == "zero"}
-        assert left - stand_ins == {key for key in before if not plan.gone(key[0])}
+        assert left - stand_ins == {key for key in before if not plan.removes(key[0])}
 
 
 def test_keys_name_module_function_and_place() -> None:

@@ -3,14 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idap.graph.labels import Dim, Labels, concat, fixed
+from idap.graph.labels import Dim, Labels, concat, constant_dim
 
 SIZES = (2, 3, 4, 6, 8, 12)
 
 
 def present(labels: Labels, dim: Dim, removed: set[int]) -> list[bool]:
     """Which slots of a dim are left when these atomic labels go."""
-    return left(labels.settled(dim), removed)
+    return left(labels.resolve(dim), removed)
 
 
 def left(settled: Dim, removed: set[int]) -> list[bool]:
@@ -18,12 +18,12 @@ def left(settled: Dim, removed: set[int]) -> list[bool]:
 
 
 def atoms(labels: Labels, *dims: Dim) -> list[int]:
-    return sorted({int(label) for dim in dims for label in labels.settled(dim).ravel()} - {0})
+    return sorted({int(label) for dim in dims for label in labels.resolve(dim).ravel()} - {0})
 
 
 def assert_same_dim(labels: Labels, one: Dim, other: Dim, seed: int = 0) -> None:
     """The two dims keep the same slots whatever goes: tried with each label alone and with random sets."""
-    one, other = labels.settled(one), labels.settled(other)
+    one, other = labels.resolve(one), labels.resolve(other)
     every = atoms(labels, one, other)
     random = np.random.default_rng(seed)
     tries = [set(), set(every), *({atom} for atom in every)]
@@ -37,7 +37,7 @@ def assert_same_dim(labels: Labels, one: Dim, other: Dim, seed: int = 0) -> None
 
 def test_a_fixed_dim_has_no_labels_and_a_fresh_one_has_one_per_slot():
     labels = Labels()
-    assert fixed(3).shape == (0, 3)
+    assert constant_dim(3).shape == (0, 3)
     assert labels.fresh_dim(3).tolist() == [[1, 2, 3]]
     assert len(labels) == 4
 
@@ -50,7 +50,7 @@ def test_unify_joins_slot_by_slot():
     labels = Labels()
     one, other = labels.fresh_dim(3), labels.fresh_dim(3)
     labels.unify(one, other)
-    assert np.array_equal(labels.settled(one), labels.settled(other))
+    assert np.array_equal(labels.resolve(one), labels.resolve(other))
     assert len(atoms(labels, one, other)) == 3
 
 
@@ -58,8 +58,8 @@ def test_unify_with_a_fixed_dim_freezes():
     labels = Labels()
     dim = labels.fresh_dim(3)
     labels.because("it is the input")
-    labels.unify(dim, fixed(3))
-    assert labels.settled(dim).shape == (0, 3)
+    labels.unify(dim, constant_dim(3))
+    assert labels.resolve(dim).shape == (0, 3)
     assert labels.reason(dim.ravel()) == "it is the input"
 
 
@@ -85,7 +85,7 @@ def test_split_refines_into_outer_and_inner_labels():
     dim = labels.fresh_dim(6)
     outer, inner = labels.split(dim, [2, 3])
     assert outer.shape == (1, 2) and inner.shape == (1, 3)
-    assert labels.settled(dim).shape == (2, 6)
+    assert labels.resolve(dim).shape == (2, 6)
     first = int(outer[0, 0])
     assert present(labels, dim, {first}) == [False] * 3 + [True] * 3
     second = int(inner[0, 1])
@@ -140,7 +140,7 @@ def test_a_label_that_a_whole_dim_depends_on_is_frozen():
     labels = Labels()
     label = labels.fresh(1)
     dim = np.broadcast_to(label, (1, 4)).astype(np.int64)
-    assert labels.settled(dim).shape == (0, 4)
+    assert labels.resolve(dim).shape == (0, 4)
 
 
 def test_a_row_of_repeated_labels_ties_what_it_meets():
@@ -154,7 +154,7 @@ def test_a_row_of_repeated_labels_ties_what_it_meets():
 def test_concat_pads_with_slots_that_need_nothing():
     labels = Labels()
     product = labels.merge([labels.fresh_dim(2), labels.fresh_dim(2)])
-    dim = concat([product, fixed(2), labels.fresh_dim(2)])
+    dim = concat([product, constant_dim(2), labels.fresh_dim(2)])
     assert dim.shape == (2, 8)
     assert present(labels, dim, set(atoms(labels, dim))) == [False] * 4 + [True] * 2 + [False] * 2
 
@@ -240,17 +240,17 @@ class Machine:
     def concat(self, one: int, other: int) -> None:
         left, right = self.pick(one), self.pick(other)
         if left.shape[1] + right.shape[1] <= 48:
-            self.dims.append(concat([self.labels.settled(left), self.labels.settled(right)]))
+            self.dims.append(concat([self.labels.resolve(left), self.labels.resolve(right)]))
 
     def slice(self, one: int, other: int) -> None:
-        dim = self.labels.settled(self.pick(one))
+        dim = self.labels.resolve(self.pick(one))
         size = dim.shape[1]
         if size > 2:
             start = other % (size - 1)
             self.dims.append(dim[:, start : start + 2 + other % (size - start)])
 
     def repeat(self, one: int) -> None:
-        dim = self.labels.settled(self.pick(one))
+        dim = self.labels.resolve(self.pick(one))
         if dim.shape[1] <= 12:
             self.dims.append(np.repeat(dim, 2, axis=1))
 
@@ -277,9 +277,9 @@ def test_dims_that_were_made_one_keep_the_same_slots(program):
 def test_settling_changes_nothing_and_never_leaves_a_label_on_a_whole_dim(program):
     machine = Machine(program)
     for dim in machine.dims:
-        settled = machine.labels.settled(dim)
+        settled = machine.labels.resolve(dim)
         assert settled.shape[1] == dim.shape[1]
-        assert np.array_equal(machine.labels.settled(settled), settled)
+        assert np.array_equal(machine.labels.resolve(settled), settled)
         assert all((row > 0).any() and len(np.unique(row)) > 1 for row in settled)
         for column in settled.T:
             used = column[column > 0]
@@ -299,5 +299,5 @@ def test_unify_is_symmetric(program):
 
 def together(labels: Labels, dim: Dim) -> set[frozenset[int]]:
     """For each label of a dim the slots that go with it."""
-    settled = labels.settled(dim)
+    settled = labels.resolve(dim)
     return {frozenset(np.flatnonzero((settled == atom).any(axis=0)).tolist()) for atom in atoms(labels, dim)}

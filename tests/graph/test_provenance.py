@@ -19,7 +19,7 @@ from idap.graph.provenance import (
     plain,
     remember_sizes,
     sources,
-    untraced,
+    strip_trace,
 )
 from idap.graph.trace import trace
 
@@ -160,7 +160,7 @@ def test_plain_gives_ordinary_ints_back() -> None:
     assert made == ([3, 1], {"a": slice(3, None, 2)}, (3, 3), 3)
     assert [type(value) for value in (made[0][0], made[1]["a"].start, made[2][0], made[3])] == [int] * 4
     assert expression_of(5) == Literal(5) and expression_of(n) == n.expression
-    assert type(untraced(n)) is int
+    assert type(strip_trace(n)) is int
 
 
 def test_the_ints_that_modules_hold_remember_their_place() -> None:

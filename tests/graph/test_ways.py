@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from idap.errors import PlanError, RewrittenModuleError
 from idap.graph.trace import trace
 from idap.structure.analysis import Structure, analyze
-from idap.structure.ordinals import renumbered
+from idap.structure.code.repair import renumber
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan, apply_plan_
 from idap.surgery.verify import verify
@@ -192,10 +192,8 @@ def test_layers_are_numbered_anew_only_below_one_that_went() -> None:
 
     sparse = {f"layers.{i}.mixer": ModuleInfo("Mixer", "", {"layer_idx": i}, {}) for i in (1, 3, 4)}
     nested = {f"0.layers.{i}.attn": ModuleInfo("Attn", "", {"layer_idx": i}, {}) for i in range(3)}
-    assert renumbered({**sparse, **nested}, lambda _: False) == {}
-    assert renumbered({**sparse, **nested}, lambda path: path == "layers.3.mixer") == {
-        "layers.4.mixer": {"layer_idx": 3}
-    }
+    assert renumber({**sparse, **nested}, lambda _: False) == {}
+    assert renumber({**sparse, **nested}, lambda path: path == "layers.3.mixer") == {"layers.4.mixer": {"layer_idx": 3}}
 
 
 def test_a_plan_with_a_wrong_attribute_cuts_nothing() -> None:

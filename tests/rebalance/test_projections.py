@@ -99,7 +99,7 @@ def test_on_a_cut_model_the_map_has_zeros_where_channels_are_gone():
     keep = {group.name: tuple(range(0, group.size, 2)) for group in structure.groups}
     small = apply_plan(model, structure.plan(keep))
     found = fitted(small, structure, x, keep=keep)["layers.1"].map
-    projected = structure.projected("layers.1", structure.presence(keep))
+    projected = structure.projection_of("layers.1", structure.presence(keep))
     rest = torch.ones(8, 6, dtype=torch.bool)
     rest[torch.tensor(projected.outputs)[:, None], torch.tensor(projected.inputs)] = False
     assert not found.weight[rest].any() and bool(found.weight[~rest].any())

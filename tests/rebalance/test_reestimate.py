@@ -108,8 +108,8 @@ def test_a_norm_is_undone():
     y = normal(5, 4, 3, 3)
     with torch.no_grad():
         made = norm(y)
-    torch.testing.assert_close(affine.applied(y, 1), made)
+    torch.testing.assert_close(affine.apply(y, 1), made)
     rows = made.movedim(1, -1).reshape(-1, 4)
-    torch.testing.assert_close(affine.undone(rows), y.movedim(1, -1).reshape(-1, 4), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(affine.invert(rows), y.movedim(1, -1).reshape(-1, 4), rtol=1e-4, atol=1e-4)
     dead = Affine(scale * torch.tensor([1, 0, 1, 1]), norm.running_mean, norm.bias.detach())
-    assert torch.equal(dead.undone(rows)[:, 1], norm.running_mean[1].expand(len(rows)))
+    assert torch.equal(dead.invert(rows)[:, 1], norm.running_mean[1].expand(len(rows)))

@@ -11,7 +11,7 @@ from idap.divergence.observe import Pass
 from idap.errors import ConfigError, StructureError, TaskError
 from idap.graph.trace import trace
 from idap.rebalance import run
-from idap.rebalance.cases import Case
+from idap.rebalance.layers import Case
 from idap.rebalance.run import Rebalance, rebalance_
 from idap.structure.analysis import analyze
 from idap.surgery.apply import apply_plan

@@ -5,12 +5,11 @@ import torch
 
 from idap.divergence.observe import Pass
 from idap.errors import ConfigError, InsufficientMemoryError
+from idap.linalg.ridge import Moments, Residuals, fit, fit_need, fit_shift, shift_need
 from idap.memory import Need
-from idap.rebalance import projections, run, sizes
-from idap.rebalance.cases import Case
-from idap.rebalance.moments import Moments, fit, fit_need
+from idap.rebalance import layers, projections, run
+from idap.rebalance.layers import Case
 from idap.rebalance.projections import fit_projections
-from idap.rebalance.residuals import Residuals, fit_shift, shift_need
 from idap.rebalance.run import Rebalance
 from tests.divergence.parts import Convs, Mlp
 from tests.rebalance import test_projections
@@ -106,7 +105,7 @@ def test_without_a_place_for_a_bias_a_wide_layer_keeps_its_weights():
 
 def test_of_a_wide_layer_fewer_rows_are_drawn(monkeypatch):
     """So that 16,384 rows of 65,536 columns are not 4 GB."""
-    monkeypatch.setattr(sizes, "DRAWN", 300 * 54)
+    monkeypatch.setattr(layers, "DRAWN", 300 * 54)
     model = built(Convs)
     structure = structure_of(model, 2, 3, 6, 6)
     keep, seen = without(structure, "one.conv1", 1, 2), []

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from idap.report import numbers
-from idap.report.markup import Html, joined, tag
+from idap.report.markup import Html, join, tag
 from tests.report.runs import HOSTILE
 
 
@@ -19,7 +19,7 @@ def test_text_can_not_become_markup():
 def test_elements_without_an_end_and_attributes_without_a_value():
     assert tag("meta", charset="utf-8") == '<meta charset="utf-8">'
     assert tag("td", "", hidden=True, open=False, id=None, class_="a") == '<td hidden class="a"></td>'
-    assert isinstance(joined(["a", tag("b")]), Html)
+    assert isinstance(join(["a", tag("b")]), Html)
 
 
 @pytest.mark.parametrize("values", [[0.97, 0.93], [5.0], [0.0, 0.0], [-3.0, 8.0], [1e-9, 2e-9], [math.nan], []])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import idap
-from idap.report.notebook import MOST, table_display
+from idap.report.page import MOST, table_display
 from idap.steps import Contest
 from tests.compress.tiny import config, task, trained
 from tests.report.runs import HOSTILE

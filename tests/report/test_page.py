@@ -8,10 +8,9 @@ import pytest
 
 from idap.record import RESULT, RunFolder
 from idap.report.contents import Block
+from idap.report.flow import Section, sections_of
 from idap.report.markup import VOID
-from idap.report.network import Section, sections
-from idap.report.origin import words
-from idap.report.page import run_page
+from idap.report.page import run_page, words
 from idap.report.reading import read_run
 from idap.report.timeline import stretches
 from idap.steps import Curve
@@ -165,14 +164,14 @@ def test_parts_of_the_network_in_their_order():
         return Block(kind="block", contains=contains, groups=groups)
 
     blocks = {"a.x": block("a.1"), "a": block("a.1", "a.2", contains=("a.x",)), "b": block(), "c": block("c.1")}
-    assert sections(["stem", "a.1", "a.2", "c.1", "head"], blocks) == [
+    assert sections_of(["stem", "a.1", "a.2", "c.1", "head"], blocks) == [
         Section("", ("stem",)),
         Section("a", ("a.1", "a.2")),
         Section("b", ()),
         Section("c", ("c.1",)),
         Section("", ("head",)),
     ]
-    assert sections([], {"only": block()}) == [Section("only", ())]
+    assert sections_of([], {"only": block()}) == [Section("only", ())]
 
 
 def test_the_time_adds_up(tmp_path):

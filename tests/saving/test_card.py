@@ -10,11 +10,11 @@ from torch import nn
 
 from idap.compress.result import Result
 from idap.errors import CheckpointError
+from idap.models.nets import DigitsResNet
 from idap.saving.card import module_of
 from idap.steps import Contest, Removal, Step
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
-from idap.zoo.nets import DigitsResNet
 from tests import nets
 from tests.saving.test_checkpoint import cut
 
@@ -70,7 +70,7 @@ def lines_of(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("build", [None, "idap.zoo.nets.DigitsResNet()"])
+@pytest.mark.parametrize("build", [None, "idap.models.nets.DigitsResNet()"])
 def test_the_loading_lines_run(
     build: str | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

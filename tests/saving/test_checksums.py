@@ -12,18 +12,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from idap.deploy.export import export_weights
 from idap.errors import CheckpointError, IdapError, UncheckedFileWarning
 from idap.graph.trace import trace
+from idap.models.weights import keep_weights, load_weights
 from idap.saving import tensors
 from idap.saving.checkpoint import load, read_plan, save
 from idap.saving.checksums import HEADER, TENSORS, header_text
-from idap.saving.export import export_weights
 from idap.saving.stream import apply_to_checkpoint
 from idap.saving.tensors import Entry, TensorFiles, write_tensors
 from idap.structure.analysis import analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
-from idap.zoo.weights import keep_weights, load_weights
 from tests.saving.test_stream import stored
 
 

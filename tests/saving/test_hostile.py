@@ -19,8 +19,8 @@ from torch import nn
 
 from idap.errors import CheckpointError, IdapError, InsufficientMemoryError, PlanError
 from idap.graph.trace import trace
+from idap.parsing import LARGEST_PLAN
 from idap.saving.checkpoint import digest, fingerprint, load, read_plan, save
-from idap.saving.reading import LARGEST_PLAN
 from idap.saving.stream import apply_to_checkpoint
 from idap.structure.analysis import analyze
 from idap.structure.plan import Plan

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from idap.errors import CheckpointError
-from idap.saving.checkpoint import load, save
-from idap.saving.origin import forget_, origin
+from idap.saving.checkpoint import forget_, load, origin, save
 from idap.saving.stream import apply_to_checkpoint
 from idap.saving.tensors import write_tensors
 from idap.structure.plan import Plan

@@ -66,9 +66,9 @@ def test_files_are_cut_like_the_model(name: str, shards: int, tmp_path: Path) ->
     assert (len(applied.files) > 1) == (shards > 1) and not (tmp_path / "small" / MARKER).exists()
     found = {key for file in applied.files for key in safetensors.torch.load_file(tmp_path / "small" / file)}
     assert len(found) == applied.tensors
-    assert not any(plan.gone(key) for key in found)
+    assert not any(plan.removes(key) for key in found)
     if name == "resnet":
-        assert applied.dropped and all(plan.gone(key) for key in applied.dropped)
+        assert applied.dropped and all(plan.removes(key) for key in applied.dropped)
 
 
 def test_no_shard_is_larger_than_asked(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_code_that_may_not_be_called_is_refused_without_a_model(tmp_path: Path) 
     net = nets.randomised(nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 2))).eval()
     structure = analyze(trace(net, (nets.sequence(4),)))
     plan = structure.plan({"1.self_attn:heads": [0, 2]})
-    description = json.loads(json.dumps(stream.described_plan(plan)))
+    description = json.loads(json.dumps(stream.plan_document(plan)))
     program = description["plan"]["programs"]["1.self_attn"]
     next(step for step in program[0]["steps"] if step[0])[0] = "os.system"
     description["digest"] = digest(Plan.from_json(description["plan"]))  # whoever changes a plan can do that too

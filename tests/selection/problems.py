@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from idap.selection.units import ScoredBlock, rank_uniform, rank_units
+from idap.selection.ranking import ScoredBlock, rank_uniform, rank_units
 
 GROUPS, BLOCKS = ("a", "b", "c"), ("early", "late", "whole")
 

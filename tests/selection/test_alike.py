@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idap.selection.alike import alike_groups, shortest, tied
+from idap.selection.ranking import ScoredBlock, rank_uniform, rank_units
 from idap.selection.reach import reach
-from idap.selection.rounding import neighbours, rounded
-from idap.selection.units import ScoredBlock, rank_uniform, rank_units
-from idap.structure.groups import Group
+from idap.selection.rounding import neighbours, round_units, shortest, tie_units
+from idap.structure.groups import Group, alike_groups
 from tests.selection.problems import problems
 from tests.selection.test_reach import target_of
 
@@ -29,10 +28,10 @@ def level(units, common):
 
 @given(problems(), CLASSES, MULTIPLES, SHARES)
 def test_whatever_goes_they_keep_the_same_number(problem, alike, multiples, share):
-    ranking = tied(problem.rank(), alike)
+    ranking = tie_units(problem.rank(), alike)
     count = round(share * len(ranking))
     for keep in (
-        rounded(ranking, ranking.keep(count), multiples),
+        round_units(ranking, ranking.keep(count), multiples),
         reach(ranking, problem.cost, target_of(problem, ranking, share, multiples), multiples=multiples).keep,
         reach(ranking, problem.cost, 0.0, multiples=multiples, most=count).keep,
     ):
@@ -43,7 +42,7 @@ def test_whatever_goes_they_keep_the_same_number(problem, alike, multiples, shar
 
 @given(problems(), CLASSES)
 def test_units_go_by_the_scores_of_their_own_group(problem, alike):
-    plain, ranking = problem.rank(), tied(problem.rank(), alike)
+    plain, ranking = problem.rank(), tie_units(problem.rank(), alike)
     for name, units in ranking.order.items():
         assert units == plain.order[name][: len(units)]
     assert sorted(plain.blocks) == sorted(ranking.blocks)
@@ -52,7 +51,7 @@ def test_units_go_by_the_scores_of_their_own_group(problem, alike):
 
 @given(problems(), CLASSES)
 def test_floors_and_caps_of_one_group_hold_for_all(problem, alike):
-    plain, ranking = problem.rank(), tied(problem.rank(), alike)
+    plain, ranking = problem.rank(), tie_units(problem.rank(), alike)
     least = plain.keep(len(plain))
     most_gone = ranking.keep(len(ranking))
     for members in ranking.classes:
@@ -62,13 +61,13 @@ def test_floors_and_caps_of_one_group_hold_for_all(problem, alike):
 
 @given(problems(), CLASSES)
 def test_bundles_stand_together_and_in_the_order_of_their_keys(problem, alike):
-    ranking = tied(problem.rank(), alike)
+    ranking = tie_units(problem.rank(), alike)
     keys = [part.key for part in ranking.parts]
     assert keys == sorted(keys)
     ends = [0]
     for count in range(1, len(ranking) + 1):
         keep = ranking.keep(count)
-        if rounded(ranking, keep, 1) == keep:
+        if round_units(ranking, keep, 1) == keep:
             ends.append(count)
             taken = ranking.parts[ends[-2] : count]
             assert len({part.key for part in taken}) == 1
@@ -80,13 +79,13 @@ def test_bundles_stand_together_and_in_the_order_of_their_keys(problem, alike):
 @given(problems())
 def test_alone_nothing_changes(problem):
     for ranking in (problem.rank(), problem.rank_uniform()):
-        again = tied(ranking, [])
+        again = tie_units(ranking, [])
         assert [(part.name, part.unit) for part in again.parts] == [(part.name, part.unit) for part in ranking.parts]
 
 
 @given(problems(largest=40), CLASSES, SHARES)
 def test_a_target_is_hit_within_one_bundle(problem, alike, share):
-    ranking = tied(problem.rank(), alike)
+    ranking = tie_units(problem.rank(), alike)
     target = target_of(problem, ranking, share)
     choice = reach(ranking, problem.cost, target, tolerance=0.0)
     bundles = [sum(problem.costs[name] for name in members) for members in ranking.classes]
@@ -104,7 +103,7 @@ def test_one_percent_is_hit_by_exchanging_bundles():
     alike = alike_groups(groups, "layers")
     assert [len(members) for members in alike] == [6, 6]
     present = {name: tuple(range(size)) for name, size in sizes.items()}
-    ranking = tied(rank_units(scores, present, costs, floors={}), alike)
+    ranking = tie_units(rank_units(scores, present, costs, floors={}), alike)
 
     def cost_of(keep, removed):
         return sum(costs[name] * len(units) for name, units in keep.items())
@@ -122,9 +121,11 @@ def test_one_percent_is_hit_by_exchanging_bundles():
 def test_a_bundle_ranks_by_the_mean_of_its_keys():
     scores = {"a": [1.0, 2.0], "b": [7.0, 9.0], "c": [3.9, 6.0]}
     present = dict.fromkeys(scores, (0, 1))
-    ranking = tied(rank_units(scores, present, dict.fromkeys(scores, 1.0), floors={}), [("a", "b")])
+    ranking = tie_units(rank_units(scores, present, dict.fromkeys(scores, 1.0), floors={}), [("a", "b")])
     assert [(part.name, part.unit) for part in ranking.parts] == [("c", 0), ("a", 0), ("b", 0)]
-    per_cost = tied(rank_units(scores, present, {"a": 1.0, "b": 4.0, "c": 2.0}, floors={}, power=1.0), [("a", "b")])
+    per_cost = tie_units(
+        rank_units(scores, present, {"a": 1.0, "b": 4.0, "c": 2.0}, floors={}, power=1.0), [("a", "b")]
+    )
     assert [part.key for part in per_cost.parts] == [(1 + 7 / 4) / 2, (1 + 7 / 4) / 2, 3.9 / 2]
 
 
@@ -132,29 +133,29 @@ def test_a_group_without_scores_holds_the_others_back():
     present = {"a": (0, 1, 2), "b": (0, 1, 2)}
     ranking = rank_units({"a": [1.0, 2.0, 3.0]}, present, {"a": 1.0, "b": 1.0}, floors={})
     assert len(ranking) == 2
-    assert len(tied(ranking, [("a", "b")])) == 0
-    assert shortest(tied(ranking, [("a", "b")])) == 0
+    assert len(tie_units(ranking, [("a", "b")])) == 0
+    assert shortest(tie_units(ranking, [("a", "b")])) == 0
 
 
 def test_the_larger_of_two_groups_comes_down_first():
     present, scores = {"a": (0, 1, 2, 3), "b": (1, 3)}, {"a": [4.0, 3.0, 2.0, 1.0], "b": [math.nan, 1.0, math.nan, 2.0]}
-    ranking = tied(rank_uniform(scores, present, floors={}), [("a", "b")])
+    ranking = tie_units(rank_uniform(scores, present, floors={}), [("a", "b")])
     assert [(part.name, part.unit) for part in ranking.parts] == [("a", 3), ("a", 2), ("a", 1), ("b", 1)]
-    assert rounded(ranking, ranking.keep(3), 1) == {"a": (0, 1), "b": (1, 3)}
+    assert round_units(ranking, ranking.keep(3), 1) == {"a": (0, 1), "b": (1, 3)}
     assert neighbours(ranking, ranking.keep(2), 1, ("a", "b")) == ({"a": 3, "b": 2}, {"a": 1, "b": 1})
 
 
 def test_different_multiples_of_groups_alike_are_met_together():
     present = {"a": tuple(range(24)), "b": tuple(range(24))}
     scores = {name: [float(unit) for unit in range(24)] for name in present}
-    ranking = tied(rank_units(scores, present, {"a": 1.0, "b": 1.0}, floors={}), [("a", "b")])
-    assert {len(units) for units in rounded(ranking, ranking.keep(20), {"a": 4, "b": 6}).values()} == {12}
+    ranking = tie_units(rank_units(scores, present, {"a": 1.0, "b": 1.0}, floors={}), [("a", "b")])
+    assert {len(units) for units in round_units(ranking, ranking.keep(20), {"a": 4, "b": 6}).values()} == {12}
 
 
 def test_blocks_rank_between_bundles():
     blocks = {"early": ScoredBlock(0.5, 3.0), "late": ScoredBlock(2.5, 3.0)}
     present, scores = {"a": (0, 1), "b": (0, 1)}, {"a": [1.0, 2.0], "b": [2.0, 3.0]}
-    ranking = tied(rank_units(scores, present, {"a": 1.0, "b": 1.0}, floors={}, blocks=blocks), [("a", "b")])
+    ranking = tie_units(rank_units(scores, present, {"a": 1.0, "b": 1.0}, floors={}, blocks=blocks), [("a", "b")])
     assert [part.name for part in ranking.parts] == ["early", "a", "b", "late"]
     assert shortest(ranking) == 1
 
@@ -162,12 +163,12 @@ def test_blocks_rank_between_bundles():
 @given(problems(), CLASSES, MULTIPLES, SHARES)
 def test_bundles_go_down_to_the_next_multiple(problem, alike, multiple, share):
     multiples = dict.fromkeys(problem.present, multiple)
-    plain, ranking = problem.rank(), tied(problem.rank(), alike, multiples)
+    plain, ranking = problem.rank(), tie_units(problem.rank(), alike, multiples)
     assert all(units == plain.order[name][: len(units)] for name, units in ranking.order.items())
     ends = [ranking.keep(shortest(ranking)), ranking.keep(len(ranking))]
     assert not ranking.parts or ranking.parts[0].unit is None or ends[0] != ranking.before
     first = replace(ranking, parts=ranking.parts[: round(share * len(ranking))])
-    for keep in (*ends, rounded(first, first.keep(len(first)), multiples)):
+    for keep in (*ends, round_units(first, first.keep(len(first)), multiples)):
         for members in ranking.classes:
             left, before = (max(len(units[name]) for name in members) for units in (keep, ranking.before))
             assert left == before or left % multiple == 0
@@ -176,7 +177,7 @@ def test_bundles_go_down_to_the_next_multiple(problem, alike, multiple, share):
 
 def test_what_lies_below_the_last_multiple_in_reach_stays():
     ranking = rank_units({"a": [float(unit) for unit in range(20)]}, {"a": tuple(range(20))}, {"a": 1.0}, floors={})
-    down_to = tied(ranking, [], {"a": 8})
+    down_to = tie_units(ranking, [], {"a": 8})
     assert [(part.unit, part.key) for part in down_to.parts] == [
         *((unit, 1.5) for unit in range(4)),
         *((unit, 7.5) for unit in range(4, 12)),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idap.errors import TaskError
-from idap.selection.best import best_of
+from idap.selection.ranking import best_of
 
 LOSSES = st.lists(st.floats(0, 10) | st.just(math.nan) | st.just(math.inf), min_size=1, max_size=5)
 

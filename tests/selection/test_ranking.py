@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idap.errors import ConfigError, StructureError
-from idap.selection.units import ScoredBlock, rank_uniform, rank_units
+from idap.selection.ranking import ScoredBlock, rank_uniform, rank_units
 from tests.selection.problems import problems
 
 BOTH = pytest.mark.parametrize("uniform", [False, True], ids=["global", "uniform"])
@@ -67,7 +67,7 @@ def test_blocks_and_units_share_one_order(problem):
 def test_blocks_leave_the_order_of_the_units_alone(problem):
     mixed, plain = problem.rank(), problem.rank(blocks={})
     assert (mixed.groups, mixed.units, mixed.scores.tolist()) == (plain.groups, plain.units, plain.scores.tolist())
-    assert plain.blocks == plain.removed(len(plain)) == ()
+    assert plain.blocks == plain.blocks_among(len(plain)) == ()
 
 
 @given(problems())
@@ -75,7 +75,7 @@ def test_no_block_is_removed_twice(problem):
     ranking = problem.rank()
     for count in range(len(ranking) + 1):
         among = {part.name for part in ranking.parts[:count] if part.unit is None}
-        removed = ranking.removed(count)
+        removed = ranking.blocks_among(count)
         assert set(removed) == ({"whole"} if "whole" in among else among)
         assert [name for name in ranking.blocks if name in removed] == list(removed)
 
@@ -83,8 +83,8 @@ def test_no_block_is_removed_twice(problem):
 def test_a_block_of_a_groups_name_is_not_the_group():
     blocks = {"a": ScoredBlock(0.5, 1.0)}
     ranking = rank_units({"a": [1.0, 2.0]}, {"a": (0, 1)}, {"a": 1.0}, floors={}, blocks=blocks)
-    assert (ranking.keep(1), ranking.removed(1)) == ({"a": (0, 1)}, ("a",))
-    assert (ranking.keep(2), ranking.removed(2)) == ({"a": (1,)}, ("a",))
+    assert (ranking.keep(1), ranking.blocks_among(1)) == ({"a": (0, 1)}, ("a",))
+    assert (ranking.keep(2), ranking.blocks_among(2)) == ({"a": (1,)}, ("a",))
 
 
 def test_power_weighs_a_block_against_units():

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idap.errors import BudgetError
+from idap.selection.ranking import ScoredBlock, rank_units
 from idap.selection.reach import REPAIRS, reach
-from idap.selection.rounding import rounded
-from idap.selection.units import ScoredBlock, rank_units
+from idap.selection.rounding import round_units
 from tests.selection.problems import problems
 
 MULTIPLES, SHARES = st.sampled_from([1, 2, 4]), st.floats(0, 1)
@@ -20,8 +20,8 @@ def least_and_most(problem, ranking, multiples=1):
     """Cost with all of the ranking gone, and with none."""
     count = len(ranking)
     return (
-        problem.cost(rounded(ranking, ranking.keep(count), multiples), ranking.removed(count)),
-        problem.cost(rounded(ranking, ranking.keep(0), multiples)),
+        problem.cost(round_units(ranking, ranking.keep(count), multiples), ranking.blocks_among(count)),
+        problem.cost(round_units(ranking, ranking.keep(0), multiples)),
     )
 
 
@@ -33,7 +33,7 @@ def target_of(problem, ranking, share, multiples=1):
 def plain(problem, ranking, target, multiples=1):
     """The first beginning of the ranking that meets a target, by linear search: (keep, removed)."""
     for count in range(len(ranking) + 1):
-        found = rounded(ranking, ranking.keep(count), multiples), ranking.removed(count)
+        found = round_units(ranking, ranking.keep(count), multiples), ranking.blocks_among(count)
         if problem.cost(*found) <= target:
             return found
     raise AssertionError("no beginning meets the target")
@@ -68,7 +68,7 @@ def test_a_choice_obeys_the_ranking(problem, share, multiples):
         number = len(units) - len(choice.keep[name])
         gone += number
         assert set(units) - set(choice.keep[name]) == set(ranking.order.get(name, ())[:number])
-    assert rounded(ranking, choice.keep, multiples) == choice.keep
+    assert round_units(ranking, choice.keep, multiples) == choice.keep
     assert choice.count == gone + len(choice.removed)
     assert list(choice.removed) == [name for name in ranking.blocks if name in choice.removed]
     assert "whole" not in choice.removed or choice.removed == ("whole",)
@@ -141,8 +141,8 @@ def test_never_more_than_asked(problem, share, most):
     choice = reach(ranking, problem.cost, target, most=most)
     allowed = ranking.keep(most)
     assert all(set(choice.keep[name]) >= set(allowed[name]) for name in allowed)
-    if problem.cost(allowed, ranking.removed(most)) > target:
-        assert (choice.keep, choice.removed) == (allowed, ranking.removed(most))
+    if problem.cost(allowed, ranking.blocks_among(most)) > target:
+        assert (choice.keep, choice.removed) == (allowed, ranking.blocks_among(most))
     else:
         assert choice.cost <= target
 

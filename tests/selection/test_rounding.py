@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idap.errors import ConfigError
-from idap.selection.rounding import rounded
-from idap.selection.units import rank_units
+from idap.selection.ranking import rank_units
+from idap.selection.rounding import round_units
 from tests.selection.problems import problems
 
 MULTIPLES = st.integers(1, 6)
@@ -20,7 +20,7 @@ def ranking_of(size, *, gone=0, floor=1, name="a"):
 
 
 def lengths(ranking, multiples):
-    return [len(rounded(ranking, ranking.keep(count), multiples)["a"]) for count in range(len(ranking) + 1)]
+    return [len(round_units(ranking, ranking.keep(count), multiples)["a"]) for count in range(len(ranking) + 1)]
 
 
 @given(problems(), MULTIPLES)
@@ -28,7 +28,7 @@ def test_numbers_are_the_nearest_that_are_allowed(problem, multiple):
     ranking = problem.rank()
     for count in range(len(ranking) + 1):
         keep = ranking.keep(count)
-        result = rounded(ranking, keep, multiple)
+        result = round_units(ranking, keep, multiple)
         for name, units in problem.present.items():
             least = len(ranking.keep(len(ranking))[name])
             allowed = [number for number in range(least, len(units) + 1) if number % multiple == 0]
@@ -42,7 +42,7 @@ def test_numbers_are_the_nearest_that_are_allowed(problem, multiple):
 def test_units_go_and_come_back_in_the_order_of_the_ranking(problem, multiple):
     ranking = problem.rank()
     for count in range(len(ranking) + 1):
-        for name, units in rounded(ranking, ranking.keep(count), multiple).items():
+        for name, units in round_units(ranking, ranking.keep(count), multiple).items():
             gone = len(problem.present[name]) - len(units)
             expected = set(problem.present[name]) - set(ranking.order.get(name, ())[:gone])
             assert list(units) == sorted(expected)
@@ -51,7 +51,7 @@ def test_units_go_and_come_back_in_the_order_of_the_ranking(problem, multiple):
 @given(problems(), st.dictionaries(st.sampled_from("abc"), MULTIPLES))
 def test_more_parts_leave_no_more_after_rounding(problem, multiples):
     ranking = problem.rank()
-    results = [rounded(ranking, ranking.keep(count), multiples) for count in range(len(ranking) + 1)]
+    results = [round_units(ranking, ranking.keep(count), multiples) for count in range(len(ranking) + 1)]
     for less, more in pairwise(results):
         assert all(set(more[name]) <= set(less[name]) for name in less)
     for name in set(problem.present) - set(multiples):
@@ -76,4 +76,4 @@ def test_a_floor_between_two_multiples_keeps_the_upper_one():
 @pytest.mark.parametrize("multiples", [0, {"a": -8}])
 def test_a_multiple_is_at_least_1(multiples):
     with pytest.raises(ConfigError, match=r"^the multiple of group 'a' must be at least 1, got (0|-8)\.$"):
-        rounded(ranking_of(4), {"a": (0, 1)}, multiples)
+        round_units(ranking_of(4), {"a": (0, 1)}, multiples)

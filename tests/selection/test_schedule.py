@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest import approx
 
-from idap.selection.schedule import step_share
+from idap.selection.reach import step_share
 
 SHARES, STEPS, GROWTHS = st.floats(0.001, 0.5), st.integers(1, 30), st.floats(0, 3)
 

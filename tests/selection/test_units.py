@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idap.errors import StructureError
-from idap.selection.units import rank_units
+from idap.selection.ranking import rank_units
 
 NAMES = ("a", "b", "c")
 

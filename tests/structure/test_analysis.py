@@ -159,7 +159,7 @@ def test_a_plan_that_does_not_fit_names_the_first_tensor(mlp: Structure) -> None
 
 
 def test_streams_are_what_enters_blocks():
-    from idap.zoo.nets import cifar_resnet20
+    from idap.models.nets import cifar_resnet20
 
     net = cifar_resnet20().eval()
     found = analyze(trace(net, (torch.randn(2, 3, 32, 32),)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from idap.graph.trace import trace
 from idap.structure.analysis import Structure, analyze
-from idap.structure.remains import alike
+from idap.structure.replacement import alike
 from idap.surgery.apply import apply_plan
 from idap.surgery.verify import verify
 from tests.nets import (
@@ -327,4 +327,4 @@ def test_attributes_of_removed_modules_are_left_alone() -> None:
     plan = structure.plan({"blocks.0.attn.qkv:heads": [1], "embed": [0, 2, 5]}, ["blocks.0.attn"])
     assert plan.replaced == {"blocks.0.attn": "zero"}
     assert not any(path.startswith("blocks.0.attn") for path in [*plan.attributes, *plan.tensors])
-    assert plan.gone("blocks.0.attn.qkv.weight") and not plan.gone("blocks.0.attn2")
+    assert plan.removes("blocks.0.attn.qkv.weight") and not plan.removes("blocks.0.attn2")

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from idap.errors import PlanError, StructureError
 from idap.graph.trace import trace
 from idap.structure.analysis import Structure, analyze
-from idap.structure.chain import chained
+from idap.structure.chain import chain_plans
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from tests.nets import Net, every_net, randomised, sequence, structure_of
@@ -33,7 +33,7 @@ def test_two_cuts_are_one(net: Net) -> None:
         pytest.skip("the first cut leaves nothing to be removed")
     second = some_of(structure, 1, blocks=1)
     twice = apply_plan(once, second)
-    both = chained(first, second)
+    both = chain_plans(first, second)
     found = apply_plan(model, both)
     assert both.shapes == first.shapes and second
     assert_close(found.state_dict(), twice.state_dict(), rtol=0, atol=0)
@@ -62,9 +62,9 @@ def test_code_that_was_written_anew_twice() -> None:
     once = apply_plan(model, first)
     second = analyze(trace(once, inputs)).plan({"attn:heads": [1, 4]})
     assert first.programs.keys() == second.programs.keys() == {"attn"}
-    twice, found = apply_plan(once, second), apply_plan(model, chained(first, second))
-    assert chained(first, second).programs == second.programs
-    assert chained(first, second).keep == {"attn:heads": (2, 7)}
+    twice, found = apply_plan(once, second), apply_plan(model, chain_plans(first, second))
+    assert chain_plans(first, second).programs == second.programs
+    assert chain_plans(first, second).keep == {"attn:heads": (2, 7)}
     assert torch.equal(found(*inputs), twice(*inputs))
 
 
@@ -89,7 +89,7 @@ ONE = Plan(tensors={"0.weight": {0: (0, 2, 3)}}, shapes=layers(5, 4, 6), replace
 )
 def test_a_plan_for_another_model_is_refused(later: Plan, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        chained(ONE, later)
+        chain_plans(ONE, later)
 
 
 def test_what_lies_in_a_removed_module_is_forgotten() -> None:
@@ -106,7 +106,7 @@ def test_what_lies_in_a_removed_module_is_forgotten() -> None:
         tensors={"b.w": {0: (1,)}},
         replaced={"a": "zero"},
     )
-    both = chained(earlier, later)
+    both = chain_plans(earlier, later)
     assert both.replaced == {"a": "zero"} and both.tensors == {"b.w": {0: (2,)}}
     assert both.attributes == {"b": {"size": 1, "other": 7}} and both.removed == ("a.inner",)
 
@@ -114,4 +114,4 @@ def test_what_lies_in_a_removed_module_is_forgotten() -> None:
 def test_groups_whose_units_are_counted_differently_are_left_out() -> None:
     earlier = Plan(keep={"attn": (0, 2), "fc": (1, 3)}, shapes=layers(2))
     later = Plan(keep={"attn": (0, 5), "fc": (1,), "new": (4,)}, shapes=layers(2))
-    assert chained(earlier, later).keep == {"fc": (3,), "new": (4,)}
+    assert chain_plans(earlier, later).keep == {"fc": (3,), "new": (4,)}

@@ -21,7 +21,7 @@ def test_a_plan_says_all_that_must_be_done(net: Net) -> None:
     assert plan.keep == {group.name: tuple(range(0, group.size, 2)) for group in structure.groups if group.size > 1}
     for group in structure.groups:
         for name, dim in group.members:
-            assert plan.gone(name) or dim in plan.tensors[name]
+            assert plan.removes(name) or dim in plan.tensors[name]
     for name, dims in plan.tensors.items():
         for dim, kept in dims.items():
             assert list(kept) == sorted(set(kept)) and 0 < len(kept) < plan.shapes[name][dim]
@@ -42,7 +42,7 @@ def test_a_plan_since_itself_does_nothing(net: Net) -> None:
     plan = plan_of(net)
     rest = plan.since(plan)
     assert not rest.tensors and not rest.replaced
-    assert rest.shapes == {name: plan.shape_after(name) for name in plan.shapes if not plan.gone(name)}
+    assert rest.shapes == {name: plan.shape_after(name) for name in plan.shapes if not plan.removes(name)}
 
 
 @every_net
@@ -60,8 +60,8 @@ def test_a_plan_that_keeps_all_is_empty() -> None:
 
 def test_gone_is_the_module_and_what_lies_in_it() -> None:
     plan = Plan(replaced={"layers.1": "identity"})
-    assert plan.gone("layers.1") and plan.gone("layers.1.conv.weight")
-    assert not plan.gone("layers.10.conv.weight") and not plan.gone("layers")
+    assert plan.removes("layers.1") and plan.removes("layers.1.conv.weight")
+    assert not plan.removes("layers.10.conv.weight") and not plan.removes("layers")
 
 
 def test_a_block_that_goes_takes_its_branches_with_it() -> None:

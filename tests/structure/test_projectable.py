@@ -12,8 +12,7 @@ from idap.errors import PlanError, StructureError
 from idap.graph.trace import trace
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
-from idap.structure.projected import Projected
-from idap.structure.remains import alike
+from idap.structure.replacement import Projected, alike
 from tests.nets import Basic, Bottleneck, Net, ResNet, every_net, images, sequence, structure_of
 from tests.surgery.test_projection_plans import Tall
 
@@ -158,7 +157,7 @@ def test_a_group_that_loses_all_units_is_not_held_by_a_projection() -> None:
 def test_only_projections_have_a_linear_map() -> None:
     structure = analyze(looked_at().graph)
     with pytest.raises(StructureError, match=r"'layers.0' is removed, and no projection takes its place"):
-        structure.projected("layers.0", structure.presence({}))
+        structure.projection_of("layers.0", structure.presence({}))
 
 
 # -------------------------------------------------------------------------------------------------- in the plan

@@ -34,7 +34,7 @@ def test_the_copy_is_smaller_and_the_original_untouched(net: Net) -> None:
     assert isinstance(small, type(model)) and original_class(type(small)) is type(model) and small is not model
     for path, module in small.named_modules():
         assert (type(module) is original_class(type(module))) == (path not in plan.programs)
-        assert plan.gone(path) or original_class(type(module)) is type(model.get_submodule(path))
+        assert plan.removes(path) or original_class(type(module)) is type(model.get_submodule(path))
     for name, tensor in tensors(model).items():
         identity, value, place = before[name]
         assert id(tensor) == identity and tensor.data_ptr() == place and torch.equal(tensor, value)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from idap.errors import PlanError
-from idap.structure.plan import Called
-from idap.surgery.bypass import Pass, Zero, stand_in
+from idap.structure.plan import CallForm
+from idap.surgery.apply import Pass, Zero, stand_in
 
 
 def test_pass_returns_its_first_argument_whatever_else_it_is_given() -> None:
@@ -41,9 +41,9 @@ def test_stand_ins_hold_nothing_and_can_be_copied_and_exported(kind: str) -> Non
 
 def test_a_stand_in_takes_and_gives_what_the_removed_module_did() -> None:
     x, bias = torch.randn(2, 3), torch.randn(1, 3)
-    called = Called("hidden", ("tuple", ("stream",), ("none",), ("given", "bias")))
+    called = CallForm("hidden", ("tuple", ("stream",), ("none",), ("given", "bias")))
     found = stand_in("zero", called)(hidden=x, mask=None, bias=bias)
     assert torch.equal(found[0], torch.zeros(2, 3)) and found[1] is None and found[2] is bias
-    assert stand_in("identity", Called(1, ("list", ("stream",))))(bias, x) == [x]
+    assert stand_in("identity", CallForm(1, ("list", ("stream",))))(bias, x) == [x]
     with pytest.raises(PlanError, match="can't return"):
-        stand_in("identity", Called(0, ("everything",)))(x)
+        stand_in("identity", CallForm(0, ("everything",)))(x)

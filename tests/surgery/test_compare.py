@@ -4,14 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from idap.surgery.compare import (
-    batch_size,
-    difference,
-    fresh_inputs,
-    largest_difference,
-    outputs_of,
-    resized_inputs,
-)
+from idap.surgery.compare import batch_size, difference, fresh_inputs, largest_difference, outputs_of, resize_inputs
 
 
 class Takes(nn.Module):
@@ -58,7 +51,7 @@ def test_a_constant_example_still_gives_different_samples():
 def test_batch_sizes():
     assert batch_size((3, torch.ones(()), [torch.ones(5, 2)]), {}) == 5
     assert batch_size((), {"a": 1}) is None
-    (x,), named = resized_inputs((torch.arange(2),), {"y": {"z": torch.ones(2, 2)}, "k": torch.ones(3)}, 5)
+    (x,), named = resize_inputs((torch.arange(2),), {"y": {"z": torch.ones(2, 2)}, "k": torch.ones(3)}, 5)
     assert x.tolist() == [0, 1, 0, 1, 0]
     assert named["y"]["z"].shape == (5, 2) and named["k"].shape == (3,)
 

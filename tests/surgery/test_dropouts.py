@@ -18,7 +18,7 @@ from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.surgery.verify import verify
 from tests.nets import randomised, sequence
-from tests.surgery.test_guards import padding
+from tests.structure.code.test_guards import padding
 
 
 class Attentive(nn.Module):

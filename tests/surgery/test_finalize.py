@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from idap.errors import ExportError
-from idap.surgery.apply import apply_plan
-from idap.surgery.bypass import Pass, Zero
+from idap.surgery.apply import Pass, Zero, apply_plan
 from idap.surgery.compare import outputs_of
 from idap.surgery.finalize import finalize
 from tests.conformance.proofs import random_plan, random_set

@@ -17,11 +17,10 @@ from idap.errors import PlanError, VerificationError
 from idap.graph.run import tensors_of
 from idap.graph.trace import trace
 from idap.structure.analysis import Structure, analyze
-from idap.structure.chain import chained
-from idap.structure.plan import Called, Plan
-from idap.structure.projected import Projected
-from idap.surgery.apply import apply_plan, apply_plan_
-from idap.surgery.bypass import LinearMap, Projection, stand_in, trial_map
+from idap.structure.chain import chain_plans
+from idap.structure.plan import CallForm, Plan
+from idap.structure.replacement import Projected
+from idap.surgery.apply import LinearMap, Projection, apply_plan, apply_plan_, stand_in, trial_map
 from idap.surgery.verify import verify
 from tests import nets
 from tests.surgery.test_random_plans import outputs
@@ -242,7 +241,7 @@ def test_what_is_compressed_again_has_one_plan_for_the_original(name: str) -> No
     keep = {group.name: tuple(range(0, group.size, 2)) for group in again.groups}
     second = again.plan(keep, [block.name for block in again.blocks if block.projected is not None])
     smaller = apply_plan(small, second, maps_for(second))
-    both = chained(first, second)
+    both = chain_plans(first, second)
     assert Plan.from_json(json.loads(json.dumps(both.to_json()))) == both
     rebuilt = apply_plan(model, both)
     rebuilt.load_state_dict(smaller.state_dict())  # strictly: the same names and shapes
@@ -275,7 +274,7 @@ def test_a_projection_is_a_plain_layer_that_can_be_copied_exported_and_trained(s
 
 def test_a_projection_takes_and_gives_what_the_removed_module_did() -> None:
     projected = Projected((0, 1), (0, 1, 2), (3, 2))
-    called = Called("hidden", ("tuple", ("stream",), ("none",), ("given", "bias")))
+    called = CallForm("hidden", ("tuple", ("stream",), ("none",), ("given", "bias")))
     module, x, bias = stand_in("projection", called, projected), torch.randn(4, 2), torch.randn(1, 3)
     assert isinstance(module, Projection)
     given = trial_map(projected)

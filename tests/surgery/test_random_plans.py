@@ -194,7 +194,7 @@ def test_in_place_does_the_same_and_ties_stay_tied(name: str) -> None:
     for mine, theirs in zip(outputs(small, args, kwargs), outputs(mutated, args, kwargs), strict=True):
         assert torch.equal(mine, theirs)
     for alias, canonical in structure.graph.aliases.items():
-        if not plan.gone(alias) and not plan.gone(canonical):
+        if not plan.removes(alias) and not plan.removes(canonical):
             assert small.get_parameter(alias) is small.get_parameter(canonical)
 
 

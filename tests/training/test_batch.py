@@ -7,15 +7,7 @@ import pytest
 import torch
 
 from idap.errors import TaskError
-from idap.training.batch import (
-    default_inputs,
-    default_labels,
-    default_logits,
-    default_size,
-    describe,
-    device_of,
-    move,
-)
+from idap.training.batch import default_inputs, default_labels, default_logits, default_size, describe, device_of, move
 
 X = torch.zeros(2, 3)
 Y = torch.tensor([0, 1])

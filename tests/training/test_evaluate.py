@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from idap.errors import DivergedError, TaskError
 from idap.progress import Silent
-from idap.training.evaluate import evaluate, modes_kept, output_error, score
+from idap.training.evaluate import evaluate, keep_modes, output_error, score
 from idap.training.task import Task, classification
 
 X = torch.eye(3)
@@ -59,7 +59,7 @@ def test_the_model_runs_in_evaluation_mode_without_gradients_and_gets_its_modes_
 
 def test_modes_come_back_after_a_failure():
     model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    with pytest.raises(TaskError), modes_kept(model):
+    with pytest.raises(TaskError), keep_modes(model):
         assert not model.training
         raise TaskError
     assert [module.training for module in model.modules()] == [True, True, False]

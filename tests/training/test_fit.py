@@ -8,14 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from idap.data.tensors import digits
 from idap.errors import ConfigError, TaskError
+from idap.models.nets import DigitsResNet
 from idap.training.evaluate import evaluate
 from idap.training.fit import fit
-from idap.training.pace import learning_rate
-from idap.training.recovery import Recovery
+from idap.training.recovery import Recovery, learning_rate
 from idap.training.task import Task, classification
-from idap.zoo.data import digits
-from idap.zoo.nets import DigitsResNet
 
 
 def net(seed=0):

@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from idap.compress.config import Config
-from idap.compress.samples import calibration_batches
+from idap.compress.prepare import calibration_batches
 from idap.errors import TaskError
+from idap.training.batch import seed_generators
 from idap.training.fit import fit
-from idap.training.generators import generators_seeded
 from idap.training.recovery import Recovery
 from idap.training.task import classification
 
@@ -49,7 +49,7 @@ def test_the_seed_decides_and_the_generator_gets_its_state_back(kind: str) -> No
 
 def test_epochs_differ_within_a_training() -> None:
     loader, _ = own("loader")
-    with generators_seeded(loader, 3):
+    with seed_generators(loader, 3):
         one, two = ([batch[1].tolist() for batch in loader] for _ in range(2))
     assert one != two
 
@@ -65,7 +65,7 @@ def test_calibration_is_drawn_by_the_seed() -> None:
 
 @pytest.mark.parametrize("batches", [[], [(X, Y)], iter(())])
 def test_what_has_no_generator_is_left_alone(batches: object) -> None:
-    with generators_seeded(batches, 0):  # type: ignore[arg-type]
+    with seed_generators(batches, 0):  # type: ignore[arg-type]
         pass
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from idap.errors import ConfigError
+from idap.recipes.recipe import make_recipe
 from idap.training.recovery import Recovery
-from idap.zoo.recipe import make_recipe
 
 
 @pytest.mark.parametrize(

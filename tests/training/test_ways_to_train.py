@@ -12,10 +12,9 @@ from idap.errors import ConfigError, TaskError
 from idap.training.best import reestimate_norms_
 from idap.training.evaluate import evaluate
 from idap.training.fit import fit
-from idap.training.pace import TICKS, Pace
 from idap.training.processes import Draw
-from idap.training.recovery import Recovery
-from idap.training.speed import broken_channels_last
+from idap.training.recovery import TICKS, Pace, Recovery
+from idap.training.speed import channels_last_fault
 from idap.training.task import Task, classification
 
 LABELS = torch.arange(64) % 2
@@ -179,8 +178,8 @@ class TestChannelsLast:
     )
     def test_what_would_overwrite_memory_on_a_cpu_is_known(self, layer, broken):
         model = nn.Sequential(nn.ReLU(), layer)
-        assert bool(broken_channels_last(model, torch.device("cpu"))) == broken
-        assert broken_channels_last(model, torch.device("cuda")) is None
+        assert bool(channels_last_fault(model, torch.device("cpu"))) == broken
+        assert channels_last_fault(model, torch.device("cuda")) is None
 
     def test_it_is_left_out_where_it_would_overwrite_memory(self):
         """Narrow shortcuts with a stride crash oneDNN; `auto` must not come to that, and True says why not."""

@@ -11,22 +11,22 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from idap.cli.compress import compare
+from idap.cli.commands.compress import compare
 from idap.cli.tables import Comparison, comparison_table
 from idap.compress.config import Config, FilterStage, LayerStage
 from idap.compress.result import Result
 from idap.compress.run import compress
+from idap.data.tensors import TensorLoader, digits
 from idap.errors import CheckpointError
+from idap.models.nets import DigitsResNet, DigitsViT
 from idap.progress import Progress
 from idap.record import MEASURED, RunFolder
 from idap.saving.checkpoint import load
 from idap.training.batch import default_inputs
-from idap.training.evaluate import modes_kept
+from idap.training.evaluate import keep_modes
 from idap.training.fit import fit
 from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
-from idap.zoo.data import TensorLoader, digits
-from idap.zoo.nets import DigitsResNet, DigitsViT
 
 MAX_DROP, MACS = 0.01, 0.5
 
@@ -171,7 +171,7 @@ def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Pro
 @torch.no_grad()
 def _largest_difference(result: Result, reloaded: nn.Module, task: Task) -> float:
     worst = 0.0
-    with modes_kept(result.model), modes_kept(reloaded):
+    with keep_modes(result.model), keep_modes(reloaded):
         for batch in task.batches("test"):
             args, kwargs = default_inputs(batch)
             worst = max(worst, float((result.model(*args, **kwargs) - reloaded(*args, **kwargs)).abs().max()))

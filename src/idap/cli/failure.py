@@ -1,16 +1,18 @@
-"""What a command does when it ends, well or not: its document, one panel, and an exit code."""
+"""Where commands write, and what a command does when it ends, well or not."""
 
+import codecs
 import errno
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console, Group
@@ -18,12 +20,91 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from idap.cli.terminal import plain_warnings, silence, terminal
-from idap.errors import ConfigError, IdapError, RunFolderError
+from idap.errors import ConfigError, IdapError, RunFolderError, UncheckedFileWarning
 from idap.record import RUN, RunFolder
 
 if TYPE_CHECKING:
     from idap.progress import Progress
+
+_PLAIN: Mapping[str, str] = {
+    "−": "-",
+    "–": "-",
+    "→": ">",
+    "·": "|",
+    "…": ".",
+    "≤": "<",
+    "≥": ">",
+    "×": "x",
+    "─": "-",
+    "│": "|",
+}
+"""What stands for a letter that an encoding lacks; one for one, so that columns stay columns."""
+
+
+class Terminal(Console):
+    """A console that tells of a reader who went away, instead of ending the process by itself."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Hand the error on.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        raise BrokenPipeError
+
+
+def terminal(*, stderr: bool = False) -> Terminal:
+    """Make a console for the standard output, or for the standard error."""
+    return Terminal(stderr=stderr, highlight=False)
+
+
+def null_console() -> Console:
+    """Make a console that prints nothing."""
+    return Console(quiet=True)
+
+
+@contextmanager
+def plain_warnings(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell warnings of idap in one line each, without a place in its code; others stay as Python shows them."""
+    shown: Any = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, UncheckedFileWarning):
+            tell(f"Warning: {message}.")
+        else:
+            shown(message, category, *place, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def settle_streams() -> None:
+    """Let no letter that the encoding of the terminal lacks end a command."""
+    codecs.register_error("idap", _replace)
+    for stream in (sys.stdout, sys.stderr):
+        change: Any = getattr(stream, "reconfigure", None)
+        if change is not None and not _is_unicode(stream):
+            change(errors="idap")
+
+
+def silence(stream: TextIO) -> None:
+    """Send what is still to be written nowhere, so that Python does not complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_unicode(stream: TextIO) -> bool:
+    return (stream.encoding or "").lower().replace("-", "").startswith("utf")
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(letter, "?") for letter in lost), error.end
+
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 OK, GOAL_MISSED, USER_ERROR, UNEXPECTED, STOPPED, NO_READER = 0, 1, 2, 3, 130, 141
@@ -68,8 +149,7 @@ class Outcome:
         Args:
             speaks: False in all but the first of several processes.
         """
-        from idap.cli.progress import listener  # noqa: PLC0415 - commands that only list need neither
-        from idap.cli.timed import Timed  # noqa: PLC0415 - as above
+        from idap.cli.progress import Timed, listener  # noqa: PLC0415 - commands that only list need neither
 
         shown = listener(self.console, quiet=self.quiet or not speaks)
         if not (self.verbose and speaks):
@@ -85,7 +165,7 @@ class Outcome:
             self._tell(line)
 
     @contextmanager
-    def reported(self) -> Iterator[None]:
+    def report(self) -> Iterator[None]:
         """Turn every exception into something a person, or a machine, can act on; in the end write the document.
 
         Raises:
@@ -226,12 +306,12 @@ def state_of(run_dir: Path | None) -> str:
     if run_dir is None:
         return "Nothing was written."
     try:
-        return _held_by(run_dir)
+        return _describe_folder(run_dir)
     except (OSError, ValueError) as error:  # the path itself can't be looked at
         return f"What {run_dir} holds can't be read: {error}."
 
 
-def _held_by(run_dir: Path) -> str:
+def _describe_folder(run_dir: Path) -> str:
     if not (run_dir / RUN).exists() and RunFolder(run_dir).original.exists():
         return f"{run_dir} holds the trained original. Go on with the same command and --run-dir {run_dir} --resume."
     if not (run_dir / RUN).exists():

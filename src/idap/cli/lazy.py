@@ -12,8 +12,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from idap.cli.failure import NO_READER, STOPPED, USER_ERROR, report_usage
-from idap.cli.terminal import settle_streams, silence, terminal
+from idap.cli.failure import NO_READER, STOPPED, USER_ERROR, report_usage, settle_streams, silence, terminal
 
 COMPLETE = "_IDAP_COMPLETE"
 """Environment variable by which a shell asks what may come next."""
@@ -68,14 +67,14 @@ def add_command(app: typer.Typer, name: str, function: Any, examples: Sequence[s
     """Add a command whose help is its docstring, and examples."""
     lines = "\n".join(f"  [bold]{escape(example)}[/bold]" for example in examples)
     title = "Example:" if len(examples) == 1 else "Examples:"
-    about = escape(flowing(inspect.getdoc(function) or ""))
+    about = escape(reflow(inspect.getdoc(function) or ""))
     app.command(name, help=about, epilog=f"{title}\n{lines}", context_settings=CONTEXT, cls=Command)(function)
 
 
-def flowing(text: str) -> str:
+def reflow(text: str) -> str:
     r"""Join the lines of each paragraph, so that a terminal of any width may break them where it likes.
 
-    >>> flowing("One sentence.\n\nAnother one\nin two lines.")
+    >>> reflow("One sentence.\n\nAnother one\nin two lines.")
     'One sentence.\n\nAnother one in two lines.'
     """
     return "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in text.split("\n\n"))

@@ -1,13 +1,163 @@
-"""Where a run stands, in two lines that are never wrapped."""
+"""Where a run stands, in two lines that are never wrapped: its course so far, and a curve in one line of text."""
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from idap.cli.course import Course, budget_used
-from idap.cli.sparkline import logarithmic, sparkline
 from idap.progress import Status
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+ASCII = ".:-=+*#@"
+DECADES = 4
+"""What a logarithmic scale shows at most."""
+
+
+def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
+    """Draw values as blocks of different heights, on the scale that suits them.
+
+    Args:
+        values: in their order; where one is not finite there is a gap.
+        width: most characters; neighbours share one, by their mean, if there are more values.
+        ascii_only: draw with ASCII characters of rising weight.
+
+    Returns:
+        At most `width` characters, and at most one per value.
+
+    Example:
+        >>> sparkline([1, 2, 3, 4, 3, 2, 8], 20)
+        '▂▃▄▅▄▃█'
+        >>> sparkline([1e-4, 1e-4, 1e-3, 1e-2, 1e-1], 20, ascii_only=True)
+        '..-*@'
+    """
+    levels = ASCII if ascii_only else BLOCKS
+    cells = _resample(values, width)
+    heights = _logarithms(cells) if logarithmic(values) else cells
+    known = [height for height in heights if math.isfinite(height)]
+    low = min([*known, *([] if logarithmic(values) else [0.0])], default=0.0)
+    span = max(known, default=0.0) - low
+    return "".join(_level(levels, height - low, span) for height in heights)
+
+
+def logarithmic(values: Sequence[float]) -> bool:
+    """Whether values are drawn by their logarithms: a linear scale would press most of them into the lowest block.
+
+    Example:
+        >>> logarithmic([1.0, 2.0, 8.0]), logarithmic([0.001, 0.002, 8.0]), logarithmic([-1.0, 0.0, 9.0])
+        (False, True, False)
+    """
+    known = [value for value in values if math.isfinite(value)]
+    if not known or min(known) < 0:
+        return False
+    return statistics.median(known) < max(known) / len(BLOCKS)
+
+
+def _resample(values: Sequence[float], width: int) -> list[float]:
+    count = min(len(values), max(0, width))
+    edges = [index * len(values) // count for index in range(count + 1)] if count else [0]
+    return [_mean(values[start:end]) for start, end in pairwise(edges)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _logarithms(values: Sequence[float]) -> list[float]:
+    floor = max((value for value in values if math.isfinite(value)), default=0.0) / 10**DECADES
+    return [math.log10(max(value, floor)) if floor > 0 and math.isfinite(value) else value for value in values]
+
+
+def _level(levels: str, height: float, span: float) -> str:
+    if not math.isfinite(height):
+        return " "
+    share = height / span if span else 0.0
+    return levels[min(len(levels) - 1, int(share * len(levels) + 1e-9))]  # where rounding would miss a border
+
+
+class Course:
+    """Follows one run after another; a run lasts as long as its outermost phase.
+
+    Args:
+        clock: gives the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._open = 0
+        self._began = clock()
+        self.status: Status | None = None
+        self._worked = False  # a phase was opened since the last decision
+        self._start = self._last = (0.0, 0.0, 0)  # time, way to the target, decisions
+
+    @property
+    def is_running(self) -> bool:
+        """Whether any phase is open."""
+        return self._open > 0
+
+    def open(self) -> None:
+        """A phase begins."""
+        if not self.is_running:
+            self._began = self._clock()
+        self._open += 1
+        self._worked = True
+
+    def close(self) -> None:
+        """A phase ends; with the last one the run is over, and forgotten."""
+        self._open -= 1
+        if not self.is_running:
+            self.status = None
+
+    def show(self, status: Status) -> None:
+        """Take in where the run stands."""
+        before, self.status = self.status, status
+        way = distance_covered(status)
+        here = (self._clock(), 0.0 if way is None else way, status.step)
+        if before is None:
+            self._start = self._last = here
+        elif status.step != before.step:
+            if not self._worked:  # the decision was recalled, which says nothing about how long one takes
+                self._start = here
+            self._last, self._worked = here, False
+
+    def seconds(self) -> float:
+        """Seconds since the run began."""
+        return self._clock() - self._began
+
+    def seconds_left(self) -> float | None:
+        """Estimate the seconds to the target, from the way that was made with the decisions so far.
+
+        What comes after the target, such as a last recovery, is not counted.
+
+        Returns:
+            Seconds, at least 0; None where there is no target, before anything was gained, and once it is reached.
+        """
+        (began, behind, first), (ended, way, last) = self._start, self._last
+        if self.status is None or distance_covered(self.status) is None or way <= behind or way >= 1:
+            return None
+        total = (ended - began) * (1 - way) / (way - behind)
+        one = (ended - began) / (last - first)  # a decision that takes longer than usual brings the end no closer
+        return max(0.0, total - min(self._clock() - ended, one))
+
+
+def distance_covered(status: Status) -> float | None:
+    """The share of the way to the target that is made, of several the one that is furthest off; None without a target.
+
+    A target that is not below the original is reached from the start.
+    """
+    wanted = [(now, target) for now, target in status.costs.values() if target is not None]
+    return min(((1 - now) / (1 - target) if target < 1 else 1.0 for now, target in wanted), default=None)
+
+
+def budget_used(status: Status) -> float | None:
+    """The share of the budget of the metric that is used, 0 where the metric got better; None where there is none."""
+    if status.worst is None or status.worst == status.baseline:
+        return None
+    return max(0.0, (status.baseline - status.metric) / (status.baseline - status.worst))
+
 
 SEPARATOR = " | "
 CURVE = 8
@@ -28,12 +178,12 @@ class StatusView:
         status, width, ascii_only = self._course.status, options.max_width, options.ascii_only
         if status is None:
             return
-        first = fitted(_standing(self._course, status), width - _reserved(status))
-        yield _cropped(_with_curve(first, status, width, ascii_only=ascii_only), width, ascii_only=ascii_only)
-        yield _cropped(fitted(numbers(status, ascii_only=ascii_only), width), width, ascii_only=ascii_only)
+        first = fit_line(_status_parts(self._course, status), width - _curve_width(status))
+        yield _crop(_with_curve(first, status, width, ascii_only=ascii_only), width, ascii_only=ascii_only)
+        yield _crop(fit_line(numbers(status, ascii_only=ascii_only), width), width, ascii_only=ascii_only)
 
 
-def fitted(parts: Sequence[Sequence[Form]], width: int) -> Text:
+def fit_line(parts: Sequence[Sequence[Form]], width: int) -> Text:
     """Join parts to a line, shortening what matters least until it fits.
 
     Args:
@@ -45,21 +195,21 @@ def fitted(parts: Sequence[Sequence[Form]], width: int) -> Text:
 
     Example:
         >>> parts = [[(2, "accuracy 0.9"), (0, "0.9")], [(1, "3 accepted"), (3, "3"), (0, "")]]
-        >>> [fitted(parts, width).plain for width in (25, 20, 9, 5)]
+        >>> [fit_line(parts, width).plain for width in (25, 20, 9, 5)]
         ['accuracy 0.9 | 3 accepted', 'accuracy 0.9 | 3', '0.9 | 3', '0.9']
     """
     forms = [list(part) for part in parts]
-    line = _joined(forms)
+    line = _join(forms)
     while line.cell_len > width:
         long = [part for part in forms if len(part) > 1]
         if not long:
             break
         min(long, key=lambda part: part[0][0]).pop(0)
-        line = _joined(forms)
+        line = _join(forms)
     return line
 
 
-def _joined(parts: Sequence[Sequence[Form]]) -> Text:
+def _join(parts: Sequence[Sequence[Form]]) -> Text:
     chosen = [part[0][1] for part in parts if part[0][1]]
     line = Text()
     for index, form in enumerate(chosen):
@@ -96,13 +246,13 @@ def _cost(name: str, now: float, wanted: float | None, *, ascii_only: bool) -> l
     return [(9, Text.assemble(f"{name} ", share, f" {arrow} {wanted:.1%}"))]
 
 
-def _standing(course: Course, status: Status) -> list[list[Form]]:
+def _status_parts(course: Course, status: Status) -> list[list[Form]]:
     parts: list[list[Form]] = [
         [(9, Text(f"{status.stage} {status.step}", style="bold"))],
         [(3, f"{status.accepted} accepted"), (0, "")],
-        [(4, duration(course.elapsed())), (0, "")],
+        [(4, duration(course.seconds())), (0, "")],
     ]
-    left = course.left()
+    left = course.seconds_left()
     if left is not None:
         parts.append([(1, f"{roughly(left)} to the target"), (2, f"{roughly(left)} left"), (0, "")])
     return parts
@@ -130,7 +280,7 @@ def roughly(seconds: float) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
 
 
-def _reserved(status: Status) -> int:
+def _curve_width(status: Status) -> int:
     return len(SEPARATOR) + min(len(status.profile), CURVE) if status.profile else 0
 
 
@@ -147,7 +297,7 @@ def _with_curve(line: Text, status: Status, width: int, *, ascii_only: bool) -> 
     return line
 
 
-def _cropped(line: Text, width: int, *, ascii_only: bool) -> Text:
+def _crop(line: Text, width: int, *, ascii_only: bool) -> Text:
     line.truncate(width, overflow="crop" if ascii_only else "ellipsis")
     line.no_wrap = True
     return line

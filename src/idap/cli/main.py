@@ -21,64 +21,71 @@ START, WORK, RESULT, KNOW = "Begin here", "Compress", "Use the result", "Look up
 COMMANDS = (
     Lazy(
         "demo",
-        "idap.cli.demo_command:demo_command",
+        "idap.cli.commands.demo:demo_command",
         "Train two small networks on handwritten digits, compress them, and show what happened.",
         START,
     ),
     Lazy(
         "inspect",
-        "idap.cli.inspect:inspect_command",
+        "idap.cli.commands.inspect:inspect_command",
         "Show what can be removed from a model, what can't and why, and what each part costs.",
         START,
     ),
     Lazy(
         "compress",
-        "idap.cli.compress:compress_command",
+        "idap.cli.commands.compress:compress_command",
         "Compress a trained model: remove filters, then layers, within a budget of accuracy.",
         WORK,
     ),
     Lazy(
         "recipe",
-        "idap.cli.recipe:recipe_app",
+        "idap.cli.commands.recipe:recipe_app",
         "Write a recipe, list those that idap brings, or show one of them.",
         WORK,
     ),
-    Lazy("resume", "idap.cli.resume:resume_command", "Go on with a run that was stopped, or killed.", WORK),
+    Lazy("resume", "idap.cli.commands.resume:resume_command", "Go on with a run that was stopped, or killed.", WORK),
     Lazy(
         "evaluate",
-        "idap.cli.evaluate:evaluate_command",
+        "idap.cli.commands.evaluate:evaluate_command",
         "Measure the metric of a compressed model and of its original.",
         RESULT,
     ),
     Lazy(
         "bench",
-        "idap.cli.bench:bench_command",
+        "idap.cli.commands.bench:bench_command",
         "Time a compressed model and its original in turn, on this machine.",
         RESULT,
     ),
     Lazy(
         "export",
-        "idap.cli.export:export_command",
+        "idap.cli.commands.export:export_command",
         "Write a compressed model as ONNX, as a torch.export program, as plain weights or as a folder of transformers.",
         RESULT,
     ),
     Lazy(
         "apply",
-        "idap.cli.apply:apply_command",
+        "idap.cli.commands.apply:apply_command",
         "Cut a checkpoint on disk as a plan says, without building the model.",
         RESULT,
     ),
-    Lazy("report", "idap.cli.report:report_command", "Draw what a run did: one HTML page that opens offline.", RESULT),
+    Lazy(
+        "report",
+        "idap.cli.commands.report:report_command",
+        "Draw what a run did: one HTML page that opens offline.",
+        RESULT,
+    ),
     Lazy(
         "compare",
-        "idap.cli.compare:compare_command",
+        "idap.cli.commands.compare:compare_command",
         "Show several runs side by side, and say where they can't be compared.",
         RESULT,
     ),
-    Lazy("list", "idap.cli.listing:list_command", "List models, data sets, criteria and recipes by name.", KNOW),
+    Lazy(
+        "list", "idap.cli.commands.listing:list_command", "List models, data sets, criteria and recipes by name.", KNOW
+    ),
     Lazy(
         "completion",
-        "idap.cli.completion:completion_command",
+        "idap.cli.commands.completion:completion_command",
         "Print the script that completes commands, options and names in a shell.",
         KNOW,
     ),
@@ -129,7 +136,7 @@ def _options(
 def run() -> None:
     """Run the command; the entry point of the installed script."""
     if COMPLETE in os.environ:
-        from idap.cli.completion import prepare  # noqa: PLC0415 - only a shell asks
+        from idap.cli.commands.completion import prepare  # noqa: PLC0415 - only a shell asks
 
         prepare()
     app(prog_name="idap")

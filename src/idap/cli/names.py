@@ -28,7 +28,7 @@ def models(incomplete: str) -> list[tuple[str, str]]:
     >>> models("idap:digits")[0][0]
     'idap:digits_resnet'
     """
-    from idap.zoo import catalogue  # noqa: PLC0415 - needed when a shell asks
+    from idap.recipes import catalogue  # noqa: PLC0415 - needed when a shell asks
 
     scheme, colon, _ = incomplete.partition(":")
     if not colon:
@@ -67,14 +67,14 @@ def criteria(incomplete: str) -> list[tuple[str, str]]:
     >>> criteria("inn")[0][0]
     'innovation'
     """
-    from idap.zoo import catalogue  # noqa: PLC0415 - needed when a shell asks
+    from idap.recipes import catalogue  # noqa: PLC0415 - needed when a shell asks
 
     return [(each.name, each.about) for each in catalogue.criteria() if each.name.startswith(incomplete)]
 
 
 def kinds(incomplete: str) -> list[tuple[str, str]]:
     """Complete to something that `idap list` lists."""
-    from idap.zoo import catalogue  # noqa: PLC0415 - needed when a shell asks
+    from idap.recipes import catalogue  # noqa: PLC0415 - needed when a shell asks
 
     return [(name, about) for name, (_, about) in catalogue.LISTS.items() if name.startswith(incomplete)]
 

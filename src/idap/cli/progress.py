@@ -1,4 +1,4 @@
-"""Show progress: bars on a terminal, plain lines elsewhere."""
+"""Show progress: bars on a terminal, plain lines elsewhere, seconds of every phase with `--verbose`."""
 
 import textwrap
 import time
@@ -16,9 +16,51 @@ from rich.table import Column, Table
 from rich.text import Text
 from rich.theme import Theme
 
-from idap.cli.course import Course
-from idap.cli.live import StatusView, in_brief
-from idap.progress import Progress, Silent, Status
+from idap.cli.live import Course, StatusView, in_brief
+from idap.progress import Phase, Progress, Silent, Status
+
+
+class Timed:
+    """Hands everything on to a listener, and says how long each phase took when it ends.
+
+    Args:
+        shown: the listener.
+        tell: takes a line about time.
+        clock: gives the time in seconds.
+
+    Example:
+        >>> from idap.progress import Silent
+        >>> with Timed(Silent(), print, iter([0.0, 2.5]).__next__).phase("train", 3):
+        ...     pass
+        train: 2.50 s
+    """
+
+    def __init__(
+        self, shown: Progress, tell: Callable[[str], None], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._shown, self._tell, self._clock = shown, tell, clock
+        self._depth = 0
+
+    @contextmanager
+    def phase(self, title: str, total: int | None) -> Iterator[Phase]:
+        """Open a phase; when it ends without an error, its seconds are printed, those inside another one indented."""
+        began = self._clock()
+        self._depth += 1
+        try:
+            with self._shown.phase(title, total) as phase:
+                yield phase
+        finally:
+            self._depth -= 1
+        self._tell(f"{'  ' * self._depth}{title}: {self._clock() - began:.2f} s")
+
+    def say(self, line: str) -> None:
+        """Hand one line on."""
+        self._shown.say(line)
+
+    def show(self, status: Status) -> None:
+        """Hand on where the run stands."""
+        self._shown.show(status)
+
 
 HEARTBEAT = 30.0
 """Seconds between two signs of life where there are no bars."""
@@ -69,7 +111,7 @@ class Bars:
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator["_Bar"]:
         """Open a phase with a bar of its own; the bar goes when the phase ends, and everything with the last one."""
-        if not self._course.running:
+        if not self._course.is_running:
             self._bars.start()
         self._course.open()
         task = self._bars.add_task(title, total=total, note="")
@@ -78,12 +120,12 @@ class Bars:
         finally:
             self._bars.remove_task(task)
             self._course.close()
-            if not self._course.running:
+            if not self._course.is_running:
                 self._bars.stop()
 
     def say(self, line: str) -> None:
         """Print one line above the bars; one that is too wide is broken after its first part, and where it must be."""
-        self._console.print(self._verdicts(Text(broken(_shown(self._console, line), self._console.width))))
+        self._console.print(self._verdicts(Text(break_line(_encodable(self._console, line), self._console.width))))
 
     def show(self, status: Status) -> None:
         """Show where the run stands, until its outermost phase ends."""
@@ -120,7 +162,7 @@ class _Area(RichProgress):
         return super().make_tasks_table([task for task in shown if task.total is not None or task is shown[-1]])
 
 
-def broken(line: str, width: int) -> str:
+def break_line(line: str, width: int) -> str:
     """Break a line that is too wide after its first part, then between others, then between words.
 
     Args:
@@ -131,7 +173,7 @@ def broken(line: str, width: int) -> str:
         The line, or lines of which all but the first are indented.
 
     Example:
-        >>> print(broken("layers 3: removed branch b.1 | MACs 86.1% | accuracy 0.9 | accepted", 30))
+        >>> print(break_line("layers 3: removed branch b.1 | MACs 86.1% | accuracy 0.9 | accepted", 30))
         layers 3: removed branch
             b.1
             MACs 86.1% | accuracy 0.9
@@ -184,7 +226,7 @@ class Lines:
     def say(self, line: str) -> None:
         """Print one line."""
         self._last = self._clock()
-        self._console.print(_shown(self._console, line), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(_encodable(self._console, line), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, status: Status) -> None:
         """Remember where the run stands for the next sign of life; the decisions' own lines say it too."""
@@ -212,6 +254,6 @@ class _Count:
         self._lines.pulse(f"{self._title}: {self._done}{of}{f', {note}' if note else ''}")
 
 
-def _shown(console: Console, line: str) -> str:
+def _encodable(console: Console, line: str) -> str:
     """What the console's encoding can show of a line; a letter that it lacks must not end a run."""
     return line.encode(console.encoding, "replace").decode(console.encoding)

@@ -1,16 +1,115 @@
-"""The model that a command looks at, and inputs for it: from a spec, a recipe, a task or shapes."""
+"""What a command works on: a model and inputs for it, or a run folder: claimed, and asked for before it is believed."""
 
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from idap.errors import ConfigError
+import typer
+
+from idap.cli.failure import Outcome
+from idap.errors import ConfigError, RunFolderError, TrustError
+from idap.files import number_paths
+from idap.record import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from idap.zoo.recipe import Recipe
+    from idap.recipes.recipe import Recipe
 
     Subject = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def claim_folder(wanted: Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
+    """Choose and claim the run folder before any work is done; of several processes, process 0 does so for all."""
+    from idap.training.processes import on_main  # noqa: PLC0415 - torch is slow to import
+
+    mine: list[RunFolder] = []
+
+    def choose() -> Path:
+        mine.append(_choose(wanted, name, resume=resume))
+        return mine[0].path
+
+    try:
+        path = on_main(choose)
+        yield mine[0] if mine else RunFolder(path)
+    finally:
+        for folder in mine:
+            folder.release()
+
+
+def _choose(wanted: Path | None, name: str, *, resume: bool) -> RunFolder:
+    """The run folder, claimed; without a wish the first free one of `runs/`.
+
+    To go on with a run, without a wish the last one of `runs/` that has the name.
+    """
+    first = Path("runs") / name
+    if wanted is None and resume:
+        wanted = _last(first)
+    if wanted is None:
+        return RunFolder.claim_free(first)
+    folder = RunFolder(wanted)
+    if not resume:
+        folder.check()  # says what is wrong before anything is made
+    folder.claim()
+    if not resume and folder.original.exists():
+        folder.release()
+        raise RunFolderError(
+            f"{wanted} holds an original that was trained for a run which was stopped before it began. Go on with it: "
+            "--resume; or choose another folder."
+        )
+    return folder
+
+
+def _last(first: Path) -> Path | None:
+    """The last folder of NAME, NAME-2, NAME-3, ... that is there."""
+    last = None
+    for each in number_paths(first):
+        if not each.exists():
+            return last
+        last = each
+    return last
+
+
+def check_code(outcome: Outcome, folder: Path, replaced: Mapping[str, str | Path | None], *, trust: bool) -> None:
+    """Let nobody's code run unasked; called before any of it is imported.
+
+    Args:
+        outcome: of the command.
+        folder: of the run whose recipe is followed.
+        replaced: `section.key` -> what the command line says instead of the recipe.
+        trust: whether the user said --trust.
+
+    Raises:
+        TrustError: the run was not made here, its recipe names code, and the user has not agreed to run it.
+    """
+    from idap.recipes.runs import foreign_code  # noqa: PLC0415 - torch is slow to import
+
+    found = foreign_code(folder, replaced)
+    if found is None:
+        return
+    if trust:
+        if not outcome.quiet:
+            outcome.errors.print(f"{found}\n(--trust)", markup=False, soft_wrap=not outcome.errors.is_terminal)
+        return
+    if not _can_ask(outcome):
+        raise TrustError(f"{found}\nRead that code. If you trust it, run the same command with --trust.")
+    outcome.errors.print(str(found), markup=False)
+    try:
+        agreed = typer.confirm("Run it?", default=False, err=True)
+    except typer.Abort as error:  # Ctrl-C, or the end of the input
+        raise KeyboardInterrupt from error
+    if not agreed:
+        raise TrustError(f"The code that {folder} names was not run, as you said.")
+
+
+def _can_ask(outcome: Outcome) -> bool:
+    """Whether somebody sits at a terminal; one of several processes has none for itself."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone and not outcome.as_json and sys.stdin.isatty() and outcome.errors.is_terminal
 
 
 def recipe_of(spec: str, task: str | None = None, data: Path | None = None) -> "Recipe | None":
@@ -21,7 +120,7 @@ def recipe_of(spec: str, task: str | None = None, data: Path | None = None) -> "
     """
     if not spec.endswith(".toml") and task is None and data is None:
         return None
-    from idap.zoo.recipe import read_recipe  # noqa: PLC0415 - imports torch
+    from idap.recipes.recipe import read_recipe  # noqa: PLC0415 - imports torch
 
     replaced = {"task.build": task, "data.path": data}
     if spec.endswith(".toml"):
@@ -44,7 +143,7 @@ def model_and_inputs(spec: str, recipe: "Recipe | None", shapes: list[str], *, w
     Raises:
         ConfigError: the model can't be built, or what it takes is not known.
     """
-    from idap.zoo.resolve import build_model, example_inputs  # noqa: PLC0415 - imports torch
+    from idap.models.resolve import build_model, example_inputs  # noqa: PLC0415 - imports torch
 
     inputs = tuple(_input(text) for text in shapes)
     model = build_model(spec) if recipe is None else recipe.model(weights=weights)

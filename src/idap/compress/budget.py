@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from idap.compress.config import GOALS, Config
 from idap.cost.count import Cost
 from idap.errors import BudgetError
-from idap.steps import met
+from idap.steps import is_met
 from idap.structure.groups import Blocked, obstacles
 
 Shares = Mapping[str, float]
@@ -33,7 +33,7 @@ class Budget:
             return True
         return metric >= self.worst if self.higher_is_better else metric <= self.worst
 
-    def reached(self, shares: Shares) -> bool:
+    def is_reached(self, shares: Shares) -> bool:
         """Whether every target is met; False if there is none, since there is always more to gain."""
         return bool(self.targets) and self.shortfall(shares) <= 0
 
@@ -45,13 +45,15 @@ class Budget:
         """
         return max((shares[name] / wanted - 1 for name, wanted in self.targets.items() if name in shares), default=0.0)
 
-    def missed(self, shares: Shares) -> list[str]:
+    def misses(self, shares: Shares) -> list[str]:
         """Names of the goals that do not count as met; a latency may be above its target by the noise of a clock.
 
         Args:
             shares: of the goals that are known; others are left out.
         """
-        return [name for name, wanted in self.targets.items() if name in shares and not met(name, shares[name], wanted)]
+        return [
+            name for name, wanted in self.targets.items() if name in shares and not is_met(name, shares[name], wanted)
+        ]
 
     def part_way(self, start: Shares, share: float) -> "Budget":
         """The same budget with targets that lie `share` of the way from `start` to the real ones, and none lower."""
@@ -101,7 +103,7 @@ def budget_of(
         if share < least[name]:
             raise BudgetError(
                 f"{name}={share:g} can't be reached: even with everything removable gone, {least[name]:.1%} of the "
-                f"{name} would stay. {_way_out(config, name, least[name])}{_told(blocked, least[name])}"
+                f"{name} would stay. {_way_out(config, name, least[name])}{_describe_obstacles(blocked, least[name])}"
             )
     return Budget(
         sign * max((sign * bound for bound in bounds), default=0) if bounds else None, higher_is_better, targets
@@ -112,7 +114,7 @@ HARDLY = 0.9
 """Of a cost that can't come below this share, it is told what holds it."""
 
 
-def _told(blocked: Sequence[Blocked], least: float) -> str:
+def _describe_obstacles(blocked: Sequence[Blocked], least: float) -> str:
     if least <= HARDLY or not blocked:
         return ""
     lines = "\n".join(f"  {line}" for line in obstacles(blocked, most=3))

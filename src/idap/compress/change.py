@@ -1,8 +1,8 @@
 """The way from one state of a run to the next: cut, prove, rebalance, recover, judge."""
 
 import statistics
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, pairwise
 from math import inf, isfinite
@@ -11,26 +11,110 @@ from typing import NamedTuple
 from torch import nn
 
 from idap.compress.features import BlockOutputs
-from idap.compress.neighbours import only_training
-from idap.compress.state import Judged, Keep, Setting, State
+from idap.compress.setting import Setting
+from idap.compress.state import Judgement, Keep, State
 from idap.errors import StructureError
+from idap.graph.ir import Node
 from idap.rebalance.run import rebalance_
 from idap.steps import Curve
+from idap.structure.analysis import Structure
+from idap.structure.blocks import Block, Reach
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from idap.surgery.verify import verify
-from idap.training.batch import device_of, merged
+from idap.training.batch import device_of, merge_batches
 from idap.training.fit import fit
 from idap.training.loop import FitReport
 from idap.training.processes import align_
 from idap.training.recovery import Recovery
-from idap.training.speed import broken_channels_last
+from idap.training.speed import channels_last_fault
+
+
+def neighbours(structure: Structure, block: Block, removed: Sequence[str]) -> frozenset[str]:
+    """Names of the weights next to a block: those of the nearest layers before and behind it, and of norms between.
+
+    Those of the projection that takes its place are among them.
+
+    Where the stream is a sum, the nearest layer is the last one of the branch that was added.
+
+    Args:
+        structure: of the original.
+        block: the branch or block that goes.
+        removed: all that is gone, the block included.
+
+    Returns:
+        Canonical names of parameters; empty if the block lies between an input and an output.
+    """
+    made = block.projected.tensors(block.name) if block.projected is not None else ()
+    structure = structure.after(removed)
+    graph, reach = structure.graph, Reach(structure.graph)
+    dead, skips, users = structure.dead_nodes(removed), structure.skips(removed), graph.users()
+
+    def apart(node: Node) -> tuple[str, str] | None:
+        """Skip and branch of an addition of two values of which one depends on the other."""
+        data = [name for name in dict.fromkeys(node.inputs()) if name in reach.before]
+        for skip, branch in (data, data[::-1]) if len(data) == 2 else ():
+            if reach.is_before(skip, branch):
+                return skip, branch
+        return None
+
+    def backward(node: Node) -> Iterator[str]:
+        sides = apart(node)
+        for name in (sides[1],) if sides is not None else node.inputs():
+            yield skips.get(name, name)
+
+    def forward(node: Node) -> Iterator[str]:
+        for exit_ in (name for name, entry in skips.items() if entry == node.name and name != block.exit):
+            yield from forward(graph.nodes[exit_])
+        for name in users[node.name]:
+            if name in dead or name in block.nodes or name in skips:
+                continue
+            sides = apart(graph.nodes[name])
+            if sides is None or sides[0] != node.name:
+                yield name
+
+    before = _nearest(structure, [skips.get(block.entry, block.entry)], backward)
+    behind = _nearest(structure, list(forward(graph.nodes[block.exit])), forward)
+    return before | behind | set(made)
+
+
+def _nearest(structure: Structure, start: list[str], onward: Callable[[Node], Iterator[str]]) -> frozenset[str]:
+    """The parameters of the first layers with a matrix on every way, and of what lies before them."""
+    graph = structure.graph
+    found: set[str] = set()
+    seen: set[str] = set()
+    queue = list(start)
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        node = graph.nodes[name]
+        parameters = [graph.nodes[used] for used in node.inputs() if graph.nodes[used].op == "parameter"]
+        found |= {parameter.target for parameter in parameters}
+        if not any(len(parameter.shape) > 1 for parameter in parameters):
+            queue += onward(node)
+    return frozenset(found)
+
+
+@contextmanager
+def only_training(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
+    """Let only some parameters of a model be trained for a while."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in names)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
 
 POINTS = 40
 """Points of a recovery's loss that are kept at most."""
 
 
-class Made(NamedTuple):
+class CutModel(NamedTuple):
     """A model that was cut and rebalanced, but not trained.
 
     Attributes:
@@ -44,7 +128,7 @@ class Made(NamedTuple):
     error: float
 
 
-def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str]) -> Made:
+def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str]) -> CutModel:
     """Cut a copy of a state's model further, prove the cut, and rebalance what is left.
 
     Projections that stand in for blocks which the state still has are fitted to these. Where nothing is trained
@@ -63,7 +147,7 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
     """
     structure, clock = setting.structure, setting.clock
     if not setting.config.recovery.trains:
-        state = setting.untouched()
+        state = setting.initial_state()
     with clock.on("cut"):
         plan = structure.plan(keep, tuple(removed))
         new = [path for path in plan.projections if path not in state.plan.projections]
@@ -75,7 +159,7 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
     with clock.on("proof"):
         proof = verify(structure, state.model, model, plan, setting.example, since=state.plan, maps=maps)
     if setting.config.rebalance:
-        at_once = merged(setting.calibration)
+        at_once = merge_batches(setting.calibration)
         passes = setting.passes([at_once]) if at_once is not None else setting.passes()
         settings = setting.config.rebalance
         with clock.on("rebalance"):
@@ -86,7 +170,7 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
                 setting.tell(
                     f"{correction.weight} reads more than {settings.columns:,} columns, so cuts correct its bias alone."
                 )
-    return Made(model, plan, proof.error)
+    return CutModel(model, plan, proof.error)
 
 
 def next_state(
@@ -97,7 +181,7 @@ def next_state(
     title: str,
     *,
     tuned: frozenset[str] = frozenset(),
-    made: Made | None = None,
+    made: CutModel | None = None,
 ) -> State:
     """Cut a copy of a state's model further, let it recover, and judge it.
 
@@ -120,7 +204,7 @@ def next_state(
     return State(model, keep, tuple(removed), plan, cost, metric, error, setting.latency_of(model), fault)
 
 
-def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> Judged:
+def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> Judgement:
     """Train what a plan made of the original beside it, keep its best state, and judge it on the validation data.
 
     Args:
@@ -135,24 +219,24 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
     """
     sign, faults = 1.0 if setting.task.higher_is_better else -1.0, [""]
 
-    def judged(candidate: nn.Module) -> Judged:
+    def judge_model(candidate: nn.Module) -> Judgement:
         with setting.clock.on("judging"):
-            return setting.judged(candidate)
+            return setting.judge(candidate)
 
     def judge(candidate: nn.Module) -> float:
-        metric, fault = judged(candidate)
+        metric, fault = judge_model(candidate)
         if fault:
             faults.append(fault)
         return -inf if fault else sign * metric
 
     if not recovery.trains:
-        return judged(model)
+        return judge_model(model)
     optimizer = None if setting.optimizer is None else setting.optimizer(model, plan)
     learned = model.parameters() if optimizer is None else chain(*(g["params"] for g in optimizer.param_groups))
     if not any(parameter.requires_grad for parameter in learned):
         setting.progress.say(f"{title}: nothing that is left there is trained, so the model is judged as it is.")
-        return judged(model)
-    if recovery.channels_last is True and (fault := broken_channels_last(model, device_of(model))):
+        return judge_model(model)
+    if recovery.channels_last is True and (fault := channels_last_fault(model, device_of(model))):
         setting.progress.say(f"{title}: channels_last is left out: {fault}.")
         recovery = replace(recovery, channels_last=False)
     features = BlockOutputs(setting.structure, plan, model, setting.original) if recovery.features > 0 else None
@@ -178,7 +262,7 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
     setting.curves.append(_curve(title, report, sign))
     if report.diverged:
         setting.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
-    return Judged(0.0, faults[-1]) if best == -inf else Judged(sign * best)
+    return Judgement(0.0, faults[-1]) if best == -inf else Judgement(sign * best)
 
 
 def _curve(title: str, report: FitReport, sign: float) -> Curve:

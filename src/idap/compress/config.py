@@ -7,10 +7,9 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from idap.divergence.criteria import CRITERIA, LIKE_PROJECTIONS, WITH_BLOCKS, opener_of
-from idap.errors import BudgetError, ConfigError
-from idap.kinds import check_kinds
+from idap.errors import BudgetError, ConfigError, check_kinds
 from idap.rebalance.run import Rebalance
-from idap.structure.projectable import Replacement
+from idap.structure.projections import Replacement
 from idap.training.recovery import Recovery
 
 GOALS = ("macs", "parameters", "size", "latency")
@@ -300,7 +299,7 @@ class Config:
         return (1.0 if CRITERIA.get(name) is opener and name in PER_COST else 0.0,)
 
 
-def checked(config: Config | None) -> Config:
+def check_config(config: Config | None) -> Config:
     """The settings of a run, the defaults where none are given.
 
     Raises:

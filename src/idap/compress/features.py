@@ -47,11 +47,11 @@ class BlockOutputs:
 
     def student(self, run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
         """Run the student, and give its outputs and those of its blocks."""
-        return _seen(self._graph, self._student, self._ours, run)
+        return _catch(self._graph, self._student, self._ours, run)
 
     def teacher(self, run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
         """Run the teacher, and give its outputs and those of the same blocks, in the sizes of the student."""
-        outputs, found = _seen(self._graph, self._teacher, self._theirs, run)
+        outputs, found = _catch(self._graph, self._teacher, self._theirs, run)
         for index, kept in enumerate(self._kept):
             for place, indices in kept:
                 found[index] = found[index].index_select(place, indices.to(found[index].device))
@@ -81,7 +81,7 @@ def _sights(structure: Structure, removed: tuple[str, ...] = ()) -> dict[str, Si
     return {exit_: sight for exit_, sight in found.items() if sight is not None}
 
 
-def _seen(
+def _catch(
     graph: Graph, model: nn.Module, sights: list[Sight], run: Callable[[], Outputs]
 ) -> tuple[Outputs, list[Tensor]]:
     """Run a model and catch values that pass by."""
@@ -94,12 +94,12 @@ def _seen(
         for index in wanted.get(key, ()):
             argument = sights[index].argument
             if argument is not None:
-                caught[index] = _lasting(graph, sights[index], tensors_in(args, dict(kwargs))[argument])
+                caught[index] = _snapshot(graph, sights[index], tensors_in(args, dict(kwargs))[argument])
         result = func(*args, **kwargs)
         for index in wanted.get(key, ()):
             value = result_of(graph, sights[index].node, result) if sights[index].argument is None else None
             if value is not None:
-                caught[index] = _lasting(graph, sights[index], value)
+                caught[index] = _snapshot(graph, sights[index], value)
         return result
 
     with intercept(model, handle):
@@ -113,6 +113,6 @@ def _seen(
     return outputs, [caught[index] for index in range(len(sights))]
 
 
-def _lasting(graph: Graph, sight: Sight, value: Tensor) -> Tensor:
+def _snapshot(graph: Graph, sight: Sight, value: Tensor) -> Tensor:
     """The value as it is now, even if the model writes over it later."""
-    return value.clone() if graph.memory.changed([sight.node], len(graph.nodes)) else value
+    return value.clone() if graph.memory.writers_before([sight.node], len(graph.nodes)) else value

@@ -17,11 +17,13 @@ from torch import nn
 from idap.compress.budget import Budget
 from idap.compress.config import Config
 from idap.compress.result import Result
-from idap.compress.state import Keep, Setting, State
-from idap.cost.count import Cost, saved_tensors
+from idap.compress.setting import Setting
+from idap.compress.state import Keep, State
+from idap.cost.count import Cost, tensor_bytes
 from idap.divergence.criteria import opener_of
 from idap.divergence.measure import Divergence
 from idap.errors import IdapError, RunFolderError
+from idap.ownership import seal_place
 from idap.progress import Progress
 from idap.record import AFTER, RESULT, RUN, RunFolder, read_object
 from idap.report.contents import Reached
@@ -32,14 +34,13 @@ from idap.structure.analysis import Structure
 from idap.training.batch import device_name, device_of
 from idap.training.processes import on_main, process_count
 from idap.training.task import Task
-from idap.trust import sealed_place
 
 CHECKPOINTS_AT_LEAST = 3
 """Models of the original's size for which a run folder needs room."""
 
 
 @contextmanager
-def claimed(folder: RunFolder | None, *, resume: bool) -> Iterator[None]:
+def claim_run(folder: RunFolder | None, *, resume: bool) -> Iterator[None]:
     """Claim a run folder for this run, unless the caller has; of several processes, process 0 holds it for all.
 
     Raises:
@@ -61,10 +62,10 @@ def claimed(folder: RunFolder | None, *, resume: bool) -> Iterator[None]:
 
 def run_size(model: nn.Module) -> int:
     """Bytes for which a run folder needs room: accepted states and the result are smaller than the original."""
-    return CHECKPOINTS_AT_LEAST * sum(saved_tensors(model).values())
+    return CHECKPOINTS_AT_LEAST * sum(tensor_bytes(model).values())
 
 
-def spared() -> tuple[type[Exception], ...]:
+def tolerable_errors() -> tuple[type[Exception], ...]:
     """Errors of work beside the result, which is kept all the same; where several processes work, those of all."""
     return (Exception,) if process_count() == 1 else (IdapError,)
 
@@ -95,7 +96,7 @@ def begin_run(folder: RunFolder, settings: dict[str, Any], progress: Progress, *
     Raises:
         RunFolderError: the folder can't be written, or holds another run.
     """
-    place, keyless = sealed_place(folder.path, settings.get("recipe"))
+    place, keyless = seal_place(folder.path, settings.get("recipe"))
     settings["environment"] |= place
     if keyless:
         progress.say(
@@ -135,7 +136,7 @@ def settings_of(
             block.name: {
                 "kind": block.kind,
                 "contains": block.contains,
-                "groups": [group.name for group in structure.held_by(block.name)],
+                "groups": [group.name for group in structure.groups_inside(block.name)],
             }
             for block in structure.blocks
         },
@@ -188,7 +189,7 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
     }
 
 
-def ended(folder: RunFolder | None) -> Reached | None:
+def past_result(folder: RunFolder | None) -> Reached | None:
     """What a run that is finished came to, as it was written down; None for one that is not.
 
     Raises:
@@ -214,22 +215,22 @@ def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool)
         try:
             found = setting.divergence(state)
             on_main(partial(folder.keep, AFTER, profile_of(found, setting.structure, state.keep)))
-        except spared() as error:
+        except tolerable_errors() as error:
             setting.progress.say(f"The divergence of the result could not be measured, the report lacks it: {error}")
-    seconds = added(result.seconds, setting.clock.take())
-    on_main(partial(folder.keep, RESULT, _reached(result, seconds)))
+    seconds = add_seconds(result.seconds, setting.clock.take())
+    on_main(partial(folder.keep, RESULT, _summary(result, seconds)))
 
 
-def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+def add_seconds(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     """The sum of seconds by kind of work.
 
-    >>> added({"cut": 1.0}, {"cut": 2.0, "proof": 1.0})
+    >>> add_seconds({"cut": 1.0}, {"cut": 2.0, "proof": 1.0})
     {'cut': 3.0, 'proof': 1.0}
     """
     return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in (*one, *(k for k in other if k not in one))}
 
 
-def _reached(result: Result, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _summary(result: Result, seconds: Mapping[str, float]) -> dict[str, Any]:
     return {
         "reached": result.reached,
         "message": result.message,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import nn
 
 from idap.compress.folder import profile_of
-from idap.compress.state import Keep, Setting, State
+from idap.compress.setting import Setting
+from idap.compress.state import Keep, State
 from idap.divergence.measure import Divergence
 from idap.errors import PlanError, RunFolderError, StructureError
 from idap.progress import Status
@@ -16,7 +17,7 @@ from idap.record import BEFORE, STEPS, RunFolder, remedy
 from idap.saving.checkpoint import load, save
 from idap.steps import Contest, Curve, Removal, Step, numbers_of
 from idap.structure.blocks import Block
-from idap.structure.projected import PROJECTION
+from idap.structure.replacement import PROJECTION
 from idap.training.processes import on_main
 
 COST_NAMES = {"macs": "MACs", "parameters": "parameters", "size": "file size", "latency": "latency"}
@@ -70,7 +71,7 @@ class Journal:
         """Begin a turn of a stage: a turn without decisions leaves nothing behind, and the next one is another."""
         self._turn += 1
 
-    def ended(self, stage: str) -> bool:
+    def is_stage_over(self, stage: str) -> bool:
         """Whether the stopped run took no further decision in this turn of a stage: its next one is of a later turn."""
         index = len(self.steps)
         if index >= len(self._past):
@@ -93,25 +94,25 @@ class Journal:
             CheckpointError: the accepted model can't be read.
         """
         index = len(self.steps)
-        if index >= len(self._past) or self.ended(stage):
+        if index >= len(self._past) or self.is_stage_over(stage):
             return None
         found, setting = self._past[index], self._setting
         assert setting.folder is not None
         try:
-            keep, parts = self._recalled_cut(found, state)
+            keep, parts = self._replay(found, state)
             plan = setting.structure.plan(keep, parts)
         except (PlanError, StructureError) as error:
             file = setting.folder.path / STEPS
             raise RunFolderError(
                 f"line {index + 1} of {file} is a decision that does not fit the run: {error}. {remedy(file)}"
             ) from error
-        model = self._recalled_model(setting.folder.checkpoint(index)) if found.accepted else state.model
+        model = self._load_model(setting.folder.checkpoint(index)) if found.accepted else state.model
         cost, latency = setting.costs.cost(keep, parts), found.shares.get("latency")
         then = State(model, keep, parts, plan, cost, found.metric, found.error, latency, found.fault)
         self._recalled = True
         return Decision(then, found.removed, found.contest)
 
-    def _recalled_model(self, checkpoint: Path) -> nn.Module:
+    def _load_model(self, checkpoint: Path) -> nn.Module:
         try:
             return load(checkpoint, self._setting.original)
         except PlanError as error:
@@ -120,7 +121,7 @@ class Journal:
                 f"from {STEPS} to have those decisions taken again, or begin anew in another folder."
             ) from error
 
-    def _recalled_cut(self, found: Step, state: State) -> tuple[Keep, tuple[str, ...]]:
+    def _replay(self, found: Step, state: State) -> tuple[Keep, tuple[str, ...]]:
         """The units and the removed parts that a decision of then came to from a state.
 
         Raises:
@@ -173,7 +174,7 @@ class Journal:
         )
         folder = self._setting.folder
         if folder is not None and not recalled:
-            on_main(partial(_written, folder, step, state))
+            on_main(partial(_write, folder, step, state))
         self.steps.append(step)
         shown = ("macs", "parameters", *(name for name in self._setting.budget.targets if name in ("size", "latency")))
         told = describe(step, self._setting.task.metric_name, shown)
@@ -182,7 +183,7 @@ class Journal:
             self.show(stage, state)
 
     @property
-    def opening(self) -> bool:
+    def is_at_start(self) -> bool:
         """Whether the next measurement is that of the original, for the record of the run: it measures everything."""
         return self._setting.folder is not None and not self.steps and not self._past
 
@@ -201,7 +202,7 @@ class Journal:
             measured: its divergence, where that was just measured.
         """
         setting, budget = self._setting, self._setting.budget
-        if measured is not None and self.opening:
+        if measured is not None and self.is_at_start:
             assert setting.folder is not None
             profile = profile_of(measured, setting.structure, state.keep)
             on_main(partial(setting.folder.keep, BEFORE, profile))
@@ -226,7 +227,7 @@ class Journal:
         )
 
 
-def _written(folder: RunFolder, step: Step, state: State) -> None:
+def _write(folder: RunFolder, step: Step, state: State) -> None:
     if step.accepted:
         save(folder.checkpoint(step.index), state.model, state.plan, exact=True)
     folder.add(step)

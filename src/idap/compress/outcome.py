@@ -1,4 +1,4 @@
-"""The end of a run: the last measurement, what was reached, and what was not and why."""
+"""The end of a run: one more training, the last measurement, what was reached, and what was not and why."""
 
 import math
 from collections.abc import Mapping
@@ -6,26 +6,30 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from idap.compress.folder import ended, keep_end
-from idap.compress.journal import COST_NAMES, Journal
+from idap.compress.change import recover
+from idap.compress.folder import keep_end, past_result
+from idap.compress.journal import COST_NAMES, Decision, Journal
 from idap.compress.result import Result
-from idap.compress.state import Setting, State
+from idap.compress.setting import Setting
+from idap.compress.state import State
 from idap.errors import TaskError
-from idap.saving.origin import origin, remember_
+from idap.saving.checkpoint import origin, remember_
+from idap.structure.plan import Plan
+from idap.surgery.apply import apply_plan
 from idap.training.evaluate import output_error
 from idap.training.processes import on_main
 
 
-def concluded(
+def finish_run(
     setting: Setting, start: State, state: State, journal: Journal, recipe: Mapping[str, Any] | None = None
 ) -> Result:
     """Measure what is returned once more, after the last change, and say what was reached.
 
     A run that was finished before keeps the end that it wrote: the clock would show another latency each time.
     """
-    past = ended(setting.folder)
+    past = past_result(setting.folder)
     with setting.clock.on("judging"):
-        metric, fault = (start.metric, "") if state is start else setting.judged(state.model)
+        metric, fault = (start.metric, "") if state is start else setting.judge(state.model)
         error = _output_error(setting, state)
     latency = None if past is None else past.latency
     if latency is None and state is not start:
@@ -75,7 +79,7 @@ def _build(recipe: Mapping[str, Any]) -> str | None:
     spec, classes = model.get("build"), model.get("classes")
     if not isinstance(spec, str) or (spec.startswith("hf:") and "data" in recipe):  # data choose the head of these
         return None
-    return f"idap.zoo.resolve.build_model({spec!r}{'' if classes is None else f', classes={classes}'})"
+    return f"idap.models.resolve.build_model({spec!r}{'' if classes is None else f', classes={classes}'})"
 
 
 def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
@@ -118,7 +122,7 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         )
     missed = [
         f"{COST_NAMES[name]} came down to {shares[name]:.1%}, not to {goal.targets[name]:.1%}"
-        for name in goal.missed(shares)
+        for name in goal.misses(shares)
     ]
     if missed:
         return False, f"{' and '.join(missed)}: {_obstacle(setting, journal)}"
@@ -128,7 +132,7 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
 def _obstacle(setting: Setting, journal: Journal) -> str:
     """Why a run did not come to its targets, and what would help."""
     decided = [step for step in journal.steps if step.stage != "final"]
-    if not any(step.refused for step in decided):
+    if not any(step.is_refused for step in decided):
         return (
             "the steps were used up, and none of them left the accuracy budget. Allow more of them "
             "(filters.steps, layers.removals), or larger ones (filters.first_share)"
@@ -143,3 +147,29 @@ def _obstacle(setting: Setting, journal: Journal) -> str:
             "(recovery), allow a larger max_drop, or compress the result again with what is left of the budget"
         )
     return f"{why}. Allow a larger max_drop, more steps or a longer recovery"
+
+
+def final_recovery(setting: Setting, start: State, state: State, journal: Journal) -> State:
+    """Train the last accepted state once more; keep the better of the two."""
+    recovery = setting.config.final or setting.config.recovery
+    if state is start or not recovery.trains:
+        return state
+    journal.begin()
+    found = journal.recall("final", state)
+    if found is None:
+        model = apply_plan(
+            state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _tensor_names(state)})
+        )
+        metric, fault = recover(setting, model, state.plan, "final recovery", recovery)
+        latency = setting.latency_of(model)
+        found = Decision(replace(state, model=model, metric=metric, latency=latency, fault=fault), [])
+    metric, fault, higher = found.state.metric, found.state.fault, setting.task.higher_is_better
+    accepted = not fault and (metric >= state.metric if higher else metric <= state.metric)
+    equal = "as good as before" if metric == state.metric else "the best so far"
+    reason = fault or (equal if accepted else "no better than before")
+    journal.note("final", found, accepted=accepted, reason=reason)
+    return found.state if accepted else state
+
+
+def _tensor_names(state: State) -> list[str]:
+    return [name for name in state.plan.shapes if not state.plan.removes(name)]

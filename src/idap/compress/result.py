@@ -10,11 +10,11 @@ from idap.errors import CheckpointError
 from idap.files import write_bytes
 from idap.report import numbers
 from idap.report.headline import Fact, cost_fact, metric_fact
-from idap.report.notebook import result_display
+from idap.report.page import result_display
 from idap.saving.card import CARD, Facts, model_card, module_of
 from idap.saving.checkpoint import save
 from idap.steps import Step
-from idap.structure.chain import chained
+from idap.structure.chain import chain_plans
 from idap.structure.plan import Plan
 
 
@@ -61,7 +61,7 @@ class Result:
     @property
     def whole_plan(self) -> Plan:
         """From the original to the model, whatever was compressed in between."""
-        return self.plan if self.base is None else chained(self.base, self.plan)
+        return self.plan if self.base is None else chain_plans(self.base, self.plan)
 
     def __repr__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a model under any plan, without building it."""
+"""Multiply-adds and parameters of a model under any plan, without building it; one small formula per operator."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,128 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from idap.cost.macs import counted, macs_of, ref_name, tensors_of
-from idap.graph.ir import Node
+from idap.graph.ir import Node, Ref
+from idap.graph.rules.flow import arguments, base_name
+from idap.graph.rules.linear import read_equation
 from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
 from idap.structure.groups import Group
 from idap.structure.layout import Presence, count
-from idap.structure.projected import Kept
+from idap.structure.replacement import Kept
+
+Shape = tuple[int, ...]
+ShapeOf = Callable[[Any], Shape]
+Formula = Callable[[Mapping[str, Any], Shape, ShapeOf], int]
+
+
+def _linear(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    return prod(result) * shape_of(given["weight"])[1]
+
+
+def _conv(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    return prod(result) * prod(shape_of(given["weight"])[1:])
+
+
+def _conv_transpose(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    return prod(shape_of(given["input"])) * prod(shape_of(given["weight"])[1:])
+
+
+def _product(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    return prod(result) * shape_of(next(iter(given.values())))[-1]
+
+
+def _addmm(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    return prod(result) * shape_of(list(given.values())[1])[-1]
+
+
+def _attention(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    query, key, value = (shape_of(given[name]) for name in ("query", "key", "value"))
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _tensordot(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    shape = shape_of(given["self"])
+    return prod((*result, *(shape[axis] for axis in given["dims_self"])))
+
+
+def _bilinear(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    """The weight with the second input, then with the first."""
+    width, left, right = shape_of(given["weight"])
+    return prod(result[:-1]) * width * left * (right + 1)
+
+
+def _recurrent(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    steps = prod(shape_of(given["input"])[:-1])
+    return steps * sum(prod(shape_of(ref)) for ref in given["params"] if len(shape_of(ref)) == 2)
+
+
+def _einsum(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
+    shapes = [shape_of(ref) for ref in given["tensors"]]
+    if len(shapes) < 2:
+        return 0
+    sizes: dict[str, int] = {}
+    for letters, shape in zip(read_equation(given["equation"], list(map(len, shapes))).terms, shapes, strict=True):
+        for letter, size in zip(letters, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return prod(sizes.values())
+
+
+FORMULAS: Mapping[str, Formula] = {
+    "linear": _linear,
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "conv3d": _conv,
+    "conv_transpose1d": _conv_transpose,
+    "conv_transpose2d": _conv_transpose,
+    "conv_transpose3d": _conv_transpose,
+    "matmul": _product,
+    "mm": _product,
+    "bmm": _product,
+    "mv": _product,
+    "dot": _product,
+    "addmm": _addmm,
+    "baddbmm": _addmm,
+    "scaled_dot_product_attention": _attention,
+    "einsum": _einsum,
+    "tensordot": _tensordot,
+    "bilinear": _bilinear,
+    "lstm": _recurrent,
+    "gru": _recurrent,
+    "rnn_tanh": _recurrent,
+    "rnn_relu": _recurrent,
+}
+
+
+def macs_of(node: Node, result: Shape, shape_of: ShapeOf) -> int:
+    """Multiply-adds of one operator.
+
+    Args:
+        node: the operator.
+        result: shape of its result.
+        shape_of: gives the shape of a tensor argument.
+
+    Returns:
+        The number for the whole batch; 0 for operators that are not counted.
+    """
+    formula = FORMULAS.get(base_name(node.op))
+    return formula(arguments(node), result, shape_of) if formula is not None else 0
+
+
+def has_formula(node: Node) -> bool:
+    """Whether the operator has a formula."""
+    return base_name(node.op) in FORMULAS
+
+
+def tensors_of(node: Node) -> tuple[str, ...]:
+    """Names of the nodes whose shapes the operator's formula may ask for."""
+    return tuple(dict.fromkeys([*node.inputs(), node.name]))
+
+
+def ref_name(value: Any) -> str:
+    """The name behind a tensor argument."""
+    assert isinstance(value, Ref)
+    return value.name
+
 
 Keep = Mapping[str, Sequence[int]]
 
@@ -40,7 +155,7 @@ class CostModel:
     Args:
         structure: of the model.
         batch: number of samples in the traced example; costs are per sample.
-        saved: bytes of each tensor that a saved file holds, from `saved_tensors`.
+        saved: bytes of each tensor that a saved file holds, from `tensor_bytes`.
     """
 
     def __init__(self, structure: Structure, batch: int, saved: Mapping[str, int] | None = None) -> None:
@@ -52,7 +167,7 @@ class CostModel:
         self._saved = {name: count // known[name] for name, count in (saved or {}).items() if name in known}
         self._unseen = {name: count for name, count in (saved or {}).items() if name not in known}
         graph = structure.graph
-        self._nodes = [node for node in graph.nodes.values() if counted(node)]
+        self._nodes = [node for node in graph.nodes.values() if has_formula(node)]
         self._parameters = {node.target for node in graph.nodes.values() if node.op == "parameter"}
         self._touched: dict[int, list[Node]] = {group.index: [] for group in structure.groups}
         for node in self._nodes:
@@ -64,12 +179,12 @@ class CostModel:
         return self._after(removed)._cost(keep, removed)
 
     def _cost(self, keep: Keep | None, removed: Sequence[str]) -> Cost:
-        present, gone = self._structure.presence(keep or {}), self._gone(removed)
+        present, gone = self._structure.presence(keep or {}), self._dead_nodes(removed)
         macs = sum(self._macs(node, present) for node in self._nodes if node.name not in gone)
-        held = self._held(removed)
+        held = self._parameters_left(removed)
         elements = {name: prod(self._tensor_shape(name, present)) for name in held | self._saved.keys()}
         parameters = sum(elements[name] for name in held)
-        vanishes = self._vanishing(removed)
+        vanishes = self._removal_test(removed)
         size = sum(elements[name] * width for name, width in self._saved.items() if not vanishes(name))
         size += sum(count for name, count in self._unseen.items() if not vanishes(name))
         return Cost(macs // self._batch, parameters, size)
@@ -80,7 +195,7 @@ class CostModel:
 
     def _unit_macs(self, keep: Keep | None, removed: Sequence[str]) -> dict[str, float]:
         structure, keep = self._structure, keep or {}
-        present, gone = structure.presence(keep), self._gone(removed)
+        present, gone = structure.presence(keep), self._dead_nodes(removed)
         found = {}
         for group in structure.groups:
             fewer = self._without_last(present, group, keep)
@@ -95,7 +210,7 @@ class CostModel:
 
     def _unit_parameters(self, keep: Keep | None, removed: Sequence[str]) -> dict[str, float]:
         structure, keep = self._structure, keep or {}
-        present, held = structure.presence(keep), self._held(removed)
+        present, held = structure.presence(keep), self._parameters_left(removed)
         found = {}
         for group in structure.groups:
             fewer = self._without_last(present, group, keep)
@@ -115,7 +230,11 @@ class CostModel:
         if structure is self._structure:
             return self
         if structure.standing not in self._others:
-            new = {n: kept.shape for block in map(structure.block, structure.standing) for n, kept in _made(block)}
+            new = {
+                n: kept.shape
+                for block in map(structure.block, structure.standing)
+                for n, kept in _projection_tensors(block)
+            }
             saved = {**self._given, **{name: prod(shape) * self._width(name) for name, shape in new.items()}}
             self._others[structure.standing] = CostModel(structure, self._batch, saved if self._given else None)
         return self._others[structure.standing]
@@ -131,20 +250,20 @@ class CostModel:
         fewer: Presence = present & ~((layout.group_of == group.index) & (layout.unit_of == unit))
         return fewer
 
-    def _gone(self, removed: Sequence[str]) -> set[str]:
+    def _dead_nodes(self, removed: Sequence[str]) -> set[str]:
         """Nodes that are no longer computed."""
         return self._structure.dead_nodes(removed) | set(self._structure.skips(removed))
 
-    def _held(self, removed: Sequence[str]) -> set[str]:
+    def _parameters_left(self, removed: Sequence[str]) -> set[str]:
         """Parameters that the modules still hold, used or not; a removed module shares none with others."""
-        vanishes = self._vanishing(removed)
+        vanishes = self._removal_test(removed)
         return {name for name in self._parameters if not vanishes(name)}
 
-    def _vanishing(self, removed: Sequence[str]) -> Callable[[str], bool]:
+    def _removal_test(self, removed: Sequence[str]) -> Callable[[str], bool]:
         """Says of the name of a tensor whether it vanishes with removed blocks."""
         blocks = [self._structure.block(name) for name in removed]
         paths = tuple(f"{path}." for block in blocks for path in block.replaced)
-        made = {name for block in blocks for name, _ in _made(block)}
+        made = {name for block in blocks for name, _ in _projection_tensors(block)}
         return lambda name: name.startswith(paths) and name not in made
 
     def _groups_of(self, node: Node) -> set[int]:
@@ -169,12 +288,12 @@ class CostModel:
         return tuple(count(dim, present) for dim in self._structure.layout.tensors[name])
 
 
-def _made(block: Block) -> Iterable[tuple[str, Kept]]:
+def _projection_tensors(block: Block) -> Iterable[tuple[str, Kept]]:
     """The tensors of the projection that takes the place of a block."""
     return block.projected.tensors(block.name).items() if block.projected is not None else ()
 
 
-def saved_tensors(model: nn.Module) -> dict[str, int]:
+def tensor_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of each tensor that a saved file of a model holds; tied tensors once, under the first name."""
     first: dict[int, str] = {}
     found = {}

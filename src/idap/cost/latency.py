@@ -1,17 +1,19 @@
-"""Latency of models measured side by side: they alternate in one process, so that both see the same machine."""
+"""Latency: of models measured side by side, and of layers as a table from which seconds follow."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from idap.errors import ConfigError
+from idap.parsing import LARGEST, indices, items, sequence, text, whole
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def alternate(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + repeats):
         for name, run in runs.items():
-            seconds = _timed(run, on_gpu=on_gpu)
+            seconds = _time(run, on_gpu=on_gpu)
             if turn >= warmup:
                 times[name].append(seconds)
     found = {}
@@ -103,7 +105,7 @@ def alternate(
     return found
 
 
-def _timed(run: Callable[[], Any], *, on_gpu: bool) -> float:
+def _time(run: Callable[[], Any], *, on_gpu: bool) -> float:
     if not on_gpu:
         start = time.perf_counter()
         run()
@@ -115,3 +117,184 @@ def _timed(run: Callable[[], Any], *, on_gpu: bool) -> float:
     torch.cuda.synchronize()
     seconds: float = begin.elapsed_time(end) / 1000
     return seconds
+
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of one pass of an operator, or of several, by the number of units of a group.
+
+    Attributes:
+        widths: ascending; the last one is the whole group.
+        seconds: medians, each the middle one of a few rounds.
+        spread: how far the medians of the rounds lie apart.
+    """
+
+    widths: tuple[int, ...]
+    seconds: tuple[float, ...]
+    spread: tuple[float, ...]
+
+    def at(self, width: int) -> float:
+        """Seconds at a width; on a line between those measured, and no less than at the smallest of them.
+
+        >>> Curve((8, 16), (1.0, 3.0), (0.0, 0.0)).at(12)
+        2.0
+        """
+        return float(np.interp(width, self.widths, self.seconds))
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Seconds of every layer over which a group lies, measured by themselves while all other groups are whole.
+
+    Attributes:
+        batch: samples of a pass.
+        device: where it was measured.
+        threads: of the CPU.
+        curves: each different layer once.
+        layers: node of the graph -> group that lies over it -> index of its curve.
+        fixed: node -> seconds, for the layers over which no group lies.
+        unmeasured: names of operators over units that were not timed.
+    """
+
+    batch: int
+    device: str
+    threads: int
+    curves: tuple[Curve, ...]
+    layers: Mapping[str, Mapping[str, int]]
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    unmeasured: tuple[str, ...] = ()
+
+    @cached_property
+    def _of_group(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for node, over in self.layers.items():
+            for group in over:
+                found.setdefault(group, []).append(node)
+        return found
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that lie over a measured layer."""
+        return tuple(self._of_group)
+
+    def curve(self, group: str) -> Curve:
+        """Seconds of all layers of a group by its width, others whole.
+
+        Args:
+            group: one of `groups`.
+        """
+        mine = [self.curves[self.layers[node][group]] for node in self._of_group[group]]
+        widths = max((curve.widths for curve in mine), key=len)
+        seconds = tuple(sum(curve.at(width) for curve in mine) for width in widths)
+        spread = tuple(sum(float(np.interp(w, c.widths, c.spread)) for c in mine) for w in widths)
+        return Curve(widths, seconds, spread)
+
+    def seconds(self, numbers: Mapping[str, int], gone: Collection[str] = ()) -> float:
+        """Seconds of one pass of all measured layers, each narrowed by its groups as if one did not know of another.
+
+        Args:
+            numbers: group name -> units that it has; groups that are not named are whole.
+            gone: nodes that are no longer computed.
+        """
+        over = sum(self._layer(node, numbers) for node in self.layers if node not in gone)
+        return over + sum(time for node, time in self.fixed.items() if node not in gone)
+
+    def unit_seconds(self, numbers: Mapping[str, int], gone: Collection[str] = ()) -> dict[str, float]:
+        """What one unit of each group takes: the seconds that half of the group saves, divided by the units.
+
+        Args:
+            numbers: as for `seconds`, for all groups that are asked for.
+            gone: likewise.
+
+        Returns:
+            Group name -> seconds, above 0, for groups of two units or more, but for those of whose layers none is
+            left; a thousandth of the mean where no difference could be measured.
+        """
+        found = {}
+        for group, width in numbers.items():
+            measured = self._of_group.get(group, ())
+            nodes = [node for node in measured if node not in gone]
+            if width < 2 or (measured and not nodes):
+                continue
+            half = {**numbers, group: width // 2}
+            saved = sum(self._layer(node, numbers) - self._layer(node, half) for node in nodes)
+            found[group] = saved / (width - width // 2)
+        return above_zero(found)
+
+    def _layer(self, node: str, numbers: Mapping[str, int]) -> float:
+        """Seconds of one layer: of the whole, times the share that each group leaves."""
+        curves = [(self.curves[index], numbers.get(group)) for group, index in self.layers[node].items()]
+        time = curves[0][0].seconds[-1]
+        for curve, width in curves:
+            time *= 1.0 if width is None else curve.at(width) / curve.seconds[-1]
+        return time
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, which `table_from` reads."""
+        return {
+            "format": FORMAT,
+            "batch": self.batch,
+            "device": self.device,
+            "threads": self.threads,
+            "curves": [
+                {"widths": list(c.widths), "seconds": list(c.seconds), "spread": list(c.spread)} for c in self.curves
+            ],
+            "layers": {node: dict(over) for node, over in self.layers.items()},
+            "fixed": dict(self.fixed),
+            "unmeasured": list(self.unmeasured),
+        }
+
+
+def above_zero(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds that can be divided by: where nothing was measured, a thousandth of the mean."""
+    mean = sum(max(0.0, value) for value in seconds.values()) / max(1, len(seconds))
+    return {name: max(value, mean / 1000, 1e-12) for name, value in seconds.items()}
+
+
+def table_from(data: Any) -> LatencyTable:
+    """Read a table that was written as plain data.
+
+    Raises:
+        TypeError, ValueError: it is no such data, or contradicts itself; says what was found.
+    """
+    found = dict(items(data))
+    wanted = {"format", "batch", "device", "threads", "curves", "layers", "fixed", "unmeasured"}
+    if set(found) != wanted:
+        raise ValueError(f"expected the keys {', '.join(sorted(wanted))}, found {', '.join(sorted(found))}")
+    if whole(found["format"]) != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, found {found['format']}")
+    curves = tuple(_curve(one) for one in sequence(found["curves"]))
+    layers = {node: {group: whole(place) for group, place in items(over)} for node, over in items(found["layers"])}
+    fixed = dict(items(found["fixed"]))
+    for node, over in layers.items():
+        if not over or any(not 0 <= place < len(curves) for place in over.values()):
+            raise ValueError(f"layer {node!r} has no curve")
+    return LatencyTable(
+        batch=whole(found["batch"]),
+        device=text(found["device"]),
+        threads=whole(found["threads"]),
+        curves=curves,
+        layers=layers,
+        fixed=dict(zip(fixed, _times(list(fixed.values())), strict=True)),
+        unmeasured=tuple(text(name) for name in sequence(found["unmeasured"])),
+    )
+
+
+def _curve(data: Any) -> Curve:
+    found = dict(items(data))
+    widths = indices(found.get("widths"))
+    seconds, spread = _times(found.get("seconds")), _times(found.get("spread"))
+    if not widths or not len(widths) == len(seconds) == len(spread) or min(seconds) <= 0:
+        raise ValueError("a curve needs a time above 0 and a spread for each of its widths")
+    return Curve(widths, seconds, spread)
+
+
+def _times(data: Any) -> tuple[float, ...]:
+    found: Sequence[Any] = sequence(data)
+    for value in found:
+        if type(value) not in (int, float) or not 0 <= value < LARGEST:
+            raise ValueError(f"expected seconds from 0 on, found {value!r:.60}")
+    return tuple(float(value) for value in found)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idap.cost.latency import alternate
-from idap.cost.macs import FORMULAS
-from idap.cost.table import Curve, LatencyTable
+from idap.cost.count import FORMULAS
+from idap.cost.latency import Curve, LatencyTable, alternate
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules.flow import arguments, base_name, operator
 from idap.graph.trace import trace
@@ -88,7 +87,7 @@ def measure_table(
     graph = trace(model, *example)
     timer = _Timer(model, example, seconds)
     with torch.no_grad():
-        curves, layers, unmeasured = _measured(structure, graph, timer, widths_of, progress or Silent())
+        curves, layers, unmeasured = _measure_layers(structure, graph, timer, widths_of, progress or Silent())
         fixed = {
             node.name: timer.once(_call(structure, graph, graph.nodes[node.name], structure.presence({})))
             for node in structure.graph.nodes.values()
@@ -105,7 +104,7 @@ def measure_table(
     )
 
 
-def _measured(
+def _measure_layers(
     structure: Structure,
     graph: Graph,
     timer: "_Timer",
@@ -172,17 +171,17 @@ def _call(structure: Structure, graph: Graph, node: Node, present: Presence) -> 
         dims = layout.dims[name][0]
         return _Shape(tuple(n * count(dim, present) // max(1, dim.shape[1]) for n, dim in zip(full, dims, strict=True)))
 
-    def shaped(value: Any) -> Any:
+    def shape_value(value: Any) -> Any:
         if isinstance(value, Ref):
             return shape(value.name)
-        return tuple(shaped(item) for item in value) if isinstance(value, tuple | list) else value
+        return tuple(shape_value(item) for item in value) if isinstance(value, tuple | list) else value
 
-    def resized(name: str, value: Any) -> Any:
+    def resize(name: str, value: Any) -> Any:
         if isinstance(value, tuple | list):
             return tuple(sizes.get((name, place), item) for place, item in enumerate(value))
         return sizes.get((name, None), value)
 
-    given = {name: resized(name, shaped(value)) for name, value in arguments(node).items()}
+    given = {name: resize(name, shape_value(value)) for name, value in arguments(node).items()}
     ordered = [argument.name for argument in operator(node)._schema.arguments if not argument.kwarg_only]
     return _Call(node.op, tuple(given.pop(name) for name in ordered), tuple(given.items()))
 
@@ -235,13 +234,13 @@ class _Timer:
         places = iter(range(64))
         last = self._channels_last and name in IMAGES | EVEN
 
-        def filled(value: Any) -> Any:
+        def fill(value: Any) -> Any:
             if isinstance(value, _Shape):
                 return self._tensor(next(places), value.sizes, last=last)
-            return [filled(item) for item in value] if isinstance(value, tuple) else value
+            return [fill(item) for item in value] if isinstance(value, tuple) else value
 
-        args = [filled(value) for value in call.args]
-        kwargs: Mapping[str, Any] = {key: filled(value) for key, value in call.kwargs}
+        args = [fill(value) for value in call.args]
+        kwargs: Mapping[str, Any] = {key: fill(value) for key, value in call.kwargs}
         return partial(operator(Node("", call.op)), *args, **kwargs)
 
     def _tensor(self, place: int, sizes: tuple[int, ...], *, last: bool) -> Tensor:

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from idap.cost.count import saved_tensors
+from idap.cost.count import tensor_bytes
 from idap.cost.latency import Latency, alternate
+from idap.deploy.export import export
+from idap.deploy.formats import need_onnx, onnx_runner
 from idap.errors import ConfigError
 from idap.progress import Progress, Silent
-from idap.saving.export import export
-from idap.saving.formats import need_onnx, onnx_runner
-from idap.surgery.compare import batch_size, resized_inputs
+from idap.surgery.compare import batch_size, resize_inputs
 from idap.training.batch import device_of
-from idap.training.evaluate import modes_kept
+from idap.training.evaluate import keep_modes
 
 Engine = Literal["eager", "compile", "onnxruntime"]
 ENGINES: tuple[Engine, ...] = ("eager", "compile", "onnxruntime")
@@ -111,18 +111,18 @@ def bench(  # noqa: PLR0913 - settings of a measurement, all with defaults
     pair, inputs = (original, compressed), (args, dict(kwargs or {}))
     on_gpu = device_of(original).type == "cuda"
     rows = []
-    with _threads(threads), modes_kept(original), modes_kept(compressed), _layout(pair, channels_last):
+    with _threads(threads), keep_modes(original), keep_modes(compressed), _layout(pair, channels_last):
         with progress.phase("bench", len(batches) * len(engines)) as phase:
             for engine in engines:
                 with _ready(engine, pair, inputs) as runs:
                     for batch in batches:
-                        sized = _laid_out(resized_inputs(*inputs, batch), channels_last and engine != "onnxruntime")
+                        sized = _with_layout(resize_inputs(*inputs, batch), channels_last and engine != "onnxruntime")
                         calls = [partial(run, *sized) for run in runs]
                         rows.append(_row(engine, batch, calls, repeats=repeats, warmup=warmup, on_gpu=on_gpu))
                         phase.advance(f"{engine}, batch of {batch}")
         return Bench(
             rows=tuple(rows),
-            size=_both(pair, lambda model: sum(saved_tensors(model).values())),
+            size=_both(pair, lambda model: sum(tensor_bytes(model).values())),
             subnormal=_both(pair, subnormal_weights),
             threads=torch.get_num_threads(),
             device=str(device_of(original)),
@@ -237,7 +237,7 @@ def _layout(pair: tuple[nn.Module, nn.Module], channels_last: bool) -> Iterator[
             tensor.data = data
 
 
-def _laid_out(inputs: Any, channels_last: bool) -> Any:
+def _with_layout(inputs: Any, channels_last: bool) -> Any:
     if not channels_last:
         return inputs
     return tree_map_only(

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idap.divergence.elimination import Shape, System, elimination_need
-from idap.divergence.gram import Gram, Rows
-from idap.divergence.jobs import Job
-from idap.divergence.observe import Probe, tensors_in
-from idap.divergence.pieces import WIDEST, Piece, divide, join
+from idap.divergence.observe import Job, Probe, tensors_in
+from idap.divergence.ports import Unfolding
 from idap.divergence.relative import FlowBehind, flow_behind
 from idap.divergence.scene import Place, Scene, Scorer
-from idap.divergence.squares import STRIP
 from idap.divergence.watch import Look
 from idap.errors import StructureError
+from idap.linalg.elimination import WIDEST, Piece, Shape, System, divide, eliminate, elimination_need, join
+from idap.linalg.moments import STRIP, SecondMoments
 from idap.structure.groups import Group
 from idap.structure.layout import count
 
@@ -32,16 +30,13 @@ ROWS, PER_SAMPLE = 8192, 32
 DAMPING = 1e-3
 """Least ridge, as a share of the mean variance of a column; more where there are few rows for the columns."""
 
-STEPS = 96
-"""A group is eliminated in at most about so many steps; a wide one several units at a time."""
-
 
 def innovation(scene: Scene, *, widest: int = WIDEST) -> Scorer:
     """Accumulated cost of eliminating units when the layers that read them are refitted, over E‖x‖² of the stream.
 
     Args:
         scene: what is measured.
-        widest: a group of which a layer reads more columns is eliminated in pieces, see `idap.divergence.pieces`.
+        widest: a group of which a layer reads more columns is eliminated in pieces, see `idap.linalg.elimination`.
     """
     return InnovationScores(scene, widest=widest)
 
@@ -109,52 +104,20 @@ def _job(name: str, readers: Sequence["_Reader"], keep: Callable[[Sequence["Syst
 
     def settle() -> None:
         for reader in readers:
-            reader.gram.settle()
+            reader.gram.flush()
 
     need = elimination_need([reader.shape for reader in readers])
     probes = [reader.probe() for reader in readers]
     return Job(name, need, probes, settle, [reader.gram.sums for reader in readers], finish)
 
 
-def eliminate(systems: Sequence[System], size: int) -> Tensor:
-    """Eliminate all units of a group from all its consumers, the cheapest first.
-
-    Args:
-        systems: the consumers; used up.
-        size: number of units of the group.
-
-    Returns:
-        Mean over the consumers of the cost accumulated when each unit went, shape (size,); the last one to go gets what
-        is left.
-    """
-    left = torch.nonzero(torch.bincount(torch.cat([system.units for system in systems]))).ravel()
-    step = max(1, len(left) // STEPS)
-    scores = torch.zeros(size, dtype=torch.float64)
-    total = 0.0
-    while len(left):
-        costs = torch.zeros(size, dtype=torch.float64)
-        for system in systems:
-            costs.index_add_(0, system.units, system.costs().cpu())
-        costs = costs[left] / len(systems)
-        order = costs.argsort(stable=True)[:step]
-        chosen = left[order]
-        scores[chosen] = total + costs[order].cumsum(0)
-        total = float(scores[chosen[-1]])
-        for system in systems:
-            gone = torch.isin(system.units, chosen)
-            if gone.any():
-                system.remove(gone)
-        left = left[~torch.isin(left, chosen)]
-    return scores
-
-
 @dataclass
 class _Reader:
     place: Place
     units: Tensor
-    rows: Rows
+    rows: Unfolding
     flow: FlowBehind
-    gram: Gram
+    gram: SecondMoments
     weight: Tensor | None = None
     parts: int = 1
     batches: int = 0
@@ -187,7 +150,7 @@ class _Reader:
     def of(self, piece: Tensor) -> "_Reader | None":
         """The same reader of some units alone; None if it reads none of them."""
         units = torch.where(torch.isin(self.units, piece), self.units, -1)
-        return replace(self, units=units, gram=Gram()) if bool((units >= 0).any()) else None
+        return replace(self, units=units, gram=SecondMoments()) if bool((units >= 0).any()) else None
 
     def probe(self) -> Probe:
         call = self.place.node.call
@@ -208,7 +171,7 @@ class _Reader:
 
     def _moments(self, taps: int) -> Tensor:
         """Second moments about the mean, with the taps of a channel side by side as in the flat weight."""
-        moments = self.gram.centred().cpu()
+        moments = self.gram.covariance().cpu()
         self.gram.sums.pop("products")  # these matrices are large
         if taps > 1:
             order = torch.arange(moments.shape[-1]).reshape(taps, -1).T.ravel()
@@ -218,7 +181,7 @@ class _Reader:
 
     def systems(self) -> list[System]:
         """The consumer's parts, ready for elimination."""
-        if self.weight is None or not self.gram.sums or self.flow.energy is None or not self.flow.energy.seen:
+        if self.weight is None or not self.gram.sums or self.flow.energy is None or not self.flow.energy.has_data:
             return []
         matrix = self.rows.matrix(self.weight, self.parts)
         units, taps = self.units.reshape(self.parts, -1), matrix.shape[-1] * self.parts // len(self.units)
@@ -262,12 +225,12 @@ def _parts(place: Place, slots: int) -> int:
 def _reader(place: Place, group: Group) -> _Reader | None:
     if place.weight_at is None or place.input_at is None or place.node.call is None:
         return None
-    rows = Rows(place.contraction, place.node, ROWS)
-    units = place.scene.units_in(place.read, group)
-    if not rows.known or not len(units):
+    rows = Unfolding(place.contraction, place.node, ROWS)
+    units = place.scene.units_in(place.input_dim, group)
+    if not rows.can_unfold or not len(units):
         return None
     for part in units.reshape(_parts(place, len(units)), -1):  # of each part all units are blocks of one size
         counts = torch.bincount(part[part >= 0])
         if len(set(counts.tolist()) - {0}) != 1:
             return None
-    return _Reader(place, units, rows, flow_behind(place), Gram())
+    return _Reader(place, units, rows, flow_behind(place), SecondMoments())

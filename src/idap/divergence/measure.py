@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from idap.divergence.criteria import Criterion, opener_of
-from idap.divergence.gates import trainable
-from idap.divergence.jobs import MEMORY, Job
-from idap.divergence.observe import Pass, observe, sum_over_processes
+from idap.divergence.observe import MEMORY, Job, Pass, observe, sum_over_processes
 from idap.divergence.ports import Wiring
-from idap.divergence.scene import Opener, Scene, Scorer
+from idap.divergence.scene import Opener, Scene, Scorer, trainable
 from idap.divergence.watch import Watch
 from idap.errors import ConfigError, StructureError, TaskError
-from idap.memory import Room, packed
+from idap.memory import Room, pack
 from idap.progress import Phase, Progress, Silent
 from idap.structure.analysis import Structure
 from idap.training.batch import device_of
@@ -50,8 +48,8 @@ class Divergence:
 
     def _repr_html_(self) -> str:
         """How a notebook shows it: mean and range of each group, and the score of each branch and block."""
-        from idap.report.notebook import table_display  # noqa: PLC0415 - of use in notebooks only
         from idap.report.numbers import small  # noqa: PLC0415 - as above
+        from idap.report.page import table_display  # noqa: PLC0415 - of use in notebooks only
 
         known = {name: scores[scores.isfinite()] for name, scores in self.units.items()}
         spreads = {
@@ -76,7 +74,7 @@ class Divergence:
         of the width of heads are not added: they are slices of the same heads, which would count twice.
         """
         total = 0.0
-        for group in structure.held_by(block):
+        for group in structure.groups_inside(block):
             if group.kind != "head width" and group.name in self.units:
                 total += float(self.units[group.name].nansum())
         return total
@@ -153,7 +151,7 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
     wiring = Wiring(structure, removed)
     watch = Watch(wiring)
     scene = Scene(model, structure, keep, tuple(removed), structure.presence(keep), wiring, watch, seed=seed)
-    scorers = {name: _opened(name, opener(scene)) for name, opener in openers.items()}
+    scorers = {name: _as_scorer(name, opener(scene)) for name, opener in openers.items()}
     rounds = _rounds(jobs := [job for scorer in scorers.values() for job in getattr(scorer, "jobs", ())], memory, model)
     if len(rounds) > 1:
         passes = list(passes)
@@ -181,7 +179,7 @@ def _rounds(jobs: Sequence[Job], memory: int, model: nn.Module) -> list[list[Job
             what=f"the elimination of the units of group {job.name!r}",
             way_out='Measure by another criterion, such as criterion="relative", which keeps no second moments.',
         )
-    return packed(jobs, memory, room)
+    return pack(jobs, memory, room)
 
 
 def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job], phase: Phase) -> None:
@@ -229,7 +227,7 @@ class _Given:
         return None
 
 
-def _opened(name: str, found: "Scorer | Mapping[str, Tensor]") -> Scorer:
+def _as_scorer(name: str, found: "Scorer | Mapping[str, Tensor]") -> Scorer:
     if isinstance(found, Mapping):
         return _Given(found)
     if not all(callable(getattr(found, method, None)) for method in ("units", "blocks")):

@@ -1,8 +1,4 @@
-"""Watch tensors while a model runs. Statistics are summed up as the tensors go by; no activation is kept.
-
-A probe names the calls it wants to see (`idap.graph.calls`) and adds up what it sees there. One pass over the
-calibration data serves all probes at once.
-"""
+"""Watch tensors while a model runs. Statistics are summed up as the tensors go by; no activation is kept."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +11,8 @@ from torch import Tensor, nn
 from idap.errors import StructureError, TaskError
 from idap.graph.calls import intercept
 from idap.graph.ir import CallKey, Graph, leaves
-from idap.training.evaluate import modes_kept
+from idap.memory import Need
+from idap.training.evaluate import keep_modes
 from idap.training.processes import process_count
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -89,7 +86,7 @@ def observe(
 
     count = 0
     with ExitStack() as stack:
-        stack.enter_context(modes_kept(model))
+        stack.enter_context(keep_modes(model))
         stack.enter_context(torch.set_grad_enabled(gradients))
         for each in passes:
             begin(each)
@@ -148,7 +145,7 @@ def is_result(graph: Graph, name: str) -> bool:
     node = graph.nodes[name]
     if node.call is None:
         return False
-    made = graph.made_by[node.call]
+    made = graph.call_nodes[node.call]
     if node.op == "getitem":
         return [other.name for other in made if other.op != "getitem"] == [node.args[0].name]
     read = {used for other in made for used in other.inputs()}
@@ -168,7 +165,7 @@ def result_of(graph: Graph, name: str, result: Any) -> Tensor | None:
 def tensors_given(graph: Graph, name: str) -> list[str] | None:
     """The nodes whose values the eager call of a node was given, in order; None if that can't be told."""
     made = graph.nodes[name]
-    if made.call is None or any(other.name != name and other.op != "getitem" for other in graph.made_by[made.call]):
+    if made.call is None or any(other.name != name and other.op != "getitem" for other in graph.call_nodes[made.call]):
         return None  # one call that makes several operators, such as F.multi_head_attention_forward
     return list(made.inputs())
 
@@ -182,3 +179,28 @@ def tensor_argument(graph: Graph, node: str, wanted: str) -> int | None:
 def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among the arguments of a call, in order."""
     return [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+MEMORY = 2 * 2**30
+"""Bytes that the second moments of one pass may take."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement that gives back its memory when it is finished.
+
+    Attributes:
+        name: of the group that it measures.
+        need: bytes that it takes.
+        probes: what it looks at.
+        settle: called once, after its pass and before sums are added up over processes.
+        sums: what is added up over processes; filled by then.
+        finish: called once, after that.
+    """
+
+    name: str
+    need: Need
+    probes: Sequence[Probe]
+    settle: Callable[[], None]
+    sums: Sequence[dict[str, Tensor]]
+    finish: Callable[[], None]

@@ -44,14 +44,14 @@ class PaperScores:
         """Sums over the layers that were seen writing."""
         found = {}
         for name, writers in self._writers.items():
-            parts = [writer.scores() for writer in writers if writer.seen]
+            parts = [writer.scores() for writer in writers if writer.has_data]
             if parts:
                 found[name] = torch.stack(parts).sum(0)
         return found
 
     def blocks(self) -> Mapping[str, float]:
         """Branches and blocks that were seen."""
-        return {name: ratio.paper for name, ratio in self._ratios.items() if ratio.seen}
+        return {name: ratio.paper for name, ratio in self._ratios.items() if ratio.has_data}
 
 
 class ShareScores:
@@ -85,7 +85,7 @@ class ActivationScores:
                 node = place.contraction.input if heads else activation_of(scene.wiring, port.node)
                 stats = scene.watch.channels(node, dim, reader=place.reads if heads else (None, None))
                 if stats is not None:
-                    units = scene.units_in(place.read if heads else place.written, group)
+                    units = scene.units_in(place.input_dim if heads else place.output_dim, group)
                     self._parts[group.name].append((units, stats))
 
     def units(self) -> Mapping[str, Tensor]:
@@ -96,7 +96,7 @@ class ActivationScores:
             rows = [
                 by_unit(stats.square, units, size) / by_unit(torch.ones_like(stats.square), units, size).clamp_min(1)
                 for units, stats in parts
-                if stats.seen
+                if stats.has_data
             ]
             if rows:
                 found[name] = torch.stack(rows).mean(0).sqrt()
@@ -118,8 +118,8 @@ class _Writer:
     stats: ChannelStats
 
     @property
-    def seen(self) -> bool:
-        return self.stats.seen and self.weight.value is not None
+    def has_data(self) -> bool:
+        return self.stats.has_data and self.weight.value is not None
 
     def scores(self) -> Tensor:
         assert self.weight.value is not None
@@ -139,8 +139,8 @@ class _Heads:
     stats: ChannelStats
 
     @property
-    def seen(self) -> bool:
-        return self.stats.seen
+    def has_data(self) -> bool:
+        return self.stats.has_data
 
     def scores(self) -> Tensor:
         return self.norms.sums["norms"] / self.stats.samples * self.weights
@@ -165,7 +165,7 @@ def _writer(scene: Scene, group: Group, port: Port) -> "_Writer | None":
     stats = scene.watch.channels(activation_of(scene.wiring, port.node), place.contraction.output_dim)
     if weight is None or stats is None:
         return None
-    units = scene.units_in(place.written, group)
+    units = scene.units_in(place.output_dim, group)
     norms = scene.watch.norms(stats, units, group.size, per_channel=True)
     return _Writer(units, group.size, place.contraction.write_dim, weight, norms, stats)
 
@@ -176,10 +176,10 @@ def _heads(scene: Scene, group: Group, port: Port) -> "_Heads | None":
     stats = scene.watch.channels(place.contraction.input, place.contraction.input_dim, reader=place.reads)
     if stats is None or not writers:
         return None
-    original = torch.from_numpy(scene.structure.layout.units(place.read, group.index))
+    original = torch.from_numpy(scene.structure.layout.units(place.input_dim, group.index))
     width = int((original == 0).sum())
     weights = torch.stack([_norms(scene, group, writer, width) for writer in writers]).sum(0)
-    norms = scene.watch.norms(stats, scene.units_in(place.read, group), group.size, per_channel=False)
+    norms = scene.watch.norms(stats, scene.units_in(place.input_dim, group), group.size, per_channel=False)
     return _Heads(weights, norms, stats)
 
 

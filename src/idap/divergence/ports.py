@@ -1,13 +1,23 @@
-"""What the graph says about the places where units are written and read: the stream they end in, their activation."""
+"""Where units are written and read: the stream they end in, their activation, and rows of what a contraction reads.
 
-from collections.abc import Sequence
+A row is what the weights are multiplied by at one position; for a convolution an unfolded patch, the inputs under all
+taps of the kernel. The matrix of all rows is never held; batch by batch some of them are drawn.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from idap.divergence.observe import is_result, tensors_given
 from idap.graph.ir import CallKey, Graph, Node, Ref
+from idap.graph.rules import Contraction
 from idap.graph.rules.flow import arguments, base_name
+from idap.linalg.moments import exact
 from idap.structure.analysis import Structure
 
 PASSING = ("dropout", "view", "reshape", "flatten", "permute", "transpose", "contiguous", "clone", "detach", "alias")
@@ -157,3 +167,154 @@ def activation_of(wiring: Wiring, name: str) -> str:
         end = node.name
         found = end if is_result(graph, end) else found
     return found
+
+
+class _Side(NamedTuple):
+    """How a kernel goes along one spatial dimension.
+
+    Attributes:
+        taps: extent of the kernel.
+        stride: from one position to the next.
+        apart: from one tap to the next.
+        padding: before and after the input.
+        positions: of the output.
+    """
+
+    taps: int
+    stride: int
+    apart: int
+    padding: tuple[int, int]
+    positions: int
+
+
+@dataclass(frozen=True)
+class Unfolding:
+    """Draws rows of the matrix that a contraction multiplies by its weights.
+
+    Attributes:
+        contraction: what it does.
+        node: the operator.
+        limit: most rows drawn from one batch.
+    """
+
+    contraction: Contraction
+    node: Node
+    limit: int
+
+    @property
+    def can_unfold(self) -> bool:
+        """Whether this kind of contraction can be unfolded; transposed convolutions and single samples can't."""
+        kind, place = self.contraction.kind, self.contraction.input_dim
+        return kind == "linear" or (place == 1 and base_name(self.node.op) in ("conv1d", "conv2d", "conv3d"))
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether what comes out has its rows in the order of what is read; an einsum may exchange them."""
+        return self.can_unfold and self.contraction.paired
+
+    def choose(self, x: Tensor, weight: Tensor, valid: Callable[[Tensor], Tensor | None], seed: int) -> Tensor:
+        """Which positions of a batch are drawn: all, or a random choice without repetition, in order.
+
+        Args:
+            x: the input.
+            weight: as the call is given it.
+            valid: gives the flat positions of a tensor with its channels last that are no padding; None for all.
+            seed: of the draw.
+        """
+        if self.contraction.kind == "linear":
+            last = x.movedim(self.contraction.input_dim, -1)
+            return self._draw(valid(last), last.numel() // max(1, last.shape[-1]), seed)
+        return self._draw(None, len(x) * self._extent(x, weight), seed)
+
+    def choose_outputs(self, y: Tensor, valid: Callable[[Tensor], Tensor | None], seed: int) -> Tensor:
+        """The same from the output: its positions."""
+        last = y.movedim(self.contraction.output_dim, -1)
+        counted = valid(last) if self.contraction.kind == "linear" else None
+        return self._draw(counted, last.numel() // max(1, last.shape[-1]), seed)
+
+    def _draw(self, counted: Tensor | None, count: int, seed: int) -> Tensor:
+        """All of so many positions, or of those that count, or a random choice."""
+        if counted is not None:
+            count = len(counted)
+        chosen = torch.arange(count)
+        if count > self.limit:
+            draw = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(count, generator=draw)[: self.limit].sort().values
+        return chosen if counted is None else counted[chosen]
+
+    def of(self, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+        """The rows at chosen positions, shape (parts, rows, columns); columns in the order of the flat weight."""
+        rows = self.by_tap(x, weight, chosen)
+        if self.contraction.kind == "linear":
+            return rows
+        apart = rows.reshape(*rows.shape[:2], prod(weight.shape[2:]), -1)
+        return apart.transpose(2, 3).flatten(2)
+
+    def by_tap(self, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+        """The same with all columns of a kernel's tap side by side, which takes one copy less of all rows.
+
+        Args:
+            x: the input; of a contraction in one part some of its channels will do.
+            weight: as the call is given it.
+            chosen: positions.
+        """
+        if self.contraction.kind == "linear":
+            flat = x.movedim(self.contraction.input_dim, -1)
+            return exact(flat.reshape(-1, flat.shape[-1])[chosen.to(x.device)]).unsqueeze(0)
+        sides = self._sides(x, weight)
+        padded = F.pad(x, [pad for side in reversed(sides) for pad in side.padding])  # torch wants the last one first
+        flat = padded.movedim(1, -1).reshape(-1, x.shape[1])  # a row per place: whole rows are copied fast
+        places = torch.unravel_index(chosen.to(x.device), (len(x), *(side.positions for side in sides)))
+        first, taps = places[0], torch.zeros(1, dtype=torch.long, device=x.device)
+        for side, extent, place in zip(sides, padded.shape[2:], places[1:], strict=True):
+            first = first * extent + place * side.stride
+            within = side.apart * torch.arange(side.taps, device=x.device)
+            taps = (taps.unsqueeze(1) * extent + within).ravel()
+        taken = exact(flat[(first.unsqueeze(1) + taps).ravel()])
+        parts = max(1, x.shape[1] // weight.shape[1])
+        return taken.reshape(len(chosen), len(taps), parts, -1).permute(2, 0, 1, 3).flatten(2)
+
+    def _extent(self, x: Tensor, weight: Tensor) -> int:
+        """Number of positions in the output for one sample of a convolution."""
+        return prod(side.positions for side in self._sides(x, weight))
+
+    def outputs(self, y: Tensor, chosen: Tensor) -> Tensor:
+        """The outputs at the same positions, shape (rows, outputs)."""
+        flat = y.movedim(self.contraction.output_dim, -1)
+        return exact(flat.reshape(-1, flat.shape[-1])[chosen.to(y.device)])
+
+    def matrix(self, weight: Tensor, parts: int) -> Tensor:
+        """The weight as matrices, shape (parts, outputs of a part, columns)."""
+        flat = weight.movedim(self.contraction.write_dim, 0)
+        flat = flat if self.contraction.kind == "conv" else flat.reshape(len(flat), -1)
+        return flat.reshape(parts, len(flat) // parts, -1)
+
+    def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """Matrices back in the shape of the weight."""
+        first = like.movedim(self.contraction.write_dim, 0)
+        return matrix.reshape(first.shape).movedim(0, self.contraction.write_dim)
+
+    def _sides(self, x: Tensor, weight: Tensor) -> list["_Side"]:
+        """How the kernel goes along each spatial dimension of the input."""
+        given = arguments(self.node)
+        kernel = weight.shape[2:]
+        stride, dilation = (_each(given[name], len(kernel)) for name in ("stride", "dilation"))
+        padding = _padding(given["padding"], kernel, dilation)
+        sides = []
+        for extent, taps, step, apart, pads in zip(x.shape[2:], kernel, stride, dilation, padding, strict=True):
+            room = extent + sum(pads) - (taps - 1) * apart
+            sides.append(_Side(taps, step, apart, pads, (room - 1) // step + 1))
+        return sides
+
+
+def _each(value: Any, count: int) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+    return values * count if len(values) == 1 else values
+
+
+def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """Padding before and after each dimension."""
+    if given == "same":
+        totals = [apart * (size - 1) for size, apart in zip(kernel, dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(side, side) for side in ([0] * len(kernel) if given == "valid" else _each(given, len(kernel)))]

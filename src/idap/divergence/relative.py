@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idap.divergence.gram import exact
 from idap.divergence.observe import is_result, result_of, tensors_in
 from idap.divergence.ports import Stream, factor_in, stream_of
 from idap.divergence.scene import Place, Scene, Scorer
-from idap.divergence.squares import sum_of_rows
 from idap.divergence.watch import Argument, ChannelStats, SampleRatio
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules import Contraction
 from idap.graph.rules.flow import arguments, base_name
+from idap.linalg.moments import exact, sum_of_rows
 from idap.structure.blocks import Block
 from idap.structure.groups import Group, Port
 from idap.structure.layout import count
@@ -47,14 +46,14 @@ class RelativeScores:
         """Mean over the readers that were seen."""
         found = {}
         for name, readers in self._readers.items():
-            parts = [reader.scores(centred=self._centred) for reader in readers if reader.seen]
+            parts = [reader.scores(centred=self._centred) for reader in readers if reader.has_data]
             if parts:
                 found[name] = torch.stack(parts).mean(0)
         return found
 
     def blocks(self) -> Mapping[str, float]:
         """Branches and blocks that were seen."""
-        return {name: ratio.relative for name, ratio in self._ratios.items() if ratio.seen}
+        return {name: ratio.relative for name, ratio in self._ratios.items() if ratio.has_data}
 
 
 def _readers(scene: Scene, group: Group) -> list["Reader"]:
@@ -70,7 +69,7 @@ def reader_of(scene: Scene, group: Group, port: Port) -> "Reader | None":
     flow = flow_behind(place)
     if weight is None or argument is None or stats is None or flow.energy is None:
         return None
-    units = scene.units_in(place.read, group)
+    units = scene.units_in(place.input_dim, group)
     order = _by_unit(units) if place.contraction.groups == 1 else None
     reader = Reader(place, units, group.size, stats, weight, flow, order)
     if order is not None and place.node.call is not None:
@@ -111,13 +110,13 @@ class FlowBehind:
 def flow_behind(place: Place) -> FlowBehind:
     """Find and watch the flow that a contraction feeds."""
     scene = place.scene
-    stream = stream_of(scene.wiring, place.port.node, channels=place.written.shape[1])
+    stream = stream_of(scene.wiring, place.port.node, channels=place.output_dim.shape[1])
     if stream.addition:
         node = list(scene.structure.graph.nodes[stream.addition].inputs())[stream.skip]
         energy = scene.watch.energy(node)
     else:
         energy = scene.watch.energy(stream.end) if is_result(scene.structure.graph, stream.end) else None
-    return FlowBehind(stream, energy, count(place.written, scene.present))
+    return FlowBehind(stream, energy, count(place.output_dim, scene.present))
 
 
 class Reader:
@@ -141,16 +140,16 @@ class Reader:
         self.sums: dict[str, Tensor] = {}
 
     @property
-    def seen(self) -> bool:
+    def has_data(self) -> bool:
         """Whether anything went by."""
-        return self._stats.seen and self._flow.energy is not None and self._flow.energy.seen
+        return self._stats.has_data and self._flow.energy is not None and self._flow.energy.has_data
 
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add up the second moments of units of several slots."""
         assert self._order is not None and self._place.input_at is not None
         x = tensors_in(args, kwargs)[self._place.input_at].detach().movedim(self._place.contraction.input_dim, -1)
         x = x if x.dtype == torch.float64 else x.float()
-        x = _ordered(self._place.scene.watch.counted(x).reshape(-1, x.shape[-1]), self._order)
+        x = _group_slots(self._place.scene.watch.mask_padding(x).reshape(-1, x.shape[-1]), self._order)
         parts = x.transpose(0, 1)  # (U, rows, w)
         added = (parts.transpose(1, 2) @ parts).double()
         self.sums["moments"] = self.sums["moments"] + added if "moments" in self.sums else added
@@ -163,29 +162,29 @@ class Reader:
             moments = self.sums["moments"].cpu() / self._stats.sums["positions"]
             if centred:
                 moments = moments - mean[self._order].unsqueeze(2) * mean[self._order].unsqueeze(1)
-            found[self._units[self._order[:, 0]]] = (self._weighing * moments).sum((1, 2))
+            found[self._units[self._order[:, 0]]] = (self._weight_products * moments).sum((1, 2))
         else:
             moments = self._stats.square - (mean.square() if centred else 0)
             mine = self._units >= 0
-            found.index_add_(0, self._units[mine], (moments * self._weighing)[mine])
+            found.index_add_(0, self._units[mine], (moments * self._weight_products)[mine])
         return found.clamp_min(0) / self._flow.mean_square
 
     @cached_property
-    def _weighing(self) -> Tensor:
+    def _weight_products(self) -> Tensor:
         """V_uᵀ V_u of each unit, (U, w, w), where units have several slots; else ‖V_i‖² of each input channel, (I,)."""
         assert self._weight.value is not None
         contraction = self._place.contraction
         weight = exact(self._weight.value.detach()).cpu()
         scale = self._flow.scale(self._place.scene)
-        weight = scaled(weight, contraction, None if scale is None else scale.to(weight.dtype))
+        weight = scale_outputs(weight, contraction, None if scale is None else scale.to(weight.dtype))
         if self._order is None:
             return squared_norms(weight, contraction, self._stats.square.numel())
         rows = weight.movedim(contraction.read_dim, -1).flatten(0, -2)  # (O x taps, I)
-        parts = _ordered(rows, self._order).transpose(0, 1).double()
+        parts = _group_slots(rows, self._order).transpose(0, 1).double()
         return parts.transpose(1, 2) @ parts
 
 
-def _ordered(rows: Tensor, order: Tensor) -> Tensor:
+def _group_slots(rows: Tensor, order: Tensor) -> Tensor:
     """Rows of shape (rows, slots) by unit, shape (rows, units, slots of a unit)."""
     flat = order.ravel()
     if len(flat) != rows.shape[1] or not torch.equal(flat, torch.arange(len(flat))):
@@ -238,8 +237,8 @@ def _block(scene: Scene, block: Block) -> SampleRatio | None:
         value = result_of(graph, block.exit, result)
         before = held.pop() if held else None
         if value is not None and before is not None:
-            counted = scene.watch.counted
-            ratio.add(_squared(counted(value.detach() - before)), _squared(counted(before)))
+            counted = scene.watch.mask_padding
+            ratio.add(_sample_energy(counted(value.detach() - before)), _sample_energy(counted(before)))
 
     # No copy: a block that overwrote the stream it is given could not be removed, and is not offered.
     place = entry.argument
@@ -251,7 +250,7 @@ def _block(scene: Scene, block: Block) -> SampleRatio | None:
     return ratio
 
 
-def _squared(x: Tensor) -> Tensor:
+def _sample_energy(x: Tensor) -> Tensor:
     """Squared norm of each sample."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=exact)
@@ -264,15 +263,15 @@ def affine_scale(node: Node, graph: Graph, tensors: Mapping[str, Tensor]) -> Ten
     A batch norm multiplies by weight / sqrt(running variance + eps).
     """
 
-    def held(value: Any) -> Tensor:
+    def tensor_of(value: Any) -> Tensor:
         return tensors[graph.nodes[value.name].target].detach().double().cpu().ravel()
 
     if base_name(node.op) == "mul":
         factor = factor_in(graph, node)
-        return held(factor) if isinstance(factor, Ref) else torch.tensor([float(factor)], dtype=torch.float64)
+        return tensor_of(factor) if isinstance(factor, Ref) else torch.tensor([float(factor)], dtype=torch.float64)
     given = arguments(node)
-    scale = (held(given["running_var"]) + float(given["eps"])).rsqrt()
-    return scale if given["weight"] is None else scale * held(given["weight"])
+    scale = (tensor_of(given["running_var"]) + float(given["eps"])).rsqrt()
+    return scale if given["weight"] is None else scale * tensor_of(given["weight"])
 
 
 def _by_unit(units: Tensor) -> Tensor | None:
@@ -286,7 +285,7 @@ def _by_unit(units: Tensor) -> Tensor | None:
     return mine[units[mine].argsort(stable=True)].reshape(-1, width)
 
 
-def scaled(weight: Tensor, contraction: Contraction, scale: Tensor | None) -> Tensor:
+def scale_outputs(weight: Tensor, contraction: Contraction, scale: Tensor | None) -> Tensor:
     """The weight with each output channel multiplied by a factor."""
     if scale is None:
         return weight

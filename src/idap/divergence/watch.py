@@ -9,8 +9,8 @@ from torch import Tensor
 
 from idap.divergence.observe import After, Before, Pass, Probe, result_of, tensors_in
 from idap.divergence.ports import Sight, Wiring
-from idap.divergence.squares import sum_of_squares
 from idap.graph.ir import CallKey
+from idap.linalg.moments import sum_of_squares
 
 
 @dataclass
@@ -67,7 +67,7 @@ class ChannelStats:
         dim = max(1, self._dim or 1)
         x = x.detach() if x.is_floating_point() else x.detach().float()
         counted = torch.full([len(x)], x[:1].numel() / max(1, x.shape[dim]), dtype=torch.float64)  # positions
-        if padding is not None and (mask := _aligned(padding, x, dim)) is not None:
+        if padding is not None and (mask := _align_mask(padding, x, dim)) is not None:
             counted *= mask.reshape(len(x), -1).double().mean(1).cpu()
             x = x * mask
         inner = [place for place in range(1, x.dim()) if place != dim]
@@ -93,7 +93,7 @@ class ChannelStats:
             norms.add(squared, counted)
 
     @property
-    def seen(self) -> bool:
+    def has_data(self) -> bool:
         """Whether anything went by."""
         return bool(self.sums)
 
@@ -137,7 +137,7 @@ class SampleRatio:
         _accumulate(self.sums, "samples", (change + stream > 0).sum().double())
 
     @property
-    def seen(self) -> bool:
+    def has_data(self) -> bool:
         """Whether anything went by."""
         return bool(self.sums)
 
@@ -243,9 +243,9 @@ class Watch:
             shared += [self._see(sight, stats.add) for stats in by_dim.values()]
         return [*shared, *self._arguments.values(), *self._probes]
 
-    def counted(self, x: Tensor) -> Tensor:
+    def mask_padding(self, x: Tensor) -> Tensor:
         """A tensor with its channels last, zero at positions of padding."""
-        mask = None if self.padding is None else _aligned(self.padding, x, x.dim() - 1)
+        mask = None if self.padding is None else _align_mask(self.padding, x, x.dim() - 1)
         return x if mask is None else x * mask
 
     def valid(self, x: Tensor) -> Tensor | None:
@@ -323,11 +323,11 @@ class Note:
 
 def valid_positions(padding: Tensor | None, x: Tensor) -> Tensor | None:
     """The flat positions of a tensor with its channels last that are no padding; None if all count."""
-    mask = None if padding is None else _aligned(padding, x, x.dim() - 1)
+    mask = None if padding is None else _align_mask(padding, x, x.dim() - 1)
     return None if mask is None else torch.nonzero(mask.expand(*x.shape[:-1], 1).ravel()).ravel().cpu()
 
 
-def _aligned(padding: Tensor, x: Tensor, dim: int) -> Tensor | None:
+def _align_mask(padding: Tensor, x: Tensor, dim: int) -> Tensor | None:
     """The mask in the shape of a tensor, channels in `dim`; None where its positions are not those of a sequence."""
     samples, length = padding.shape
     if x.shape[0] == samples * length:

@@ -37,7 +37,7 @@ class Stack:
         self.entered: Callable[[], None] = lambda: None
 
     @property
-    def running(self) -> str | None:
+    def current(self) -> str | None:
         """Path of the innermost module, None outside of the model."""
         return self.paths[-1] if self.paths else None
 
@@ -47,7 +47,7 @@ class Stack:
         if path == "":
             self.paths.clear()
             self.entered()
-        self.paths.append(self.running if path is None else path)
+        self.paths.append(self.current if path is None else path)
 
     def leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
         """A module returns."""
@@ -55,7 +55,7 @@ class Stack:
             self.paths.pop()
 
     @contextmanager
-    def followed(self) -> Iterator[None]:
+    def follow(self) -> Iterator[None]:
         """Follow the calls of all modules."""
         before = register_module_forward_pre_hook(self.enter)
         after = register_module_forward_hook(self.leave, always_call=True)
@@ -75,7 +75,7 @@ class _Intercept(TorchFunctionMode):
         stack.entered = self._counts.clear
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        path = self._stack.running
+        path = self._stack.current
         if path is None:  # data loading, a loss: not the model's own code
             return func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _IN_PYTHON:
@@ -107,7 +107,7 @@ def intercept(model: nn.Module, handler: Handler) -> Iterator[Stack]:
         The modules that are running.
     """
     stack = Stack(model)
-    with stack.followed(), _Intercept(stack, handler):
+    with stack.follow(), _Intercept(stack, handler):
         yield stack
 
 
@@ -132,13 +132,13 @@ def watch_attributes(model: nn.Module) -> Iterator[dict[str, set[str]]]:
     stack, found = Stack(model), dict[str, set[str]]()
 
     def read(module: nn.Module, name: str) -> Any:
-        if stack.running is not None and not name.startswith("_") and name not in _OF_EVERY_MODULE:
+        if stack.current is not None and not name.startswith("_") and name not in _OF_EVERY_MODULE:
             path = stack.path_of.get(id(object.__getattribute__(module, "__dict__")))
-            if path is not None and path != stack.running and not _reads_itself(sys._getframe(1), module):
-                found.setdefault(path, set()).add(stack.running)
+            if path is not None and path != stack.current and not _reads_itself(sys._getframe(1), module):
+                found.setdefault(path, set()).add(stack.current)
         return object.__getattribute__(module, name)
 
-    with stack.followed():
+    with stack.follow():
         nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
         try:
             yield found

@@ -53,8 +53,8 @@ class Converter:
         self._placeholders(names)
         self._walk(self._program.graph, names, "")
         self._locate()
-        self.nodes = {name: self._resolved(node) for name, node in self._raw.items()}
-        self.outputs, self.returned = self._returned(names)
+        self.nodes = {name: self._resolve(node) for name, node in self._raw.items()}
+        self.outputs, self.returned = self._outputs(names)
 
     def calls(self, path: str) -> tuple[ModuleCall, ...]:
         """The calls of a module, with the nodes they start from and end in."""
@@ -67,7 +67,7 @@ class Converter:
         takes = next((place for place, item in passed.items() if isinstance(item, Ref)), 0)
         given = passed.get(takes)
         stream = next((name for _, name in places_in(frame.output)), "")
-        gives = _given_on(frame.output, stream, places)
+        gives = _output_form(frame.output, stream, places)
         return ModuleCall(
             self.places.get(given.name, "") if isinstance(given, Ref) else "",
             "" if gives is None else self.places.get(stream, ""),
@@ -75,7 +75,7 @@ class Converter:
             gives,
         )
 
-    def escaped(self, training: Mapping[Expression, dict[str, str]]) -> dict[Expression, dict[str, str]]:
+    def find_escapes(self, training: Mapping[Expression, dict[str, str]]) -> dict[Expression, dict[str, str]]:
         """The leaves of the sizes from which other numbers were computed: for each the modules, with the place.
 
         Args:
@@ -100,7 +100,7 @@ class Converter:
         read = sources(note.left) | sources(note.right)
         return all(leaf.node in self.places for leaf in read if isinstance(leaf, Extent))
 
-    def _returned(self, names: Mapping[fx.Node, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _outputs(self, names: Mapping[fx.Node, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         wanted = set(self._program.graph_signature.user_outputs)
         returned = [n for n in leaves(list(self._program.graph.output_node().args)) if isinstance(n, fx.Node)]
         refs = [names[n] for n in returned if n.name in wanted]
@@ -209,7 +209,7 @@ class Converter:
                 if self._raw[name].shapes and self._raw[name].shape == shape:
                     self.places[place] = name
 
-    def _resolved(self, node: Node) -> Node:
+    def _resolve(self, node: Node) -> Node:
         return replace(node, sizes=tuple(self._rename(size) for size in node.sizes)) if node.sizes else node
 
     def _rename(self, expression: Expression) -> Expression:
@@ -244,14 +244,14 @@ def _refuse_lowered(args: Sequence[Any], code: fx.Graph) -> None:
         )
 
 
-def _given_on(output: Any, stream: str, places: Mapping[str, int | str]) -> Any:
+def _output_form(output: Any, stream: str, places: Mapping[str, int | str]) -> Any:
     """What a module returns as a tree of its stream and its arguments; None if it returns something else, too."""
     if isinstance(output, Ref):
         if output.name == stream:
             return ("stream",)
         return ("given", places[output.name]) if output.name in places else None
     if isinstance(output, tuple | list):
-        items = [_given_on(item, stream, places) if item is not None else ("none",) for item in output]
+        items = [_output_form(item, stream, places) if item is not None else ("none",) for item in output]
         return None if None in items else ("tuple" if isinstance(output, tuple) else "list", *items)
     return None
 

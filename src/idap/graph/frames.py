@@ -1,13 +1,13 @@
-"""What a module's own code did in one call, step by step: enough to write that code anew with other sizes.
+"""What a module's own code did in one call, step by step, and whose memory it changed."""
 
-Tensors are named by where they came from: ``module/function/file:line/k:position`` for a result of the k-th call of a
-function in a line of a module's code, ``input:place`` for what the model was given, ``tensor:name`` for a parameter or
-buffer. In argument trees a tensor is a `Ref` by that name and a size is an expression.
-"""
-
-from collections.abc import Mapping
+import linecache
+import re
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,70 @@ class Frame:
     kwargs: Mapping[str, Any]
     steps: tuple[Step, ...]
     output: Any
+
+
+_NAMED = ("float16", "float32", "float64", "half", "double", "bfloat16")
+_IN_TEXT = re.compile(r"torch\.(float|half|double|bfloat)")
+
+
+def type_passed(frame: types.FrameType, dtype: torch.dtype) -> torch.dtype | SameType | Unseen:
+    """What a data type is that code passes on after it read one from a tensor.
+
+    Args:
+        frame: of the code, at the call.
+        dtype: that is passed.
+
+    Returns:
+        The type itself if the call names it among its last arguments, `SameType` if the code names no type anywhere,
+        else nothing known.
+    """
+    if not dtype.is_floating_point:
+        return dtype
+    if _IN_TEXT.search(_last_arguments(frame)):
+        return dtype
+    names = any(name in _NAMED for name in frame.f_code.co_names)
+    return Unseen("a data type of unknown origin") if names else SameType()
+
+
+def _last_arguments(frame: types.FrameType) -> str:
+    """The source of a call from its last opening bracket on, "" where it is not at hand."""
+    positions = list(frame.f_code.co_positions())
+    place = frame.f_lasti // 2
+    start, end, _, column = positions[place] if place < len(positions) else (None, None, None, None)
+    if start is None or end is None or column is None:
+        return ""
+    lines = [linecache.getline(frame.f_code.co_filename, line) for line in range(start, end + 1)]
+    text = "".join([*lines[:-1], lines[-1].encode()[:column].decode(errors="ignore")])
+    return text[text.rfind("(") :]
+
+
+class Memory:
+    """Which nodes share memory, and which change it.
+
+    Args:
+        effects: for each node, in execution order, the nodes whose memory its result may share, and those whose
+            memory it changes.
+    """
+
+    def __init__(self, effects: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> None:
+        self._order = {name: place for place, name in enumerate(effects)}
+        self._roots: dict[str, frozenset[str]] = {}
+        self._writers: dict[str, list[str]] = {}
+        for name, (shares, writes) in effects.items():
+            shared = frozenset[str]().union(*(self._roots[used] for used in shares))
+            self._roots[name] = shared or frozenset([name])
+            for root in frozenset[str]().union(*(self._roots[used] for used in writes)):
+                self._writers.setdefault(root, []).append(name)
+
+    def writers(self, name: str) -> set[str]:
+        """The nodes that change what this node holds, before or after it is made."""
+        return {writer for root in self._roots[name] for writer in self._writers.get(root, ())}
+
+    def owners(self, name: str) -> frozenset[str]:
+        """The nodes that made the memory which this node changes."""
+        return frozenset(root for root, writers in self._writers.items() if name in writers)
+
+    def writers_before(self, names: Sequence[str], before: int) -> list[str]:
+        """The nodes that change one of these after it was made and earlier than place `before`, in order."""
+        found = {w for name in names for w in self.writers(name) if self._order[name] < self._order[w] < before}
+        return sorted(found, key=self._order.__getitem__)

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from idap.graph.frames import Frame
-from idap.graph.memory import Memory
+from idap.graph.frames import Frame, Memory
 
 CallKey = tuple[str, str, int]
 """Names one eager call: (path of the module whose forward makes it, function name, how many of that name before)."""
@@ -246,7 +245,7 @@ class Graph:
     unsaved: tuple[str, ...] = ()
 
     @cached_property
-    def made_by(self) -> Mapping[CallKey, tuple[Node, ...]]:
+    def call_nodes(self) -> Mapping[CallKey, tuple[Node, ...]]:
         """For each call of the running model the nodes it makes, in order; without what the exporter only asserts."""
         made: dict[CallKey, list[Node]] = {}
         for node in self.nodes.values():
@@ -264,14 +263,14 @@ class Graph:
         """For each node what it needs: the nodes it reads, and those that changed them in place before it."""
         order = {name: place for place, name in enumerate(self.nodes)}
         return {
-            name: tuple(dict.fromkeys([*node.inputs(), *self.memory.changed(node.inputs(), order[name])]))
+            name: tuple(dict.fromkeys([*node.inputs(), *self.memory.writers_before(node.inputs(), order[name])]))
             for name, node in self.nodes.items()
         }
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
         """The nodes that are returned, and those that change them in place after they were made."""
-        return tuple(dict.fromkeys([*self.outputs, *self.memory.changed(self.outputs, len(self.nodes))]))
+        return tuple(dict.fromkeys([*self.outputs, *self.memory.writers_before(self.outputs, len(self.nodes))]))
 
     def users(self) -> dict[str, list[str]]:
         """For each node the nodes that need it, in order."""

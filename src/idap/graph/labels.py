@@ -16,7 +16,7 @@ Dim = NDArray[np.int64]
 Ids = NDArray[np.int64]
 
 
-def fixed(size: int) -> Dim:
+def constant_dim(size: int) -> Dim:
     """A dim whose slots are always present."""
     return np.zeros((0, size), dtype=np.int64)
 
@@ -24,7 +24,7 @@ def fixed(size: int) -> Dim:
 class Labels:
     """Union-find over labels, with freezing and refinement; every operation takes whole arrays.
 
-    Only atomic labels (not refined) are ever joined: `settled` replaces refined labels by their parts first.
+    Only atomic labels (not refined) are ever joined: `resolve` replaces refined labels by their parts first.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Labels:
 
     def fresh_dim(self, size: int) -> Dim:
         """A dim whose slots are free of one another; a dim of one slot can't shrink."""
-        return self.fresh(size)[None] if size > 1 else fixed(size)
+        return self.fresh(size)[None] if size > 1 else constant_dim(size)
 
     def roots(self, ids: Ids) -> Ids:
         """The representative of each label; 0 for frozen ones."""
@@ -146,13 +146,13 @@ class Labels:
             right = nested
         self._left[ids], self._right[ids] = left, right
 
-    def settled(self, dim: Dim) -> Dim:
+    def resolve(self, dim: Dim) -> Dim:
         """The same dim in terms of atomic labels, without duplicates in a column and without empty rows."""
         if not dim.size:
             return dim[:0]
         rows = self.roots(dim)
         if len(rows) == 1 and not (self._left[rows[0]] >= 0).any():
-            return self._settled_row(rows)
+            return self._resolve_row(rows)
         while True:
             refined = (rows > 0) & (self._left[rows] >= 0)
             if not refined.any():
@@ -167,10 +167,10 @@ class Labels:
         whole = [row[0] for row in rows if row[0] > 0 and (row == row[0]).all()]
         if whole:
             self.freeze(np.array(whole))
-            return self.settled(rows)
+            return self.resolve(rows)
         return rows
 
-    def _settled_row(self, rows: Dim) -> Dim:
+    def _resolve_row(self, rows: Dim) -> Dim:
         """The same for one row of atomic labels, which is what most dims are."""
         first = rows[0, 0]
         if not (rows[0] == first).all():
@@ -188,8 +188,8 @@ class Labels:
         """Two dims of equal size are the same dimension: their slots stay or go together."""
         if one.shape[1] != other.shape[1]:
             raise AssertionError(f"dims of sizes {one.shape[1]} and {other.shape[1]} can't be one dimension")
-        one, other = self.settled(one), self.settled(other)
-        if len(one) == len(other) == 1 and _ascending(one[0]) and _ascending(other[0]):
+        one, other = self.resolve(one), self.resolve(other)
+        if len(one) == len(other) == 1 and _is_ascending(one[0]) and _is_ascending(other[0]):
             self._join_ascending(one[0], other[0])
             return
         one, other = _without_common(one, other)
@@ -218,8 +218,8 @@ class Labels:
         rest = [row for j, row in enumerate(other) if j not in taken]
         size = one.shape[1]
         return (
-            self.settled(np.array(left, dtype=np.int64).reshape(-1, size)),
-            self.settled(np.array(rest, dtype=np.int64).reshape(-1, size)),
+            self.resolve(np.array(left, dtype=np.int64).reshape(-1, size)),
+            self.resolve(np.array(rest, dtype=np.int64).reshape(-1, size)),
         )
 
     def _refine_row(self, row: Ids, parts: Dim) -> None:
@@ -248,11 +248,11 @@ class Labels:
     def split(self, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         """One dimension seen as several, in row-major order; their sizes multiply to its size."""
         found: list[list[Ids]] = [[] for _ in sizes]
-        for row in self.settled(dim):
+        for row in self.resolve(dim):
             for axis, part in self._split_row(row.reshape(tuple(sizes))):
                 found[axis].append(part)
         return [
-            self.settled(np.array(rows, dtype=np.int64).reshape(-1, size))
+            self.resolve(np.array(rows, dtype=np.int64).reshape(-1, size))
             for rows, size in zip(found, sizes, strict=True)
         ]
 
@@ -277,7 +277,7 @@ class Labels:
         for axis, dim in enumerate(dims):
             place = [1] * len(sizes)
             place[axis] = sizes[axis]
-            rows += [np.broadcast_to(row.reshape(place), sizes).reshape(total) for row in self.settled(dim)]
+            rows += [np.broadcast_to(row.reshape(place), sizes).reshape(total) for row in self.resolve(dim)]
         return np.array(rows, dtype=np.int64).reshape(-1, total)
 
 
@@ -288,7 +288,7 @@ def concat(dims: Sequence[Dim]) -> Dim:
     return np.concatenate(padded, axis=1)
 
 
-def _ascending(row: Ids) -> bool:
+def _is_ascending(row: Ids) -> bool:
     """Whether every slot has a label and each a larger one than the slot before."""
     return bool(row[0] > 0 and (row[1:] > row[:-1]).all())
 

@@ -70,10 +70,10 @@ class TracedInt(int):
         return self
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (untraced(self),)
+        return int, (strip_trace(self),)
 
     def __neg__(self) -> "TracedInt":
-        value = -untraced(self)
+        value = -strip_trace(self)
         return TracedInt(value, Operation("neg", (self.expression,), value), self.notes)
 
 
@@ -83,7 +83,7 @@ def _caller(depth: int) -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-def untraced(value: int) -> int:
+def strip_trace(value: int) -> int:
     """The plain number, without a note that it was read."""
     return int.__add__(value, 0)
 
@@ -97,7 +97,7 @@ def _exact(symbol: str, name: str, *, swapped: bool) -> Callable[[TracedInt, Any
     """An operation of ints that gives an int; with a float it gives a float, and the int has escaped."""
 
     def method(self: TracedInt, other: Any) -> Any:
-        value = getattr(untraced(self), name)(plain(other))
+        value = getattr(strip_trace(self), name)(plain(other))
         if value is NotImplemented or not isinstance(value, int):
             self.notes.escapes(self.expression, _caller(2))
             return value
@@ -123,14 +123,14 @@ def _relation(name: str, holds: str, fails: str) -> Callable[[TracedInt, object]
     return method
 
 
-def _escaping(name: str) -> Callable[..., Any]:
+def _escape(name: str) -> Callable[..., Any]:
     """An operation whose result no longer tells where it came from."""
 
     def method(self: TracedInt, *others: Any) -> Any:
         for value in (self, *others):
             if isinstance(value, TracedInt):
                 value.notes.escapes(value.expression, _caller(2))
-        return getattr(untraced(self), name)(*plain(others))
+        return getattr(strip_trace(self), name)(*plain(others))
 
     return method
 
@@ -143,16 +143,16 @@ for _symbol, _method in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "
     setattr(TracedInt, f"__{_method}__", _exact(_symbol, f"__{_method}__", swapped=False))
     setattr(TracedInt, f"__r{_method}__", _exact(_symbol, f"__r{_method}__", swapped=True))
 for _method in ("truediv", "divmod", "lshift", "rshift", "and", "or", "xor"):
-    setattr(TracedInt, f"__{_method}__", _escaping(f"__{_method}__"))
-    setattr(TracedInt, f"__r{_method}__", _escaping(f"__r{_method}__"))
+    setattr(TracedInt, f"__{_method}__", _escape(f"__{_method}__"))
+    setattr(TracedInt, f"__r{_method}__", _escape(f"__r{_method}__"))
 for _method in ("float", "int", "round", "trunc", "floor", "ceil", "abs", "invert"):
-    setattr(TracedInt, f"__{_method}__", _escaping(f"__{_method}__"))
+    setattr(TracedInt, f"__{_method}__", _escape(f"__{_method}__"))
 
 
 def plain(tree: Any) -> Any:
     """The same nested arguments with every `TracedInt` made an ordinary int."""
     if isinstance(tree, TracedInt):
-        return untraced(tree)
+        return strip_trace(tree)
     if type(tree) in (tuple, list):
         return type(tree)(plain(item) for item in tree)
     if type(tree) is dict:

@@ -18,11 +18,10 @@ from torch.overrides import get_overridable_functions, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from idap.graph.calls import Stack, intercept
-from idap.graph.frames import Built, Frame, Step, Unseen
+from idap.graph.frames import Built, Frame, Step, Unseen, type_passed
 from idap.graph.ir import CallKey, Comparison, Expression, Extent, Operation, Ref, leaves
 from idap.graph.provenance import Notes, TracedInt, expression_of, plain, remember_sizes
 from idap.graph.run import tensors_of
-from idap.graph.types import type_passed
 
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _DTYPE_GETTER = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -88,7 +87,7 @@ class _Open:
 
 
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[Record]:
+def record_forward(model: nn.Module) -> Iterator[Record]:
     """Note the last forward pass that runs inside the context.
 
     Args:
@@ -125,7 +124,7 @@ class _Recorder:
             self._name(tensor, f"tensor:{name}")
         with ExitStack() as wrapped, intercept(self._model, self._call) as stack:
             for module in self._model.modules():
-                wrapped.enter_context(self._followed(module, stack))
+                wrapped.enter_context(self._follow(module, stack))
             stack.enter(self._model, ())  # it was entered before anyone followed
             result = self._model.forward(*args, **kwargs)
         self.record.escaped |= self._notes.escaped
@@ -133,18 +132,18 @@ class _Recorder:
         return result
 
     @contextmanager
-    def _followed(self, module: nn.Module, stack: Stack) -> Iterator[None]:
+    def _follow(self, module: nn.Module, stack: Stack) -> Iterator[None]:
         """Note what goes in and out of a module. By its forward, for there is code that asks whether it has hooks."""
         own, before = vars(module).get("forward"), self._forward if module is self._model else module.forward
 
         path = stack.path_of[id(vars(module))]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if stack.running != path:  # called directly: its steps are those of its caller
+            if stack.current != path:  # called directly: its steps are those of its caller
                 return before(*args, **kwargs)
-            self._entered(path, args, kwargs)
+            self._enter(path, args, kwargs)
             result = before(*args, **kwargs)
-            self._returned(result)
+            self._leave(result)
             return result
 
         module.forward = forward
@@ -164,20 +163,20 @@ class _Recorder:
         found = self._origin.get(id(value)) if isinstance(value, Tensor) else None
         return found[1] if found is not None and found[0]() is value else ""
 
-    def _entered(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._notes.module = path
-        self._open.append(_Open(path, self._noted(args), self._noted(kwargs), _modes()))
+        self._open.append(_Open(path, self._note(args), self._note(kwargs), _modes()))
 
-    def _returned(self, output: Any) -> None:
+    def _leave(self, output: Any) -> None:
         done = self._open.pop()
-        frame = Frame(done.args, done.kwargs, tuple(done.steps), self._noted(output))
+        frame = Frame(done.args, done.kwargs, tuple(done.steps), self._note(output))
         self.record.frames.setdefault(done.path, []).append(frame)
         if self._open:
             self._notes.module = self._open[-1].path
             step = Step("", done.path, done.args, done.kwargs, tuple(places_in(frame.output)))
             self._open[-1].steps.append(step)
 
-    def _noted(self, tree: Any) -> Any:
+    def _note(self, tree: Any) -> Any:
         """An argument tree as plain data."""
         if isinstance(tree, Tensor):
             name = self._origin_of(tree)
@@ -185,17 +184,17 @@ class _Recorder:
         if isinstance(tree, TracedInt):
             return tree.expression
         if isinstance(tree, slice):
-            return slice(*(self._noted(item) for item in (tree.start, tree.stop, tree.step)))
+            return slice(*(self._note(item) for item in (tree.start, tree.stop, tree.step)))
         if isinstance(tree, Mapping):  # a dictionary, or the output class of transformers
-            items = {key: self._noted(item) for key, item in tree.items()}
+            items = {key: self._note(item) for key, item in tree.items()}
             return items if type(tree) is dict else Built(type(tree).__name__, items)
         if isinstance(tree, tuple | list):
-            members = [self._noted(item) for item in tree]
+            members = [self._note(item) for item in tree]
             if type(tree) not in (tuple, list, torch.Size):
                 return Built(type(tree).__name__, dict(enumerate(members)))
             return members if isinstance(tree, list) else tuple(members)
         if isinstance(tree, torch.dtype) and self._open and self._open[-1].reads_type:
-            return type_passed(self._calling(), tree)
+            return type_passed(self._caller_frame(), tree)
         return tree if isinstance(tree, _PLAIN) else Unseen(type(tree).__name__)
 
     def _call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,10 +207,10 @@ class _Recorder:
             return self._shape(torch.Tensor.size, (args[0], 0), {})
         if name == "__iter__":
             return iter(self._call(key, torch.Tensor.unbind, args, kwargs))
-        return self._noted_call(key, func, args, kwargs)
+        return self._note_call(key, func, args, kwargs)
 
-    def _noted_call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        noted = (self._noted(args), self._noted(kwargs))
+    def _note_call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        noted = (self._note(args), self._note(kwargs))
         events = self.record.events
         with fx_traceback.annotate({"idap_call": len(events)}):
             event = Event(key, self._place(key), _expressions(args, kwargs))
@@ -227,11 +226,11 @@ class _Recorder:
         if self._open and (event.outputs or key[1] == "__setitem__"):
             # What runs in other modes than the module was called in has no name: it can't be written anew.
             name = function_name(func) if _modes() == self._open[-1].modes else ""
-            step = Step(name, "", *noted, tuple(places_in(self._noted(result))), event.place)
+            step = Step(name, "", *noted, tuple(places_in(self._note(result))), event.place)
             self._open[-1].steps.append(step)
         return result
 
-    def _calling(self) -> types.FrameType:
+    def _caller_frame(self) -> types.FrameType:
         """The frame of the model's code that makes the call."""
         frame = sys._getframe(1)
         while frame.f_code.co_filename.endswith(_BETWEEN) and frame.f_back is not None:
@@ -240,7 +239,7 @@ class _Recorder:
 
     def _place(self, key: CallKey) -> str:
         """The module, the function and the line of code of a call, and how many of that before."""
-        frame = self._calling()
+        frame = self._caller_frame()
         place = f"{key[0]}/{key[1]}/{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         count = self._places[place] = self._places.get(place, -1) + 1
         return f"{place}/{count}"

@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from idap.errors import TraceError
 from idap.graph.calls import watch_attributes
 from idap.graph.convert import Converter, module_names, tensor_names
-from idap.graph.copies import own_inputs, skeleton, uninitialised
 from idap.graph.frames import Frame
 from idap.graph.ir import Graph, ModuleInfo
+from idap.graph.modes import Frames, Ways, other_ways
 from idap.graph.provenance import sizes_held
-from idap.graph.recording import recorded
-from idap.graph.ways import Frames, Ways, other_ways
+from idap.graph.recording import record_forward
+from idap.graph.run import find_lazy, own_inputs, skeleton
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Graph:
@@ -42,7 +42,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         (1, (2, 3))
     """
     _check_arguments(args)
-    if (name := uninitialised(model)) is not None:
+    if (name := find_lazy(model)) is not None:
         raise TraceError(f"{name!r} of the model is not initialised yet: run the model once on a batch, then trace it.")
     kwargs = dict(kwargs or {})
     paths = module_names(model)
@@ -50,7 +50,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     seen = _try(model, args, kwargs) if _worth_running(model, (args, kwargs), shared=shared) else None
     traced = skeleton(model).eval()
     modules = list(_describe(traced))
-    with recorded(traced) as record:
+    with record_forward(traced) as record:
         try:
             with watch_attributes(traced) as watched:
                 program = _export(traced, args, kwargs)
@@ -58,7 +58,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
             if seen is None:
                 _try(model, args, kwargs)  # tells what is wrong if the model refuses the inputs
             raise
-        tensors = _named_tensors(traced)
+        tensors = _tensor_items(traced)
         converter = Converter(program, record, tensor_names(tensors), paths)
     other = other_ways(model, args, kwargs, record.frames)
     readers, alone = (watched, []) if seen is None else (seen[0], [seen[1], *other.unmasked])
@@ -72,7 +72,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
             for path, info in modules
         },
         constants=converter.constants,
-        escaped=converter.escaped(other.escaped),
+        escaped=converter.find_escapes(other.escaped),
         comparisons=converter.comparisons(),
         returned=converter.returned,
         frames=_in_both_modes(_variants([record.frames, *alone]), other),
@@ -80,11 +80,11 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         dropped=other.dropped,
         unwritable=other.unwritable,
         module_aliases={path: first for path, first in paths.items() if path != first},
-        unsaved=_unsaved(traced, converter.canonical),
+        unsaved=_transient_tensors(traced, converter.canonical),
     )
 
 
-def _unsaved(model: nn.Module, canonical: Mapping[str, str]) -> tuple[str, ...]:
+def _transient_tensors(model: nn.Module, canonical: Mapping[str, str]) -> tuple[str, ...]:
     """The tensors that the model's state does not hold under any of their names."""
     saved = {canonical.get(name) for name in model.state_dict(keep_vars=True)}
     return tuple(name for name, first in canonical.items() if name == first and name not in saved)
@@ -144,7 +144,7 @@ def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     copied = skeleton(model).eval()
     try:
         mine, named = own_inputs(args, kwargs)
-        with torch.no_grad(), recorded(copied) as record, watch_attributes(copied) as readers:
+        with torch.no_grad(), record_forward(copied) as record, watch_attributes(copied) as readers:
             copied(*mine, **named)
     except Exception as error:
         shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves((args, kwargs))]
@@ -185,7 +185,7 @@ def _way_out(reason: str) -> str:
 
 
 def _describe(model: nn.Module) -> Iterator[tuple[str, ModuleInfo]]:
-    canonical = tensor_names(_named_tensors(model))
+    canonical = tensor_names(_tensor_items(model))
     for path, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         tensors = {name: canonical[f"{path}.{name}" if path else name] for name, _ in own}
@@ -195,6 +195,6 @@ def _describe(model: nn.Module) -> Iterator[tuple[str, ModuleInfo]]:
         yield path, ModuleInfo(f"{kind.__module__}.{kind.__qualname__}", layer, sizes_held(module), tensors)
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _tensor_items(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Every name of every parameter and buffer, parameters first."""
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

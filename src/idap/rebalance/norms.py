@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from idap.divergence.observe import Pass
 from idap.graph.ir import Graph
 from idap.graph.rules.flow import arguments
-from idap.training.evaluate import modes_kept
+from idap.training.evaluate import keep_modes
 
 SMALLEST_SCALE = 1e-6
 """A norm that scales a channel by less gives nothing that could be corrected in front of it."""
@@ -30,7 +30,7 @@ class Affine:
     mean: Tensor
     shift: Tensor
 
-    def applied(self, y: Tensor, dim: int) -> Tensor:
+    def apply(self, y: Tensor, dim: int) -> Tensor:
         """To a tensor with its channels in `dim`."""
         if not self.scale.numel():
             return y
@@ -38,7 +38,7 @@ class Affine:
         offset = self.shift - self.scale * self.mean
         return y * self.scale.reshape(shape) + offset.reshape(shape)
 
-    def undone(self, rows: Tensor) -> Tensor:
+    def invert(self, rows: Tensor) -> Tensor:
         """What rows must have been before, shape (rows, channels)."""
         if not self.scale.numel():
             return rows
@@ -60,11 +60,11 @@ def affine_of(graph: Graph, norm: str, tensors: Mapping[str, Tensor]) -> Affine:
         return Affine(empty, empty, empty)
     given = arguments(graph.nodes[norm])
 
-    def held(name: str) -> Tensor | None:
+    def tensor_of(name: str) -> Tensor | None:
         value = given[name]
         return None if value is None else tensors[graph.nodes[value.name].target].detach()
 
-    mean, variance, weight, bias = (held(name) for name in ("running_mean", "running_var", "weight", "bias"))
+    mean, variance, weight, bias = (tensor_of(name) for name in ("running_mean", "running_var", "weight", "bias"))
     assert mean is not None and variance is not None
     scale = (variance + float(given["eps"])).rsqrt()
     scale = scale if weight is None else scale * weight
@@ -83,7 +83,7 @@ def reestimate_norms_(model: nn.Module, passes: Sequence[Pass]) -> None:
     momenta = [norm.momentum for norm in norms]
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
     held = [buffer.clone() for buffer in buffers]
-    with modes_kept(model):
+    with keep_modes(model):
         try:
             for norm in norms:
                 norm.reset_running_stats()

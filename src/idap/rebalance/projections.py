@@ -9,20 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from idap.divergence.gram import exact
-from idap.divergence.jobs import MEMORY
-from idap.divergence.observe import Pass, Probe, is_result, observe, result_of, sum_over_processes, tensors_in
+from idap.divergence.observe import MEMORY, Pass, Probe, is_result, observe, result_of, sum_over_processes, tensors_in
 from idap.divergence.ports import Sight, Wiring
 from idap.divergence.watch import Look, Note, valid_positions
 from idap.errors import StructureError
 from idap.graph.ir import Graph
-from idap.memory import Need, Room, packed
-from idap.rebalance.moments import RIDGES, Moments, fit, fit_need
+from idap.linalg.moments import exact
+from idap.linalg.ridge import RIDGES, Moments, fit, fit_need
+from idap.memory import Need, Room, pack
 from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
 from idap.structure.layout import Presence, count, slots
-from idap.structure.projected import Projected
-from idap.surgery.bypass import LinearMap
+from idap.structure.replacement import Projected
+from idap.surgery.apply import LinearMap
 from idap.training.batch import device_of
 
 HELD_OUT = 0.25
@@ -88,7 +87,7 @@ def fit_projections(
             what=f"fitting a projection in place of block {pair.block.name!r}",
             way_out='Let blocks become the identity alone (layers.replacement="identity").',
         )
-    rounds = packed(pairs, MEMORY, room)
+    rounds = pack(pairs, MEMORY, room)
     if len(rounds) > 1:
         passes = list(passes)
     found = {}
@@ -96,7 +95,7 @@ def fit_projections(
         _sum_up(model, some, passes)
         for pair in some:
             if pair.sums:
-                found[pair.block.name] = pair.fitted(structure, present)
+                found[pair.block.name] = pair.fit_map(structure, present)
                 pair.sums.clear()
     return found
 
@@ -189,7 +188,7 @@ class _Pair:
         new = [Moments.of(a.unsqueeze(0), b.unsqueeze(0)) for a, b in ((x[:cut], y[:cut]), (x[cut:], y[cut:]))]
         self.sums = [old + more for old, more in zip(self.sums, new, strict=True)] if self.sums else new
 
-    def fitted(self, structure: Structure, present: Presence) -> FittedMap:
+    def fit_map(self, structure: Structure, present: Presence) -> FittedMap:
         """The map, once all data have gone by."""
         learned, held_out = self.sums
         outputs, inputs = learned.y.shape[1], learned.x.shape[1]

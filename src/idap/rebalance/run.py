@@ -9,22 +9,30 @@ from torch import Tensor, nn
 
 from idap.divergence.observe import Pass, tensors_in
 from idap.divergence.ports import Wiring
-from idap.errors import ConfigError, StructureError, TaskError
+from idap.errors import ConfigError, StructureError, TaskError, check_kinds
 from idap.graph.calls import intercept
 from idap.graph.ir import CallKey
 from idap.graph.run import tensors_of
-from idap.kinds import check_kinds
+from idap.linalg.ridge import RIDGES, Fit, Moments, Residuals, fit, fit_shift
 from idap.progress import Progress, Silent
-from idap.rebalance.cases import Case, Correction, by_addition, by_call, by_original
-from idap.rebalance.consumers import Consumer, changed_nodes, consumers_of
-from idap.rebalance.moments import RIDGES, Fit, Moments, fit
+from idap.rebalance.layers import (
+    Case,
+    Consumer,
+    Correction,
+    by_addition,
+    by_call,
+    by_original,
+    changed_nodes,
+    check_sizes,
+    columns_of,
+    consumers_of,
+    with_fewer_rows,
+)
 from idap.rebalance.norms import Affine, affine_of, reestimate_norms_, running_mean
-from idap.rebalance.residuals import Residuals, fit_shift
-from idap.rebalance.sizes import check_sizes, columns_of, with_fewer_rows
 from idap.structure.analysis import Structure
 from idap.structure.layout import slots
 from idap.structure.plan import Plan
-from idap.training.evaluate import modes_kept
+from idap.training.evaluate import keep_modes
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def rebalance_(
         wiring = Wiring(structure, plan.removed)
         changed = changed_nodes(structure, wiring, plan.tensors)
         consumers = consumers_of(structure, wiring, changed, limit=max(256, setting.rows // len(passes)))
-        fixed = frozen(model)
+        fixed = frozen_parameters(model)
         consumers = [consumer for consumer in consumers if not fixed & {consumer.weight, consumer.bias}]
         with progress.phase("rebalance", len(consumers)) as phase:
             tensors = tensors_of(model)
@@ -130,7 +138,7 @@ def rebalance_(
     return found
 
 
-def frozen(model: nn.Module) -> set[str]:
+def frozen_parameters(model: nn.Module) -> set[str]:
     """Parameters that the user has frozen while others learn; they are not corrected either."""
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     return {name for name, learning in learns.items() if not learning} if any(learns.values()) else set()
@@ -271,12 +279,12 @@ class _Walk:
         case.again, case.output = torch.empty, torch.empty(0)
         before = self._affine(case.consumer)
         wanted = case.targets[number] - case.consumer.rows.outputs(skip, case.chosen[number])
-        case.add(before.undone(wanted), self._setting.held_out)
+        case.add(before.invert(wanted), self._setting.held_out)
         if not at_once or not self._correct(case):
             return
         dim = case.consumer.rows.contraction.output_dim
         after = self._affine(case.consumer)
-        fresh = branch + after.applied(again(), dim) - before.applied(output, dim)
+        fresh = branch + after.apply(again(), dim) - before.apply(output, dim)
         branch.copy_(fresh)  # in place, since the call may add to the branch itself and return nothing that is used
 
     def _affine(self, consumer: Consumer) -> Affine:
@@ -330,7 +338,7 @@ def _unlike(case: Case) -> StructureError:
 
 
 def _run(model: nn.Module, each: Pass, handle: Callable[..., Any]) -> None:
-    with modes_kept(model), intercept(model, handle):
+    with keep_modes(model), intercept(model, handle):
         try:
             each.run(model)
         except _StopEarlyError:

@@ -6,14 +6,12 @@ from typing import Any
 from idap.errors import ConfigError
 from idap.report import numbers
 from idap.report.contents import Spread
+from idap.report.decisions import COSTS, metric_labels, tell
 from idap.report.flow import section_names
 from idap.report.headline import Fact, facts, verdict
-from idap.report.markup import Html, joined, tag
-from idap.report.origin import flat
-from idap.report.page import document, section
-from idap.report.plot import Plot, legend, table
+from idap.report.markup import Html, Plot, join, legend, table, tag
+from idap.report.page import document, flat, section
 from idap.report.reading import Run
-from idap.report.tradeoff import COSTS, metric_labels, tell
 
 SIGNS = ("circle", "square", "diamond", "triangle")
 MOST = len(SIGNS)
@@ -34,7 +32,7 @@ def names(runs: Sequence[Run]) -> list[str]:
     return [f"{run.name} ({place})" for place, run in enumerate(runs, start=1)]
 
 
-def checked(runs: Sequence[Run]) -> None:
+def check_runs(runs: Sequence[Run]) -> None:
     """Refuse what can't be drawn.
 
     Raises:
@@ -109,7 +107,7 @@ def _cell(fact: Fact | None) -> str:
 
 def different(runs: Sequence[Run]) -> list[list[str]]:
     """The settings that are not the same in all runs: key, and the value of each run."""
-    flats = [dict(flat({**run.settings.config, **_said(run)})) for run in runs]
+    flats = [dict(flat({**run.settings.config, **_recipe_settings(run)})) for run in runs]
     keys = dict.fromkeys(key for each in flats for key in each)
     return [
         [key, *(str(each.get(key, "")) for each in flats)]
@@ -118,7 +116,7 @@ def different(runs: Sequence[Run]) -> list[list[str]]:
     ]
 
 
-def _said(run: Run) -> dict[str, Any]:
+def _recipe_settings(run: Run) -> dict[str, Any]:
     """What only a recipe says; its other sections fill the settings, which say besides what it left out."""
     recipe = run.settings.recipe or {}
     return {name: recipe[name] for name in ("model", "data", "task", "train") if name in recipe}
@@ -158,7 +156,7 @@ def compare_page(runs: Sequence[Run]) -> str:
     Raises:
         ConfigError: there are fewer or more.
     """
-    checked(runs)
+    check_runs(runs)
     called, why = names(runs), obstacles(runs)
     warned = tag(
         "section", [tag("p", tag("b", "Not comparable: "), line) for line in why], class_="warning", role="note"
@@ -227,7 +225,7 @@ def _tradeoffs(runs: Sequence[Run]) -> Html:
         f"{name} ends at {numbers.share(path[-1][0])} with {numbers.metric(metric, path[-1][1])}"
         for name, path in zip(names(runs), paths, strict=True)
     )
-    drawn = field.drawn(
+    drawn = field.draw(
         "tradeoffs",
         f"{metric} over {COSTS[cost]}, of all runs",
         ends,
@@ -242,7 +240,7 @@ def _tradeoffs(runs: Sequence[Run]) -> Html:
         for at in path
     ]
     told = table("The accepted states of all runs", ["run", COSTS[cost], metric], lines)
-    return joined([_key(runs), tag("p", metric, class_="over"), drawn, below, told])
+    return join([_key(runs), tag("p", metric, class_="over"), drawn, below, told])
 
 
 def _flows(runs: Sequence[Run]) -> Html:
@@ -270,7 +268,7 @@ def _flows(runs: Sequence[Run]) -> Html:
             for at, name in enumerate(groups)
             if name in units
         ]
-    drawn = field.drawn(
+    drawn = field.draw(
         "flows",
         "Mean divergence of each group in the results, over depth",
         "Groups that are gone have no sign.",
@@ -281,4 +279,4 @@ def _flows(runs: Sequence[Run]) -> Html:
     lines = [
         [name, *(numbers.small(units[name].mean) if name in units else "gone" for units in found)] for name in groups
     ]
-    return joined([_key(runs), drawn, table("Mean divergence of each group", ["group", *names(runs)], lines)])
+    return join([_key(runs), drawn, table("Mean divergence of each group", ["group", *names(runs)], lines)])

@@ -1,13 +1,159 @@
-"""Each decision in a table that can be sorted."""
+"""Each decision: as a point of the trade-off curve, and as a row of a table that can be sorted."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from idap.report import numbers
-from idap.report.markup import Html, tag
+from idap.report.markup import Html, Plot, join, legend, table, tag
 from idap.report.reading import Run
-from idap.report.tradeoff import COSTS
 from idap.steps import Removal, Step, numbers_of
+
+COSTS = {"macs": "multiply-adds", "parameters": "parameters", "size": "file size", "latency": "latency"}
+"""How costs are called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """What the curve tells.
+
+    Attributes:
+        metric: name of the metric.
+        baseline: metric of the original.
+        cost: that is drawn.
+        told: decisions with the share of the cost that each left, and the metric then; see `curve_points`.
+        worst: the worst metric allowed, if any is.
+        target: the share of the cost that may stay, if there is a goal.
+        higher_is_better: how to read the metric.
+    """
+
+    metric: str
+    baseline: float
+    cost: str
+    told: Sequence[tuple[Step, tuple[float, float]]]
+    worst: float | None = None
+    target: float | None = None
+    higher_is_better: bool = True
+
+
+def tradeoff(run: Run) -> Html:
+    """Draw every decision of a run by its cost and its metric."""
+    judged, cost = run.settings.task, run.cost
+    story = Story(
+        metric=judged.metric,
+        baseline=run.settings.baseline.metric,
+        cost=cost,
+        told=curve_points(run.steps, lambda step: run.share(step, cost)),
+        worst=judged.worst,
+        target=run.targets.get(cost),
+        higher_is_better=judged.higher_is_better,
+    )
+    return join([curve(story), _rows(story)])
+
+
+def curve_points(steps: Sequence[Step], share: Callable[[Step], float]) -> list[tuple[Step, tuple[float, float]]]:
+    """Decisions with what each left of a cost, and the metric; not those without one, or that filters beat."""
+    return [(step, (share(step), step.metric)) for step in steps if not (step.is_beaten or step.fault)]
+
+
+def curve(story: Story, *, name: str = "tradeoff", height: int = 300) -> Html:
+    """The curve, with what its signs mean.
+
+    Args:
+        story: what it tells.
+        name: of the element.
+        height: in pixels.
+    """
+    metric, cost, start = story.metric, story.cost, (1.0, story.baseline)
+    field = _field([start, *(at for _, at in story.told)], story.worst, story.target, height)
+    marks, rejected, path = [_goal(field, story)], [], [start]
+    for step, at in story.told:
+        if step.accepted:
+            path.append(at)
+        else:
+            marks.append(field.line([path[-1], at], "rejected dotted"))
+            rejected.append(field.mark(at, "cross", "rejected", tell(step, at, metric, cost)))
+    marks += [field.line(path, "accepted"), *rejected]
+    kept = [(step, at) for step, at in story.told if step.accepted]
+    for place, (step, at) in enumerate(kept, start=1):
+        shape, style = ("diamond", "result") if place == len(kept) else ("circle", "accepted")
+        marks.append(field.mark(at, shape, style, tell(step, at, metric, cost)))
+    marks.append(field.mark(start, "square", "original", f"the original: {numbers.metric(metric, start[1])}"))
+    said = (
+        f"From {numbers.metric(metric, start[1])} at 100 % of the {COSTS[cost]} to "
+        f"{numbers.metric(metric, path[-1][1])} at {numbers.share(path[-1][0])}: {len(kept)} decisions were kept, "
+        f"{len(story.told) - len(kept)} rolled back."
+    )
+    drawn = field.draw(
+        name,
+        f"{metric} over {COSTS[cost]}",
+        said,
+        marks,
+        x_labels=[(tick, numbers.share(tick, 0)) for tick in field.x.ticks],
+        y_labels=metric_labels(metric, field.y.ticks),
+    )
+    below = tag("p", f"{COSTS[cost]} left, as a share of the original's", class_="under")
+    return join([_key(story), tag("p", metric, class_="over"), drawn, below])
+
+
+def tell(step: Step, at: tuple[float, float], metric: str, cost: str) -> str:
+    """One decision in words."""
+    verdict = "kept" if step.accepted else "rolled back"
+    left = f"{numbers.share(at[0])} of the {COSTS[cost]}"
+    return f"{step.stage} {step.index}, {verdict}: {left}, {metric} {numbers.metric(metric, at[1])}; {step.reason}"
+
+
+def _field(points: Sequence[tuple[float, float]], worst: float | None, target: float | None, height: int) -> Plot:
+    x = numbers.linear([*(x for x, _ in points), *([] if target is None else [target])], room=0.04, most=7)
+    y = numbers.linear([*(y for _, y in points), *([] if worst is None else [worst])], room=0.08)
+    return Plot(x, y, height)
+
+
+def _goal(field: Plot, story: Story) -> Html:
+    """Where the goals are met."""
+    worst, target = story.worst, story.target
+    good, bad = (field.y.high, field.y.low) if story.higher_is_better else (field.y.low, field.y.high)
+    parts = []
+    if worst is not None or target is not None:
+        right = field.x.high if target is None else target
+        parts.append(field.area((field.x.low, right), (bad if worst is None else worst, good), "goal"))
+    if worst is not None:
+        parts.append(field.level(worst, "limit"))
+    if target is not None:
+        parts.append(field.upright(target, "limit"))
+    return join(parts)
+
+
+def _key(story: Story) -> Html:
+    goals = [] if story.worst is None else [f"{story.metric} {numbers.metric(story.metric, story.worst)}"]
+    goals += [] if story.target is None else [f"{numbers.share(story.target, 0)} of the {COSTS[story.cost]}"]
+    entries = [("square", "original", "original"), ("circle", "accepted", "step kept")]
+    if any(not step.accepted for step, _ in story.told):
+        entries.append(("cross", "rejected", "rolled back"))
+    if any(step.accepted for step, _ in story.told):
+        entries.append(("diamond", "result", "last kept"))
+    if goals:
+        entries += [("line", "limit", f"goal: {', '.join(goals)}"), ("area", "goal", "goals met")]
+    return legend(entries)
+
+
+def metric_labels(metric: str, ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """The numbers along the axis of a metric."""
+    if not ticks or not all(numbers.percent(metric, tick) for tick in ticks if 0 <= tick <= 1):
+        return [(tick, f"{tick:g}".replace("-", numbers.MINUS)) for tick in ticks]
+    step = min((b - a for a, b in pairwise(ticks)), default=1.0)
+    digits = next((digits for digits in range(4) if abs(step * 100 - round(step * 100, digits)) < 1e-9), 4)
+    return [(tick, numbers.share(tick, digits)) for tick in ticks if tick <= 1 + 1e-9]
+
+
+def _rows(story: Story) -> Html:
+    metric = story.metric
+    rows = [["original", "100.0 %", numbers.metric(metric, story.baseline), ""]]
+    for step, (left, value) in story.told:
+        verdict = "kept" if step.accepted else "rolled back"
+        rows.append([f"{step.stage} {step.index}", numbers.share(left), numbers.metric(metric, value), verdict])
+    return table("The decisions by cost and metric", ["decision", COSTS[story.cost], metric, ""], rows)
 
 
 def decisions(run: Run) -> Html:
@@ -69,7 +215,7 @@ def _row(run: Run, step: Step, costs: Sequence[str], before: float) -> Html:
         _number(_change(metric, before, step.metric), step.metric - before),
         _number("" if low is None or high is None else _spread(low, high), -1.0 if high is None else high),
         _number(numbers.time(step.seconds), step.seconds),
-        tag("td", _removed(step), tag("p", step.reason, class_="quiet"), class_="wide"),
+        tag("td", _removals(step), tag("p", step.reason, class_="quiet"), class_="wide"),
         id=f"step-{step.index}",
     )
 
@@ -91,7 +237,7 @@ def _spread(low: float, high: float) -> str:
     return numbers.small(low) if low == high else f"{numbers.small(low)} – {numbers.small(high)}"
 
 
-def _removed(step: Step) -> Html:
+def _removals(step: Step) -> Html:
     if not step.removed:
         return tag("p", "nothing; the last accepted state was trained on" if step.stage == "final" else "nothing")
     units: Counter[str] = Counter()

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from idap.report import numbers
+from idap.report.decisions import COSTS
 from idap.report.markup import Html, tag
 from idap.report.reading import Run
-from idap.report.tradeoff import COSTS
-from idap.steps import met
+from idap.steps import is_met
 
 SIGNS = {"good": "✓", "bad": "✗", "open": "…"}
 
@@ -81,7 +81,7 @@ def goals(run: Run) -> list[Goal]:
         found.append(Goal(wanted, value, "good" if run.keeps_budget() else "bad"))
     for cost, target in run.targets.items():
         left = _left(run, cost)
-        good = left is not None and met(cost, left, target)
+        good = left is not None and is_met(cost, left, target)
         state = "good" if good else "open" if run.reached is None else "bad"
         value = "not measured yet" if left is None else f"{numbers.share(left)} left"
         found.append(Goal(f"at most {numbers.share(target, 0)} of the {COSTS[cost]}", value, state))

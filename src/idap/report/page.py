@@ -1,24 +1,141 @@
-"""The page of one run, and the frame of every page: one HTML file that needs nothing else.
-
-Markup is made by functions that escape all text (`markup`), so no template engine is needed. The policy in the head of
-a page lets no address be loaded, and no script run but the one that comes with the package.
-"""
+"""The page of one run, what the run was made of, and the same small displays for notebooks."""
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from pathlib import PurePath
+from typing import Any
 
-from idap.report.decisions import decisions
-from idap.report.flow import flow
-from idap.report.headline import headline
+from idap.report.decisions import COSTS, Story, curve, curve_points, decisions, tradeoff
+from idap.report.flow import flow, network_map
+from idap.report.headline import SIGNS, Fact, card, headline
 from idap.report.markup import Html, raw, tag
-from idap.report.network import network_map
-from idap.report.origin import command, environment, reproduce, settings
 from idap.report.reading import Run
-from idap.report.recoveries import recoveries
-from idap.report.timeline import timeline
-from idap.report.tradeoff import COSTS, tradeoff
+from idap.report.timeline import recoveries, timeline
+from idap.steps import Step
+
+WORDS = {
+    "idap": "idap",
+    "torch": "PyTorch",
+    "python": "Python",
+    "platform": "platform",
+    "device": "device",
+    "threads": "threads",
+    "processes": "processes",
+    "begun": "begun (UTC)",
+    "folder": "working folder",
+}
+
+
+def command(run: Run) -> str:
+    """The command that began the run, as it is typed: `idap compress ...`, or `python script.py`.
+
+    Example:
+        >>> words(["/usr/bin/idap", "compress", "my recipe.toml"])
+        "idap compress 'my recipe.toml'"
+        >>> words(["/lib/idap/__main__.py", "demo"]), words(["/home/me/train.py"]), words([""])
+        ('idap demo', 'python /home/me/train.py', 'python')
+    """
+    return words(run.settings.environment.get("command", []))
+
+
+def words(arguments: list[str]) -> str:
+    """The words of a command, quoted for a shell."""
+    first, rest = (arguments or [""])[0], (arguments or [""])[1:]
+    path = PurePath(first)
+    if path.stem == "idap" or (path.name == "__main__.py" and path.parent.name == "idap"):
+        return shlex.join(["idap", *rest])
+    return shlex.join(["python", *([first] if first not in ("", "-c") else []), *rest])
+
+
+def reproduce(run: Run) -> Html:
+    """The commands that make the run again, and that use its result."""
+    environment, folder = run.settings.environment, str(run.folder)
+    versions = [f"{name} {environment[name]}" for name in ("idap", "torch", "python") if name in environment]
+    lines = [f"# {', '.join(versions)}"]
+    if environment.get("folder"):
+        lines.append(f"cd {shlex.quote(environment['folder'])}")
+    lines.append(command(run))
+    use = []
+    if run.reached is None:
+        use = [_resume_code(run)]
+    elif run.settings.recipe is not None:
+        use.append(f"idap export {shlex.quote(folder)} --out model.onnx")
+        use.append(f"idap bench {shlex.quote(folder)}")
+    return tag(
+        "div",
+        tag("p", "Begun with:"),
+        _code("\n".join(lines)),
+        [tag("p", "And then:" if run.reached is not None else "To go on:"), _code("\n".join(use))] if use else None,
+        [tag("p", "In Python:"), _code(_load_code(run))] if run.reached is not None else None,
+    )
+
+
+def _resume_code(run: Run) -> str:
+    """What goes on with a run; one that was begun from Python has to say it there."""
+    if run.settings.recipe is not None:
+        return f"idap resume {shlex.quote(str(run.folder))}"
+    return f"{command(run)}  # with idap.compress(..., run_dir={str(run.folder)!r}, resume=True)"
+
+
+def _load_code(run: Run) -> str:
+    where = str(run.folder / "model")
+    return f"import idap\n\nmodel = idap.load({where!r}, original)  # original: a freshly built {run.settings.model}"
+
+
+def _code(text: str) -> Html:
+    return tag("div", tag("pre", tag("code", text), tabindex="0"), class_="copied")
+
+
+def environment(run: Run) -> Html:
+    """Where the run took place."""
+    found = run.settings.environment
+    rows = [(WORDS[name], found[name]) for name in WORDS if name in found]
+    if run.reached is not None:
+        rows.append(("ended (UTC)", run.reached.ended))
+    rows.append(("model", run.settings.model))
+    rows.append(("fingerprint", run.settings.fingerprint[:16]))
+    return tag("dl", [(tag("dt", name), tag("dd", str(value))) for name, value in rows], class_="facts")
+
+
+def settings(run: Run) -> Html:
+    """Every setting of the run, in the notation of recipes."""
+    parts = [("settings", run.settings.config)]
+    if run.settings.recipe:
+        parts.insert(0, ("model and data", run.settings.recipe))
+    if run.settings.optimizer:
+        parts.append(("optimiser", {"optimizer": run.settings.optimizer}))
+    tables = [
+        tag(
+            "details",
+            tag("summary", title),
+            tag("div", tag("table", tag("tbody", [_line(key, value) for key, value in flat(found)])), class_="scroll"),
+        )
+        for title, found in parts
+    ]
+    return tag("div", tables)
+
+
+def _line(key: str, value: Any) -> Html:
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return tag("tr", tag("th", tag("code", key), scope="row"), tag("td", tag("code", text)))
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested tables.
+
+    >>> list(flat({"a": 1, "b": {"c": 2, "d": {}}}))
+    [('a', 1), ('b.c', 2), ('b.d', {})]
+    """
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
 
 ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath fill='%230072b2' "
@@ -100,3 +217,82 @@ def asset(name: str) -> str:
 
 def _digest(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+MOST = 60
+"""Lines of a table that are shown at most."""
+
+
+def result_display(
+    *,
+    title: str,
+    reached: bool,
+    message: str,
+    facts: Sequence[Fact],
+    metric: str,
+    baseline: float,
+    steps: Sequence[Step],
+) -> str:
+    """A compression at a glance: what was reached, the numbers, the curve of all steps.
+
+    Args:
+        title: such as the class of the model.
+        reached: whether every goal was.
+        message: one sentence about it.
+        facts: the numbers before and after.
+        metric: its name.
+        baseline: metric of the original.
+        steps: every decision.
+
+    Returns:
+        HTML without any script.
+    """
+    state, words = ("good", "Goals reached") if reached else ("bad", "Goals not reached")
+    chip = tag("span", f"{SIGNS[state]} {words}", class_=f"chip {state}")
+    parts = [
+        tag("p", tag("b", title), " ", chip, " ", f"{message[:1].upper()}{message[1:]}.", class_="verdict"),
+        tag("dl", [card(fact) for fact in facts], class_="cards"),
+    ]
+    told = curve_points([step for step in steps if "macs" in step.shares], lambda step: step.shares["macs"])
+    if told:
+        story = Story(metric=metric, baseline=baseline, cost="macs", told=told)
+        unique = hashlib.sha256(repr((title, message, told)).encode()).hexdigest()[:12]
+        parts.append(curve(story, name=f"idap-{unique}", height=200))
+    return _frame(parts)
+
+
+def table_display(
+    title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "", bars: Sequence[float] = ()
+) -> str:
+    """A table of plain text under a title.
+
+    Args:
+        title: one line.
+        heads: of the columns.
+        rows: beyond `MOST` they are counted only.
+        note: a line below.
+        bars: for each row, where they are given, the length of a bar in [0, 1].
+
+    Returns:
+        HTML without any script.
+    """
+    lines = []
+    for place, row in enumerate(rows[:MOST]):
+        cells = [tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])]
+        if bars:
+            inner = tag("span", style=f"width:{100 * bars[place]:.1f}%")
+            cells.append(tag("td", tag("span", inner, class_="meter"), class_="wide"))
+        lines.append(tag("tr", cells))
+    more = [f"{len(rows) - MOST:,} more lines are not shown."] if len(rows) > MOST else []
+    said = " ".join([*more, *([note] if note else [])])
+    head = tag("tr", [tag("th", text, scope="col") for text in (*heads, *([""] if bars else []))])
+    parts = [
+        tag("p", tag("b", title)),
+        tag("table", tag("thead", head), tag("tbody", lines)) if rows else None,
+        tag("p", said, class_="quiet") if said else None,
+    ]
+    return _frame(parts)
+
+
+def _frame(parts: Sequence[Html | None]) -> str:
+    return tag("div", tag("style", raw(asset("notebook.css"))), parts, class_="idap")

@@ -76,7 +76,7 @@ def print_pdf(page: Path, file: Path) -> None:
     Raises:
         ReportError: there is no browser, it failed, or the file can't be written.
     """
-    _made(page, file, ["--no-pdf-header-footer"], "--print-to-pdf")
+    _print(page, file, ["--no-pdf-header-footer"], "--print-to-pdf")
 
 
 def print_png(page: Path, file: Path) -> None:
@@ -98,10 +98,10 @@ def print_png(page: Path, file: Path) -> None:
         raise ReportError(f"{page} is {height:,} pixels long, and a picture {TALLEST:,} at most; print it as PDF.")
     scale = 2 if 2 * height <= TALLEST else 1
     size = [f"--window-size={WIDTH},{height}", f"--force-device-scale-factor={scale}"]
-    _made(page, file, size, "--screenshot")
+    _print(page, file, size, "--screenshot")
 
 
-def _made(page: Path, file: Path, options: Sequence[str], what: str) -> None:
+def _print(page: Path, file: Path, options: Sequence[str], what: str) -> None:
     with tempfile.TemporaryDirectory(prefix="idap-print-") as folder:
         made = Path(folder) / file.name
         done = _run(page, [*options, f"{what}={made}"])

@@ -146,10 +146,10 @@ def read_settings(folder: Path) -> Settings:
         raise RunFolderError(
             f"{folder} {what}. Name the folder that `idap compress` wrote, such as runs/NAME (--run-dir)."
         )
-    found = _checked(read_json(folder / RUN), Settings, folder / RUN)
+    found = _validate(read_json(folder / RUN), Settings, folder / RUN)
     wrong = _wrong_settings(found)
     if wrong:
-        raise _changed(folder / RUN, wrong)
+        raise _change_error(folder / RUN, wrong)
     return found
 
 
@@ -167,10 +167,10 @@ def read_decisions(folder: Path, settings: Settings, *, whole: bool = True) -> t
     steps = []
     for number, line in enumerate(read_steps(folder, whole=whole), 1):
         where = f"line {number} of {folder / STEPS}"
-        step = _checked(line, Step, folder / STEPS, where)
+        step = _validate(line, Step, folder / STEPS, where)
         wrong = _wrong_step(step, number - 1, settings)
         if wrong:
-            raise _changed(folder / STEPS, wrong, where)
+            raise _change_error(folder / STEPS, wrong, where)
         steps.append(step)
     return tuple(steps)
 
@@ -192,7 +192,7 @@ def read_recipe_sections(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     """
     if not _lies(folder / RUN):
         return {}
-    return _checked(read_object(folder / RUN), Begun, folder / RUN).recipe
+    return _validate(read_object(folder / RUN), Begun, folder / RUN).recipe
 
 
 def read_progress(folder: Path) -> list[Decided]:
@@ -202,7 +202,7 @@ def read_progress(folder: Path) -> list[Decided]:
         RunFolderError: a line is broken.
     """
     lines = enumerate(read_steps(folder), 1)
-    return [_checked(line, Decided, folder / STEPS, f"line {number} of {folder / STEPS}") for number, line in lines]
+    return [_validate(line, Decided, folder / STEPS, f"line {number} of {folder / STEPS}") for number, line in lines]
 
 
 def _lies(path: Path) -> bool:
@@ -215,10 +215,10 @@ def _lies(path: Path) -> bool:
 
 def _read(file: Path, kind: type[Kind]) -> Kind | None:
     """A file of the folder; None where there is none."""
-    return _checked(read_json(file), kind, file) if _lies(file) else None
+    return _validate(read_json(file), kind, file) if _lies(file) else None
 
 
-def _checked(found: Any, kind: type[Kind], file: Path, where: str = "") -> Kind:
+def _validate(found: Any, kind: type[Kind], file: Path, where: str = "") -> Kind:
     """Data as a type; strictly: a number as text is none."""
     if kind not in _ADAPTERS:
         _ADAPTERS[kind] = TypeAdapter(kind)
@@ -228,10 +228,10 @@ def _checked(found: Any, kind: type[Kind], file: Path, where: str = "") -> Kind:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "all of it"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise _changed(file, f"{place}: {first['msg']}{more}", where) from error
+        raise _change_error(file, f"{place}: {first['msg']}{more}", where) from error
 
 
-def _changed(file: Path, wrong: str, where: str = "") -> RunFolderError:
+def _change_error(file: Path, wrong: str, where: str = "") -> RunFolderError:
     return RunFolderError(
         f"{where or file} is not what this version of idap writes: {wrong}; it was made by another version, or changed "
         f"by hand. {remedy(file)}"

@@ -76,8 +76,8 @@ def model_card(
         f"A smaller `{type(model).__module__}.{type(model).__qualname__}`, made by structured pruning with idap. "
         f"{facts.message[:1].upper()}{facts.message[1:]}.\n",
         _costs(facts),
-        _done(plan, facts),
-        _loading(folder, model, plan, build),
+        _history(plan, facts),
+        _load_example(folder, model, plan, build),
         _notes(subnormal),
     ]
     return "\n".join(parts)
@@ -109,7 +109,7 @@ def _costs(facts: Facts) -> str:
     )
 
 
-def _done(plan: Plan, facts: Facts) -> str:
+def _history(plan: Plan, facts: Facts) -> str:
     lines = ["## What was done\n"]
     if facts.again:
         lines.append(
@@ -119,9 +119,9 @@ def _done(plan: Plan, facts: Facts) -> str:
     if facts.steps:
         lines += ["| step | stage | removed | multiply-adds | parameters | metric | kept |", "|---" * 7 + "|"]
     for step in facts.steps:
-        kept = "yes" if step.accepted else "no, filters were better" if step.beaten else "no, rolled back"
+        kept = "yes" if step.accepted else "no, filters were better" if step.is_beaten else "no, rolled back"
         lines.append(
-            f"| {step.index} | {step.stage} | {_removed(step)} | {step.macs:,} | {step.parameters:,} | "
+            f"| {step.index} | {step.stage} | {_removals(step)} | {step.macs:,} | {step.parameters:,} | "
             f"{step.metric:.6g} | {kept} |"
         )
     if plan.removed:
@@ -131,14 +131,14 @@ def _done(plan: Plan, facts: Facts) -> str:
     return "\n".join([*lines, ""])
 
 
-def _removed(step: Step) -> str:
+def _removals(step: Step) -> str:
     counts: Counter[str] = Counter()
     for removal in step.removed:
         counts[removal.kind] += len(removal.units) or 1
     return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing"
 
 
-def _loading(folder: str, model: nn.Module, plan: Plan, build: str | None) -> str:
+def _load_example(folder: str, model: nn.Module, plan: Plan, build: str | None) -> str:
     where = f"{type(model).__module__}.{type(model).__qualname__}"
     if build is None and _buildable(type(model), plan):
         build = f"{where}()"

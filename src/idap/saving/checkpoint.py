@@ -1,11 +1,4 @@
-"""Save a compressed model, and load it into a freshly built original without tracing.
-
-folder/
-├── model.safetensors   the small tensors; tied tensors once; or several files and model.safetensors.index.json
-└── plan.json           format, versions, fingerprint of the original, the plan and its digest
-
-Both are compared with their checksums when they are read (`checksums`): what was damaged on the way is an error.
-"""
+"""Save a compressed model, load it without tracing, and remember which plan led to it."""
 
 import hashlib
 import json
@@ -19,16 +12,61 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from idap.cost.count import saved_tensors
-from idap.errors import CheckpointError, UncheckedFileWarning
+from idap.cost.count import tensor_bytes
+from idap.errors import CheckpointError, PlanError, UncheckedFileWarning
 from idap.files import write_json
-from idap.saving.origin import origin, remember_
-from idap.saving.reading import LARGEST_PLAN, PLAN, WEIGHTS, read_json
+from idap.parsing import LARGEST_PLAN, PLAN, WEIGHTS, abbreviate, read_json
 from idap.saving.tensors import PLAN_DIGEST, TensorFiles, entry_of, without_subnormals, write_tensors
-from idap.structure.chain import chained
+from idap.structure.chain import chain_plans, check_follows
 from idap.structure.plan import Plan
-from idap.structure.strict import shown
 from idap.surgery.apply import apply_plan, exchange_
+
+_NAME = "_idap_plan"
+
+
+def origin(model: nn.Module) -> Plan | None:
+    """The plan that led from the original to a model that `load` or `compress` returned.
+
+    It is an attribute of the model: copies of the model have it, its state dict does not.
+
+    Returns:
+        None for any other model.
+    """
+    found = vars(model).get(_NAME)
+    return found if isinstance(found, Plan) else None
+
+
+def remember_(model: nn.Module, plan: Plan) -> None:
+    """Let a model remember the plan that led to it from its original."""
+    vars(model)[_NAME] = plan
+
+
+def forget_(model: nn.Module) -> None:
+    """Make a model an original of its own, such as one that was given another head after it was loaded."""
+    vars(model).pop(_NAME, None)
+
+
+def check_origin(model: nn.Module, plan: Plan) -> Plan | None:
+    """The plan that a model remembers, if plans for the model can follow it.
+
+    Args:
+        model: that is to be compressed.
+        plan: any plan for it.
+
+    Raises:
+        PlanError: the model was changed since it was loaded; names the first tensor.
+    """
+    found = origin(model)
+    try:
+        if found is not None:
+            check_follows(found, plan)
+    except PlanError as error:
+        raise PlanError(
+            f"the model was made by idap.load or compress and changed since: {error}. If what it is now shall count as "
+            "the original, call idap.saving.checkpoint.forget_(model) first; plan.json will then be one for this model."
+        ) from error
+    return found
+
 
 FORMAT = 1
 
@@ -51,8 +89,8 @@ def save(folder: str | Path, model: nn.Module, plan: Plan, *, exact: bool = Fals
         CheckpointError: the folder can't be written, or the model's state holds something that is no tensor.
     """
     folder = Path(folder)
-    entries = [entry_of(name, tensor.detach()) for name, tensor in owned_tensors(model).items()]
-    described = described_plan(plan)
+    entries = [entry_of(name, tensor.detach()) for name, tensor in unique_tensors(model).items()]
+    described = plan_document(plan)
     try:
         metadata = {"format": "pt", PLAN_DIGEST: digest(plan)}
         subnormal = write_tensors(folder / WEIGHTS, entries, metadata, exact=exact)
@@ -97,7 +135,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         if not checked or files.unchecked:
             _warn_unchecked(files.unchecked[0] if files.unchecked else Path(folder) / PLAN)
     before = origin(model)
-    remember_(small, plan if before is None else chained(before, plan))
+    remember_(small, plan if before is None else chain_plans(before, plan))
     return small
 
 
@@ -128,7 +166,7 @@ def _read_plan(file: Path) -> tuple[Plan, bool]:
         raise CheckpointError(f"{file.parent} holds no compressed model: {file} is missing") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else description
-        raise CheckpointError(f"{file} has format {shown(found)}, this version of idap reads format {FORMAT}")
+        raise CheckpointError(f"{file} has format {abbreviate(found)}, this version of idap reads format {FORMAT}")
     plan = Plan.from_json(description.get("plan", {}))
     if description.get("fingerprint") != fingerprint(plan.shapes):
         raise CheckpointError(f"{file} was changed after it was written: its fingerprint does not match its shapes")
@@ -158,14 +196,14 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def weights_digest(model: nn.Module) -> str:
     """A short name for the weights of a model: a hash of what a saved file holds, where subnormal numbers are 0."""
     found, state = hashlib.sha256(), model.state_dict()
-    for name in saved_tensors(model):
+    for name in tensor_bytes(model):
         tensor, _ = without_subnormals(state[name].detach().cpu())
         found.update(name.encode())
         found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 
-def described_plan(plan: Plan) -> dict[str, Any]:
+def plan_document(plan: Plan) -> dict[str, Any]:
     """What `plan.json` holds."""
     return {
         "format": FORMAT,
@@ -185,7 +223,7 @@ def digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def owned_tensors(model: nn.Module) -> dict[str, Tensor]:
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every saved tensor of a model once, under its first name.
 
     Raises:
@@ -198,7 +236,7 @@ def owned_tensors(model: nn.Module) -> dict[str, Tensor]:
                 f"{name!r} in the model's state is {type(held).__name__}, not a tensor, and can't be saved without "
                 "pickle; let get_extra_state return a tensor, or keep it out of the state"
             )
-    return {name: state[name] for name in saved_tensors(model)}
+    return {name: state[name] for name in tensor_bytes(model)}
 
 
 def _with_aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,7 +250,7 @@ def _materialise_(model: nn.Module) -> None:
     Raises:
         CheckpointError: one of them is not saved, so nobody knows its numbers.
     """
-    saved = {id(tensor): tensor for tensor in owned_tensors(model).values() if tensor.is_meta}
+    saved = {id(tensor): tensor for tensor in unique_tensors(model).values() if tensor.is_meta}
     for path, module in model.named_modules():
         for name, held in (*vars(module).items(), *module._buffers.items()):
             if isinstance(held, Tensor) and held.is_meta and id(held) not in saved:
@@ -239,7 +277,7 @@ def _place(files: TensorFiles) -> Path:
 
 
 def _check(model: nn.Module, files: TensorFiles) -> None:
-    wanted = owned_tensors(model)
+    wanted = unique_tensors(model)
     for name, tensor in wanted.items():
         if name not in files.shapes:
             raise CheckpointError(f"{_place(files)} lacks tensor {name!r} (expected shape {tuple(tensor.shape)})")

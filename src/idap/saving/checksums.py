@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from idap.errors import CheckpointError
-from idap.saving.reading import read_object
+from idap.parsing import read_object
 
 TENSORS, HEADER = "idap_sha256", "idap_header_sha256"
 """Where the header keeps the checksums: name of the tensor -> its own, as JSON; and that of the rest of the header."""

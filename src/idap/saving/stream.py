@@ -1,27 +1,91 @@
-"""Apply a plan to a checkpoint on disk, tensor by tensor, without building the model.
-
-Written are shards, each beside its place and then renamed, the plan and the small files of the original's folder, and
-the file that makes the folder a checkpoint (the index, or the only shard) last. Until then a marker says that the
-folder is unfinished; a second run begins it anew.
-"""
+"""Apply a plan to a checkpoint on disk, tensor by tensor, without building the model."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from idap.errors import CheckpointError, PlanError
-from idap.files import remove_unfinished, unfinished, write_bytes, write_json
+from idap.files import is_leftover, remove_unfinished, write_bytes, write_json
+from idap.parsing import INDEX, PLAN, WEIGHTS, inside
 from idap.progress import Phase, Progress, Silent
-from idap.saving.checkpoint import described_plan, digest, read_plan
-from idap.saving.names import sources
-from idap.saving.reading import INDEX, PLAN, WEIGHTS, inside
+from idap.saving.checkpoint import digest, plan_document, read_plan
 from idap.saving.tensors import PLAN_DIGEST, Entry, TensorFiles, write_tensors
 from idap.structure.plan import Plan
+
+
+def sources(plan: Plan, files: TensorFiles) -> dict[str, str]:
+    """Where the tensors that a plan leaves come from.
+
+    Args:
+        plan: for the model that the checkpoint belongs to.
+        files: the checkpoint. All names may have a prefix that the plan's lack, such as ``model.``, or lack one; a tied
+            tensor may have any of its names, or several.
+
+    Returns:
+        Canonical name of each tensor that stays and is saved -> its name in the checkpoint, in the checkpoint's order.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape; names the first.
+    """
+    known = {name: name for name in plan.shapes} | dict(plan.aliases)
+    rename = _rename_rule(plan, known, files.shapes)
+    found: dict[str, str] = {}
+    for key, shape in files.shapes.items():
+        name = known.get(rename(key))
+        if name is None or name not in plan.shapes:
+            raise CheckpointError(
+                f"{files.file_of(key)} holds tensor {key!r}, which the plan does not know; apply a plan to the "
+                "checkpoint of the very model that it was made for"
+            )
+        if name in plan.unsaved or plan.removes(name):
+            continue
+        if shape != plan.shapes[name]:
+            raise CheckpointError(
+                f"tensor {key!r} in {files.file_of(key)} has shape {shape}, the plan expects {plan.shapes[name]}; "
+                "apply a plan to the checkpoint of the very model that it was made for"
+            )
+        if name in found:
+            _check_alike(files, found[name], key)
+        found.setdefault(name, key)
+    for name, shape in plan.shapes.items():
+        if name not in found and name not in plan.unsaved and not plan.removes(name):
+            raise CheckpointError(f"{files.path} lacks tensor {name!r} (expected shape {shape})")
+    return found
+
+
+def _rename_rule(plan: Plan, known: Mapping[str, str], keys: Iterable[str]) -> Callable[[str], str]:
+    """How a name in the checkpoint becomes one of the plan: as it is, without a prefix, or with one more."""
+    keys = list(keys)
+    if any(key in known for key in keys):
+        return lambda key: key
+    wanted = [name for name in known if known[name] not in plan.unsaved]
+    for name in wanted:
+        less = {key.removesuffix(name) for key in keys if key.endswith(f".{name}")}
+        more = {name.removesuffix(key) for key in keys if name.endswith(f".{key}")}
+        ways: list[Callable[[str], str]] = [
+            *(lambda key, prefix=prefix: key.removeprefix(prefix) for prefix in sorted(less)),
+            *(lambda key, prefix=prefix: prefix + key for prefix in sorted(more)),
+        ]
+        if ways:
+            return max(ways, key=lambda way: sum(way(key) in known for key in keys))
+    return lambda key: key
+
+
+def _check_alike(files: TensorFiles, first: str, second: str) -> None:
+    """Copies of a tied tensor must be the same, or the model of the checkpoint does not tie them."""
+    same = files.dtypes[first] == files.dtypes[second]
+    pairs = zip(files.pieces(first, {}), files.pieces(second, {}), strict=True) if same else ()
+    if not same or not all(torch.equal(*(p.reshape(-1).view(torch.uint8) for p in pair)) for pair in pairs):
+        raise CheckpointError(
+            f"tensors {first!r} and {second!r} in {files.path} differ, but are one tied tensor for the plan"
+        )
+
 
 MARKER = ".idap-unfinished"
 SMALL_FILE = 2**26
@@ -93,7 +157,7 @@ def apply_to_checkpoint(
     checkpoint, out, progress = Path(checkpoint), Path(out), progress or Silent()
     if max_shard_size < 1:
         raise CheckpointError(f"max_shard_size is the size of a file in bytes, at least 1, found {max_shard_size}")
-    plan = _checked(plan)
+    plan = _check_plan(plan)
     with TensorFiles(checkpoint) as files:
         found = sources(plan, files)
         shards = _shards([_entry(plan, files, name, key) for name, key in found.items()], max_shard_size)
@@ -117,7 +181,7 @@ def apply_to_checkpoint(
         )
 
 
-def _checked(plan: Plan | str | Path) -> Plan:
+def _check_plan(plan: Plan | str | Path) -> Plan:
     if not isinstance(plan, Plan):
         path = Path(plan)
         plan = read_plan(path) if path.is_dir() else read_plan(path.parent, path.name)
@@ -180,7 +244,7 @@ def _claim(out: Path, size: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()  # at once there and whole: a process that is killed leaves nothing but the marker
     for path in out.iterdir():
-        if unfinished(path.name):
+        if is_leftover(path.name):
             remove_unfinished(path)
         elif path.name.endswith(".safetensors") or path.name in (INDEX, PLAN):
             path.unlink()
@@ -194,9 +258,9 @@ def _write(
     metadata = {"format": "pt", PLAN_DIGEST: digest(plan)}
     for file in small:
         write_bytes(out / file.name, file.read_bytes())
-    write_json(out / PLAN, described_plan(plan))
+    write_json(out / PLAN, plan_document(plan))
     for name, shard in shards.items():
-        told = [replace(entry, pieces=partial(_told, entry, phase)) for entry in shard]
+        told = [replace(entry, pieces=partial(_report_pieces, entry, phase)) for entry in shard]
         subnormal |= write_tensors(out / name, told, metadata)
     if len(shards) > 1:
         size = sum(entry.nbytes for shard in shards.values() for entry in shard)
@@ -206,6 +270,6 @@ def _write(
     return subnormal
 
 
-def _told(entry: Entry, phase: Phase) -> Iterator[Tensor]:
+def _report_pieces(entry: Entry, phase: Phase) -> Iterator[Tensor]:
     yield from entry.pieces()
     phase.advance(entry.name)

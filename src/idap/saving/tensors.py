@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from idap.errors import CheckpointError
-from idap.files import written
+from idap.files import atomic_write
+from idap.parsing import open_tensors, read_object, weight_files
 from idap.saving.checksums import (
     EMPTY,
     Checksum,
@@ -31,7 +32,6 @@ from idap.saving.checksums import (
     read_checksums,
     tensor_checksum,
 )
-from idap.saving.reading import open_tensors, read_object, weight_files
 from idap.surgery.apply import cut_tensor
 
 PIECE = 2**24
@@ -107,7 +107,7 @@ def write_tensors(
         header[entry.name] = {"dtype": codes[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
     checksums = dict.fromkeys((entry.name for entry in ordered), EMPTY)
     subnormal: dict[str, int] = {}
-    with written(file) as out:
+    with atomic_write(file) as out:
         text = header_text(header, checksums)
         out.write(len(text).to_bytes(8, "little") + text)
         for entry in ordered:

@@ -1,4 +1,4 @@
-"""Come down to a target: bisection over a ranking, then small exchanges where its last part was too big."""
+"""How far a step goes: to a share of the units, or exactly to a target."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -7,8 +7,8 @@ from functools import cached_property
 from itertools import accumulate
 
 from idap.errors import BudgetError
-from idap.selection.rounding import neighbours, rounded
-from idap.selection.units import Keep, Ranking
+from idap.selection.ranking import Keep, Ranking
+from idap.selection.rounding import neighbours, round_units
 
 CostOf = Callable[[Keep, tuple[str, ...]], float]
 REPAIRS = 50
@@ -55,7 +55,7 @@ def reach(
             about log2(len(ranking)) times, and up to `REPAIRS` times more for the repairs.
         target: the cost wanted at most.
         tolerance: share of the target by which the cost may fall short of it without repair.
-        multiples: number of units left of each group, see `rounded`; rounding is part of every cost looked at.
+        multiples: number of units left of each group, see `round_units`; rounding is part of every cost looked at.
         most: only the first `most` parts of the ranking may go. If they don't meet the target, the choice is all of
             them (as far as rounding lets them go), and its cost is above the target.
 
@@ -66,7 +66,7 @@ def reach(
         BudgetError: `most` is not given and the target can't be met with everything in the ranking gone.
 
     Example:
-        >>> from idap.selection.units import rank_units
+        >>> from idap.selection.ranking import rank_units
         >>> ranking = rank_units({"a": [3.0, 1.0, 2.0, 4.0]}, {"a": (0, 1, 2, 3)}, {"a": 10.0}, floors={})
         >>> reach(ranking, lambda keep, removed: 10.0 * len(keep["a"]), 25.0)
         Choice(keep={'a': (0, 3)}, removed=(), count=2, cost=20.0)
@@ -121,7 +121,7 @@ class _Search:
 
     def choose(self, numbers: Mapping[str, int], removed: tuple[str, ...]) -> Choice:
         """The choice that removes the first units of each group, and some blocks."""
-        keep = rounded(self.ranking, self.ranking.without(numbers), self.multiples)
+        keep = round_units(self.ranking, self.ranking.without(numbers), self.multiples)
         key = tuple(map(len, keep.values())), removed
         if key not in self._seen:
             if self._left is not None:
@@ -163,9 +163,9 @@ class _Search:
     def best(self) -> Choice:
         met = [choice for choice in self._seen.values() if choice.cost <= self.target]
         close = [choice for choice in met if self.is_close(choice)]
-        return min(close, key=self._lost) if close else max(met, key=lambda choice: choice.cost)
+        return min(close, key=self._loss) if close else max(met, key=lambda choice: choice.cost)
 
-    def _lost(self, choice: Choice) -> float:
+    def _loss(self, choice: Choice) -> float:
         """Sum of the scores of what goes."""
         ranking = self.ranking
         lost = sum(part.score for part in ranking.parts if part.unit is None and part.name in choice.removed)
@@ -258,3 +258,80 @@ def _apart(ranking: Ranking, places: Sequence[int], chosen: int) -> tuple[list[i
 
 def _number(cost: float) -> str:
     return f"{cost:,.0f}" if cost >= 1e6 else f"{cost:,.10g}"
+
+
+def step_share(first: float, step: int, steps: int, growth: float) -> float:
+    """Share of the remaining units that step t removes: rho_0 (1 + t/T)^alpha (docs/method.md#filters).
+
+    Args:
+        first: rho_0, in (0, 1).
+        step: t, from 0.
+        steps: T, at least 1.
+        growth: alpha, at least 0.
+
+    Returns:
+        The share, below 1.
+
+    Example:
+        >>> [round(step_share(0.1, t, 2, 1.0), 3) for t in range(3)]
+        [0.1, 0.15, 0.2]
+    """
+    share: float = first * (1 + step / max(1, steps)) ** growth
+    return min(0.9, share)
+
+
+TRIES = 6
+"""Cuts measured at most to come down to a latency."""
+TOLERANCE = 0.03
+"""How far below the wanted latency a cut may be, as a share of it."""
+
+
+def come_down(
+    latency_at: Callable[[float], float],
+    start: tuple[float, float],
+    wanted: float,
+    *,
+    least: float = 0.0,
+    tries: int = TRIES,
+    tolerance: float = TOLERANCE,
+) -> float:
+    """Find how far a cost must fall for the latency to fall to what is wanted.
+
+    A bracket is narrowed by interpolation, as latency falls about evenly with the cost but not with all of it, and
+    its measurement is noisy.
+
+    Args:
+        latency_at: measures the latency of a cut down to a cost.
+        start: a cost, and the latency there, above what is wanted.
+        wanted: the latency wanted at most.
+        least: no lower cost is possible.
+        tries: measurements at most.
+        tolerance: a latency is near enough if it falls short of the wanted one by no more than this share.
+
+    Returns:
+        The highest cost found whose latency is as wanted; without any, the lowest tried.
+
+    Example:
+        >>> round(come_down(lambda cost: 0.2 + 0.8 * cost, (1.0, 1.0), 0.6), 2)
+        0.49
+    """
+    high, low, cost = start, None, max(least, start[0] * wanted / start[1])
+    lowest = cost
+    for _ in range(tries):
+        found, lowest = latency_at(cost), min(lowest, cost)
+        if found <= wanted:
+            low = (cost, found)
+            if found >= wanted * (1 - tolerance):
+                break
+        else:
+            high = (cost, found)
+        if low is None:
+            if cost <= least:
+                break
+            slope = max(start[1] - found, 1e-9) / (start[0] - cost)
+            step = max((found - wanted * (1 - tolerance / 2)) / slope, 0.05 * cost)
+            cost = max(least, cost - min(step, cost / 2))
+        else:
+            share = (wanted * (1 - tolerance / 2) - low[1]) / max(high[1] - low[1], 1e-9)
+            cost = low[0] + (high[0] - low[0]) * min(0.9, max(0.1, share))
+    return low[0] if low is not None else lowest

@@ -12,19 +12,15 @@ import numpy as np
 from idap.errors import PlanError, StructureError
 from idap.graph.ir import Graph
 from idap.graph.rules import flow_of
-from idap.structure.attributes import Demand
 from idap.structure.blocks import Block
-from idap.structure.demands import new_values
-from idap.structure.expressible import expressible
+from idap.structure.code.repair import CodeChanges, expressible, renumber, repair_code
+from idap.structure.code.rewrite import Rewriter
+from idap.structure.code.sizes import Demand, new_values
 from idap.structure.groups import Blocked, Group, blocked_dims, obstacles
 from idap.structure.layout import Layout, Presence, slots
-from idap.structure.ordinals import renumbered
-from idap.structure.plan import Called, Plan
-from idap.structure.projectable import Replacement, removable
-from idap.structure.projected import PROJECTION, Projected
-from idap.structure.rewrite import Rewriter
-from idap.structure.settle import Settled, settle
-from idap.structure.standing import with_projections
+from idap.structure.plan import CallForm, Plan
+from idap.structure.projections import Replacement, removable, with_projections
+from idap.structure.replacement import PROJECTION, Projected
 
 Named = TypeVar("Named", Group, Block)
 
@@ -64,7 +60,7 @@ class Structure:
 
     def _repr_html_(self) -> str:
         """How a notebook shows it: the groups, and the branches and blocks."""
-        from idap.report.notebook import table_display  # noqa: PLC0415 - of use in notebooks only
+        from idap.report.page import table_display  # noqa: PLC0415 - of use in notebooks only
 
         rows = [
             (group.name, group.kind, f"{group.size:,}", "stream" if group.name in self.streams else "")
@@ -90,7 +86,7 @@ class Structure:
         """
         return _by_name("block or branch", name, self.blocks)
 
-    def held_by(self, block: str) -> tuple[Group, ...]:
+    def groups_inside(self, block: str) -> tuple[Group, ...]:
         """The groups that a branch or block holds whole: only its operators write and read them."""
         nodes = self.block(block).nodes
         ports = [{port.node for port in (*group.writers, *group.readers)} for group in self.groups]
@@ -166,28 +162,28 @@ class Structure:
         """
         empty = [self.group(name) for name, units in keep.items() if not len(units)]
         removed = tuple(dict.fromkeys([*removed, *(self._holder(group) for group in empty)]))
-        kept = {name: _checked(self.group(name), units) for name, units in keep.items() if len(units)}
+        kept = {name: _check_units(self.group(name), units) for name, units in keep.items() if len(units)}
         kept = {name: units for name, units in kept.items() if len(units) < self.group(name).size}
         present = self.presence(kept)
         replaced = {path: kind for name in removed for path, kind in self.block(name).replaced.items()}
         outer = {path: kind for path, kind in replaced.items() if not any(path.startswith(f"{o}.") for o in replaced)}
         sketch = Plan(kept, tuple(removed), self._slices(present), self.graph.shapes, replaced=outer)
-        settled = self._settled(present, sketch)
+        settled = self._code_changes(present, sketch)
         attributes = new_values(settled.values.solved, self.graph.modules)
-        for path, numbers in renumbered(self.graph.modules, sketch.gone).items() if outer else ():
+        for path, numbers in renumber(self.graph.modules, sketch.removes).items() if outer else ():
             attributes[path] = {**attributes.get(path, {}), **numbers}
         return replace(
             sketch,
-            tensors={name: dims for name, dims in sketch.tensors.items() if not sketch.gone(name)},
-            attributes={path: values for path, values in attributes.items() if not sketch.gone(path)},
-            called={path: called for path in outer if (called := self._called(path)) is not None},
+            tensors={name: dims for name, dims in sketch.tensors.items() if not sketch.removes(name)},
+            attributes={path: values for path, values in attributes.items() if not sketch.removes(path)},
+            called={path: called for path in outer if (called := self._call_form(path)) is not None},
             programs=settled.programs,
             aliases=self.graph.aliases,
             unsaved=self.graph.unsaved,
-            projections={path: self.projected(path, present) for path, kind in outer.items() if kind == PROJECTION},
+            projections={path: self.projection_of(path, present) for path, kind in outer.items() if kind == PROJECTION},
         )
 
-    def projected(self, name: str, present: Presence) -> Projected:
+    def projection_of(self, name: str, present: Presence) -> Projected:
         """The linear map that a block becomes, with the channels that are present where it enters and leaves.
 
         Raises:
@@ -213,23 +209,23 @@ class Structure:
             )
         return min(holders, key=lambda block: len(block.nodes)).name
 
-    def _called(self, path: str) -> Called | None:
+    def _call_form(self, path: str) -> CallForm | None:
         """How a module is called that is to be replaced; None for the ordinary way."""
         (call,) = self.graph.modules[path].calls
-        called = Called(call.takes, call.gives)
-        return None if called == Called(0, ("stream",)) else called
+        called = CallForm(call.takes, call.gives)
+        return None if called == CallForm(0, ("stream",)) else called
 
-    def _settled(self, present: Presence, sketch: Plan) -> Settled:
+    def _code_changes(self, present: Presence, sketch: Plan) -> CodeChanges:
         """How the code follows; what lies in a replaced module asks for nothing."""
-        gone = {name for name, node in self.graph.nodes.items() if node.owner and sketch.gone(node.owner)}
+        gone = {name for name, node in self.graph.nodes.items() if node.owner and sketch.removes(node.owner)}
         demands = [
             demand
             for demand in self.demands
             if demand.node not in gone
-            and not (demand.defines and sketch.gone(demand.defines.module))
-            and not (demand.module and sketch.gone(demand.module))
+            and not (demand.defines and sketch.removes(demand.defines.module))
+            and not (demand.module and sketch.removes(demand.module))
         ]
-        settled = settle(demands, self.layout, present, self.rewriter, sketch.gone)
+        settled = repair_code(demands, self.layout, present, self.rewriter, sketch.removes)
         for demand in settled.unmet:
             cut = sorted({index for dim in demand.dims(self.layout) for index in self.layout.groups_in(dim)})
             raise PlanError(
@@ -282,7 +278,7 @@ def analyze(
         >>> [(group.name, group.kind, group.size) for group in structure.groups]
         [('0', 'neurons', 8)]
     """
-    with _collector_paused():
+    with _pause_collector():
         flow = flow_of(graph, freeze_unknown=freeze_unknown, contracts=contracts)
         rewriter = Rewriter(graph, enabled=swap)
         groups, layout, demands, rewritten = expressible(flow, rewriter)
@@ -299,7 +295,7 @@ def analyze(
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def _pause_collector() -> Iterator[None]:
     """Spare the garbage collector from walking over all that is alive while many objects are made that stay."""
     paused = gc.isenabled()
     gc.disable()
@@ -310,7 +306,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _checked(group: Group, units: Sequence[int]) -> tuple[int, ...]:
+def _check_units(group: Group, units: Sequence[int]) -> tuple[int, ...]:
     kept = tuple(sorted({int(unit) for unit in units}))
     if kept[0] < 0 or kept[-1] >= group.size:
         wrong = kept[0] if kept[0] < 0 else kept[-1]

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.rules.flow import arguments, base_name
 from idap.structure.layout import Layout
-from idap.structure.projected import Projected
-from idap.structure.remains import IDENTITY, Remains, alike
+from idap.structure.replacement import IDENTITY, Projected, Remains, alike
 
 LISTS = ("Sequential", "ModuleList", "ModuleDict")
 _COPIES = ("to", "_to_copy", "clone", "contiguous", "alias", "detach", "float", "type_as")
@@ -80,11 +79,11 @@ class Reach:
         bits = self.after[start] & (self.before[end] | (1 << self._place[end]))
         return frozenset(self._names(bits))
 
-    def closed(self, nodes: frozenset[str], exits: Iterable[str]) -> bool:
+    def is_closed(self, nodes: frozenset[str], exits: Iterable[str]) -> bool:
         """Whether these nodes are felt outside through the exits alone: by what is read, and by what is written."""
         inner = nodes - set(exits)
         read = any(user not in nodes for name in inner for user in self.users[name])
-        written = any(not self.graph.memory.written(name) <= nodes for name in inner)
+        written = any(not self.graph.memory.owners(name) <= nodes for name in inner)
         return not read and not written and not inner & set(self.graph.ends)
 
     def _names(self, bits: int) -> Iterable[str]:
@@ -120,18 +119,18 @@ def find_blocks(graph: Graph, layout: Layout) -> tuple[Block, ...]:
     blocks = layers_of(graph, [block for block in modules if block is not None], [b.addition for b in branches])
     whole = {block.nodes & frozenset(b.addition for b in branches) for block in blocks}
     found = [b.block for b in branches if b.block is not None and frozenset([b.addition]) not in whole] + blocks
-    return nested(graph, found)
+    return nest_blocks(graph, found)
 
 
-def nested(graph: Graph, blocks: Iterable[Block]) -> tuple[Block, ...]:
+def nest_blocks(graph: Graph, blocks: Iterable[Block]) -> tuple[Block, ...]:
     """Blocks of different names in the order of the network, each with those that vanish with it."""
     order = {name: place for place, name in enumerate(graph.nodes)}
     found = sorted(blocks, key=lambda block: (order[block.exit], len(block.nodes)))
     unique = list(_unique_names(found))
-    return tuple(replace(block, contains=tuple(_contained(block, unique))) for block in unique)
+    return tuple(replace(block, contains=tuple(_blocks_inside(block, unique))) for block in unique)
 
 
-def _contained(block: Block, others: Sequence[Block]) -> Iterator[str]:
+def _blocks_inside(block: Block, others: Sequence[Block]) -> Iterator[str]:
     """Names of the branches and blocks that vanish with a block."""
     for other in others:
         if other.exit in block.nodes and other.nodes < block.nodes:
@@ -161,9 +160,9 @@ def _sources(graph: Graph, name: str) -> Iterator[str]:
 
 def _branch(graph: Graph, reach: Reach, remains: Remains, node: Node, entry: str, branch: str) -> _Branch | None:
     nodes = reach.between(entry, branch)
-    if any(user not in nodes | {node.name} for user in reach.users[branch]) or not reach.closed(nodes, [branch]):
+    if any(user not in nodes | {node.name} for user in reach.users[branch]) or not reach.is_closed(nodes, [branch]):
         return None
-    if branch in graph.ends or not graph.memory.written(branch) <= nodes or not _reads_parameters(graph, nodes):
+    if branch in graph.ends or not graph.memory.owners(branch) <= nodes or not _reads_parameters(graph, nodes):
         return None
     found = _Branch(entry, branch, node.name, nodes)
     replaced = remains.stand_ins(nodes, entry, branch)
@@ -195,7 +194,7 @@ def _block_at(graph: Graph, reach: Reach, remains: Remains, path: str, branches:
     (call,) = graph.modules[path].calls
     nodes = frozenset(remains.inside(path))
     inner = [branch for branch in branches if branch.addition in nodes and branch.nodes <= nodes]
-    if not inner or call.output not in nodes or call.input in nodes or not reach.closed(nodes, [call.output]):
+    if not inner or call.output not in nodes or call.input in nodes or not reach.is_closed(nodes, [call.output]):
         return None
     same = alike(remains.layout.dims[call.input][0], remains.layout.dims[call.output][0])
     if not same or not _stream_runs_through(graph, inner[0].entry, call.input, nodes):

@@ -6,14 +6,14 @@ from typing import TypeVar
 
 from idap.errors import PlanError
 from idap.structure.plan import Plan
-from idap.structure.projected import Projected
+from idap.structure.replacement import Projected
 
 _Held = TypeVar("_Held")
 _Slots = Mapping[int, tuple[int, ...]]
 _Units = Mapping[str, tuple[int, ...]]
 
 
-def chained(earlier: Plan, later: Plan) -> Plan:
+def chain_plans(earlier: Plan, later: Plan) -> Plan:
     """One plan for what two plans do, one after the other.
 
     Args:
@@ -32,7 +32,7 @@ def chained(earlier: Plan, later: Plan) -> Plan:
     Example:
         >>> one = Plan(keep={"fc": (1, 3, 5)}, tensors={"w": {0: (1, 3, 5)}}, shapes={"w": (6, 2)})
         >>> two = Plan(keep={"fc": (0, 2)}, tensors={"w": {0: (0, 2)}}, shapes={"w": (3, 2)})
-        >>> chained(one, two).tensors, chained(one, two).keep
+        >>> chain_plans(one, two).tensors, chain_plans(one, two).keep
         ({'w': {0: (1, 5)}}, {'fc': (1, 5)})
     """
     check_follows(earlier, later)
@@ -48,9 +48,9 @@ def chained(earlier: Plan, later: Plan) -> Plan:
         keep=_units(earlier.keep, later.keep),
         removed=tuple(dict.fromkeys([*earlier.removed, *later.removed])),
         tensors={
-            name: _moved(earlier.tensors.get(name, {}), later.tensors.get(name, {}))
+            name: _compose(earlier.tensors.get(name, {}), later.tensors.get(name, {}))
             for name in names
-            if not both.gone(name)
+            if not both.removes(name)
         },
         attributes=_left(both, attributes),
         called={path: called for path, called in {**earlier.called, **later.called}.items() if path in replaced},
@@ -70,10 +70,10 @@ def check_follows(earlier: Plan, later: Plan) -> None:
         PlanError: names the first tensor or module of which that is not so.
     """
     for name in later.shapes:
-        if name not in earlier.made and (name not in earlier.shapes or earlier.gone(name)):
+        if name not in earlier.projection_tensors and (name not in earlier.shapes or earlier.removes(name)):
             raise PlanError(f"the later plan speaks of tensor {name!r}, which the model of the earlier plan lacks")
-    for name in (*earlier.shapes, *earlier.made):
-        if earlier.gone(name) and name not in earlier.made:
+    for name in (*earlier.shapes, *earlier.projection_tensors):
+        if earlier.removes(name) and name not in earlier.projection_tensors:
             continue
         expected, found = earlier.shape_after(name), later.shapes.get(name)
         tables = name in earlier.unsaved and name not in {**earlier.tensors, **later.tensors}  # may be made anew
@@ -83,11 +83,11 @@ def check_follows(earlier: Plan, later: Plan) -> None:
                 f"{'none' if found is None else found}: it was made for another model"
             )
     for path in (*later.replaced, *later.programs):
-        if earlier.gone(path):
+        if earlier.removes(path):
             raise PlanError(f"the later plan changes module {path!r}, which the earlier plan removes")
 
 
-def _moved(earlier: _Slots, later: _Slots) -> dict[int, tuple[int, ...]]:
+def _compose(earlier: _Slots, later: _Slots) -> dict[int, tuple[int, ...]]:
     """The slots that both keep, in the indices of the earlier."""
     moved = {dim: tuple(earlier[dim][place] for place in kept) for dim, kept in later.items() if dim in earlier}
     return {**earlier, **later, **moved}
@@ -124,4 +124,4 @@ def _outermost(replaced: Mapping[str, str]) -> dict[str, str]:
 
 
 def _left(plan: Plan, by_module: Mapping[str, _Held]) -> dict[str, _Held]:
-    return {path: held for path, held in by_module.items() if not plan.gone(path)}
+    return {path: held for path, held in by_module.items() if not plan.removes(path)}

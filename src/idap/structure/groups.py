@@ -1,7 +1,9 @@
 """From labels to groups: units that look alike to every tensor form one group, and each may go on its own."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,23 +140,23 @@ def _final_dims(flow: Flow) -> tuple[dict[str, tuple[tuple[Dim, ...], ...]], dic
             for tensor in nested:
                 for dim in tensor:
                     if id(dim) not in final:
-                        final[id(dim)] = flow.labels.settled(dim)
-        filling = [label for dim in final.values() for label in _filling(dim)]
+                        final[id(dim)] = flow.labels.resolve(dim)
+        filling = [label for dim in final.values() for label in _common_labels(dim)]
         if not filling:
             break
         flow.labels.freeze(np.array(filling))
     dims = {
         name: tuple(tuple(final[id(dim)] for dim in tensor) for tensor in nested) for name, nested in flow.dims.items()
     }
-    flow.sizes = [replace(use, dim=flow.labels.settled(use.dim)) for use in flow.sizes]
-    flow.pins = [replace(pin, dim=flow.labels.settled(pin.dim)) for pin in flow.pins]
+    flow.sizes = [replace(use, dim=flow.labels.resolve(use.dim)) for use in flow.sizes]
+    flow.pins = [replace(pin, dim=flow.labels.resolve(pin.dim)) for pin in flow.pins]
     tensors = {
         node.target: dims[node.name][0] for node in flow.graph.nodes.values() if node.op in ("parameter", "buffer")
     }
     return dims, {name: tensors[name] for name in _in_order_of_use(flow, tensors)}
 
 
-def _filling(dim: Dim) -> list[int]:
+def _common_labels(dim: Dim) -> list[int]:
     """Labels that every slot of a dim depends on, although in different rows."""
     if len(dim) < 2:
         return []
@@ -175,7 +177,7 @@ def _assign(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> tuple[NDArray[n
         for row in dim:
             # A key per row: heads and the channels within them lie in the same slots, but in different rows.
             np.add.at(signature, row, random.integers(1, 2**63, dtype=np.uint64))
-    used = _contracted(flow, len(rank))
+    used = _weight_labels(flow, len(rank))
     labels = np.flatnonzero((rank >= 0) & used)
     labels = labels[np.argsort(rank[labels])]
     group_of = np.full(len(rank), -1, dtype=np.int64)
@@ -213,13 +215,13 @@ def _in_order_of_use(flow: Flow, tensors: Collection[str]) -> list[str]:
     return list(order | dict.fromkeys(tensors))
 
 
-def _contracted(flow: Flow, labels: int) -> NDArray[np.bool_]:
+def _weight_labels(flow: Flow, labels: int) -> NDArray[np.bool_]:
     """Labels that a weight writes or reads; others are tables and tokens without cost. Shape (labels,)."""
     used = np.zeros(labels, dtype=bool)
     for contraction in flow.contractions:
         for dim in (contraction.write_dim, contraction.read_dim):
-            used[flow.labels.settled(flow.dims[contraction.weight][0][dim])] = True
-        used[flow.labels.settled(flow.dims[contraction.input][0][contraction.input_dim])] = True
+            used[flow.labels.resolve(flow.dims[contraction.weight][0][dim])] = True
+        used[flow.labels.resolve(flow.dims[contraction.input][0][contraction.input_dim])] = True
     return used
 
 
@@ -237,7 +239,7 @@ def _describe(flow: Flow, layout: Layout, count: int) -> tuple[Group, ...]:
             writers[group].append(port)
         for group in layout.groups_in(layout.dims[contraction.weight][0][contraction.read_dim]):
             readers[group].append(port)
-    crosses = _crossed(flow.graph, layout, count)
+    crosses = _crossings(flow.graph, layout, count)
     roles = _roles(flow, layout)
     names: dict[str, int] = {}
     groups = []
@@ -260,7 +262,7 @@ def _describe(flow: Flow, layout: Layout, count: int) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _crossed(graph: Graph, layout: Layout, count: int) -> list[list[str]]:
+def _crossings(graph: Graph, layout: Layout, count: int) -> list[list[str]]:
     found: list[list[str]] = [[] for _ in range(count)]
     for name, kind in layout.crossings.items():
         if kind == "contraction":
@@ -275,7 +277,7 @@ def _crossed(graph: Graph, layout: Layout, count: int) -> list[list[str]]:
 def _roles(flow: Flow, layout: Layout) -> dict[int, str]:
     found: dict[int, str] = {}
     for kind, dim in sorted(flow.roles, key=lambda role: role[0] == "heads"):
-        for group in layout.groups_in(flow.labels.settled(dim)):
+        for group in layout.groups_in(flow.labels.resolve(dim)):
             found[group] = kind
     return found
 
@@ -289,3 +291,33 @@ def _name(members: Sequence[tuple[str, int]], kind: str) -> str:
     """The module that holds the first tensor, with what the units are where that isn't channels or neurons."""
     name = members[0][0].rpartition(".")[0] or members[0][0]
     return name if kind in ("channels", "neurons") else f"{name}:{kind.replace(' ', '-')}"
+
+
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=[.:#]|$)")
+
+
+def alike_groups(groups: Iterable[Group], how: Literal["none", "layers", "model"]) -> tuple[tuple[str, ...], ...]:
+    """Find the groups that are to end with the same number of units: those of one kind and one size.
+
+    Args:
+        groups: of the original.
+        how: "layers" asks besides that they lie at the same place of repeated layers, so that their names differ in
+            the numbers of a path only; "model" does not; "none" lets every group have a number of its own.
+
+    Returns:
+        The names of each class of two groups or more.
+
+    Example:
+        >>> names = ["enc.0.fc", "enc.1.fc", "dec.0.fc"]
+        >>> groups = [Group(i, name, "neurons", 8, (), (), (), ()) for i, name in enumerate(names)]
+        >>> alike_groups(groups, "layers"), alike_groups(groups, "model")
+        ((('enc.0.fc', 'enc.1.fc'),), (('enc.0.fc', 'enc.1.fc', 'dec.0.fc'),))
+    """
+    if how == "none":
+        return ()
+    found: dict[tuple[str, int, str], list[str]] = {}
+    for group in groups:
+        # Of two groups of one module, such as heads that share keys and the queries of each, each has its own number.
+        place = _NUMBER.sub("*", group.name) if how == "layers" else group.name.partition("#")[2]
+        found.setdefault((group.kind, group.size, place), []).append(group.name)
+    return tuple(tuple(names) for names in found.values() if len(names) > 1)

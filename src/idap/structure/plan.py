@@ -8,9 +8,9 @@ from math import prod
 from typing import Any
 
 from idap.errors import PlanError
-from idap.structure.program import Program, checked_tuples
-from idap.structure.projected import LAYER, PROJECTION, Kept, Projected
-from idap.structure.strict import ascending, dimension, items, sequence, size, sizes, text, whole
+from idap.parsing import dimension, indices, items, sequence, size, sizes, text, whole
+from idap.structure.code.program import Program, check_tuples
+from idap.structure.replacement import LAYER, PROJECTION, Kept, Projected
 
 Size = int | tuple[int, ...]
 
@@ -19,7 +19,7 @@ MOST_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
-class Called:
+class CallForm:
     """How a removed module is called, which its stand-in must follow.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
-    called: Mapping[str, Called] = field(default_factory=dict)
+    called: Mapping[str, CallForm] = field(default_factory=dict)
     programs: Mapping[str, Program] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     unsaved: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """How a notebook shows it: the groups that lose units, and what goes whole."""
-        from idap.report.notebook import table_display  # noqa: PLC0415 - of use in notebooks only
+        from idap.report.page import table_display  # noqa: PLC0415 - of use in notebooks only
 
         rows = [(name, f"{len(units):,} units left") for name, units in self.keep.items()]
         rows += [(name, "a linear map" if name in self.projections else "removed") for name in self.removed]
@@ -80,20 +80,20 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.keep or self.removed)
 
-    def gone(self, name: str) -> bool:
+    def removes(self, name: str) -> bool:
         """Whether a tensor or module vanishes because it lies in a module that is replaced."""
         return any(name == path or name.startswith(f"{path}.") for path in self.replaced)
 
     def shape_after(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the model, or of a projection, once the plan is applied."""
-        return self.kept(name).shape_after
+        return self.slots_kept(name).shape_after
 
-    def kept(self, name: str) -> Kept:
+    def slots_kept(self, name: str) -> Kept:
         """What stays of a tensor of the model, or of a projection."""
-        return self.made.get(name) or Kept(self.shapes[name], self.tensors.get(name, {}))
+        return self.projection_tensors.get(name) or Kept(self.shapes[name], self.tensors.get(name, {}))
 
     @cached_property
-    def made(self) -> Mapping[str, Kept]:
+    def projection_tensors(self) -> Mapping[str, Kept]:
         """The tensors that projections add to the model, by name."""
         return {n: kept for path, item in self.projections.items() for n, kept in item.tensors(path).items()}
 
@@ -116,44 +116,46 @@ class Plan:
             PlanError: `earlier` removed something that this plan keeps.
         """
         self._check_follows(earlier)
-        held = [name for name in self.shapes if not earlier.gone(name)]
-        cut = {name: dims for name, dims in self.tensors.items() if not earlier.gone(name)}
-        attributes = {path: values for path, values in self.attributes.items() if not earlier.gone(path)}
+        held = [name for name in self.shapes if not earlier.removes(name)]
+        cut = {name: dims for name, dims in self.tensors.items() if not earlier.removes(name)}
+        attributes = {path: values for path, values in self.attributes.items() if not earlier.removes(path)}
         for path in earlier.projections:
             if path in self.projections:
                 cut |= {name: kept.slots for name, kept in self.projections[path].tensors(path).items()}
                 attributes[f"{path}.{LAYER}"] = self.projections[path].attributes
         tensors: dict[str, dict[int, tuple[int, ...]]] = {}
         for name, dims in cut.items():
-            before = earlier.kept(name)
+            before = earlier.slots_kept(name)
             moved = {d: _places(kept, before.slots[d]) if d in before.slots else kept for d, kept in dims.items()}
             tensors[name] = {d: kept for d, kept in moved.items() if len(kept) != before.shape_after[d]}
         return Plan(
             keep=self.keep,
             removed=self.removed,
             tensors={name: dims for name, dims in tensors.items() if dims},
-            shapes={name: earlier.shape_after(name) for name in [*held, *earlier.made]},
+            shapes={name: earlier.shape_after(name) for name in [*held, *earlier.projection_tensors]},
             attributes=attributes,
-            replaced={path: kind for path, kind in self.replaced.items() if not earlier.gone(path)},
+            replaced={path: kind for path, kind in self.replaced.items() if not earlier.removes(path)},
             called=self.called,
             programs=self.programs,
             aliases=self.aliases,
             unsaved=self.unsaved,
-            projections={path: item for path, item in self.projections.items() if not earlier.gone(path)},
+            projections={path: item for path, item in self.projections.items() if not earlier.removes(path)},
         )
 
     def _check_follows(self, earlier: "Plan") -> None:
         """Everything that `earlier` removed must be removed here too."""
         for path, kind in earlier.replaced.items():
-            if not self.gone(path):
+            if not self.removes(path):
                 raise PlanError(f"the earlier plan removes module {path!r}, the later one keeps it")
             if path in self.replaced and (kind == PROJECTION) != (path in self.projections):
                 raise PlanError(f"the earlier plan makes module {path!r} {kind}, the later one {self.replaced[path]}")
-        lasting = {name: kept.slots for name, kept in earlier.made.items() if name in self.made}
-        lasting |= {name: dims for name, dims in earlier.tensors.items() if not self.gone(name)}
+        lasting = {
+            name: kept.slots for name, kept in earlier.projection_tensors.items() if name in self.projection_tensors
+        }
+        lasting |= {name: dims for name, dims in earlier.tensors.items() if not self.removes(name)}
         for name, dims in lasting.items():
             for dim, before in dims.items():
-                kept = self.kept(name).slots.get(dim)
+                kept = self.slots_kept(name).slots.get(dim)
                 if kept is None:
                     raise PlanError(f"the earlier plan cuts dimension {dim} of {name!r}, the later one keeps it whole")
                 missing = sorted(set(kept) - set(before))
@@ -189,10 +191,10 @@ class Plan:
         """
         try:
             plan = cls(
-                keep={name: ascending(units) for name, units in items(data["keep"])},
+                keep={name: indices(units) for name, units in items(data["keep"])},
                 removed=tuple(text(name) for name in sequence(data["removed"])),
                 tensors={
-                    name: {dimension(dim): ascending(kept) for dim, kept in items(dims)}
+                    name: {dimension(dim): indices(kept) for dim, kept in items(dims)}
                     for name, dims in items(data["tensors"])
                 },
                 shapes={name: _shape(shape) for name, shape in items(data["shapes"])},
@@ -201,7 +203,7 @@ class Plan:
                     for path, values in items(data["attributes"])
                 },
                 replaced={path: text(kind) for path, kind in items(data["replaced"])},
-                called={path: _called(call) for path, call in items(data["called"])},
+                called={path: _read_call(call) for path, call in items(data["called"])},
                 programs={path: Program.from_json(program) for path, program in items(data["programs"])},
                 aliases={name: text(first) for name, first in items(data["aliases"])},
                 unsaved=tuple(text(name) for name in sequence(data["unsaved"])),
@@ -236,9 +238,9 @@ def _shape(data: Any) -> tuple[int, ...]:
     return found
 
 
-def _called(call: Any) -> Called:
+def _read_call(call: Any) -> CallForm:
     takes, gives = sequence(call)
-    return Called(takes if isinstance(takes, str) else sizes([whole(takes)])[0], checked_tuples(gives))
+    return CallForm(takes if isinstance(takes, str) else sizes([whole(takes)])[0], check_tuples(gives))
 
 
 def _check_kept(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
 
-from idap.graph.copies import own_inputs
+from idap.graph.run import own_inputs
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs."""
@@ -61,7 +61,7 @@ def is_batched(leaf: Any, batch: int | None) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
 
-def resized_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> Inputs:
+def resize_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> Inputs:
     """The example inputs with another batch size: their samples in turn, as often as needed."""
     old = batch_size(args, kwargs)
     leaves, spec = tree_flatten_with_path((args, dict(kwargs)))
@@ -98,7 +98,7 @@ def fresh_inputs(
         if is_batched(leaf, old) and batch is not None:
             leaf = _in_turn(leaf, batch)  # noqa: PLW2901 - the same input, larger
         if isinstance(leaf, Tensor) and not _is_mask(leaf, _name(path, names)):
-            leaf = _drawn(leaf, generator)  # noqa: PLW2901 - as above
+            leaf = _draw(leaf, generator)  # noqa: PLW2901 - as above
         new.append(leaf)
     fresh: Inputs = tree_unflatten(new, spec)
     return fresh
@@ -156,11 +156,11 @@ def _is_mask(tensor: Tensor, name: str) -> bool:
     return tensor.dtype is torch.bool or "mask" in name.lower()
 
 
-def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if tensor.numel() == 0:
         return tensor
     if tensor.is_complex():
-        return torch.view_as_complex(_drawn(torch.view_as_real(tensor), generator))
+        return torch.view_as_complex(_draw(torch.view_as_real(tensor), generator))
     if not tensor.is_floating_point():
         numbers = torch.randint(int(tensor.min()), int(tensor.max()) + 1, tensor.shape, generator=generator)
         return numbers.to(tensor)

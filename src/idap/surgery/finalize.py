@@ -13,11 +13,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from idap.errors import ExportError
-from idap.graph.copies import forget_cached
 from idap.graph.ir import SPECIAL_OPS, Graph, Node, Ref
 from idap.graph.rules.flow import arguments, base_name
+from idap.graph.run import forget_cached
 from idap.graph.trace import trace
-from idap.surgery.bypass import Pass
+from idap.surgery.apply import Pass
 from idap.surgery.compare import fresh_inputs, largest_difference, outputs_of
 from idap.surgery.rewritten import original_class
 
@@ -98,12 +98,12 @@ def finalize(
     kwargs = dict(kwargs or {})
     graph = trace(model, args, kwargs)
     plan = _Plan(model, graph)
-    finished = _applied(model, plan.changes)
+    finished = _apply(model, plan.changes)
     inputs = [(args, kwargs), fresh_inputs(model, args, kwargs, batch=None, seed=0)]
     error = _difference(model, finished, inputs)
     if not error <= tolerance:
         for change in plan.changes:
-            alone = _difference(model, _applied(model, [change]), inputs)
+            alone = _difference(model, _apply(model, [change]), inputs)
             if not alone <= tolerance:
                 what = f"folding it into {change.into!r}" if change.into else "taking it out"
                 raise ExportError(
@@ -245,7 +245,7 @@ class _Plan:
 
 
 @torch.no_grad()
-def _applied(model: nn.Module, changes: list[_Change]) -> nn.Module:
+def _apply(model: nn.Module, changes: list[_Change]) -> nn.Module:
     finished = copy.deepcopy(model).eval()
     modules = dict(finished.named_modules())
     for module in modules.values():

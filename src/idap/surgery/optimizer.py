@@ -106,7 +106,7 @@ def _successor(
 ) -> tuple[nn.Parameter, dict[int, tuple[int, ...]]] | None:
     """What a parameter became and the slots it kept; None if it vanished."""
     kept = next((dict(plan.tensors[name]) for name in names if name in plan.tensors), {})
-    left = [name for name in names if not plan.gone(name)]
+    left = [name for name in names if not plan.removes(name)]
     if not left:
         return None
     if left[0] not in found:

@@ -17,7 +17,7 @@ def check_recurrent(model: nn.Module, plan: Plan) -> None:
         PlanError: names the first weight whose shape is another than the layer's sizes make it.
     """
     for path, module in model.named_modules():
-        if not isinstance(module, nn.RNNBase) or plan.gone(path):
+        if not isinstance(module, nn.RNNBase) or plan.removes(path):
             continue
         sizes = {name: getattr(module, name) for name in ("input_size", "hidden_size", "num_layers", "proj_size")}
         sizes |= {name: value for name, value in plan.attributes.get(path, {}).items() if name in sizes}

@@ -2,7 +2,7 @@
 
 Parameters, their names, submodules and hooks stay as they are; the module can be trained, copied, pickled and
 exported like any other. Programs come from files, so nothing in them is executed as it stands: they call functions of
-the list in `idap.structure.vocabulary` alone, each with arguments that it takes, Python source is generated from
+the list in `idap.structure.code.vocabulary` alone, each with arguments that it takes, Python source is generated from
 checked parts only, and what it makes is counted (`idap.surgery.allowance`).
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import PlanError, RewrittenModuleError
-from idap.structure.program import Program, Routine, Tree, tagged
+from idap.structure.code.program import Program, Routine, Tree, references
 from idap.surgery.allowance import Allowance, Shapes, Unlimited
 from idap.surgery.source import function_of, inputs_of
 
@@ -60,7 +60,7 @@ def rewritten_class(kind: type, program: Program, module: nn.Module) -> type:
     """A subclass of a module's class with the program as its forward."""
     try:
         check_program(module, program)
-        forward = _compiled(program, inspect.signature(kind.forward))  # type: ignore[attr-defined]
+        forward = _compile(program, inspect.signature(kind.forward))  # type: ignore[attr-defined]
     except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise PlanError(
             f"the code of a rewritten {kind.__name__} is broken: {type(error).__name__}: {error}"
@@ -86,7 +86,7 @@ def _reduce(self: Any, _protocol: int) -> tuple[Any, ...]:
 
 def _rebuild(kind: Any, program: Program) -> Any:
     made = kind.__new__(kind)
-    made.__class__ = _class_of(kind, program, _compiled(program, inspect.signature(kind.forward)))
+    made.__class__ = _class_of(kind, program, _compile(program, inspect.signature(kind.forward)))
     return made
 
 
@@ -101,7 +101,7 @@ def check_program(module: nn.Module, program: Program) -> None:
             _part(module, step.module, "module")
     for routine in program.routines:
         for tree in (routine.output, *(tree for step in routine.steps for tree in step.trees())):
-            for tag, name in tagged(tree):
+            for tag, name in references(tree):
                 if tag == "own":
                     _part(module, name, "tensor")
     if not program.routines:
@@ -120,7 +120,7 @@ def _part(module: nn.Module, name: str, what: str) -> None:
         ) from error
 
 
-def _compiled(program: Program, signature: inspect.Signature) -> Callable[..., Any]:
+def _compile(program: Program, signature: inspect.Signature) -> Callable[..., Any]:
     """The program as a Python function of the module and its arguments."""
     ways = [_Way(routine, signature) for routine in program.routines]
 
@@ -132,7 +132,7 @@ def _compiled(program: Program, signature: inspect.Signature) -> Callable[..., A
                 return way.run(self, values)
         raise RewrittenModuleError(
             f"the forward of this {type(self).__name__} was rewritten for {' or '.join(w.described for w in ways)}, "
-            f"found {_described(given, self)}. Trace the model with inputs of the kind that it gets in use, or analyze "
+            f"found {_describe(given, self)}. Trace the model with inputs of the kind that it gets in use, or analyze "
             "with swap=False."
         )
 
@@ -149,9 +149,9 @@ class _Way:
         # What the traced call passed, by the parameter of forward that it was passed for.
         bound = signature.bind(None, *routine.args, **dict(routine.kwargs)).arguments
         bound.pop(next(iter(signature.parameters)))
-        self._expected = {name: _packed(signature.parameters[name], tree) for name, tree in bound.items()}
+        self._expected = {name: _pack(signature.parameters[name], tree) for name, tree in bound.items()}
         self._inputs = inputs_of(routine)
-        self.described = ", ".join(f"{name}={_told(tree)}" for name, tree in self._expected.items())
+        self.described = ", ".join(f"{name}={_describe_argument(tree)}" for name, tree in self._expected.items())
         self._body = function_of(routine, self._inputs)
         self._counted_after = function_of(routine, self._inputs, counted_after=True)
         self._known: dict[tuple[Any, ...], Sequence[Shapes]] = {}
@@ -183,13 +183,13 @@ class _Way:
         return [found[number] for number in self._inputs]
 
 
-def _told(tree: Tree) -> str:
+def _describe_argument(tree: Tree) -> str:
     """An argument as a reader knows it."""
     kind = tree[:1] if isinstance(tree, tuple) else ()
     return {("value",): "a tensor", ("int",): "a whole number"}.get(kind, repr(tree))
 
 
-def _described(given: Mapping[str, Any], module: nn.Module) -> str:
+def _describe(given: Mapping[str, Any], module: nn.Module) -> str:
     shown = {name: value for name, value in given.items() if value is not module}
     return ", ".join(
         f"{name}=a tensor" if isinstance(value, Tensor) else f"{name}={repr(value)[:40]}"
@@ -197,7 +197,7 @@ def _described(given: Mapping[str, Any], module: nn.Module) -> str:
     )
 
 
-def _packed(parameter: inspect.Parameter, tree: Tree) -> Tree:
+def _pack(parameter: inspect.Parameter, tree: Tree) -> Tree:
     """What is bound to ``*args`` and ``**kwargs`` as a tree."""
     if parameter.kind is parameter.VAR_POSITIONAL:
         return ("tuple", *tree)

@@ -11,15 +11,15 @@ from torch import nn
 from idap.errors import PlanError, RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
 from idap.graph.provenance import RELATIONS
-from idap.structure.program import Instruction, Routine, Tree, check_routine, tagged
-from idap.structure.vocabulary import function_of_name, takes_device
+from idap.structure.code.program import Instruction, Routine, Tree, check_routine, references
+from idap.structure.code.vocabulary import function_of_name, takes_device
 from idap.surgery.allowance import calculate
 
 
 def inputs_of(routine: Routine) -> list[int]:
     """The numbers of the values that a routine is given, in order."""
     trees = (*routine.args, *(tree for _, tree in routine.kwargs))
-    return [number for tree in trees for tag, number in tagged(tree) if tag in ("value", "int")]
+    return [number for tree in trees for tag, number in references(tree) if tag in ("value", "int")]
 
 
 def function_of(routine: Routine, inputs: Sequence[int], *, counted_after: bool = False) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def _checks(routine: Routine) -> Mapping[int, Sequence[str]]:
 
 def _check_values(routine: Routine) -> None:
     """Every value must be made before it is used: tensors by inputs and steps, whole numbers by inputs."""
-    given = [found for tree in (*routine.args, *(tree for _, tree in routine.kwargs)) for found in tagged(tree)]
+    given = [found for tree in (*routine.args, *(tree for _, tree in routine.kwargs)) for found in references(tree)]
     made = set(given)
     if any(tag == "own" for tag, _ in made) or len({number for _, number in made}) < len(made):
         raise PlanError("the code of a rewritten module takes a value as two kinds, or one that it holds itself")
@@ -88,24 +88,26 @@ def _check_values(routine: Routine) -> None:
 
 
 def _check_made(trees: Iterable[Tree], made: set[tuple[str, Any]]) -> None:
-    for found in (found for tree in trees for found in tagged(tree)):
+    for found in (found for tree in trees for found in references(tree)):
         if found[0] != "own" and found not in made:
             kind = "number" if found[0] == "int" else "value"
             raise PlanError(f"the code of a rewritten module uses {kind} {found[1]}, which nothing makes")
 
 
-def _used(trees: Iterable[Tree]) -> Iterator[int]:
+def _value_numbers(trees: Iterable[Tree]) -> Iterator[int]:
     """The numbers of the tensors that trees use."""
-    return (number for tree in trees for tag, number in tagged(tree) if tag == "value")
+    return (number for tree in trees for tag, number in references(tree) if tag == "value")
 
 
 def _last_uses(routine: Routine) -> dict[int, int]:
     """Value -> the last step that uses it, without those that are returned."""
     last: dict[int, int] = {}
     for place, step in enumerate(routine.steps):
-        for number in _used(step.trees()):
+        for number in _value_numbers(step.trees()):
             last[number] = place
-    for number in _used([routine.output, *(tree for left, _, right, _ in routine.guards for tree in (left, right))]):
+    for number in _value_numbers(
+        [routine.output, *(tree for left, _, right, _ in routine.guards for tree in (left, right))]
+    ):
         last.pop(number, None)
     return last
 

@@ -1,9 +1,4 @@
-"""Prove a cut: the pruned model must equal the masked original.
-
-The reference never sees the cut code. It runs the traced graph of the original with all removed slots set to zero
-and removed branches skipped. Where a norm, a softmax or another reduction runs over a dimension that shrank, a zero
-is not an absence; there, and only there, the reference computes over the kept slots alone.
-"""
+"""Prove a cut: the pruned model must equal the masked original, and still run in training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 from idap.errors import VerificationError
 from idap.graph.ir import Graph, Node, Ref
 from idap.graph.labels import Dim
-from idap.graph.rules.attention import implied_scale
 from idap.graph.rules.flow import arguments, operator
-from idap.graph.run import run, tensors_of
+from idap.graph.rules.layers import default_scale
+from idap.graph.run import own_inputs, run, skeleton, tensors_of
 from idap.structure.analysis import Structure
 from idap.structure.layout import Presence, count, slots
 from idap.structure.plan import Plan
-from idap.surgery.bypass import LinearMap
+from idap.surgery.apply import LinearMap
 from idap.surgery.compare import difference, outputs_of
 
 TOLERANCE = 1e-4
@@ -82,7 +77,7 @@ def verify(
         raise VerificationError(
             f"the pruned model does not run: {type(error).__name__}: {error} (cut: {_names(plan)})"
         ) from error
-    crossed = tuple(_crossed(structure, structure.presence(plan.keep)))
+    crossed = tuple(_nodes_across(structure, structure.presence(plan.keep)))
     if len(found) != len(reference):
         raise VerificationError(
             f"the pruned model returns {len(found)} tensors, the original {len(reference)} (cut: {_names(plan)})"
@@ -134,8 +129,8 @@ def masked_outputs(
         for name, tensor in given.tensors(plan.projections[path], path).items()
     }
     full = _full_size(graph, original, Plan(shapes=graph.shapes) if since is None else since, fresh)
-    tensors = {name: _masked(tensor, plan.kept(name).slots) for name, tensor in full.items()}
-    special = dict.fromkeys(_crossed(structure, present, every=True), _over_kept(structure, present))
+    tensors = {name: _mask(tensor, plan.slots_kept(name).slots) for name, tensor in full.items()}
+    special = dict.fromkeys(_nodes_across(structure, present, every=True), _over_kept(structure, present))
     outputs = run(graph, tensors, inputs, special=special, skip_to=structure.skips(plan.removed))
     return [
         _gather(output, structure.layout.dims[name][0], present)
@@ -153,14 +148,14 @@ def _full_size(graph: Graph, model: nn.Module, since: Plan, fresh: Mapping[str, 
             full[name] = fresh[name].to(like) if name in fresh else like.new_zeros(shape)
             continue
         small = held[name].detach()
-        for dim, kept in since.kept(name).slots.items():
+        for dim, kept in since.slots_kept(name).slots.items():
             wide = small.new_zeros([*small.shape[:dim], shape[dim], *small.shape[dim + 1 :]])
             small = wide.index_copy(dim, torch.tensor(kept, device=small.device), small)
         full[name] = small
     return full
 
 
-def _masked(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
+def _mask(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
     """The tensor with zeros in all slots but those kept."""
     for dim, places in kept.items():
         mask = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
@@ -173,7 +168,7 @@ def _names(plan: Plan) -> str:
     return ", ".join([*plan.keep, *plan.removed]) or "nothing"
 
 
-def _crossed(structure: Structure, present: Presence, *, every: bool = False) -> list[str]:
+def _nodes_across(structure: Structure, present: Presence, *, every: bool = False) -> list[str]:
     """Nodes that compute over a dimension which lost slots; products of activations only if `every`."""
     found = []
     for name, kind in structure.layout.crossings.items():
@@ -192,22 +187,22 @@ def _over_kept(structure: Structure, present: Presence) -> Callable[[Node, Calla
         (use.node, use.argument, use.index): use.sign * count(use.dim, present) for use in layout.sizes
     }
 
-    def narrowed(tree: Any, fetch: Callable[[Any], Any]) -> Any:
+    def narrow(tree: Any, fetch: Callable[[Any], Any]) -> Any:
         if isinstance(tree, Ref):
             return _gather(fetch(tree), layout.dims[tree.name][0], present)
         if isinstance(tree, tuple | list):
-            return [narrowed(item, fetch) for item in tree]
+            return [narrow(item, fetch) for item in tree]
         return tree
 
-    def resized(node: Node, name: str, value: Any) -> Any:
+    def resize(node: Node, name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [sizes.get((node.name, name, place), item) for place, item in enumerate(value)]
         return sizes.get((node.name, name, None), value)
 
     def compute(node: Node, fetch: Callable[[Any], Any]) -> Any:
         function = operator(node)
-        given = {name: resized(node, name, narrowed(value, fetch)) for name, value in arguments(node).items()}
-        scale = implied_scale(structure.graph, node)
+        given = {name: resize(node, name, narrow(value, fetch)) for name, value in arguments(node).items()}
+        scale = default_scale(structure.graph, node)
         given |= {"scale": scale} if scale is not None else {}
         names = [argument.name for argument in function._schema.arguments if not argument.kwarg_only]
         result = function(*[given.pop(name) for name in names], **given)
@@ -221,7 +216,7 @@ def _over_kept(structure: Structure, present: Presence) -> Callable[[Node, Calla
 def _gather(tensor: Tensor, dims: Sequence[Dim], present: Presence) -> Tensor:
     for place, dim in enumerate(dims):
         if count(dim, present) != dim.shape[1]:
-            tensor = tensor.index_select(place, _kept(dim, present, tensor))
+            tensor = tensor.index_select(place, _slot_indices(dim, present, tensor))
     return tensor
 
 
@@ -229,9 +224,34 @@ def _scatter(tensor: Tensor, dims: Sequence[Dim], present: Presence) -> Tensor:
     for place, dim in enumerate(dims):
         if count(dim, present) != dim.shape[1]:
             shape = [*tensor.shape[:place], dim.shape[1], *tensor.shape[place + 1 :]]
-            tensor = tensor.new_zeros(shape).index_copy(place, _kept(dim, present, tensor), tensor)
+            tensor = tensor.new_zeros(shape).index_copy(place, _slot_indices(dim, present, tensor), tensor)
     return tensor
 
 
-def _kept(dim: Dim, present: Presence, like: Tensor) -> Tensor:
+def _slot_indices(dim: Dim, present: Presence, like: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(slots(dim, present))).to(like.device)
+
+
+def training_failure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Run a model forward in training mode.
+
+    Args:
+        model: is left as it is, buffers and torch's random state too.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+
+    Returns:
+        The error that it raised; "" if it runs.
+
+    Example:
+        >>> training_failure(nn.Linear(3, 2), (torch.zeros(1, 3),), {})
+        ''
+    """
+    copied = skeleton(model).train()
+    given, named = own_inputs(args, kwargs)
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+            copied(*given, **named)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

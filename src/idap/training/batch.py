@@ -1,6 +1,7 @@
-"""Batches of the usual layouts: where the inputs, the labels and the logits are, how to move and describe them."""
+"""Batches of the usual layouts, how to move and describe them, and the random numbers that loaders draw."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ MERGED_BYTES = 256 * 2**20
 """Batches that are larger together are not made one: their activations would fill the memory."""
 
 
-def merged(batches: Sequence[Batch]) -> Batch | None:
+def merge_batches(batches: Sequence[Batch]) -> Batch | None:
     """Make one batch of several, sample after sample.
 
     Args:
@@ -123,7 +124,7 @@ def merged(batches: Sequence[Batch]) -> Batch | None:
         too large for one.
 
     Example:
-        >>> merged([(torch.zeros(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.ones(1))])[0].shape
+        >>> merge_batches([(torch.zeros(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.ones(1))])[0].shape
         torch.Size([3, 3])
     """
     if len(batches) == 1:
@@ -255,3 +256,41 @@ def describe(value: object) -> str:
         return f"a {type(value).__name__} of ({', '.join(shown)})"
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+@contextmanager
+def seed_loader(loader: Iterable[Batch], seed: int) -> Iterator[None]:
+    """Let all that a loader draws begin at a seed, and put torch's random state and the loader's own back afterwards.
+
+    Args:
+        loader: any batches.
+        seed: of what is drawn within the context.
+    """
+    cuda = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=cuda), seed_generators(loader, seed):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def seed_generators(loader: Iterable[Batch], seed: int) -> Iterator[None]:
+    """Let the generators of a loader and its samplers begin at a seed, and give each its own state back.
+
+    Without it, a run that is stopped and goes on would read other batches than one that is not.
+
+    Args:
+        loader: any batches; those without a generator are left alone.
+        seed: of what is drawn within the context.
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    own = {id(each): each for each in found if isinstance(each, torch.Generator)}
+    states = [(each, each.get_state()) for each in own.values()]
+    for each in own.values():
+        each.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for each, state in states:
+            each.set_state(state)

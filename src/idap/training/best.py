@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from idap.errors import DivergedError
 from idap.training.batch import device_of, move
-from idap.training.evaluate import modes_kept
+from idap.training.evaluate import keep_modes
 from idap.training.processes import Draw, align_, from_main
 from idap.training.task import Task
 
@@ -56,7 +56,7 @@ class Best:
             self.value, self._state = value, _weights(self._model)
 
     def _score(self, judge: Judge) -> float:
-        with modes_kept(self._model):
+        with keep_modes(self._model):
             value = from_main(float(judge(self._model)))
         if math.isnan(value):
             raise DivergedError("the judge gave nan; expected a number that is higher for a better model.")
@@ -96,17 +96,17 @@ class Best:
 
 
 def _weights(model: nn.Module) -> Weights:
-    return {name: _copied(kept) for name, kept in model.state_dict().items()}
+    return {name: _copy(kept) for name, kept in model.state_dict().items()}
 
 
-def _copied(kept: Any) -> Any:
+def _copy(kept: Any) -> Any:
     return kept.detach().to("cpu", copy=True) if isinstance(kept, Tensor) else copy.deepcopy(kept)
 
 
 def _middle(first: Any, last: Any) -> Any:
     """The average of two values, on the CPU; what is no floating-point number is a copy of the last one."""
     if not isinstance(last, Tensor) or not last.is_floating_point():
-        return _copied(last)
+        return _copy(last)
     last = last.detach().cpu()
     return torch.where(first == last, last, torch.lerp(first, last, 0.5))  # infinite values, as in masks, stay
 
@@ -132,7 +132,7 @@ def reestimate_norms_(model: nn.Module, task: Task, batches: int, draw: Draw) ->
     momenta = [norm.momentum for norm in norms]
     device = device_of(model)
     try:
-        with modes_kept(model), torch.no_grad():
+        with keep_modes(model), torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average

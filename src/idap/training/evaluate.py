@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from idap.errors import DivergedError, IdapError, TaskError
 from idap.progress import Progress, Silent
-from idap.training.batch import Batch, Outputs, describe, device_of, move, nan_in
-from idap.training.generators import drawn_by
+from idap.training.batch import Batch, Outputs, describe, device_of, move, nan_in, seed_loader
 from idap.training.processes import Draw, alone, process_count, process_rank, together, totals
 from idap.training.task import Split, Task, empty_split, from_torchmetrics
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def modes_kept(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+def keep_modes(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Put a model in evaluation or training mode for a while, and give each module its own mode back.
 
     Args:
@@ -86,14 +85,14 @@ def score(model: nn.Module, task: Task, *, split: Split = "val", progress: Progr
     total = operator.length_hint(batches) or None
     # no_grad, not inference_mode: a model may keep a tensor for later, and training could not use an inference tensor.
     phase_of = (progress or Silent()).phase(f"evaluate {split}", total)
-    with together(), modes_kept(model), torch.no_grad(), drawn_by(batches, 0), phase_of as phase:
+    with together(), keep_modes(model), torch.no_grad(), seed_loader(batches, 0), phase_of as phase:
         for number, loaded in enumerate(Draw(seed=0).batches(batches)):
             if number % process_count() == process_rank():
-                with _named(task, split, number):
+                with _name_batch(task, split, number):
                     batch = move(loaded, device)
                     outputs = task.run(model, batch)
                     broken.append(nan_in(outputs))
-                    with _telling(broken[-1]):
+                    with _blame_model(broken[-1]):
                         meter.add(outputs, batch)
             meter.seen += 1
             phase.advance()
@@ -105,7 +104,7 @@ def score(model: nn.Module, task: Task, *, split: Split = "val", progress: Progr
 
 
 @contextmanager
-def _telling(broken: list[Tensor]) -> Iterator[None]:
+def _blame_model(broken: list[Tensor]) -> Iterator[None]:
     """Where a metric can't take NaN, it is the model that failed, and not the metric."""
     try:
         yield
@@ -140,12 +139,12 @@ def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: S
     error = power = 0.0
     seen = 0
     batches = task.batches(split)
-    with together(), modes_kept(model), modes_kept(reference), torch.no_grad(), drawn_by(batches, 0):
+    with together(), keep_modes(model), keep_modes(reference), torch.no_grad(), seed_loader(batches, 0):
         for number, loaded in enumerate(Draw(seed=0).batches(batches)):
             seen += 1
             if number % process_count() != process_rank():
                 continue
-            with _named(task, split, number):
+            with _name_batch(task, split, number):
                 batch = move(loaded, device)
                 ours = task.logits(task.run(model, batch)).float()
                 theirs = task.logits(task.run(reference, batch)).float()
@@ -169,7 +168,7 @@ def output_error(model: nn.Module, reference: nn.Module, task: Task, *, split: S
 
 
 @contextmanager
-def _named(task: Task, split: Split, number: int) -> Iterator[None]:
+def _name_batch(task: Task, split: Split, number: int) -> Iterator[None]:
     """Add to errors of the user's model and metric which batch they came from."""
     try:
         yield

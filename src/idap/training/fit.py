@@ -19,15 +19,13 @@ from torch import nn
 
 from idap.errors import ConfigError, DivergedError, TaskError
 from idap.progress import Progress, Silent
-from idap.training.batch import device_of
+from idap.training.batch import device_of, seed_loader
 from idap.training.best import Best, Judge
 from idap.training.distill import Features
-from idap.training.evaluate import modes_kept
-from idap.training.generators import drawn_by
+from idap.training.evaluate import keep_modes
 from idap.training.loop import FitReport, Loop
-from idap.training.pace import Pace
 from idap.training.processes import Draw, align_, process_rank
-from idap.training.recovery import Recovery
+from idap.training.recovery import Pace, Recovery
 from idap.training.task import Task, empty_split
 
 
@@ -82,7 +80,7 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
         loop.learn_from(teacher, features)
         lasting.callback(loop.put_back_rates)
         epoch = partial(loop.epoch, draw, lasting, expected=batches)
-        diverged = _trained(epoch, best, pace if recovery.trains else None, salvage=salvage and judge is not None)
+        diverged = _train(epoch, best, pace if recovery.trains else None, salvage=salvage and judge is not None)
         if recovery.trains and recovery.average and not diverged:
             best.try_average()
         best.restore()
@@ -92,7 +90,7 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
     return loop.report(best, time.perf_counter() - started, diverged)
 
 
-def _trained(epoch: Callable[[], None], best: Best, pace: Pace | None, *, salvage: bool) -> str:
+def _train(epoch: Callable[[], None], best: Best, pace: Pace | None, *, salvage: bool) -> str:
     """Train to the end, if there is anything to do; what ended it early."""
     try:
         while pace is not None and not pace.over:
@@ -118,12 +116,12 @@ def _training(
     """
     if teacher is not None:
         _check_teacher(model, teacher)
-    teacher_modes = nullcontext() if teacher is None else modes_kept(teacher)
+    teacher_modes = nullcontext() if teacher is None else keep_modes(teacher)
     with (
         torch.enable_grad(),
-        drawn_by(task.train, seed),
+        seed_loader(task.train, seed),
         teacher_modes,
-        modes_kept(model, training=True),
+        keep_modes(model, training=True),
         ExitStack() as lasting,
     ):
         draw = Draw()

@@ -12,11 +12,17 @@ from idap.progress import Phase
 from idap.training.batch import Batch, Outputs, device_of, move, nan_in
 from idap.training.best import Best
 from idap.training.distill import Features, distillation_loss, feature_distance
-from idap.training.evaluate import modes_kept
-from idap.training.pace import Pace
+from idap.training.evaluate import keep_modes
 from idap.training.processes import Draw, align_tensors_, share, sum_gradients_, totals
-from idap.training.recovery import Recovery
-from idap.training.speed import Precision, broken_channels_last, channels_last, compiled, explained, has_convolutions
+from idap.training.recovery import Pace, Recovery
+from idap.training.speed import (
+    Precision,
+    channels_last,
+    channels_last_fault,
+    compile_model,
+    explain_failure,
+    has_convolutions,
+)
 from idap.training.task import Task, empty_split
 
 
@@ -86,7 +92,7 @@ class Loop:
         self._features: Features | None = None
         self._device = device_of(model)
         self._precision = Precision(recovery.precision, self._device)
-        self._optimizer = _described(model, recovery) if optimizer is None else _of_model(model, optimizer)
+        self._optimizer = _make_optimizer(model, recovery) if optimizer is None else _of_model(model, optimizer)
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         self.first_loss = self.last_loss = math.nan
         self.means: list[float] = []
@@ -150,7 +156,7 @@ class Loop:
         """See on the first batch how the model can be run."""
         wanted = self._recovery.channels_last
         if wanted is True or (wanted == "auto" and has_convolutions(self._model)):
-            refusal = broken_channels_last(self._model, self._device)
+            refusal = channels_last_fault(self._model, self._device)
             with ExitStack() as trial:
                 if refusal is None:
                     for model in self._models():
@@ -161,13 +167,13 @@ class Loop:
             if refusal is not None and wanted is True:
                 raise TaskError(f"channels_last=True, but the model does not run that way: {refusal}. Leave it out.")
         if self._recovery.compile:
-            self._called = compiled(self._model)
+            self._called = compile_model(self._model)
 
     @torch.no_grad()
     def _refusal(self, batch: Batch) -> str | None:
         """Why the models can't run on a batch as they are now; None if they can."""
         cuda = range(torch.cuda.device_count())
-        with torch.random.fork_rng(devices=cuda), modes_kept(self._model), self._precision.autocast():
+        with torch.random.fork_rng(devices=cuda), keep_modes(self._model), self._precision.autocast():
             for model in self._models():
                 try:
                     self._task.run(model, batch)
@@ -181,7 +187,9 @@ class Loop:
             _set_rate(group, rate)
         self._optimizer.zero_grad()
         compiles = self._called is not self._model and self._pace.done == 0
-        self.last_loss = explained(lambda: self._backward(batch, weight)) if compiles else self._backward(batch, weight)
+        self.last_loss = (
+            explain_failure(lambda: self._backward(batch, weight)) if compiles else self._backward(batch, weight)
+        )
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         sum_gradients_(parameters)
         if self._recovery.clip_norm is not None:
@@ -213,7 +221,7 @@ class Loop:
         outputs = self._precision.whole(outputs)
         if self._teacher is None:
             return weight * self._task.loss(outputs, batch)
-        target, theirs = self._taught(self._teacher, batch)
+        target, theirs = self._teacher_outputs(self._teacher, batch)
         distil = self._recovery.distil
         parts = []
         if distil > 0:
@@ -234,7 +242,7 @@ class Loop:
         except (IdapError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if self._called is not self._model:  # what went wrong may be the compilation, see `explained`
+            if self._called is not self._model:  # what went wrong may be the compilation, see `explain_failure`
                 raise
             samples = self._task.size(batch)
             advice = " A batch norm can't learn from one sample: drop_last=True leaves it out." if samples == 1 else ""
@@ -248,7 +256,7 @@ class Loop:
         return [model for model in (self._model, self._teacher) if model is not None]
 
     @torch.no_grad()
-    def _taught(self, teacher: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    def _teacher_outputs(self, teacher: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """The logits and the features of the teacher."""
         theirs: list[Tensor] = []
         with self._precision.autocast():
@@ -269,7 +277,7 @@ class Loop:
             raise DivergedError(f"the {what} is {number} at {self._pace}, learning rate {rate:.3g}. {advice}")
 
 
-def _described(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:
+def _make_optimizer(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:
     """The optimiser that the settings describe."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:

@@ -27,7 +27,7 @@ CHUNK = 2**24
 
 
 @contextmanager
-def launched() -> Iterator[torch.device]:
+def join_processes() -> Iterator[torch.device]:
     """Join the other processes that a launcher started, if there are any, such as `accelerate launch`.
 
     Yields:
@@ -111,7 +111,7 @@ def on_main(call: Callable[[], T]) -> T:
         if is_main():
             found[0] = call()
     if process_count() > 1:
-        dist.broadcast_object_list(found, src=0, device=_meeting_place())
+        dist.broadcast_object_list(found, src=0, device=_exchange_device())
     value: T = found[0]
     return value
 
@@ -120,7 +120,7 @@ def from_main(value: float) -> float:
     """Process 0's value of a number."""
     if process_count() == 1:
         return value
-    held = torch.tensor([value], dtype=torch.float64, device=_meeting_place())
+    held = torch.tensor([value], dtype=torch.float64, device=_exchange_device())
     dist.broadcast(held, src=0)
     return float(held)
 
@@ -129,7 +129,7 @@ def totals(*values: float) -> tuple[float, ...]:
     """Sum numbers over all processes, in float64."""
     if process_count() == 1:
         return values
-    held = torch.tensor(values, dtype=torch.float64, device=_meeting_place())
+    held = torch.tensor(values, dtype=torch.float64, device=_exchange_device())
     dist.all_reduce(held)
     return tuple(held.tolist())
 
@@ -156,21 +156,21 @@ def share(batch: Batch, size: Callable[[Batch], int]) -> tuple[Batch, float]:
     if count == 1:
         return batch, 1.0
     samples = size(batch)
-    part, sliced = _sliced(batch, samples, slice(process_rank(), None, count))
+    part, sliced = _slice(batch, samples, slice(process_rank(), None, count))
     if not sliced or samples < 2 * count:
         return batch, 1 / count
     return part, len(range(process_rank(), samples, count)) / samples
 
 
-def _sliced(value: Any, samples: int, places: slice) -> tuple[Any, bool]:
+def _slice(value: Any, samples: int, places: slice) -> tuple[Any, bool]:
     if isinstance(value, Tensor):
         fits = value.ndim > 0 and len(value) == samples
         return (value[places], True) if fits else (value, False)
     if isinstance(value, Mapping):
-        parts = {key: _sliced(part, samples, places) for key, part in value.items()}
+        parts = {key: _slice(part, samples, places) for key, part in value.items()}
         return {key: part for key, (part, _) in parts.items()}, any(cut for _, cut in parts.values())
     if isinstance(value, tuple | list):
-        found = [_sliced(part, samples, places) for part in value]
+        found = [_slice(part, samples, places) for part in value]
         if any(cut for _, cut in found):
             kept = [part for part, _ in found]
             return (type(value)(*kept) if hasattr(value, "_fields") else type(value)(kept)), True
@@ -194,18 +194,18 @@ class Draw:
         if process_count() == 1:
             yield from loader
             return
-        with self._drawing():
+        with self._use_state():
             iterator = iter(loader)
         while True:
             try:
-                with self._drawing():
+                with self._use_state():
                     batch = next(iterator)
             except StopIteration:
                 return
             yield batch
 
     @contextmanager
-    def _drawing(self) -> Iterator[None]:
+    def _use_state(self) -> Iterator[None]:
         own = torch.get_rng_state()
         torch.set_rng_state(self._state)
         try:
@@ -224,7 +224,7 @@ def align_tensors_(tensors: Iterable[Tensor]) -> None:
     """Give tensors in every process the values that they have in process 0, in place."""
     if process_count() > 1:
         for chunk in _chunks([tensor.detach() for tensor in tensors]):
-            flat = torch.cat([tensor.reshape(-1) for tensor in chunk]).to(_meeting_place())
+            flat = torch.cat([tensor.reshape(-1) for tensor in chunk]).to(_exchange_device())
             dist.broadcast(flat, src=0)
             _put_back(flat, chunk)
 
@@ -233,14 +233,14 @@ def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in place; one that no process has stays None."""
     if process_count() == 1:
         return
-    has = torch.tensor([parameter.grad is not None for parameter in parameters], device=_meeting_place()).int()
+    has = torch.tensor([parameter.grad is not None for parameter in parameters], device=_exchange_device()).int()
     dist.all_reduce(has)
     held = [parameter for parameter, found in zip(parameters, has.tolist(), strict=True) if found]
     for parameter in held:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for chunk in _chunks([parameter.grad for parameter in held if parameter.grad is not None]):
-        flat = torch.cat([gradient.reshape(-1) for gradient in chunk]).to(_meeting_place())
+        flat = torch.cat([gradient.reshape(-1) for gradient in chunk]).to(_exchange_device())
         dist.all_reduce(flat)
         _put_back(flat, chunk)
 
@@ -273,6 +273,6 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _meeting_place() -> torch.device:
+def _exchange_device() -> torch.device:
     """Where tensors must be for the processes to exchange them."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

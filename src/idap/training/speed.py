@@ -51,7 +51,7 @@ NARROW = 16
 """Input channels below which oneDNN writes past its memory: its block is 16 with AVX-512, 8 with AVX2."""
 
 
-def broken_channels_last(model: nn.Module, device: torch.device) -> str | None:
+def channels_last_fault(model: nn.Module, device: torch.device) -> str | None:
     """Why a model must not be trained with its channels last on a device; None if nothing is known against it.
 
     Of a 1×1 convolution with a stride over few channels, oneDNN computes the gradient of the weight in memory that is
@@ -91,12 +91,12 @@ def channels_last(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """Compile a model's forward pass; that happens at the first call, see `explained`."""
+def compile_model(model: nn.Module) -> nn.Module:
+    """Compile a model's forward pass; that happens at the first call, see `explain_failure`."""
     return cast(nn.Module, torch.compile(model))
 
 
-def explained(call: Callable[[], T]) -> T:
+def explain_failure(call: Callable[[], T]) -> T:
     """Make the first call of a compiled model.
 
     Raises:

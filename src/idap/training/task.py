@@ -1,12 +1,10 @@
-"""What a model is for: its data, its loss, its metric, and how a batch enters the model.
+"""What a model is for: its data, its loss, its metric, and how a batch enters the model."""
 
-A batch may be anything a loader yields. Only the functions of a `Task` look inside it.
-"""
-
+import inspect
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +22,8 @@ from idap.training.batch import (
     default_size,
     describe,
     move,
+    seed_loader,
 )
-from idap.training.generators import drawn_by
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -136,7 +134,7 @@ class Task:
             TaskError: the calibration split is empty.
         """
         batches = self.batches("calibration")
-        with drawn_by(batches, 0):
+        with seed_loader(batches, 0):
             for batch in batches:
                 return self.inputs(move(batch, device))
         raise empty_split("calibration" if self.calibration is not None else "train")
@@ -227,3 +225,61 @@ def _logits_and_labels(outputs: Outputs, batch: Batch, num_classes: int) -> tupl
             "Renumber the labels from 0, or give the model and num_classes more classes."
         )
     return logits, labels.long()
+
+
+def task_from(found: Any, where: str) -> Task:
+    """Make a task of what a data set gave: the task itself, or splits for classification.
+
+    Args:
+        found: the task, or an object with train, val, test and num_classes.
+        where: the recipe's name, begins every error.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(found, Task):
+        return found
+    try:
+        task = classification(
+            found.train,
+            found.val,
+            test=found.test,
+            num_classes=found.num_classes,
+            calibration=getattr(found, "calibration", None),
+        )
+    except AttributeError as error:
+        raise ConfigError(
+            f"{where}: data.name gave {type(found).__name__} without {error.name!r}; expected an idap.Task, or train, "
+            "val, test (or None) and num_classes, as idap.data.tensors.Splits has them."
+        ) from error
+    return replace(task, notes=tuple(getattr(found, "notes", ())))
+
+
+def task_of(found: Any) -> Task:
+    """Take the task that the user's code is, or returns.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    task = found() if callable(found) else found
+    if not isinstance(task, Task):
+        raise ConfigError(f"the task is {type(task).__name__}, expected an idap.Task; build one, or return it.")
+    return task
+
+
+def check_keys(build: Any, keys: Mapping[str, Any], name: str, where: str) -> None:
+    """Check that the user's function takes the keys of `[data]`.
+
+    Raises:
+        ConfigError: it is no function, or doesn't take one of them.
+    """
+    if not callable(build):
+        raise ConfigError(f"{where}: data.name {name} is {type(build).__name__}, expected a function.")
+    parameters = inspect.signature(build).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for key in keys:
+        if key not in parameters:
+            raise ConfigError(
+                f"{where}: data.{key} does not suit {name}, which takes {', '.join(parameters) or 'nothing'}."
+            )

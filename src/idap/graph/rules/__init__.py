@@ -4,20 +4,7 @@ A rule reads the dims of an operator's inputs, tells `Flow` which of them are th
 dims of its result. To add an operator, write a function and register its name with `@rule(...)`.
 """
 
-from idap.graph.rules import (
-    attention,
-    convolution,
-    creation,
-    indexing,
-    joining,
-    linear,
-    normalisation,
-    pointwise,
-    pooling,
-    recurrent,
-    shape,
-    spectral,
-)
+from idap.graph.rules import joining, layers, linear, normalisation, pointwise, shape
 from idap.graph.rules.flow import Contraction, Flow, Pin, SizeUse, flow_of
 
 __all__ = [
@@ -25,17 +12,11 @@ __all__ = [
     "Flow",
     "Pin",
     "SizeUse",
-    "attention",
-    "convolution",
-    "creation",
     "flow_of",
-    "indexing",
     "joining",
+    "layers",
     "linear",
     "normalisation",
     "pointwise",
-    "pooling",
-    "recurrent",
     "shape",
-    "spectral",
 ]

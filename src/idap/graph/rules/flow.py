@@ -9,7 +9,7 @@ import torch
 
 from idap.errors import StructureError, UnknownOperatorError
 from idap.graph.ir import Expression, Graph, Node, Ref
-from idap.graph.labels import Dim, Labels, fixed
+from idap.graph.labels import Dim, Labels, constant_dim
 from idap.graph.provenance import sources
 
 Rule = Callable[["Flow", Node], list[Dim] | list[list[Dim]]]
@@ -123,7 +123,7 @@ class Flow:
 
     def of(self, value: Any) -> list[Dim]:
         """The dims of a tensor argument, in terms of atomic labels."""
-        return [self.labels.settled(dim) for dim in self.dims[value.name][0]]
+        return [self.labels.resolve(dim) for dim in self.dims[value.name][0]]
 
     def node(self, value: Ref) -> Node:
         """The node behind a tensor argument."""
@@ -155,10 +155,10 @@ class Flow:
 
     def crosses(self, node: Node, kind: str, dims: Sequence[Dim]) -> None:
         """The node computes one number from all slots of these dims."""
-        if any(len(self.labels.settled(dim)) for dim in dims):
+        if any(len(self.labels.resolve(dim)) for dim in dims):
             self.crossings[node.name] = kind
 
-    def used(self, node: Node) -> bool:
+    def is_used(self, node: Node) -> bool:
         """Whether the model's outputs depend on the values of a node, not only on its shape."""
         if not self._live:
             self._live |= self.graph.live({})
@@ -216,14 +216,14 @@ def flow_of(graph: Graph, *, freeze_unknown: bool = False, contracts: Sequence[s
     for node in graph.nodes.values():
         flow.enter(node)
         flow.dims[node.name] = _dims_of(flow, node, shared, freeze_unknown)
-    for name in _promised(graph, contracts):
+    for name in _contract_nodes(graph, contracts):
         flow.enter(graph.nodes[name])
         for dims in flow.dims[name]:
             flow.freeze(dims, "the model returns it")
     return flow
 
 
-def _promised(graph: Graph, contracts: Sequence[str] | None) -> list[str]:
+def _contract_nodes(graph: Graph, contracts: Sequence[str] | None) -> list[str]:
     """The nodes of the outputs that are named; ``hidden_states`` stands for ``hidden_states.0`` and so on, too."""
     if contracts is None:
         return list(graph.outputs)
@@ -244,7 +244,7 @@ def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknow
             shared[node.target] = [flow.labels.fresh_dim(size) for size in node.shape]
         return [shared[node.target]]
     if node.op in ("input", "constant"):
-        return [[fixed(size) for size in shape] for shape in node.shapes]
+        return [[constant_dim(size) for size in shape] for shape in node.shapes]
     if node.op == "getitem":
         source, index = node.args
         return [flow.dims[source.name][index]]
@@ -282,7 +282,7 @@ def freeze_all(flow: Flow, node: Node) -> list[list[Dim]]:
     for name in node.inputs():
         for dims in flow.dims[name]:
             flow.freeze(dims, "nothing is known of this operator that would let it shrink")
-    return [[fixed(size) for size in shape] for shape in node.shapes]
+    return [[constant_dim(size) for size in shape] for shape in node.shapes]
 
 
 def _check(node: Node, dims: Sequence[Any]) -> None:
@@ -300,7 +300,7 @@ def broadcast(flow: Flow, tensors: Sequence[list[Dim]], shape: Sequence[int]) ->
         full = [dim for dim in met if dim.shape[1] == size and size != 1]
         for dim in full[1:]:
             flow.labels.unify(full[0], dim)
-        result.append(flow.labels.settled(full[0]) if full else fixed(size))
+        result.append(flow.labels.resolve(full[0]) if full else constant_dim(size))
     return result
 
 
@@ -308,7 +308,7 @@ def regroup(flow: Flow, dims: Sequence[Dim], shape: Sequence[int]) -> list[Dim]:
     """The dims after a reshape in row-major order."""
     if 0 in shape:
         flow.freeze(dims)
-        return [fixed(size) for size in shape]
+        return [constant_dim(size) for size in shape]
     found: list[Dim] = []
     taken = made = 0
     while taken < len(dims) or made < len(shape):
@@ -322,7 +322,7 @@ def regroup(flow: Flow, dims: Sequence[Dim], shape: Sequence[int]) -> list[Dim]:
         if len(before) == len(after) == 1:
             found.append(before[0])
         else:
-            found += flow.labels.split(flow.labels.merge(before), after) if before else [fixed(1) for _ in after]
+            found += flow.labels.split(flow.labels.merge(before), after) if before else [constant_dim(1) for _ in after]
     return found
 
 

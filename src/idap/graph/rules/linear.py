@@ -1,12 +1,56 @@
-"""Linear maps and matrix products."""
+"""Linear maps, matrix products, equations of `torch.einsum`, and Fourier transforms."""
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from idap.graph.equations import read_equation
 from idap.graph.ir import Node
-from idap.graph.labels import Dim
+from idap.graph.labels import Dim, constant_dim
 from idap.graph.rules.flow import Contraction, Flow, arguments, broadcast, rule
+
+
+class Equation(NamedTuple):
+    """Which dimensions of which tensors are one; a letter each, or a number for what an ellipsis stands for.
+
+    Attributes:
+        terms: the letters of each tensor, in the order of its dimensions.
+        result: those of the result.
+    """
+
+    terms: tuple[tuple[str, ...], ...]
+    result: tuple[str, ...]
+
+
+def read_equation(equation: str, ranks: Sequence[int]) -> Equation:
+    """Write out what an equation leaves to be understood: ellipses, and the result after no arrow.
+
+    Args:
+        equation: as `torch.einsum` takes it.
+        ranks: the number of dimensions of each tensor.
+
+    Example:
+        >>> read_equation("...i, io", (3, 2))
+        Equation(terms=(('2', '1', 'i'), ('i', 'o')), result=('2', '1', 'o'))
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = tuple(_letters(term, rank) for term, rank in zip(left.split(","), ranks, strict=True))
+    hidden = max((sum(letter.isdigit() for letter in term) for term in terms), default=0)
+    if arrow:
+        return Equation(terms, _letters(right, hidden + len(right.replace("...", ""))))
+    counts = Counter(letter for term in terms for letter in term if not letter.isdigit())
+    once = sorted(letter for letter, count in counts.items() if count == 1)
+    return Equation(terms, (*_ellipsis_names(hidden), *once))
+
+
+def _letters(term: str, rank: int) -> tuple[str, ...]:
+    """One name per dimension."""
+    before, dots, after = term.partition("...")
+    return (*before, *(_ellipsis_names(rank - len(before) - len(after)) if dots else ()), *after)
+
+
+def _ellipsis_names(count: int) -> tuple[str, ...]:
+    """Names of what an ellipsis stands for, counted from the right, as they broadcast."""
+    return tuple(map(str, range(count, 0, -1)))
 
 
 @rule("linear")
@@ -22,7 +66,7 @@ def linear(flow: Flow, node: Node) -> list[Dim]:
     flow.contractions.append(
         Contraction(node.name, "linear", given["input"].name, last, given["weight"].name, 1, 0, last)
     )
-    return [*x[:-1], flow.labels.settled(weight[0])]
+    return [*x[:-1], flow.labels.resolve(weight[0])]
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "vdot")
@@ -66,7 +110,7 @@ def _product(flow: Flow, node: Node, one: Any, other: Any) -> list[Dim]:
         flow.crosses(node, "contraction", [a[-1]])
         flow.roles.append(("head width", a[-1]))
         flow.roles += [("heads", dim) for dim in batch]
-    return [flow.labels.settled(dim) for dim in [*batch, *rows, *columns]]
+    return [flow.labels.resolve(dim) for dim in [*batch, *rows, *columns]]
 
 
 @rule("bilinear")
@@ -82,7 +126,7 @@ def bilinear(flow: Flow, node: Node) -> list[Dim]:
         flow.labels.unify(flow.of(given["bias"])[0], weight[0])
     batch = broadcast(flow, [one[:-1], other[:-1]], node.shape[:-1])
     flow.products.append((given["weight"].name, f"a product of two inputs, at {node.where()}"))
-    return [*batch, flow.labels.settled(weight[0])]
+    return [*batch, flow.labels.resolve(weight[0])]
 
 
 @rule("cdist", "_cdist_forward", "_euclidean_dist")
@@ -130,7 +174,7 @@ def _by_letters(
                 flow.labels.unify(met[0], dim)
     flow.crosses(node, "contraction", [met[0] for letter, met in places.items() if letter not in right])
     _note_product(flow, node, left, right, tensors)
-    return [flow.labels.settled(places[letter][0]) for letter in right]
+    return [flow.labels.resolve(places[letter][0]) for letter in right]
 
 
 def _note_product(
@@ -163,3 +207,41 @@ def _note_product(
     both = set(left[0]) & set(left[1])
     dims = dict(zip(left[0], flow.of(tensors[0]), strict=True))
     flow.roles += [("heads" if letter in right else "head width", dims[letter]) for letter in sorted(both)]
+
+
+_MIXED = "a Fourier transform mixes its slots"
+
+
+@rule("view_as_complex", "view_as_real")
+def complex_view(flow: Flow, node: Node) -> list[Dim]:
+    """The last dim holds the real and the imaginary part."""
+    x = flow.of(arguments(node)["self"])
+    if len(node.shape) > len(x):
+        return [*x, constant_dim(2)]
+    flow.freeze([x[-1]], "it holds the real and the imaginary part")
+    return flow.of(arguments(node)["self"])[:-1]
+
+
+@rule(
+    "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft",
+    "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn",
+    "fft_fftshift", "fft_ifftshift",
+)  # fmt: skip
+def fourier(flow: Flow, node: Node) -> list[Dim]:
+    """Dims that are transformed can't shrink; the others pass."""
+    given = arguments(node)
+    x = flow.of(given["self"])
+    dim = given["dim"]
+    several = given.get("s") or ()  # sizes of the last dims, where these are not named
+    axes = range(len(x))[-len(several) :] if dim is None else [dim] if isinstance(dim, int) else dim
+    places = {int(axis) % len(x) for axis in axes}
+    flow.freeze([x[place] for place in places], _MIXED)
+    passed = flow.of(given["self"])
+    return [constant_dim(size) if place in places else passed[place] for place, size in enumerate(node.shape)]
+
+
+@rule("outer")
+def outer(flow: Flow, node: Node) -> list[Dim]:
+    """X (N) and Y (M) -> (N, M)."""
+    given = arguments(node)
+    return [flow.of(given["self"])[0], flow.of(given["vec2"])[0]]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from idap.graph.ir import Node, Ref
-from idap.graph.labels import Dim, fixed
+from idap.graph.labels import Dim, constant_dim
 from idap.graph.rules.flow import RULES, Flow, arguments, broadcast, rule
 
 
@@ -18,7 +18,7 @@ def batch_norm(flow: Flow, node: Node) -> list[Dim]:
             flow.labels.unify(x[1], flow.of(given[name])[0])
     if given.get("training") or (node.op.startswith("aten.instance_norm") and given.get("use_input_stats")):
         flow.crosses(node, "norm", [x[0], *x[2:]])
-    return [flow.labels.settled(dim) for dim in x]
+    return [flow.labels.resolve(dim) for dim in x]
 
 
 @rule("layer_norm", "rms_norm")
@@ -31,7 +31,7 @@ def layer_norm(flow: Flow, node: Node) -> list[Dim]:
         if given.get(name) is not None:
             for mine, theirs in zip(x[-count:], flow.of(given[name]), strict=True):
                 flow.labels.unify(mine, theirs)
-    x = [flow.labels.settled(dim) for dim in x]
+    x = [flow.labels.resolve(dim) for dim in x]
     for index, dim in enumerate(x[-count:]):
         flow.follows(node, "normalized_shape", index, dim)
     flow.crosses(node, "norm", x[-count:])
@@ -47,7 +47,7 @@ def group_norm(flow: Flow, node: Node) -> list[Dim]:
     for name in ("weight", "bias"):
         if given.get(name) is not None:
             flow.labels.unify(flow.of(given[name])[0], flow.of(given["input"])[1])
-    flow.follows(node, "num_groups", None, flow.labels.settled(parts))
+    flow.follows(node, "num_groups", None, flow.labels.resolve(parts))
     flow.crosses(node, "norm", [inner, *x[2:]])
     return flow.of(given["input"])
 
@@ -78,7 +78,7 @@ def reduction(flow: Flow, node: Node) -> list[Dim] | list[list[Dim]]:
         flow.freeze(reduced, "the places of its slots are read")
         x = flow.of(given["self"])
     if given.get("keepdim"):
-        result = [fixed(1) if axis in axes else dim for axis, dim in enumerate(x)]
+        result = [constant_dim(1) if axis in axes else dim for axis, dim in enumerate(x)]
     else:
         result = [dim for axis, dim in enumerate(x) if axis not in axes]
     return [result for _ in node.shapes] if len(node.shapes) > 1 else result
@@ -92,7 +92,7 @@ def cosine_similarity(flow: Flow, node: Node) -> list[Dim]:
     shape = [max(mine.shape[1], theirs.shape[1]) for mine, theirs in zip(x, y, strict=True)]
     met, axis = broadcast(flow, [x, y], shape), int(given["dim"]) % len(x)
     flow.crosses(node, "reduction", [met[axis]])
-    return [flow.labels.settled(dim) for place, dim in enumerate(met) if place != axis]
+    return [flow.labels.resolve(dim) for place, dim in enumerate(met) if place != axis]
 
 
 @rule("_weight_norm")
@@ -112,7 +112,7 @@ def diff(flow: Flow, node: Node) -> list[Dim]:
     x, axis = flow.of(given["self"]), int(given["dim"])
     flow.freeze([x[axis]], "the order of its slots matters")
     x = flow.of(given["self"])
-    x[axis] = fixed(node.shape[axis])
+    x[axis] = constant_dim(node.shape[axis])
     return x
 
 
@@ -123,7 +123,7 @@ def along_dims(flow: Flow, node: Node) -> list[list[Dim]]:
     x = flow.of(next(iter(given.values())))
     axes = _axes(given.get("dims", given.get("dim", -1)), len(x))
     flow.freeze([x[axis] for axis in axes], "the order of its slots matters")
-    passed = [flow.labels.settled(dim) for dim in x]
+    passed = [flow.labels.resolve(dim) for dim in x]
     result = []
     for shape in node.shapes:
         sizes = zip(passed, shape, strict=True)

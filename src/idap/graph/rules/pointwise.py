@@ -1,7 +1,7 @@
-"""Operators that work element by element, and those that only pass a tensor on."""
+"""Operators that work element by element, pass a tensor on, or make one from sizes alone."""
 
 from idap.graph.ir import Node, Ref, leaves
-from idap.graph.labels import Dim
+from idap.graph.labels import Dim, constant_dim
 from idap.graph.rules.flow import Flow, arguments, broadcast, rule
 
 
@@ -81,3 +81,26 @@ def copy(flow: Flow, node: Node) -> list[Dim]:
     """Writes one tensor into another of the same shape."""
     given = arguments(node)
     return broadcast(flow, [flow.of(given["self"]), flow.of(given["src"])], node.shape)
+
+
+@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
+def fill(flow: Flow, node: Node) -> list[Dim]:
+    """Every slot is the same (or independent noise), so any may go."""
+    given = arguments(node)
+    if "fill_value" in given:
+        flow.computes_with(node)
+        return [constant_dim(size) for size in node.shape]
+    dims = [flow.labels.fresh_dim(size) for size in node.shape]
+    for index, dim in enumerate(dims):
+        flow.follows(node, "size", index, dim)
+    return dims
+
+
+@rule("arange", "linspace", "scalar_tensor", "eye", "tril_indices", "triu_indices", "randint", "one_hot")
+def count_slots(flow: Flow, node: Node) -> list[Dim]:
+    """The values count slots, so none may go."""
+    flow.computes_with(node)
+    for leaf in node.args:
+        if isinstance(leaf, Ref):
+            flow.freeze(flow.of(leaf), "its slots are counted")
+    return [constant_dim(size) for size in node.shape]

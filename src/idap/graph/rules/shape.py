@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from idap.graph.ir import Node
-from idap.graph.labels import Dim, concat, fixed
+from idap.graph.labels import Dim, concat, constant_dim
 from idap.graph.rules.flow import Flow, arguments, broadcast, freeze_all, regroup, rule
 
 
@@ -72,7 +72,7 @@ def unsqueeze(flow: Flow, node: Node) -> list[Dim]:
     given = arguments(node)
     x = flow.of(given["self"])
     place = int(given["dim"]) % (len(x) + 1)
-    return [*x[:place], fixed(1), *x[place:]]
+    return [*x[:place], constant_dim(1), *x[place:]]
 
 
 @rule("squeeze")
@@ -109,7 +109,7 @@ def repeat(flow: Flow, node: Node) -> list[Dim]:
     name = "repeats" if "repeats" in given else "dims"
     repeats = [int(count) for count in given[name]]
     repeats = [1] * (len(x) - len(repeats)) + repeats  # tile may be given fewer
-    x = [fixed(1)] * (len(repeats) - len(x)) + x
+    x = [constant_dim(1)] * (len(repeats) - len(x)) + x
     dims = []
     for index, (dim, count) in enumerate(zip(x, repeats, strict=True)):
         if dim.shape[1] == 1 and count > 1:
@@ -128,7 +128,7 @@ def repeat_interleave(flow: Flow, node: Node) -> list[Dim]:
     if given["dim"] is None or not isinstance(repeats, int):
         return freeze_all(flow, node)[0]
     axis = int(given["dim"]) % len(x)
-    x[axis] = flow.labels.merge([x[axis], fixed(repeats)])
+    x[axis] = flow.labels.merge([x[axis], constant_dim(repeats)])
     return x
 
 
@@ -137,7 +137,7 @@ def meshgrid(flow: Flow, node: Node) -> list[list[Dim]]:
     """One dim from each vector; each result varies along its own."""
     given = arguments(node)
     vectors = [flow.of(ref) for ref in given["tensors"]]
-    dims = [vector[0] if vector else fixed(1) for vector in vectors]
+    dims = [vector[0] if vector else constant_dim(1) for vector in vectors]
     if given.get("indexing") == "xy" and len(dims) > 1:
         dims[0], dims[1] = dims[1], dims[0]
     return [list(dims) for _ in node.shapes]
@@ -149,10 +149,10 @@ def select(flow: Flow, node: Node) -> list[Dim]:
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
     # The first and the last slot are always there; if nothing is done with it, it does not matter which it is.
-    if flow.used(node) or given["index"] not in (0, -1):
+    if flow.is_used(node) or given["index"] not in (0, -1):
         flow.freeze([x[axis]], "a slot of it is picked by its place")
     axis %= len(x)
-    return [flow.labels.settled(dim) for place, dim in enumerate(x) if place != axis]
+    return [flow.labels.resolve(dim) for place, dim in enumerate(x) if place != axis]
 
 
 @rule("slice", "narrow")
@@ -170,11 +170,11 @@ def slice_(flow: Flow, node: Node) -> list[Dim]:
         start, stop, step = slice(given["start"], given["end"], int(given["step"])).indices(dim.shape[1])
     if step > 1 and len(dim):
         _freeze_phase(flow, dim, step)
-    dim = flow.labels.settled(dim)
+    dim = flow.labels.resolve(dim)
     if "length" not in given:
         _bounds_follow(flow, node, dim, given, (start, stop))
     x = flow.of(given["self"])
-    x[axis] = flow.labels.settled(dim[:, start:stop:step])
+    x[axis] = flow.labels.resolve(dim[:, start:stop:step])
     return x
 
 
@@ -193,9 +193,9 @@ def _bounds_follow(flow: Flow, node: Node, dim: Dim, given: dict[str, int | None
         if written is None or written == 0 or abs(written) >= size:
             continue
         if written < 0:
-            flow.follows(node, name, None, flow.labels.settled(dim[:, place:]), -1)
+            flow.follows(node, name, None, flow.labels.resolve(dim[:, place:]), -1)
         else:
-            flow.follows(node, name, None, flow.labels.settled(dim[:, :place]))
+            flow.follows(node, name, None, flow.labels.resolve(dim[:, :place]))
 
 
 @rule("pad", "constant_pad_nd")
@@ -211,7 +211,7 @@ def pad(flow: Flow, node: Node) -> list[Dim]:
             continue
         if rigid or min(before, after) < 0 or not len(x[axis]):
             flow.freeze([x[axis]])
-            x[axis] = fixed(node.shape[axis])
+            x[axis] = constant_dim(node.shape[axis])
             continue
         sides = [flow.labels.fresh(count)[None] for count in (before, after)]
         for place, side in enumerate(sides):
@@ -227,7 +227,7 @@ def pixel_shuffle(flow: Flow, node: Node) -> list[Dim]:
     x, factor = flow.of(given["self"]), int(given["upscale_factor"])
     channels, inner = flow.labels.split(x[-3], [node.shape[-3], factor * factor])
     flow.freeze([inner, *x[-2:]])
-    return [*x[:-3], flow.labels.settled(channels), *(fixed(size) for size in node.shape[-2:])]
+    return [*x[:-3], flow.labels.resolve(channels), *(constant_dim(size) for size in node.shape[-2:])]
 
 
 @rule("pixel_unshuffle")
@@ -236,8 +236,8 @@ def pixel_unshuffle(flow: Flow, node: Node) -> list[Dim]:
     given = arguments(node)
     x, factor = flow.of(given["self"]), int(given["downscale_factor"])
     flow.freeze(x[-2:])
-    channels = flow.labels.merge([x[-3], fixed(factor * factor)])
-    return [*x[:-3], channels, *(fixed(size) for size in node.shape[-2:])]
+    channels = flow.labels.merge([x[-3], constant_dim(factor * factor)])
+    return [*x[:-3], channels, *(constant_dim(size) for size in node.shape[-2:])]
 
 
 @rule("channel_shuffle")
@@ -247,4 +247,4 @@ def channel_shuffle(flow: Flow, node: Node) -> list[Dim]:
     x, groups = flow.of(given["self"]), int(given["groups"])
     outer, inner = flow.labels.split(x[1], [groups, x[1].shape[1] // groups])
     flow.freeze([outer])
-    return [x[0], flow.labels.merge([inner, fixed(groups)]), *x[2:]]
+    return [x[0], flow.labels.merge([inner, constant_dim(groups)]), *x[2:]]

@@ -1,0 +1,1 @@
+"""The two stages: each step is chosen, tried and decided here."""

@@ -1,0 +1,160 @@
+"""Stage 1, filters: remove the units of lowest divergence step by step within the budget (docs/method.md#filters)."""
+
+from collections.abc import Collection, Sequence
+
+from idap.compress.budget import Budget, Shares
+from idap.compress.change import next_state
+from idap.compress.config import FilterStage
+from idap.compress.journal import Decision, Journal
+from idap.compress.setting import Setting
+from idap.compress.stages.choice import Candidates, best_cut, removals
+from idap.compress.state import State
+from idap.divergence.criteria import WITH_BLOCKS
+from idap.errors import ConfigError
+from idap.selection.reach import step_share
+
+
+class Pace:
+    """Says how far the next step goes, and halves it after a rejection.
+
+    Args:
+        stage: settings of stage 1.
+        goal: targets of the stage.
+    """
+
+    def __init__(self, stage: FilterStage, goal: Budget) -> None:
+        self._stage, self._goal = stage, goal
+        self._factor = 1.0
+        self.step = 0
+
+    def next(self, shares: Shares) -> tuple[Budget, float]:
+        """What the next step aims at.
+
+        Args:
+            shares: of the original's costs that are left.
+
+        Returns:
+            The targets of the step, and the share of the units that may go at most.
+        """
+        if self._stage.schedule == "growing":
+            return self._goal, self._units()
+        return self._goal.part_way(shares, self._part()), 1.0
+
+    def accept(self) -> None:
+        """The step was kept."""
+        self.step += 1
+
+    def reject(self, shares: Shares, taken: int, units: int) -> str:
+        """The step was rolled back: halve what is tried next.
+
+        Args:
+            shares: of the original's costs that are left.
+            taken: units that the rejected step took; its goal may have asked for less than it might take.
+            units: that there are.
+
+        Returns:
+            What is tried next; "" if it would be too little to be worth trying.
+        """
+        if self._stage.schedule == "growing":
+            self._factor *= min(1.0, taken / max(1, round(self._units() * units))) / 2
+            smaller = self._units()
+        else:
+            self._factor /= 2
+            smaller = self._part() * max(shares[name] - end for name, end in self._goal.targets.items())
+        of = "the units" if self._stage.schedule == "growing" else "the cost"
+        return "" if smaller < self._stage.min_share else f"{smaller:.1%} of {of}"
+
+    def _units(self) -> float:
+        return self._factor * step_share(self._stage.first_share, self.step, self._stage.steps, self._stage.growth)
+
+    def _part(self) -> float:
+        steps_left = 1 if self._stage.schedule == "one-shot" else max(1, self._stage.steps - self.step)
+        return self._factor / steps_left
+
+
+def filter_stage(
+    setting: Setting, state: State, goal: Budget, journal: Journal, *, blocks: Sequence[str] = ()
+) -> State:
+    """Cut width until the goal is reached, nothing more is accepted, or the steps are used up.
+
+    Args:
+        setting: of the run.
+        state: where to start; it is not changed.
+        goal: targets of this stage and the accuracy budget.
+        journal: gets one entry per decision.
+        blocks: branches and blocks that may go too, ranked together with the units; the stage is "interleaved" then.
+
+    Returns:
+        The last accepted state.
+    """
+    journal.begin()
+    stage, pace = _stage(blocks), Pace(setting.config.filters, goal)
+    rejected: State | None = None
+    while pace.step < setting.config.filters.steps and not goal.is_reached(setting.shares(state)):
+        if journal.is_stage_over(stage):
+            break
+        aim, share = pace.next(setting.shares(state))
+        found = journal.recall(stage, state)
+        found = found or _candidate(setting, state, goal, aim, share, journal, blocks, rejected)
+        if found is None:
+            break
+        candidate = found.state
+        if candidate.within(goal):
+            journal.note(stage, found, accepted=True, reason="within the budget")
+            state, rejected = candidate, None
+            pace.accept()
+            continue
+        rejected = candidate
+        units = sum(map(len, state.keep.values()))
+        taken = units - sum(map(len, candidate.keep.values()))
+        smaller = pace.reject(setting.shares(state), taken, units)
+        why = candidate.fault or "outside the budget"
+        reason = f"{why}; {f'next step {smaller}' if smaller else 'no smaller step is worth trying'}"
+        journal.note(stage, found, accepted=False, reason=reason)
+        if not smaller:
+            break
+    return state
+
+
+def _stage(blocks: Sequence[str]) -> str:
+    """What the stage is called in the record."""
+    return "interleaved" if blocks else "filters"
+
+
+def _candidate(
+    setting: Setting,
+    state: State,
+    goal: Budget,
+    aim: Budget,
+    share: float,
+    journal: Journal,
+    blocks: Sequence[str],
+    rejected: State | None,
+) -> Decision | None:
+    """Measure, rank, cut and recover; None if nothing more may go, or only what was rejected just now."""
+    stage, number = _stage(blocks), len(journal.steps)
+    found = setting.divergence(state, blocks=bool(blocks) or journal.is_at_start, title=f"{stage} {number}: measure")
+    journal.show(stage, state, found)
+    if blocks and not found.blocks:
+        raise ConfigError(
+            f"order='interleaved' compares units with blocks, and criterion {found.criterion!r} scored no block of "
+            f"this model; take one of {', '.join(map(repr, WITH_BLOCKS))}, or let blocks() of your own give scores."
+        )
+    with setting.clock.on("selection"):
+        free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}
+        candidates = Candidates.of(setting, state, found.units, free)
+        choice = best_cut(setting, state, candidates, aim, share, last=aim == goal)
+        cut = choice.cut
+    if not cut.takes_from(state):
+        return None
+    if rejected is not None and not cut.takes_from(rejected):
+        setting.progress.say(f"{stage} {number}: no smaller step is possible; units go in bundles.")
+        return None
+    candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=choice.made)
+    return Decision(candidate, removals(setting, state, cut, choice.ranking, candidates))
+
+
+def _free(setting: Setting, state: State, scored: Collection[str], blocks: Sequence[str]) -> list[str]:
+    """The blocks that have a score and are still there."""
+    taken = {inner for name in state.removed for inner in (name, *setting.structure.block(name).contains)}
+    return [name for name in blocks if name in scored and name not in taken]

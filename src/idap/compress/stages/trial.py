@@ -1,0 +1,149 @@
+"""Try a cut: what it leaves of each cost, and what it loses on the calibration data."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idap.compress.budget import Budget, Shares, shares_of
+from idap.compress.setting import Setting
+from idap.compress.state import Keep, State
+from idap.divergence.observe import result_of, tensors_in
+from idap.divergence.ports import Wiring
+from idap.graph.calls import intercept
+from idap.graph.ir import Graph
+from idap.selection.ranking import Ranking
+from idap.selection.reach import come_down
+from idap.structure.blocks import Block
+from idap.surgery.apply import LinearMap, Projection, apply_plan
+from idap.training.batch import device_of, move
+from idap.training.evaluate import keep_modes
+from idap.training.processes import mine, totals
+
+
+@torch.no_grad()
+def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], Any] | None = None) -> float:
+    """Mean loss of a model on the calibration batches, perhaps run in another way."""
+    task, total, count = setting.task, 0.0, 0
+    with keep_modes(model):
+        for batch in mine(setting.calibration):
+            moved = move(batch, device_of(model))
+            outputs = task.run(model, moved) if run is None else run(moved)
+            size = task.size(moved)
+            total += float(task.loss(outputs, moved)) * size
+            count += size
+    total, samples = totals(total, count)
+    return total / max(1, samples)
+
+
+def loss_without(setting: Setting, state: State, block: Block, given: LinearMap | None = None) -> float:
+    """Mean calibration loss with one more branch or block bypassed, by a linear map if given; nothing is copied."""
+    way: nn.Module = nn.Identity()
+    if given is not None:
+        projected = setting.structure.projection_of(block.name, setting.structure.presence(state.keep))
+        way = Projection(projected)
+        way.take(given, projected)
+    return calibration_loss(setting, state.model, partial(_run_without, setting, state, block, way))
+
+
+def _run_without(setting: Setting, state: State, block: Block, way: nn.Module, batch: Any) -> Any:
+    """Run a model with a branch or block bypassed: its result is replaced by the stream, as it is or as it goes on."""
+    wiring = Wiring(setting.structure, state.removed)
+    graph, entry = wiring.graph, wiring.sight(block.entry)
+    assert entry is not None  # otherwise it would have no divergence
+    seen: list[Tensor] = []
+
+    def handle(key: Any, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if key == entry.call and entry.argument is not None:
+            seen.append(tensors_in(args, dict(kwargs))[entry.argument].clone())
+        result = func(*args, **kwargs)
+        if key == entry.call and entry.argument is None:
+            seen.append(_tensor(graph, entry.node, result).clone())
+        if key == graph.nodes[block.exit].call:
+            # In place, since code that works in place may not look at what a call returns.
+            _tensor(graph, block.exit, result).copy_(way.to(seen[-1])(seen[-1]))
+        return result
+
+    with intercept(state.model, handle):
+        return setting.task.run(state.model, batch)
+
+
+def _tensor(graph: Graph, name: str, result: Any) -> Tensor:
+    value = result_of(graph, name, result)
+    assert value is not None  # otherwise it would have no divergence
+    return value
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is left after a step.
+
+    Attributes:
+        keep: group name -> units that stay.
+        removed: branches and blocks that are gone.
+    """
+
+    keep: Keep
+    removed: tuple[str, ...]
+
+    def takes_from(self, state: State) -> bool:
+        """Whether it leaves less than a state has."""
+        return dict(self.keep) != dict(state.keep) or self.removed != state.removed
+
+
+def left_after(setting: Setting, state: State, cut: Cut, model: nn.Module | None = None) -> dict[str, float]:
+    """What a cut leaves of each of the original's costs; latency, where it is a goal, as measured now.
+
+    Args:
+        setting: of the run.
+        state: before the cut.
+        cut: what stays.
+        model: that the cut makes, if it was made.
+    """
+    found = shares_of(setting.costs.cost(cut.keep, cut.removed), setting.whole)
+    if "latency" not in setting.budget.targets:
+        return found
+    latency = setting.latency_of(_apply(setting, state, cut) if model is None else model)
+    assert latency is not None  # it is a goal
+    return {**found, "latency": latency}
+
+
+def _apply(setting: Setting, state: State, cut: Cut) -> nn.Module:
+    """A state's model after a cut, for the clock only: projections are not fitted."""
+    plan = setting.structure.plan(cut.keep, cut.removed).since(state.plan)
+    return apply_plan(state.model, plan)
+
+
+def _hardware_steps(setting: Setting) -> Mapping[str, int]:
+    """Where the latency of each group has steps."""
+    with setting.clock.on("latency"):
+        return setting.layer_times.steps
+
+
+def _down_to_latency(
+    setting: Setting, state: State, ranking: Ranking, aim: Budget, down_to: Callable[[Shares], Cut]
+) -> Cut:
+    """Find the multiply-adds at which the measured latency is as wanted, and the other targets are met."""
+    others = {name: share for name, share in aim.targets.items() if name != "latency"}
+    shares = setting.shares(state)
+    cuts: dict[float, Cut] = {}
+
+    def at(macs: float) -> Cut:
+        if macs not in cuts:
+            cuts[macs] = down_to({**others, "macs": min(macs, others.get("macs", 1.0))})
+        return cuts[macs]
+
+    def latency_at(macs: float) -> float:
+        found = setting.latency_of(_apply(setting, state, at(macs)))
+        assert found is not None  # it is a goal
+        return found
+
+    everything = setting.costs.cost(ranking.keep(len(ranking)), state.removed)
+    least = shares_of(everything, setting.whole)["macs"]
+    start = (shares["macs"], shares["latency"])
+    if start[1] <= aim.targets["latency"]:
+        return down_to(others)
+    return at(come_down(latency_at, start, aim.targets["latency"], least=least))

@@ -1,0 +1,1 @@
+"""Folders of transformers: written, loaded, and proved to hold the cut model."""

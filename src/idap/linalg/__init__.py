@@ -1,0 +1,1 @@
+"""The mathematics: functions of tensors and numbers, which know neither graphs nor modules."""

@@ -1,0 +1,318 @@
+"""Which units and blocks go next: one ranking over all groups; and the best of several rankings."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from idap.errors import ConfigError, DivergedError, StructureError
+
+Keep = Mapping[str, tuple[int, ...]]
+
+
+class Part(NamedTuple):
+    """What goes as one: a unit of a group, or a block.
+
+    Attributes:
+        name: of the group, or of the block.
+        unit: its number in the group, None for a block.
+        score: not divided by the cost.
+        key: by which it is ranked: what goes first has the lowest.
+    """
+
+    name: str
+    unit: int | None
+    score: float
+    key: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScoredBlock:
+    """A block that may go as a whole.
+
+    Attributes:
+        score: on the scale of the units' scores.
+        cost: what its removal saves, in the unit of the units' costs; a block of no cost never goes.
+        contains: the blocks that go with it, at any depth.
+    """
+
+    score: float
+    cost: float
+    contains: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Units and blocks in the order in which they may go; inside a group that order is never changed.
+
+    Attributes:
+        parts: in the order of removal; of each group only as many units as floors and caps let go.
+        before: group name -> units present before any removal.
+        sizes: group name -> number of units of the original, for the groups that have scores.
+        contains: block name -> blocks that go with it.
+        alike: groups that keep the same number of units, see `tied`.
+        multiples: group name -> what its number of units comes to multiples of, see `tied`; 1 where it isn't named.
+    """
+
+    parts: tuple[Part, ...]
+    before: Keep
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    contains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    alike: tuple[tuple[str, ...], ...] = ()
+    multiples: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Group of each unit, in the order of removal, without the blocks."""
+        return tuple(part.name for part in self.parts if part.unit is not None)
+
+    @cached_property
+    def units(self) -> tuple[int, ...]:
+        """Number of each unit in its group, beside `groups`."""
+        return tuple(part.unit for part in self.parts if part.unit is not None)
+
+    @cached_property
+    def scores(self) -> NDArray[np.float64]:
+        """Score of each unit, beside `groups`, shape (units,)."""
+        return np.array([part.score for part in self.parts if part.unit is not None], dtype=np.float64)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks, in the order of removal."""
+        return tuple(part.name for part in self.parts if part.unit is None)
+
+    @cached_property
+    def order(self) -> dict[str, tuple[int, ...]]:
+        """Group name -> its units that may go, first to last."""
+        found: dict[str, list[int]] = {}
+        for name, unit in zip(self.groups, self.units, strict=True):
+            found.setdefault(name, []).append(unit)
+        return {name: tuple(units) for name, units in found.items()}
+
+    @cached_property
+    def classes(self) -> tuple[tuple[str, ...], ...]:
+        """All groups; those that are alike together."""
+        return tuple(dict.fromkeys(map(self.class_of, self.before)))
+
+    def class_of(self, name: str) -> tuple[str, ...]:
+        """A group and those that are alike."""
+        members = next((names for names in self.alike if name in names), (name,))
+        return tuple(other for other in members if other in self.before)
+
+    def keep(self, count: int) -> dict[str, tuple[int, ...]]:
+        """What is left of every group when the first `count` parts of the ranking are gone."""
+        return self.without(Counter(part.name for part in self.parts[:count] if part.unit is not None))
+
+    def without(self, numbers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """What is left of every group when the first `numbers[name]` of its units that may go are gone."""
+        left = {}
+        for name, units in self.before.items():
+            gone = set(self.order.get(name, ())[: numbers.get(name, 0)])
+            left[name] = tuple(unit for unit in units if unit not in gone) if gone else units
+        return left
+
+    def blocks_among(self, count: int) -> tuple[str, ...]:
+        """The blocks among the first `count` parts, without those that another of them contains."""
+        return self.outermost(part.name for part in self.parts[:count] if part.unit is None)
+
+    def outermost(self, blocks: Iterable[str]) -> tuple[str, ...]:
+        """Some blocks without those that another of them contains."""
+        names = tuple(blocks)
+        inner = {name for outer in names for name in self.contains.get(outer, ())}
+        return tuple(name for name in names if name not in inner)
+
+
+def rank_units(
+    scores: Mapping[str, Sequence[float]],
+    present: Keep,
+    costs: Mapping[str, float],
+    *,
+    floors: Mapping[str, int],
+    power: float = 0.0,
+    caps: Mapping[str, int] | None = None,
+    blocks: Mapping[str, ScoredBlock] | None = None,
+    orders: Mapping[str, Sequence[int]] | None = None,
+) -> Ranking:
+    """Rank the removable units of all groups, and blocks among them, by score / cost^power (below 0: score cost^power).
+
+    Args:
+        scores: group name -> score of each of its units, in the original's indices; groups without scores stay whole.
+        present: group name -> units that it still has.
+        costs: group name -> cost of its next unit: multiply-adds, parameters or seconds, all in one unit and above 0
+            (groups of no cost are never cut).
+        floors: group name -> number of units that always stay; at least one stays in any case.
+        power: p in [0, 1]: 0 ranks by score alone, 1 by score per cost.
+        caps: group name -> number of the original's units that may go at most, those already gone included.
+        blocks: block name -> its score and cost.
+        orders: group name -> its units from the first to go to the last, for a criterion that has an order rather
+            than a score of each; a unit then ranks no earlier than those before it. Other groups go by score.
+
+    Returns:
+        The ranking. Equal values go in the order of `present`, units before blocks.
+
+    Raises:
+        StructureError: a score of a unit that is present or of a block is not a number, or an order misses a unit.
+        ConfigError: `power` is outside [0, 1].
+
+    Example:
+        >>> ranking = rank_units({"a": [3.0, 1.0, 2.0]}, {"a": (0, 1, 2)}, {"a": 10.0}, floors={})
+        >>> ranking.units, ranking.keep(1)
+        ((1, 2), {'a': (0, 2)})
+        >>> block = ScoredBlock(score=30.0, cost=200.0)
+        >>> mixed = rank_units(
+        ...     {"a": [3.0, 1.0, 2.0]}, {"a": (0, 1, 2)}, {"a": 10.0}, floors={}, power=1.0, blocks={"layer": block}
+        ... )
+        >>> mixed.keep(2), mixed.blocks_among(2)
+        ({'a': (0, 2)}, ('layer',))
+    """
+    if not 0 <= power <= 1:
+        raise ConfigError(f"power must be in [0, 1], got {power:g}; 0 ranks by score alone, 1 by score per cost.")
+    paid = {name: values for name, values in scores.items() if costs.get(name, 0.0) > 0}
+    parts: list[Part] = []
+    keys: list[float] = []
+    for name, mine in _removable(paid, present, floors, caps or {}, orders or {}):
+        parts += mine
+        keys += np.maximum.accumulate([_per_cost(part.score, costs[name], power) for part in mine]).tolist()
+    for name, block in (blocks or {}).items():
+        if not np.isfinite(block.score):
+            raise StructureError(_not_finite(f"block {name!r}"))
+        if block.cost > 0:
+            parts.append(Part(name, None, block.score))
+            keys.append(_per_cost(block.score, block.cost, power))
+    contains = {name: block.contains for name, block in (blocks or {}).items()}
+    return _sort(parts, keys, present, scores, contains)
+
+
+def rank_uniform(
+    scores: Mapping[str, Sequence[float]],
+    present: Keep,
+    *,
+    floors: Mapping[str, int],
+    caps: Mapping[str, int] | None = None,
+    orders: Mapping[str, Sequence[int]] | None = None,
+) -> Ranking:
+    """Rank units so that all groups lose the same share of their original units; scores decide only inside a group.
+
+    Args:
+        scores: as for `rank_units`; leave out the groups that are to stay whole.
+        present: likewise.
+        floors: likewise; a group at its floor stays behind while the others go on.
+        caps: likewise.
+        orders: likewise.
+
+    Returns:
+        The ranking.
+
+    Raises:
+        StructureError: a score of a unit that is present is not a number, or an order misses a unit.
+
+    Example:
+        >>> scores = {"a": [9.0, 8.0, 7.0, 6.0], "b": [1.0, 2.0]}
+        >>> rank_uniform(scores, {"a": (0, 1, 2, 3), "b": (0, 1)}, floors={}).keep(3)
+        {'a': (0, 1), 'b': (1,)}
+    """
+    parts: list[Part] = []
+    keys: list[float] = []
+    for name, mine in _removable(scores, present, floors, caps or {}, orders or {}):
+        size = len(scores[name])
+        gone = size - len(present[name])
+        parts += mine
+        keys += [(gone + place + 1) / size for place in range(len(mine))]
+    return _sort(parts, keys, present, scores, {})
+
+
+def _removable(
+    scores: Mapping[str, Sequence[float]],
+    present: Keep,
+    floors: Mapping[str, int],
+    caps: Mapping[str, int],
+    orders: Mapping[str, Sequence[int]],
+) -> list[tuple[str, list[Part]]]:
+    """Per group the units that may go, first to last."""
+    found = []
+    for name, held in present.items():
+        if name not in scores:
+            continue
+        values = np.asarray(scores[name], dtype=np.float64)
+        mine = values[list(held)]
+        if not np.isfinite(mine).all():
+            bad = held[int(np.flatnonzero(~np.isfinite(mine))[0])]
+            raise StructureError(_not_finite(f"unit {bad} of group {name!r}"))
+        order = [held[place] for place in np.argsort(mine, kind="stable")]
+        if name in orders:
+            still = set(held)
+            order = [unit for unit in dict.fromkeys(orders[name]) if unit in still]
+            if len(order) < len(held):
+                missing = min(still.difference(order))
+                raise StructureError(
+                    f"the order of group {name!r} misses unit {missing}; it must hold every unit that is present."
+                )
+        gone = len(values) - len(held)
+        free = min(len(held) - max(1, floors.get(name, 1)), caps.get(name, len(values)) - gone)
+        found.append((name, [Part(name, unit, float(values[unit])) for unit in order[: max(0, free)]]))
+    return found
+
+
+def _per_cost(score: float, cost: float, power: float) -> float:
+    """What goes early if it hurts little and saves much, also where removal does good, that is for scores below 0."""
+    weight: float = cost**power
+    return score / weight if score >= 0 else score * weight
+
+
+def _sort(
+    parts: Sequence[Part],
+    keys: Sequence[float],
+    present: Keep,
+    scores: Mapping[str, Sequence[float]],
+    contains: Mapping[str, tuple[str, ...]],
+) -> Ranking:
+    order = np.argsort(np.asarray(keys, dtype=np.float64), kind="stable")
+    sizes = {name: len(values) for name, values in scores.items()}
+    return Ranking(tuple(parts[place]._replace(key=keys[place]) for place in order), present, sizes, contains)
+
+
+def _not_finite(what: str) -> str:
+    return f"the divergence of {what} is not a finite number; look for overflow or NaN in the model's activations."
+
+
+Way = TypeVar("Way")
+Candidate = TypeVar("Candidate")
+
+
+def best_of(candidates: Mapping[Way, Candidate], loss: Callable[[Candidate], float]) -> Way:
+    """The way whose candidate has the lowest loss.
+
+    Args:
+        candidates: way, such as a power of the cost -> what it would keep; of equal candidates only the first is
+            measured.
+        loss: on calibration data.
+
+    Returns:
+        The way; the first of those with the lowest loss. One whose loss is not finite is never chosen.
+
+    Raises:
+        DivergedError: no candidate has a finite loss.
+
+    Example:
+        >>> best_of({0.0: {"a": (0, 1)}, 1.0: {"a": (0, 2)}}, lambda keep: 3.0 - sum(keep["a"]))
+        1.0
+    """
+    measured: list[tuple[Way, Candidate, float]] = []
+    for way, candidate in candidates.items():
+        if all(candidate != other for _, other, _ in measured):
+            measured.append((way, candidate, loss(candidate)))
+    finite = [(value, way) for way, _, value in measured if isfinite(value)]
+    if not finite:
+        raise DivergedError(
+            f"none of the cuts {', '.join(map(str, candidates))} leaves a finite calibration loss; "
+            "remove less, or look for overflow in the model."
+        )
+    return min(finite, key=lambda pair: pair[0])[1]

@@ -1,0 +1,223 @@
+"""The functions that a program may call, each with the arguments that it may hand over: `functions.txt`, a line each.
+
+Plans come from strangers. So the list holds functions that compute tensors from tensors and numbers, and nothing that
+reaches memory by address, keeps what it is given, calls back, or makes tensors of a size that data decide. Arguments
+are those of the function's ATen schema, without `out`, generators, layouts and names of dimensions.
+
+A signature lists its parameters, separated by spaces, as ``name:kind``. ``name=:kind`` may be left out, ``name:kind?``
+may be None, and ``a|b`` is of either kind. Parameters after ``*`` are passed by name alone. ``*sizes:int`` takes whole
+numbers one by one, or one list of them. `` / `` separates overloads.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from idap.graph.recording import torch_functions
+
+Tree = Any
+"""An argument as data; see `idap.structure.code.program`."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a signature.
+
+    Attributes:
+        name: as callers pass it.
+        kinds: what it takes; see `KINDS`. A kind in quotes is that very text.
+        required: whether it must be passed.
+        by_name: whether it is passed by name alone.
+        rest: whether it takes all positional arguments that are left.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    required: bool
+    by_name: bool = False
+    rest: bool = False
+
+    def takes(self, tree: Tree) -> bool:
+        """Whether an argument is of one of the kinds."""
+        return any(tree == kind[1:-1] if kind[0] == "'" else KINDS[kind](tree) for kind in self.kinds)
+
+
+Signature = tuple[Parameter, ...]
+
+
+def read_signatures(text: str) -> tuple[Signature, ...]:
+    """Read the overloads of a function.
+
+    >>> [[p.name for p in signature] for signature in read_signatures("self:tensor dim=:int? / self:tensor")]
+    [['self', 'dim'], ['self']]
+    """
+    return tuple(_read_signature(part) for part in text.split(" / "))
+
+
+def fits(overloads: Iterable[Signature], args: Sequence[Tree], kwargs: Iterable[tuple[str, Tree]]) -> bool:
+    """Whether one of the overloads takes the arguments: as many as it has, by its names, each of its kind.
+
+    >>> softmax = read_signatures("self:tensor dim:int * dtype=:dtype?")
+    >>> fits(softmax, (("value", 0), -1), ())
+    True
+    >>> fits(softmax, (("value", 0),), [("dim", 1), ("out", ("value", 0))])
+    False
+    """
+    kwargs = tuple(kwargs)
+    named = dict(kwargs)
+    return len(named) == len(kwargs) and any(_fits(signature, args, named) for signature in overloads)
+
+
+def _read_signature(text: str) -> Signature:
+    found, by_name = [], False
+    for word in text.split():
+        if word == "*":
+            by_name = True
+            continue
+        match = re.fullmatch(r"(\*?)(\w+)(=?):(\S+)", word)
+        if match is None:
+            raise ValueError(f"{word!r} is no parameter")
+        rest, name, optional, kinds = match.groups()
+        either = tuple(kinds.removesuffix("?").split("|")) + (("none",) if kinds.endswith("?") else ())
+        unknown = [kind for kind in either if kind not in KINDS and kind[0] != "'"]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no kind of argument")
+        found.append(Parameter(name, either, not optional, by_name, bool(rest)))
+    return tuple(found)
+
+
+def _fits(signature: Signature, args: Sequence[Tree], named: Mapping[str, Tree]) -> bool:
+    left, unused = list(args), set(named)
+    for parameter in signature:
+        if parameter.rest:
+            if len(left) == 1 and parameter.name not in named and _all(parameter.takes)(left[0]):
+                left = []
+            elif left:
+                if not all(parameter.takes(tree) for tree in left):
+                    return False
+                left = []
+            elif parameter.name in named and _all(parameter.takes)(named[parameter.name]):
+                unused.discard(parameter.name)
+            else:
+                return False
+        elif left and not parameter.by_name:
+            if parameter.name in named or not parameter.takes(left.pop(0)):
+                return False
+        elif parameter.name in named:
+            if not parameter.takes(named[parameter.name]):
+                return False
+            unused.discard(parameter.name)
+        elif parameter.required:
+            return False
+    return not left and not unused
+
+
+def _tag(tree: Tree) -> str:
+    return tree[0] if isinstance(tree, tuple) and tree and isinstance(tree[0], str) else ""
+
+
+def _int(tree: Tree) -> bool:
+    return type(tree) is int or _tag(tree) in ("int", "size", "calc")
+
+
+def _number(tree: Tree) -> bool:
+    return _int(tree) or type(tree) in (float, bool) or _tag(tree) in ("float", "in training")
+
+
+def _all(takes: Callable[[Tree], bool]) -> Callable[[Tree], bool]:
+    """Whether a tree is a list of what is taken."""
+    return lambda tree: _tag(tree) in ("list", "tuple") and all(map(takes, tree[1:]))
+
+
+def _tensor(tree: Tree) -> bool:
+    return _tag(tree) in ("value", "own")
+
+
+def _index(tree: Tree) -> bool:
+    """What stands between the brackets of ``x[...]``."""
+    if _tag(tree) == "slice":
+        return all(part is None or _int(part) for part in tree[1:])
+    return tree is None or type(tree) is bool or _int(tree) or _tensor(tree) or tree == ("ellipsis",)
+
+
+def _indices(tree: Tree) -> bool:
+    """A tuple of indices, or one; lists of numbers in their place make tensors, so they are none."""
+    return _index(tree) or (_tag(tree) == "tuple" and all(map(_index, tree[1:])))
+
+
+def _equation(tree: Tree) -> bool:
+    return type(tree) is str and re.fullmatch(r"[A-Za-z,.> -]{1,200}", tree) is not None
+
+
+KINDS: Mapping[str, Callable[[Tree], bool]] = {
+    "none": lambda tree: tree is None,
+    "tensor": _tensor,
+    "tensors": _all(_tensor),
+    "int": _int,
+    "ints": lambda tree: _int(tree) or _all(_int)(tree),
+    "number": _number,
+    "numbers": lambda tree: _number(tree) or _all(_number)(tree),
+    "bool": lambda tree: type(tree) is bool or tree == ("training",),
+    "dtype": lambda tree: _tag(tree) == "dtype" or tree == ("same type",),
+    "device": lambda tree: tree == ("device",),
+    "format": lambda tree: _tag(tree) == "format",
+    "index": _indices,
+    "equation": _equation,
+}
+"""Kind of argument -> whether a tree is one."""
+
+FILE = "functions.txt"
+
+
+@cache
+def vocabulary() -> Mapping[str, tuple[Signature, ...]]:
+    """Name of each function that a program may call -> its overloads."""
+    found = {}
+    for line in files(__package__).joinpath(FILE).read_text(encoding="utf-8").splitlines():
+        entry = line.partition("#")[0].strip()
+        if entry:
+            name, _, signature = entry.partition(" ")
+            found[name] = read_signatures(signature)
+    return found
+
+
+@cache
+def refused() -> frozenset[str]:
+    """The functions that models of the coverage call and that a program may not, with the reason in the file."""
+    lines = files(__package__).joinpath(FILE).read_text(encoding="utf-8").splitlines()
+    told = [line.partition("(")[0].removeprefix("# refused:") for line in lines if line.startswith("# refused:")]
+    return frozenset(name for line in told for name in line.split())
+
+
+def function_of_name(name: str) -> Callable[..., Any]:
+    """A function of the list."""
+    if name not in vocabulary():
+        raise KeyError(name)
+    return torch_functions()[name]
+
+
+def takes_device(name: str) -> bool:
+    """Whether a function of the list can be told on which device it makes a tensor."""
+    return any(parameter.name == "device" for signature in vocabulary()[name] for parameter in signature)
+
+
+def mistake(name: str, args: Sequence[Tree], kwargs: Iterable[tuple[str, Tree]]) -> str:
+    """What is wrong with the call of a function by a program; "" if nothing is.
+
+    >>> mistake("os.system", ("ls",), ())
+    "calls 'os.system', which is not among the functions that rewritten code may call"
+    >>> mistake("torch.Tensor.view", (("value", 0), 2, 3), ())
+    ''
+    >>> mistake("torch.Tensor.view", (("value", 0), 2, 3), [("cdata", 1)])
+    "calls 'torch.Tensor.view' with arguments that rewritten code may not give it: ('value', 0), 2, 3, cdata=1"
+    """
+    if name not in vocabulary():
+        return f"calls {name!r:.80}, which is not among the functions that rewritten code may call"
+    kwargs = tuple(kwargs)
+    if fits(vocabulary()[name], args, kwargs):
+        return ""
+    told = ", ".join([*map(repr, args), *(f"{key}={tree!r}" for key, tree in kwargs)])
+    return f"calls {name!r} with arguments that rewritten code may not give it: {told:.200}"
