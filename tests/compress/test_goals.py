@@ -244,13 +244,13 @@ def test_even_steps_are_even():
 
 def test_a_pace_is_halved_after_a_rejection():
     setting, _, _ = prepare(filters=FilterStage(schedule="even", steps=4, min_share=0.05))
-    pace, now = Pace(setting.config.filters, setting.budget), {"macs": 1.0}
+    pace, now = Pace(setting.goals.config.filters, setting.goals.budget), {"macs": 1.0}
     assert pace.next(now)[0].targets == {"macs": 0.875}
     assert pace.reject(now, 9, 70) == "6.2% of the cost"
     assert pace.next(now)[0].targets["macs"] == pytest.approx(0.9375)
     assert not pace.reject(now, 4, 70)  # 3 % is not worth it
-    straight = Pace(FilterStage(schedule="one-shot"), setting.budget)
-    assert straight.next(now) == (setting.budget, 1.0)
+    straight = Pace(FilterStage(schedule="one-shot"), setting.goals.budget)
+    assert straight.next(now) == (setting.goals.budget, 1.0)
     assert straight.reject(now, 30, 70) == "25.0% of the cost"
 
 

@@ -243,7 +243,7 @@ def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
     setting, start, _ = prepare(**settings)
     setting_and_state = setting, start
     monkeypatch.setattr(choice, "best_of", noted)
-    filter_stage(setting, start, setting.budget, Journal(setting, start.metric))
+    filter_stage(setting, start, setting.goals.budget, Journal(setting, start.metric))
     assert {way.power for way in found[0]} == {0.0, 1.0}
     first, *others = found[0].values()
     assert first <= 0.7
@@ -264,7 +264,7 @@ def test_a_cut_measured_too_slow_lets_no_way_win_that_cuts_nothing(clock, monkey
     monkeypatch.setattr(
         choice, "best_of", lambda ways, loss: max(ways, key=lambda way: sum(map(len, ways[way].keep.values())))
     )
-    state = filter_stage(setting, start, setting.budget, Journal(setting, start.metric))
+    state = filter_stage(setting, start, setting.goals.budget, Journal(setting, start.metric))
     assert asked
     assert state is not start
     assert state.latency <= 0.7

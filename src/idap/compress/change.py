@@ -145,8 +145,8 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
         VerificationError: the cut model is not the masked original; the state is as it was.
         StructureError: a block that should become a projection can't be seen while the model runs.
     """
-    structure, clock = setting.structure, setting.clock
-    if not setting.config.recovery.trains:
+    structure, clock = setting.subject.structure, setting.services.clock
+    if not setting.goals.config.recovery.trains:
         state = setting.initial_state()
     with clock.on("cut"):
         plan = structure.plan(keep, tuple(removed))
@@ -157,13 +157,15 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
             raise StructureError(f"block {missing!r} can't be seen while the model runs, so no projection fits it")
         model = apply_plan(state.model, plan.since(state.plan), maps)
     with clock.on("proof"):
-        proof = verify(structure, state.model, model, plan, setting.example, since=state.plan, maps=maps)
-    if setting.config.rebalance:
-        at_once = merge_batches(setting.calibration)
+        proof = verify(structure, state.model, model, plan, setting.subject.example, since=state.plan, maps=maps)
+    if setting.goals.config.rebalance:
+        at_once = merge_batches(setting.subject.calibration)
         passes = setting.passes([at_once]) if at_once is not None else setting.passes()
-        settings = setting.config.rebalance
+        settings = setting.goals.config.rebalance
         with clock.on("rebalance"):
-            done = rebalance_(model, setting.original, structure, plan, passes, settings, progress=setting.progress)
+            done = rebalance_(
+                model, setting.subject.original, structure, plan, passes, settings, progress=setting.services.progress
+            )
         align_(model)
         for correction in done:
             if correction.too_wide:
@@ -199,8 +201,8 @@ def next_state(
     """
     model, plan, error = made or make_cut(setting, state, keep, removed)
     with only_training(model, tuned) if tuned else nullcontext():
-        metric, fault = recover(setting, model, plan, title, setting.config.recovery)
-    cost, error = setting.costs.cost(keep, removed), max(state.error, error)
+        metric, fault = recover(setting, model, plan, title, setting.goals.config.recovery)
+    cost, error = setting.subject.costs.cost(keep, removed), max(state.error, error)
     return State(model, keep, tuple(removed), plan, cost, metric, error, setting.latency_of(model), fault)
 
 
@@ -217,10 +219,10 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
     Returns:
         What the validation data say of the best state; a fault only if no state is without.
     """
-    sign, faults = 1.0 if setting.task.higher_is_better else -1.0, [""]
+    sign, faults = 1.0 if setting.subject.task.higher_is_better else -1.0, [""]
 
     def judge_model(candidate: nn.Module) -> Judgement:
-        with setting.clock.on("judging"):
+        with setting.services.clock.on("judging"):
             return setting.judge(candidate)
 
     def judge(candidate: nn.Module) -> float:
@@ -231,37 +233,43 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
 
     if not recovery.trains:
         return judge_model(model)
-    optimizer = None if setting.optimizer is None else setting.optimizer(model, plan)
+    optimizer = None if setting.services.optimizer is None else setting.services.optimizer(model, plan)
     learned = model.parameters() if optimizer is None else chain(*(g["params"] for g in optimizer.param_groups))
     if not any(parameter.requires_grad for parameter in learned):
-        setting.progress.say(f"{title}: nothing that is left there is trained, so the model is judged as it is.")
+        setting.services.progress.say(
+            f"{title}: nothing that is left there is trained, so the model is judged as it is."
+        )
         return judge_model(model)
     if recovery.channels_last is True and (fault := channels_last_fault(model, device_of(model))):
-        setting.progress.say(f"{title}: channels_last is left out: {fault}.")
+        setting.services.progress.say(f"{title}: channels_last is left out: {fault}.")
         recovery = replace(recovery, channels_last=False)
-    features = BlockOutputs(setting.structure, plan, model, setting.original) if recovery.features > 0 else None
+    features = (
+        BlockOutputs(setting.subject.structure, plan, model, setting.subject.original)
+        if recovery.features > 0
+        else None
+    )
     if features is not None and not len(features):
         recovery = replace(recovery, features=0.0)  # no block is left
-    with setting.clock.on("recovery"):
+    with setting.services.clock.on("recovery"):
         report = fit(
             model,
-            setting.task,
+            setting.subject.task,
             recovery,
-            teacher=setting.original,
+            teacher=setting.subject.original,
             features=features,
             optimizer=optimizer,
             judge=judge,
             salvage=True,
-            progress=setting.progress,
+            progress=setting.services.progress,
             title=title,
         )
     best = report.best
     assert best is not None  # there was a judge
     if not report.diverged and any(value == -inf for steps, value in report.scores if steps):
         report = replace(report, diverged=faults[-1])
-    setting.curves.append(_curve(title, report, sign))
+    setting.services.curves.append(_curve(title, report, sign))
     if report.diverged:
-        setting.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
+        setting.services.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
     return Judgement(0.0, faults[-1]) if best == -inf else Judgement(sign * best)
 
 

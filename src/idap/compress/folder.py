@@ -209,15 +209,17 @@ def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool)
         result: what `compress` returns, but for the seconds of this measurement.
         untouched: nothing was removed, so there is nothing new to measure.
     """
-    folder = setting.folder
+    folder = setting.services.folder
     assert folder is not None
     if not untouched:
         try:
             found = setting.divergence(state)
-            on_main(partial(folder.keep, AFTER, profile_of(found, setting.structure, state.keep)))
+            on_main(partial(folder.keep, AFTER, profile_of(found, setting.subject.structure, state.keep)))
         except tolerable_errors() as error:
-            setting.progress.say(f"The divergence of the result could not be measured, the report lacks it: {error}")
-    seconds = add_seconds(result.seconds, setting.clock.take())
+            setting.services.progress.say(
+                f"The divergence of the result could not be measured, the report lacks it: {error}"
+            )
+    seconds = add_seconds(result.seconds, setting.services.clock.take())
     on_main(partial(folder.keep, RESULT, _summary(result, seconds)))
 
 

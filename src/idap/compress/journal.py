@@ -97,24 +97,24 @@ class Journal:
         if index >= len(self._past) or self.is_stage_over(stage):
             return None
         found, setting = self._past[index], self._setting
-        assert setting.folder is not None
+        assert setting.services.folder is not None
         try:
             keep, parts = self._replay(found, state)
-            plan = setting.structure.plan(keep, parts)
+            plan = setting.subject.structure.plan(keep, parts)
         except (PlanError, StructureError) as error:
-            file = setting.folder.path / STEPS
+            file = setting.services.folder.path / STEPS
             raise RunFolderError(
                 f"line {index + 1} of {file} is a decision that does not fit the run: {error}. {remedy(file)}"
             ) from error
-        model = self._load_model(setting.folder.checkpoint(index)) if found.accepted else state.model
-        cost, latency = setting.costs.cost(keep, parts), found.shares.get("latency")
+        model = self._load_model(setting.services.folder.checkpoint(index)) if found.accepted else state.model
+        cost, latency = setting.subject.costs.cost(keep, parts), found.shares.get("latency")
         then = State(model, keep, parts, plan, cost, found.metric, found.error, latency, found.fault)
         self._recalled = True
         return Decision(then, found.removed, found.contest)
 
     def _load_model(self, checkpoint: Path) -> nn.Module:
         try:
-            return load(checkpoint, self._setting.original)
+            return load(checkpoint, self._setting.subject.original)
         except PlanError as error:
             raise RunFolderError(
                 f"the accepted state {checkpoint} does not fit the run: {error}. Delete its line and all behind it "
@@ -135,7 +135,7 @@ class Journal:
                     raise PlanError(f"group {item.name!r} has no unit {lacking[0]} any more that could go")
                 keep[item.name] = tuple(unit for unit in keep[item.name] if unit not in item.units)
             else:
-                inside = self._setting.structure.block(item.name).contains
+                inside = self._setting.subject.structure.block(item.name).contains
                 parts = [*(name for name in parts if name not in inside), item.name]
         return keep, tuple(parts)
 
@@ -153,7 +153,7 @@ class Journal:
                 f"one of stage {stage!r} there: the folder was changed, or written by another version. Begin anew in "
                 "another folder."
             )
-        phases = self._past[index].phases if recalled else self._setting.clock.take()
+        phases = self._past[index].phases if recalled else self._setting.services.clock.take()
         step = Step(
             index=index,
             stage=stage,
@@ -172,23 +172,27 @@ class Journal:
             contest=decision.contest,
             turn=self._turn,
         )
-        folder = self._setting.folder
+        folder = self._setting.services.folder
         if folder is not None and not recalled:
             on_main(partial(_write, folder, step, state))
         self.steps.append(step)
-        shown = ("macs", "parameters", *(name for name in self._setting.budget.targets if name in ("size", "latency")))
-        told = describe(step, self._setting.task.metric_name, shown)
-        self._setting.progress.say(f"{told} (recalled)" if recalled else told)
+        shown = (
+            "macs",
+            "parameters",
+            *(name for name in self._setting.goals.budget.targets if name in ("size", "latency")),
+        )
+        told = describe(step, self._setting.subject.task.metric_name, shown)
+        self._setting.services.progress.say(f"{told} (recalled)" if recalled else told)
         if accepted:
             self.show(stage, state)
 
     @property
     def is_at_start(self) -> bool:
         """Whether the next measurement is that of the original, for the record of the run: it measures everything."""
-        return self._setting.folder is not None and not self.steps and not self._past
+        return self._setting.services.folder is not None and not self.steps and not self._past
 
     def _curve(self) -> Curve | None:
-        found = self._setting.curves
+        found = self._setting.services.curves
         last = found[-1] if found else None
         found.clear()
         return last
@@ -201,17 +205,17 @@ class Journal:
             state: the last accepted one.
             measured: its divergence, where that was just measured.
         """
-        setting, budget = self._setting, self._setting.budget
+        setting, budget = self._setting, self._setting.goals.budget
         if measured is not None and self.is_at_start:
-            assert setting.folder is not None
-            profile = profile_of(measured, setting.structure, state.keep)
-            on_main(partial(setting.folder.keep, BEFORE, profile))
+            assert setting.services.folder is not None
+            profile = profile_of(measured, setting.subject.structure, state.keep)
+            on_main(partial(setting.services.folder.keep, BEFORE, profile))
         if measured is not None and measured.units:
-            order = [group.name for group in setting.structure.groups if group.name in measured.units]
+            order = [group.name for group in setting.subject.structure.groups if group.name in measured.units]
             self._profile = tuple(float(measured.units[name][list(state.keep[name])].mean()) for name in order)
         shares = setting.shares(state)
         shown = budget.targets or ("macs", "parameters")
-        setting.progress.show(
+        setting.services.progress.show(
             Status(
                 stage=stage,
                 step=len(self.steps),
@@ -219,7 +223,7 @@ class Journal:
                 profile=self._profile,
                 costs={COST_NAMES[name]: (shares[name], budget.targets.get(name)) for name in shown},
                 metric=state.metric,
-                metric_name=setting.task.metric_name,
+                metric_name=setting.subject.task.metric_name,
                 baseline=self._baseline,
                 worst=budget.worst,
                 higher_is_better=budget.higher_is_better,

@@ -27,8 +27,8 @@ def finish_run(
 
     A run that was finished before keeps the end that it wrote: the clock would show another latency each time.
     """
-    past = past_result(setting.folder)
-    with setting.clock.on("judging"):
+    past = past_result(setting.services.folder)
+    with setting.services.clock.on("judging"):
         metric, fault = (start.metric, "") if state is start else setting.judge(state.model)
         error = _output_error(setting, state)
     latency = None if past is None else past.latency
@@ -37,7 +37,7 @@ def finish_run(
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency, fault=fault)
     reached, message = _verdict(setting, final, journal, untouched=state is start)
     message += _cut_short(journal)
-    base = origin(setting.original)
+    base = origin(setting.subject.original)
     result = Result(
         model=final.model,
         plan=final.plan,
@@ -51,13 +51,13 @@ def finish_run(
         output_error=error,
         reached=reached,
         message=message,
-        metric_name=setting.task.metric_name,
+        metric_name=setting.subject.task.metric_name,
         seconds=_seconds(setting, journal),
         base=base,
         build=None if base is not None else _build(recipe or {}),
     )
-    if setting.folder is not None:
-        on_main(partial(result.save, setting.folder.model))
+    if setting.services.folder is not None:
+        on_main(partial(result.save, setting.services.folder.model))
         if past is None:
             keep_end(setting, final, result, untouched=state is start)
     remember_(result.model, result.whole_plan)
@@ -67,9 +67,9 @@ def finish_run(
 def _output_error(setting: Setting, state: State) -> float:
     """How far the outputs are from the original's; NaN, which is said, where no number can tell."""
     try:
-        return output_error(state.model, setting.original, setting.task)
+        return output_error(state.model, setting.subject.original, setting.subject.task)
     except TaskError as error:
-        setting.progress.say(f"The relative output error is not known: {error}")
+        setting.services.progress.say(f"The relative output error is not known: {error}")
         return math.nan
 
 
@@ -85,7 +85,7 @@ def _build(recipe: Mapping[str, Any]) -> str | None:
 def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
     """Seconds by kind of work, of all steps and of what lay around them."""
     found: dict[str, float] = {}
-    for phases in (journal.preparation, *(step.phases for step in journal.steps), setting.clock.take()):
+    for phases in (journal.preparation, *(step.phases for step in journal.steps), setting.services.clock.take()):
         for kind, seconds in phases.items():
             found[kind] = found.get(kind, 0.0) + seconds
     return found
@@ -101,9 +101,9 @@ def _cut_short(journal: Journal) -> str:
 
 
 def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: bool) -> tuple[bool, str]:
-    goal, shares = setting.budget, setting.shares(state)
+    goal, shares = setting.goals.budget, setting.shares(state)
     if untouched and not journal.steps:
-        filters, layers = setting.config.filters, setting.config.layers
+        filters, layers = setting.goals.config.filters, setting.goals.config.layers
         units = (
             "filters.steps is 0"
             if filters.steps == 0
@@ -114,7 +114,7 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
     if untouched:
         return False, "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
     if not state.within(goal):
-        found = state.fault or f"the {setting.task.metric_name} was {state.metric:.4f}"
+        found = state.fault or f"the {setting.subject.task.metric_name} was {state.metric:.4f}"
         worst = "" if state.fault else f", and {goal.worst:.4f} is the worst allowed"
         return False, (
             f"{found} when it was measured once more after the last change{worst}: the validation data or the model "
@@ -143,7 +143,8 @@ def _obstacle(setting: Setting, journal: Journal) -> str:
     told = f"from {before:.4f} to {last.metric:.4f}"
     if last.stage == "final" and last.accepted and f"{before:.4f}" != f"{last.metric:.4f}":
         return (
-            f"{why}, until the last training took the {setting.task.metric_name} {told}. Train longer after each step "
+            f"{why}, until the last training took the {setting.subject.task.metric_name} {told}. Train longer "
+            f"after each step "
             "(recovery), allow a larger max_drop, or compress the result again with what is left of the budget"
         )
     return f"{why}. Allow a larger max_drop, more steps or a longer recovery"
@@ -151,7 +152,7 @@ def _obstacle(setting: Setting, journal: Journal) -> str:
 
 def final_recovery(setting: Setting, start: State, state: State, journal: Journal) -> State:
     """Train the last accepted state once more; keep the better of the two."""
-    recovery = setting.config.final or setting.config.recovery
+    recovery = setting.goals.config.final or setting.goals.config.recovery
     if state is start or not recovery.trains:
         return state
     journal.begin()
@@ -163,7 +164,7 @@ def final_recovery(setting: Setting, start: State, state: State, journal: Journa
         metric, fault = recover(setting, model, state.plan, "final recovery", recovery)
         latency = setting.latency_of(model)
         found = Decision(replace(state, model=model, metric=metric, latency=latency, fault=fault), [])
-    metric, fault, higher = found.state.metric, found.state.fault, setting.task.higher_is_better
+    metric, fault, higher = found.state.metric, found.state.fault, setting.subject.task.higher_is_better
     accepted = not fault and (metric >= state.metric if higher else metric <= state.metric)
     equal = "as good as before" if metric == state.metric else "the best so far"
     reason = fault or (equal if accepted else "no better than before")

@@ -17,7 +17,7 @@ from idap.compress.features import check_features
 from idap.compress.folder import run_size, settings_of
 from idap.compress.latencies import LayerTimes, load_times, measure_times
 from idap.compress.limits import smallest_shares, verify_cuts
-from idap.compress.setting import Setting
+from idap.compress.setting import Goals, Services, Setting, Subject
 from idap.compress.state import Clock, State
 from idap.cost.count import CostModel, tensor_bytes
 from idap.divergence.measure import Divergence
@@ -84,19 +84,22 @@ def profile(
         structure, example = analyze_model(model, task, config, phase)
         costs = CostModel(structure, 1)
         setting = Setting(
-            original=model,
-            task=task,
-            config=config,
-            structure=structure,
-            costs=costs,
-            example=example,
-            whole=costs.cost(),
-            budget=Budget(None, task.higher_is_better),
-            progress=progress,
-            folder=None,
-            calibration=calibration_batches(task, config),
-            timed=example,
-            layer_times=LayerTimes(partial(measure_times, model, structure, example, progress)),
+            Subject(
+                original=model,
+                task=task,
+                structure=structure,
+                costs=costs,
+                example=example,
+                whole=costs.cost(),
+                calibration=calibration_batches(task, config),
+                timed=example,
+            ),
+            Goals(config=config, budget=Budget(None, task.higher_is_better)),
+            Services(
+                progress=progress,
+                folder=None,
+                layer_times=LayerTimes(partial(measure_times, model, structure, example, progress)),
+            ),
         )
         found = setting.divergence(setting.initial_state())
         phase.advance("divergence")
@@ -138,8 +141,10 @@ def optimizer_slicer(
     def slice_for(small: nn.Module, plan: Plan) -> torch.optim.Optimizer:
         return slice_optimizer(optimizer, model, small, plan)
 
-    plan = setting.structure.plan({group.name: range(0, group.size, 2) for group in setting.structure.groups})
-    slice_for(apply_plan(setting.original, plan), plan)
+    plan = setting.subject.structure.plan(
+        {group.name: range(0, group.size, 2) for group in setting.subject.structure.groups}
+    )
+    slice_for(apply_plan(setting.subject.original, plan), plan)
     return slice_for
 
 
@@ -179,27 +184,30 @@ def prepare_run(
         config, val.metric, higher_is_better=task.higher_is_better, least=least, blocked=structure.blocked
     )
     setting = Setting(
-        original=original,
-        task=task,
-        config=config,
-        structure=structure,
-        costs=costs,
-        example=example,
-        whole=whole,
-        budget=budget,
-        progress=progress,
-        folder=folder,
-        calibration=calibration_batches(task, config),
-        timed=timed,
-        layer_times=LayerTimes(
-            partial(measure_times, original, structure, timed, progress, few=example),
-            file=None if folder is None else folder.latency,
-            least=least.get("latency"),
-            known=table,
-            progress=progress,
+        Subject(
+            original=original,
+            task=task,
+            structure=structure,
+            costs=costs,
+            example=example,
+            whole=whole,
+            calibration=calibration_batches(task, config),
+            timed=timed,
+            val=val,
         ),
-        clock=clock,
-        val=val,
+        Goals(config=config, budget=budget),
+        Services(
+            progress=progress,
+            folder=folder,
+            layer_times=LayerTimes(
+                partial(measure_times, original, structure, timed, progress, few=example),
+                file=None if folder is None else folder.latency,
+                least=least.get("latency"),
+                known=table,
+                progress=progress,
+            ),
+            clock=clock,
+        ),
     )
     settings = settings_of(model, task, config, structure, val.metric, whole, budget)
     return setting, setting.initial_state(val.metric), removable, settings

@@ -92,16 +92,18 @@ def _compress(
     """Compress in a folder that is claimed."""
     setting, state, removable, settings = prepare_run(model, task, config, folder, progress, resume=resume)
     if optimizer is not None:
-        setting = replace(setting, optimizer=optimizer_slicer(optimizer, model, setting))
+        setting = replace(
+            setting, services=replace(setting.services, optimizer=optimizer_slicer(optimizer, model, setting))
+        )
         settings["optimizer"] = hyperparameters(optimizer)
     if recipe is not None:
         settings["recipe"] = dict(recipe)
     if folder is not None:  # every weight is read
         settings["weights"] = weights_digest(model)
-        settings["calibration"] = samples_digest(setting.calibration)
-    settings["preparation"] = preparation = setting.clock.take()
+        settings["calibration"] = samples_digest(setting.subject.calibration)
+    settings["preparation"] = preparation = setting.services.clock.take()
     past = () if folder is None else on_main(partial(begin_run, folder, settings, progress, resume=resume))
-    setting.layer_times.keep_least()
+    setting.services.layer_times.keep_least()
     journal = Journal(setting, state.metric, past, preparation)
     with resumable(folder):
         end = final_recovery(setting, state, _stages(setting, state, removable, journal), journal)
@@ -110,7 +112,7 @@ def _compress(
 
 def _stages(setting: Setting, state: State, removable: list[str], journal: Journal) -> State:
     """Cut width and depth in the order that is set."""
-    config, goal = setting.config, setting.budget
+    config, goal = setting.goals.config, setting.goals.budget
     width, depth = config.filters.steps > 0, config.layers.removals > 0
     if config.order == "interleaved" and width:
         return filter_stage(setting, state, goal, journal, blocks=removable if depth else ())
@@ -131,16 +133,16 @@ def _stages(setting: Setting, state: State, removable: list[str], journal: Journ
 
 def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable: list[str]) -> State:
     """Cut depth, then width down to the targets; layers that were spared go after all if filters don't come there."""
-    goal, before = setting.budget, len(journal.steps)
+    goal, before = setting.goals.budget, len(journal.steps)
     refused = before > 0 and not journal.steps[-1].accepted  # the budget ended stage 1, and would end it again
-    contested = setting.config.layers.against == "filters" and not refused
+    contested = setting.goals.config.layers.against == "filters" and not refused
     shallow = layer_stage(setting, state, goal, journal, removable, contested=contested)
     turn = journal.steps[before:]
     in_a_row = len(list(takewhile(lambda step: step.is_refused, reversed(turn))))
     narrow = shallow  # what stage 2 left over is for filters
     if shallow is not state or not refused:
         narrow = filter_stage(setting, shallow, goal, journal)
-    if not goal.misses(setting.shares(narrow)) or in_a_row >= setting.config.layers.patience:
+    if not goal.misses(setting.shares(narrow)) or in_a_row >= setting.goals.config.layers.patience:
         return narrow
     essential = {step.removed[0].name for step in turn if step.is_refused}
     spared = [name for name in removable if name not in essential]

@@ -33,30 +33,42 @@ from idap.training.task import Task
 
 
 @dataclass(frozen=True)
-class Setting:
-    """All that stays the same during a run."""
+class Subject:
+    """The model that a run compresses, and what is known of it and its data."""
 
     original: nn.Module
     task: Task
-    config: Config
     structure: Structure
     costs: CostModel
     example: Inputs
     whole: Cost
     """Of the original."""
-    budget: Budget
-    progress: Progress
-    folder: RunFolder | None
     calibration: tuple[Any, ...]
     """The calibration batches: the same ones at every step, so that scores can be compared."""
     timed: Inputs
     """The inputs whose latency counts."""
+    val: Score | None = None
+    """Of the original; what comes of it is judged on as much data, and answers with numbers where it does."""
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What a run is to come to, and how it goes about it."""
+
+    config: Config
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Services:
+    """What serves a run and goes on with it: who listens, where it is written, clocks and notes."""
+
+    progress: Progress
+    folder: RunFolder | None
     layer_times: LayerTimes
     clock: Clock = field(default_factory=Clock)
     curves: list[Curve] = field(default_factory=list)
     """Of the recoveries since the last decision; who notes the decision takes them."""
-    val: Score | None = None
-    """Of the original; what comes of it is judged on as much data, and answers with numbers where it does."""
     optimizer: Callable[[nn.Module, Plan], torch.optim.Optimizer] | None = None
     """Makes the user's optimiser fit for what a plan made of the original; None: recovery describes one."""
     measured: dict[str, tuple[ReferenceType[State], Divergence]] = field(default_factory=dict)
@@ -64,15 +76,24 @@ class Setting:
     told: set[str] = field(default_factory=set)
     """Lines that are said once in a run, and were."""
 
+
+@dataclass(frozen=True)
+class Setting:
+    """All that stays the same during a run."""
+
+    subject: Subject
+    goals: Goals
+    services: Services
+
     def tell(self, line: str) -> None:
         """Say a line, unless this run has said it before."""
-        if line not in self.told:
-            self.told.add(line)
-            self.progress.say(line)
+        if line not in self.services.told:
+            self.services.told.add(line)
+            self.services.progress.say(line)
 
     def shares(self, state: State) -> dict[str, float]:
         """What is left of each of the original's costs; latency only where it is a goal."""
-        found = shares_of(state.cost, self.whole)
+        found = shares_of(state.cost, self.subject.whole)
         return found if state.latency is None else {**found, "latency": state.latency}
 
     def judge(self, model: nn.Module) -> Judgement:
@@ -82,10 +103,10 @@ class Setting:
             TaskError: the data are others than those that the original was judged on.
         """
         try:
-            found = score(model, self.task)
+            found = score(model, self.subject.task)
         except DivergedError as error:
             return Judgement(0.0, str(error).rstrip("."))
-        first = self.val
+        first = self.subject.val
         if first is not None and found.batches != first.batches:
             raise TaskError(
                 f"the 'val' split gave {found.batches} batches, and {first.batches} when the original was judged. What "
@@ -97,17 +118,17 @@ class Setting:
 
     def passes(self, batches: Sequence[Any] | None = None) -> list[Pass]:
         """The calibration batches, ready to be run; or other batches."""
-        device = device_of(self.original)
+        device = device_of(self.subject.original)
 
         def on(batch: Any) -> Pass:
-            padding = self.task.padding(batch)
+            padding = self.subject.task.padding(batch)
             return Pass(
-                run=lambda model: self.task.run(model, move(batch, device)),
-                loss=lambda outputs: self.task.loss(outputs, move(batch, device)),
+                run=lambda model: self.subject.task.run(model, move(batch, device)),
+                loss=lambda outputs: self.subject.task.loss(outputs, move(batch, device)),
                 padding=None if padding is None else padding.bool(),
             )
 
-        return [on(batch) for batch in (self.calibration if batches is None else batches)]
+        return [on(batch) for batch in (self.subject.calibration if batches is None else batches)]
 
     def divergence(
         self, state: State, *, units: bool = True, blocks: bool = True, title: str = "measure"
@@ -123,45 +144,51 @@ class Setting:
             blocks: measure branches and blocks.
             title: what the progress bar is called.
         """
-        name, _ = opener_of(self.config.criterion)
-        comparable = WITH_BLOCKS if self.config.layers.replacement == "identity" else LIKE_PROJECTIONS
+        name, _ = opener_of(self.goals.config.criterion)
+        comparable = WITH_BLOCKS if self.goals.config.layers.replacement == "identity" else LIKE_PROJECTIONS
         knows_blocks = name in comparable
-        criteria: list[Criterion] = [self.config.criterion] if units or knows_blocks else []
+        criteria: list[Criterion] = [self.goals.config.criterion] if units or knows_blocks else []
         if blocks and not knows_blocks:
             criteria.append("relative")
-        with self.clock.on("measurement"):
+        with self.services.clock.on("measurement"):
             found = self._once(state, criteria, title)
         own = found.get(name, found.get("relative"))
         assert own is not None
         other = found.get("relative", own)
         scores = dict((own if knows_blocks else other).blocks if blocks else {})
         if blocks:
-            fits = self.projections(state, [block.name for block in self.structure.blocks])
+            fits = self.projections(state, [block.name for block in self.subject.structure.blocks])
             scores |= {part: fitted.residual for part, fitted in fits.items()}
         unmeasured = dict.fromkeys([*own.unmeasured, *(part for part in other.unmeasured if part not in own.units)])
         return Divergence(name, own.units, scores, tuple(unmeasured), own.notes)
 
     def projections(self, state: State, names: Iterable[str]) -> dict[str, FittedMap]:
         """The best linear maps in place of those of some blocks that may become projections and are still there."""
-        gone = {inner for name in state.removed for inner in (name, *self.structure.block(name).contains)}
-        blocks = [self.structure.block(name) for name in names if name not in gone]
+        gone = {inner for name in state.removed for inner in (name, *self.subject.structure.block(name).contains)}
+        blocks = [self.subject.structure.block(name) for name in names if name not in gone]
         wanted = [block.name for block in blocks if block.projected is not None]
-        present = self.structure.presence(state.keep)
+        present = self.subject.structure.presence(state.keep)
         fit_all = partial(
-            fit_projections, state.model, self.structure, self.passes(), wanted, present=present, removed=state.removed
+            fit_projections,
+            state.model,
+            self.subject.structure,
+            self.passes(),
+            wanted,
+            present=present,
+            removed=state.removed,
         )
-        with self.clock.on("measurement"):
+        with self.services.clock.on("measurement"):
             return by_itself(fit_all)  # alike in every process
 
     def _once(self, state: State, criteria: Sequence[Criterion], title: str) -> dict[str, Divergence]:
         """Measure what was not measured of this very state before."""
         names = {opener_of(criterion)[0]: criterion for criterion in criteria}
-        known = {name: found for name, (of, found) in self.measured.items() if name in names and of() is state}
+        known = {name: found for name, (of, found) in self.services.measured.items() if name in names and of() is state}
         missing = [names[name] for name in names if name not in known]
         new = self._measure(state, missing, title) if missing else {}
         for note in (note for found in new.values() for note in found.notes):
             self.tell(note)
-        self.measured.update({name: (ref(state), found) for name, found in new.items()})
+        self.services.measured.update({name: (ref(state), found) for name, found in new.items()})
         return known | new
 
     def _measure(self, state: State, criteria: Sequence[Criterion], title: str) -> dict[str, Divergence]:
@@ -170,17 +197,17 @@ class Setting:
         def measure_here() -> dict[str, Divergence]:
             return measure_all(
                 state.model,
-                self.structure,
-                self.passes(mine(self.calibration)),
+                self.subject.structure,
+                self.passes(mine(self.subject.calibration)),
                 criteria=criteria,
                 keep=state.keep,
                 removed=state.removed,
-                seed=self.config.seed,
-                progress=self.progress,
+                seed=self.goals.config.seed,
+                progress=self.services.progress,
                 title=title,
             )
 
-        if len(self.calibration) < process_count():
+        if len(self.subject.calibration) < process_count():
             return on_main(lambda: by_itself(measure_here))
         with together():
             return measure_here()
@@ -188,43 +215,51 @@ class Setting:
     @property
     def cost_kind(self) -> str:
         """What a part is divided by: "macs", "parameters" or "latency"."""
-        if self.config.cost != "auto":
-            return self.config.cost
-        targets = {"parameters" if name == "size" else name for name, share in self.config.targets.items() if share}
+        if self.goals.config.cost != "auto":
+            return self.goals.config.cost
+        targets = {
+            "parameters" if name == "size" else name for name, share in self.goals.config.targets.items() if share
+        }
         return targets.pop() if len(targets) == 1 else "macs"
 
     def unit_costs(self, state: State) -> dict[str, float]:
         """What the next unit of each group costs, in what is counted."""
         if self.cost_kind == "latency":
-            with self.clock.on("latency"):
-                return self.layer_times.table.unit_seconds(*self._left(state))
+            with self.services.clock.on("latency"):
+                return self.services.layer_times.table.unit_seconds(*self._left(state))
         if self.cost_kind == "parameters":
-            return self.costs.unit_parameters(state.keep, state.removed)
-        return self.costs.unit_macs(state.keep, state.removed)
+            return self.subject.costs.unit_parameters(state.keep, state.removed)
+        return self.subject.costs.unit_macs(state.keep, state.removed)
 
     def _left(self, state: State) -> tuple[dict[str, int], set[str]]:
         """Number of units of each group, and the nodes that are gone."""
-        return {name: len(units) for name, units in state.keep.items()}, inactive_nodes(self.structure, state.removed)
+        return {name: len(units) for name, units in state.keep.items()}, inactive_nodes(
+            self.subject.structure, state.removed
+        )
 
     def block_costs(self, state: State, names: Sequence[str]) -> dict[str, float]:
         """What some branches and blocks cost, in what is counted."""
         if self.cost_kind == "latency":
-            with self.clock.on("latency"):
+            with self.services.clock.on("latency"):
                 return self._block_seconds(state, names)
-        costs = {name: self.costs.cost(state.keep, [*state.removed, name]) for name in names}
-        present = self.costs.cost(state.keep, state.removed)
+        costs = {name: self.subject.costs.cost(state.keep, [*state.removed, name]) for name in names}
+        present = self.subject.costs.cost(state.keep, state.removed)
         if self.cost_kind == "parameters":
             return {name: float(present.parameters - cost.parameters) for name, cost in costs.items()}
         return {name: float(present.macs - cost.macs) for name, cost in costs.items()}
 
     def _block_seconds(self, state: State, names: Sequence[str]) -> dict[str, float]:
-        if any(self.structure.block(name).projected for name in names):  # what a projection takes is not in the table
-            return block_latencies(self.original, self.structure, self.timed, state.keep, state.removed, names)
+        if any(
+            self.subject.structure.block(name).projected for name in names
+        ):  # what a projection takes is not in the table
+            return block_latencies(
+                self.subject.original, self.subject.structure, self.subject.timed, state.keep, state.removed, names
+            )
         numbers, gone = self._left(state)
-        whole = self.layer_times.table.seconds(numbers, gone)
-        after = {name: gone | inactive_nodes(self.structure, [*state.removed, name]) for name in names}
+        whole = self.services.layer_times.table.seconds(numbers, gone)
+        after = {name: gone | inactive_nodes(self.subject.structure, [*state.removed, name]) for name in names}
         return above_zero(
-            {name: whole - self.layer_times.table.seconds(numbers, nodes) for name, nodes in after.items()}
+            {name: whole - self.services.layer_times.table.seconds(numbers, nodes) for name, nodes in after.items()}
         )
 
     def initial_state(self, metric: float = math.nan) -> State:
@@ -233,13 +268,21 @@ class Setting:
         Args:
             metric: of it; NaN where nobody asks.
         """
-        keep = {group.name: tuple(range(group.size)) for group in self.structure.groups}
-        latency = 1.0 if "latency" in self.budget.targets else None
-        return State(self.original, keep, (), self.structure.plan(keep), self.whole, metric, latency=latency)
+        keep = {group.name: tuple(range(group.size)) for group in self.subject.structure.groups}
+        latency = 1.0 if "latency" in self.goals.budget.targets else None
+        return State(
+            self.subject.original,
+            keep,
+            (),
+            self.subject.structure.plan(keep),
+            self.subject.whole,
+            metric,
+            latency=latency,
+        )
 
     def latency_of(self, model: nn.Module) -> float | None:
         """The latency of a model as a share of the original's, measured now; None where it is no goal."""
-        if "latency" not in self.budget.targets:
+        if "latency" not in self.goals.budget.targets:
             return None
-        with self.clock.on("latency"):
-            return latency_share(self.original, model, self.timed)
+        with self.services.clock.on("latency"):
+            return latency_share(self.subject.original, model, self.subject.timed)

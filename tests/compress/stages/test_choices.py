@@ -34,7 +34,7 @@ def cut_once(**changes):
     """One run of stage 1 to half of the multiply-adds, without any budget of accuracy and without training."""
     setting, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.5} | changes))
     journal = Journal(setting, start.metric)
-    return setting, filter_stage(setting, start, setting.budget, journal), journal
+    return setting, filter_stage(setting, start, setting.goals.budget, journal), journal
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "bn_scale"])
@@ -63,14 +63,14 @@ def test_a_function_of_the_users_own():
     setting, end, journal = cut_once(criterion=largest_first, cost_power=0.0)
     assert all(units == tuple(range(len(units))) for units in end.keep.values())
     assert journal.steps[0].removed[0].scores == tuple(
-        float(setting.structure.group(journal.steps[0].removed[0].name).size - unit)
+        float(setting.subject.structure.group(journal.steps[0].removed[0].name).size - unit)
         for unit in journal.steps[0].removed[0].units
     )
 
 
 def test_uniform_takes_the_same_share_of_every_group():
     setting, end, _ = cut_once(ranking="uniform", criterion="magnitude")
-    shares = [len(end.keep[group.name]) / group.size for group in setting.structure.groups]
+    shares = [len(end.keep[group.name]) / group.size for group in setting.subject.structure.groups]
     assert max(shares) - min(shares) < 0.2  # the last step may not get round to every group
 
 
@@ -78,22 +78,22 @@ def test_what_is_left_is_a_multiple():
     setting, end, _ = cut_once(
         filters=FilterStage(steps=9, first_share=0.5, multiple=4, multiples={"blocks.0.*": 5}), criterion="relative"
     )
-    for group in setting.structure.groups:
+    for group in setting.subject.structure.groups:
         left = len(end.keep[group.name])
         assert left == group.size or left % (5 if group.name.startswith("blocks.0") else 4) == 0, group.name
-    assert end.cost.macs <= 0.5 * setting.costs.cost().macs
+    assert end.cost.macs <= 0.5 * setting.subject.costs.cost().macs
 
 
 def test_floors_by_pattern():
     setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, keep={"blocks.*": 0.3, "blocks.1.*": 1}))
-    for group in setting.structure.groups:
+    for group in setting.subject.structure.groups:
         if group.name.startswith("blocks.1."):
             assert len(end.keep[group.name]) == group.size
         elif group.name.startswith("blocks."):
             assert len(end.keep[group.name]) >= round(0.3 * group.size)
     assert match_name({"a*": 0.5, "ab": 0.1}, "ab", 0.9) == 0.1
     with pytest.raises(ConfigError, match=r"^filters\.keep names 'layer9\.\*', which fits no group"):
-        least_units(setting.structure, FilterStage(keep={"layer9.*": 0.5}))
+        least_units(setting.subject.structure, FilterStage(keep={"layer9.*": 0.5}))
 
 
 def test_a_floor_that_makes_the_target_impossible_is_an_error_before_any_work():
@@ -128,7 +128,7 @@ def test_auto_takes_the_power_with_the_lowest_calibration_loss(monkeypatch):
 
 def stream(setting):
     """The group that the residual stream of the tiny net carries."""
-    (name,) = setting.structure.streams
+    (name,) = setting.subject.structure.streams
     assert name == "stem"
     return name
 
@@ -136,7 +136,7 @@ def stream(setting):
 def test_streams_stay_whole_on_request():
     setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, streams="keep"))
     assert len(end.keep[stream(setting)]) == 12
-    assert end.cost.macs <= 0.5 * setting.whole.macs
+    assert end.cost.macs <= 0.5 * setting.subject.whole.macs
     setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, streams="cut"))
     assert len(end.keep[stream(setting)]) < 12
 
@@ -162,12 +162,12 @@ def test_ways_are_compared_at_the_same_cost(monkeypatch):
     costs = []
 
     def noted(ways, loss):
-        costs.append([setting.costs.cost(cut.keep, cut.removed).macs for cut in ways.values()])
+        costs.append([setting.subject.costs.cost(cut.keep, cut.removed).macs for cut in ways.values()])
         return next(iter(ways))
 
     monkeypatch.setattr(choice, "best_of", noted)
     setting, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.3, "cost_power": "auto"}))
-    filter_stage(setting, start, setting.budget, Journal(setting, start.metric))
+    filter_stage(setting, start, setting.goals.budget, Journal(setting, start.metric))
     assert costs
     for macs in costs:
         assert len(macs) > 1
@@ -178,7 +178,7 @@ def test_ways_are_compared_at_the_same_cost(monkeypatch):
 def test_latency_as_the_cost():
     setting, start, _ = prepare(cost="latency")
     costs = setting.unit_costs(start)
-    assert set(costs) == {group.name for group in setting.structure.groups}
+    assert set(costs) == {group.name for group in setting.subject.structure.groups}
     assert all(seconds > 0 for seconds in costs.values())
     cut = dataclasses.replace(start, removed=("blocks.0",))
     assert set(costs) - set(setting.unit_costs(cut)) == {"blocks.0.fc1"}  # no layer of it is left
@@ -198,11 +198,13 @@ def test_each_removed_unit_is_recorded_with_score_rank_and_cost():
 def test_rebalancing_without_training_keeps_more():
     def left(rebalance):
         setting, start, _ = prepare(**(ONCE | {"max_drop": None, "rebalance": rebalance}))
-        keep = {group.name: tuple(range(group.size // 2)) for group in setting.structure.groups}
+        keep = {group.name: tuple(range(group.size // 2)) for group in setting.subject.structure.groups}
         model, _, error = make_cut(setting, start, keep, ())
         assert error < 1e-4  # proved before it is corrected
         with torch.no_grad():
-            return sum(float((model(x) - setting.original(x)).square().sum()) for x, _ in task().batches("val")), model
+            return sum(
+                float((model(x) - setting.subject.original(x)).square().sum()) for x, _ in task().batches("val")
+            ), model
 
     (plain, _), (corrected, _) = left(None), left(Rebalance())
     assert corrected < 0.5 * plain
@@ -219,7 +221,7 @@ def test_a_run_without_rebalancing_and_the_model_stay_as_they_were():
 def test_blocks_are_scored_where_the_criterion_knows_none():
     setting, start, _ = prepare(criterion="magnitude")
     found = setting.divergence(start)
-    assert set(found.blocks) == {block.name for block in setting.structure.blocks}
+    assert set(found.blocks) == {block.name for block in setting.subject.structure.blocks}
     again, same, _ = prepare(criterion="relative")
     assert found.blocks == pytest.approx(again.divergence(same).blocks)
 
@@ -254,7 +256,7 @@ def test_padding_by_default():
 
 def test_metric_is_measured_after_rebalancing():
     setting, start, _ = prepare(**(ONCE | {"max_drop": None, "recovery": Recovery(epochs=0)}))
-    keep = {group.name: tuple(range(group.size // 2)) for group in setting.structure.groups}
+    keep = {group.name: tuple(range(group.size // 2)) for group in setting.subject.structure.groups}
     state = next_state(setting, start, keep, (), "x")
     assert state.metric == pytest.approx(evaluate(state.model, task()))
 
@@ -267,14 +269,14 @@ def test_groups_that_are_alike_end_with_the_same_number(ranking):
     inner = {name: width for name, width in widths.items() if name.startswith("blocks.")}
     assert len(inner) == 3 and len(set(inner.values())) == 1
     assert 6 <= next(iter(inner.values())) < 20 and next(iter(inner.values())) % 2 == 0
-    assert end.cost.macs <= 0.5 * setting.costs.cost().macs
+    assert end.cost.macs <= 0.5 * setting.subject.costs.cost().macs
     assert all(step.error < 1e-4 for step in journal.steps)
 
 
 def test_a_step_that_may_take_little_still_takes_one_of_each_group_alike():
     stage = FilterStage(steps=1, first_share=0.011, growth=0.0, alike="layers", keep={"stem": 1.0})
     setting, end, _ = cut_once(filters=stage, criterion=largest_first, cost_power=0.0, macs=None, max_drop=1.0)
-    gone = {group.name: group.size - len(end.keep[group.name]) for group in setting.structure.groups}
+    gone = {group.name: group.size - len(end.keep[group.name]) for group in setting.subject.structure.groups}
     assert sorted(gone.values()) == [0, 1, 1, 1]
 
 

@@ -46,7 +46,7 @@ def after_each_step(journal):
 def stage_1(**changes):
     setting, start, _ = prepare(**(UNTRAINED | changes))
     journal = Journal(setting, start.metric)
-    end = filter_stage(setting, start, setting.budget, journal)
+    end = filter_stage(setting, start, setting.goals.budget, journal)
     return {name: len(units) for name, units in end.keep.items()}, journal
 
 
@@ -87,7 +87,7 @@ def test_small_steps_pass_no_multiple_that_is_in_reach(streams):
     filters = FilterStage(steps=9, first_share=0.05, multiple=8, streams=streams)
     left, journal = stage_1(macs=0.7, filters=filters)
     assert len(journal.steps) > 2
-    costs = prepare()[0].costs
+    costs = prepare()[0].subject.costs
     bundles = [(name, size) for name in SIZES for size in allowed(8, SIZES[name]) if size > left[name]]
     for name, size in bundles:  # whatever comes back, the target is missed
         more = {other: range(size if other == name else width) for other, width in left.items()}
@@ -205,14 +205,14 @@ def test_in_every_order_of_the_stages(order):
 def test_floors_are_multiples():
     setting, _, _ = prepare()
     stage = FilterStage(keep={"blocks.0.*": 0.5}, multiples={"blocks.*": 8, "blocks.1.*": 6, "stem": 16})
-    assert least_units(setting.structure, stage) == {
+    assert least_units(setting.subject.structure, stage) == {
         "stem": 12,
         "blocks.0.fc1": 16,
         "blocks.1.fc1": 6,
         "blocks.2.fc1": 8,
     }
     together = FilterStage(alike="layers", multiples={"blocks.1.*": 6, "blocks.2.*": 4})
-    assert set(least_units(setting.structure, together).values()) == {1, 12}
+    assert set(least_units(setting.subject.structure, together).values()) == {1, 12}
 
 
 @pytest.mark.parametrize("moment", [9, 14, 18])

@@ -93,7 +93,7 @@ def test_auto_offers_blocks_whose_shapes_differ_and_identity_does_not():
     _, _, plain = prepare(layers=LayerStage())
     assert set(removable) - set(plain) >= {"stages.1.0", "stages.2"}
     setting, _, _ = prepare(layers=LayerStage(replacement="projection"))
-    kinds = {block.name: block.kind for block in setting.structure.blocks}
+    kinds = {block.name: block.kind for block in setting.subject.structure.blocks}
     assert kinds["stages.1.1"] == kinds["stages.1.0"] == "projection"
 
 
@@ -106,7 +106,7 @@ def test_trying_a_projection_by_hooks_is_what_replacing_it_does():
     setting, state, _ = prepare(**ONLY_LAYERS, rebalance=None)
     fits = setting.projections(state, ["stages.1.0", "stages.2"])
     for name, found in fits.items():
-        loss = loss_without(setting, state, setting.structure.block(name), found.map)
+        loss = loss_without(setting, state, setting.subject.structure.block(name), found.map)
         model, _, _ = make_cut(setting, state, state.keep, [name])
         setting_loss = running_loss(setting, model)
         assert loss == pytest.approx(setting_loss, rel=1e-5)
@@ -116,7 +116,7 @@ def test_trying_a_projection_by_hooks_is_what_replacing_it_does():
 def running_loss(setting: Setting, model: nn.Module) -> float:
     total = count = 0
     with torch.no_grad():
-        for samples, labels in setting.calibration:
+        for samples, labels in setting.subject.calibration:
             total += float(F.cross_entropy(model(samples), labels)) * len(labels)
             count += len(labels)
     return total / count
@@ -124,32 +124,32 @@ def running_loss(setting: Setting, model: nn.Module) -> float:
 
 def test_what_a_projection_costs_is_counted():
     setting, state, _ = prepare(**ONLY_LAYERS)
-    keep = {group.name: tuple(range(0, group.size, 2)) for group in setting.structure.groups}
+    keep = {group.name: tuple(range(0, group.size, 2)) for group in setting.subject.structure.groups}
     for units in (state.keep, keep):
-        model = apply_plan(setting.original, setting.structure.plan(units, ["stages.1.0"]))
-        traced = CostModel(analyze(trace(model, *setting.example)), 2, tensor_bytes(model)).cost()
-        assert setting.costs.cost(units, ["stages.1.0"]) == traced
-        saved = setting.costs.cost(units).macs - traced.macs
-        assert setting.costs.block_macs("stages.1.0", units) == saved > 0
-    name = setting.structure.group("stages.1.0.conv2").name
-    for count in (setting.costs.unit_macs, setting.costs.unit_parameters):
+        model = apply_plan(setting.subject.original, setting.subject.structure.plan(units, ["stages.1.0"]))
+        traced = CostModel(analyze(trace(model, *setting.subject.example)), 2, tensor_bytes(model)).cost()
+        assert setting.subject.costs.cost(units, ["stages.1.0"]) == traced
+        saved = setting.subject.costs.cost(units).macs - traced.macs
+        assert setting.subject.costs.block_macs("stages.1.0", units) == saved > 0
+    name = setting.subject.structure.group("stages.1.0.conv2").name
+    for count in (setting.subject.costs.unit_macs, setting.subject.costs.unit_parameters):
         whole, fewer = state.keep, {**state.keep, name: state.keep[name][:-1]}
-        kind = "macs" if count == setting.costs.unit_macs else "parameters"
-        before, after = (getattr(setting.costs.cost(units, ["stages.1.0"]), kind) for units in (whole, fewer))
+        kind = "macs" if count == setting.subject.costs.unit_macs else "parameters"
+        before, after = (getattr(setting.subject.costs.cost(units, ["stages.1.0"]), kind) for units in (whole, fewer))
         assert count(whole, ["stages.1.0"])[name] == before - after
 
 
 def test_blocks_become_projections_which_later_cuts_go_through():
     setting, start, _ = prepare(max_drop=None)
     journal = Journal(setting, start.cost)
-    projected = layer_stage(setting, start, setting.budget, journal, ["stages.1.0"])
+    projected = layer_stage(setting, start, setting.goals.budget, journal, ["stages.1.0"])
     assert projected.removed == ("stages.1.0",) and journal.steps[0].removed[0].kind == "projection"
     assert isinstance(projected.model.stages[1][0], Projection)
     layer = projected.model.stages[1][0].get_submodule("map")
     assert layer.weight.shape == (12, 6, 1, 1)
     scores = setting.divergence(projected, blocks=False)
     assert "stages.1.0.conv2" in scores.units
-    cut = filter_stage(setting, projected, setting.budget, journal)
+    cut = filter_stage(setting, projected, setting.goals.budget, journal)
     layer = cut.model.stages[1][0].get_submodule("map")
     assert (layer.out_channels, layer.in_channels) == tuple(layer.weight.shape[:2])
     kept = cut.plan.projections["stages.1.0"]
@@ -230,7 +230,7 @@ def test_in_one_ranking_projections_go_beside_units():
 def test_recovery_trains_the_projection_and_its_neighbours():
     setting, start, _ = prepare(**ONLY_LAYERS)
     fitted, _, _ = make_cut(setting, start, start.keep, ["stages.2"])
-    tuned = neighbours(setting.structure, setting.structure.block("stages.2"), ["stages.2"])
+    tuned = neighbours(setting.subject.structure, setting.subject.structure.block("stages.2"), ["stages.2"])
     assert tuned == {"stages.1.1.conv2.weight", "stages.1.1.bn2.weight", "stages.1.1.bn2.bias"} | {
         *("stages.2.map.weight", "stages.2.map.bias", "head.weight", "head.bias")
     }

@@ -50,7 +50,7 @@ def stage(model, *, contested=True, **changes):
     """Stage 2 alone, from the original; what it came to, and its decisions."""
     setting, start, removable = running.prepare_run(model, task(), config(**changes), None, Silent())[:3]
     journal = Journal(setting, start.metric)
-    end = layer_stage(setting, start, setting.budget, journal, removable, contested=contested)
+    end = layer_stage(setting, start, setting.goals.budget, journal, removable, contested=contested)
     return setting, start, end, journal.steps
 
 
@@ -65,9 +65,9 @@ def test_a_layer_stays_where_filters_lose_less():
     )
     made = make_cut(setting, start, start.keep, [step.removed[0].name])
     assert step.contest.layer == pytest.approx(calibration_loss(setting, made.model))
-    assert step.metric == pytest.approx(evaluate(made.model, setting.task))  # as it was cut, untrained
+    assert step.metric == pytest.approx(evaluate(made.model, setting.subject.task))  # as it was cut, untrained
     assert step.shares["macs"] == pytest.approx(
-        setting.costs.cost(start.keep, made.plan.removed).macs / start.cost.macs
+        setting.subject.costs.cost(start.keep, made.plan.removed).macs / start.cost.macs
     )
 
 

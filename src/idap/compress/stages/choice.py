@@ -60,7 +60,7 @@ class Candidates:
         """Add what each unit and block costs."""
         prices = setting.block_costs(state, list(blocks)) if blocks else {}
         scored = {
-            name: ScoredBlock(score, prices[name], setting.structure.block(name).contains)
+            name: ScoredBlock(score, prices[name], setting.subject.structure.block(name).contains)
             for name, score in blocks.items()
         }
         return cls(units, setting.unit_costs(state), scored)
@@ -71,35 +71,36 @@ def ways(setting: Setting) -> list[Way]:
 
     Where seconds are counted, the score per second is tried besides what suits the criterion.
     """
-    config = setting.config
+    config = setting.goals.config
     everywhere = config.ranking == "global"
     powers = config.powers if everywhere else (0.0,)
     if everywhere and config.cost_power is None and setting.cost_kind == "latency":
         powers = tuple(dict.fromkeys((*powers, 1.0)))
-    streams = setting.structure.streams
-    both = everywhere and streams and len(streams) < len(setting.structure.groups)
+    streams = setting.subject.structure.streams
+    both = everywhere and streams and len(streams) < len(setting.subject.structure.groups)
     choices = {"cut": (True,), "keep": (False,), "auto": (True, False) if both else (True,)}
     return [Way(power, cut) for cut in choices[config.filters.streams] for power in powers]
 
 
 def rank(setting: Setting, state: State, candidates: Candidates, way: Way) -> Ranking:
     """Rank what may go by score / cost^power."""
-    floors = least_units(setting.structure, setting.config.filters)
-    if not candidates.scores and setting.structure.groups:
+    floors = least_units(setting.subject.structure, setting.goals.config.filters)
+    if not candidates.scores and setting.subject.structure.groups:
         raise ConfigError(
-            f"criterion {opener_of(setting.config.criterion)[0]!r} could score no group of this model; take another."
+            f"criterion {opener_of(setting.goals.config.criterion)[0]!r} could score no group of this model; "
+            f"take another."
         )
     costs = candidates.costs
-    whole = () if way.streams else setting.structure.streams
+    whole = () if way.streams else setting.subject.structure.streams
     plain = {name: values.tolist() for name, values in candidates.scores.items() if name not in whole}
-    there = [group for group in setting.structure.groups if costs.get(group.name, 0.0) > 0]
-    alike = alike_groups(there, setting.config.filters.alike)
-    multiples = multiples_of(setting.structure, setting.config.filters)
-    if setting.config.ranking == "uniform":
+    there = [group for group in setting.subject.structure.groups if costs.get(group.name, 0.0) > 0]
+    alike = alike_groups(there, setting.goals.config.filters.alike)
+    multiples = multiples_of(setting.subject.structure, setting.goals.config.filters)
+    if setting.goals.config.ranking == "uniform":
         plain = {name: values for name, values in plain.items() if costs.get(name, 0.0) > 0}
         return tie_units(rank_uniform(plain, state.keep, floors=floors), alike, multiples)
     ranking = rank_units(plain, state.keep, costs, floors=floors, power=way.power, blocks=candidates.blocks)
-    allowed = set(ranking.blocks[: max(0, setting.config.layers.removals - len(state.removed))])
+    allowed = set(ranking.blocks[: max(0, setting.goals.config.layers.removals - len(state.removed))])
     parts = tuple(part for part in ranking.parts if part.unit is not None or part.name in allowed)
     return tie_units(replace(ranking, parts=parts), alike, multiples)
 
@@ -191,7 +192,7 @@ def best_cut(
     first, *others = ways(setting)
     rankings = {way: rank(setting, state, candidates, way) for way in (first, *others)}
     cuts = {first: _cut(setting, state, rankings[first], aim, share, rankings[first].multiples)}
-    may_step = last and setting.config.filters.multiple == 1 and "latency" in setting.budget.targets
+    may_step = last and setting.goals.config.filters.multiple == 1 and "latency" in setting.goals.budget.targets
     if not others and not may_step:
         return Choice(rankings[first], cuts[first])
     lefts: dict[Way, Shares] = {first: left_after(setting, state, cuts[first])}
@@ -211,7 +212,11 @@ def best_cut(
         compare(way, rankings[way].multiples)
     chosen = best_of(cuts, trial.loss) if len(cuts) > 1 else first
     multiples = rankings[chosen].multiples
-    steps = multiples_of(setting.structure, setting.config.filters, _hardware_steps(setting)) if may_step else multiples
+    steps = (
+        multiples_of(setting.subject.structure, setting.goals.config.filters, _hardware_steps(setting))
+        if may_step
+        else multiples
+    )
     if steps != multiples:
         stepped = chosen._replace(stepped=True)
         rankings[stepped] = rankings[chosen]
@@ -267,20 +272,20 @@ def _cut(
     if not aim.targets:
         taken = replace(ranking, parts=ranking.parts[:most])  # so that a bundle that is not all among them stays
         keep = round_units(taken, taken.keep(most), multiples)
-        return Cut(keep, merge_removed(setting.structure, state.removed, taken.blocks_among(most)))
+        return Cut(keep, merge_removed(setting.subject.structure, state.removed, taken.blocks_among(most)))
 
     def down_to(targets: Shares) -> Cut:
         wanted = replace(aim, targets=targets)
 
         def times_the_goal(keep: Keep, removed: tuple[str, ...]) -> float:
-            cost = setting.costs.cost(keep, merge_removed(setting.structure, state.removed, removed))
-            return 1 + wanted.shortfall(shares_of(cost, setting.whole))
+            cost = setting.subject.costs.cost(keep, merge_removed(setting.subject.structure, state.removed, removed))
+            return 1 + wanted.shortfall(shares_of(cost, setting.subject.whole))
 
         choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=most)
         if choice.cost <= 1 and most < len(ranking) and max(multiples.values(), default=1) > 1:
             # The last bundle may save much too much, and one that ranks further behind come closer.
             choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=len(ranking))
-        return Cut(choice.keep, merge_removed(setting.structure, state.removed, choice.removed))
+        return Cut(choice.keep, merge_removed(setting.subject.structure, state.removed, choice.removed))
 
     if "latency" not in aim.targets:
         return down_to(aim.targets)
@@ -298,7 +303,7 @@ def removals(setting: Setting, state: State, after: Cut, ranking: Ranking, candi
             found.append(
                 Removal(
                     name=name,
-                    kind=setting.structure.group(name).kind,
+                    kind=setting.subject.structure.group(name).kind,
                     units=tuple(gone),
                     left=len(after.keep[name]),
                     divergence=(min(scores), max(scores)),
@@ -311,5 +316,5 @@ def removals(setting: Setting, state: State, after: Cut, ranking: Ranking, candi
         if name not in state.removed:
             place, score = places[name, None]
             cost = candidates.blocks[name].cost
-            found.append(block_removal(setting.structure.block(name), score, place, cost))
+            found.append(block_removal(setting.subject.structure.block(name), score, place, cost))
     return found

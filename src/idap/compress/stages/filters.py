@@ -88,9 +88,9 @@ def filter_stage(
         The last accepted state.
     """
     journal.begin()
-    stage, pace = _stage(blocks), Pace(setting.config.filters, goal)
+    stage, pace = _stage(blocks), Pace(setting.goals.config.filters, goal)
     rejected: State | None = None
-    while pace.step < setting.config.filters.steps and not goal.is_reached(setting.shares(state)):
+    while pace.step < setting.goals.config.filters.steps and not goal.is_reached(setting.shares(state)):
         if journal.is_stage_over(stage):
             break
         aim, share = pace.next(setting.shares(state))
@@ -140,7 +140,7 @@ def _candidate(
             f"order='interleaved' compares units with blocks, and criterion {found.criterion!r} scored no block of "
             f"this model; take one of {', '.join(map(repr, WITH_BLOCKS))}, or let blocks() of your own give scores."
         )
-    with setting.clock.on("selection"):
+    with setting.services.clock.on("selection"):
         free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}
         candidates = Candidates.of(setting, state, found.units, free)
         choice = best_cut(setting, state, candidates, aim, share, last=aim == goal)
@@ -148,7 +148,7 @@ def _candidate(
     if not cut.takes_from(state):
         return None
     if rejected is not None and not cut.takes_from(rejected):
-        setting.progress.say(f"{stage} {number}: no smaller step is possible; units go in bundles.")
+        setting.services.progress.say(f"{stage} {number}: no smaller step is possible; units go in bundles.")
         return None
     candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=choice.made)
     return Decision(candidate, removals(setting, state, cut, choice.ranking, candidates))
@@ -156,5 +156,5 @@ def _candidate(
 
 def _free(setting: Setting, state: State, scored: Collection[str], blocks: Sequence[str]) -> list[str]:
     """The blocks that have a score and are still there."""
-    taken = {inner for name in state.removed for inner in (name, *setting.structure.block(name).contains)}
+    taken = {inner for name in state.removed for inner in (name, *setting.subject.structure.block(name).contains)}
     return [name for name in blocks if name in scored and name not in taken]

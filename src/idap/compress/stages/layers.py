@@ -41,7 +41,7 @@ def layer_stage(
     Returns:
         The last accepted state.
     """
-    stage = setting.config.layers
+    stage = setting.goals.config.layers
     journal.begin()
     essential: set[str] = set()
     rejected, accepted = 0, sum(step.stage == STAGE and step.accepted for step in journal.steps)
@@ -94,22 +94,22 @@ def _candidate(
     if found is None:
         return None
     chosen, saving = found
-    block = setting.structure.block(chosen)
-    removed = merge_removed(setting.structure, state.removed, [chosen])
+    block = setting.subject.structure.block(chosen)
+    removed = merge_removed(setting.subject.structure, state.removed, [chosen])
     rank = sorted(scores, key=lambda name: scores[name]).index(chosen)
     removal = block_removal(block, scores[chosen], rank, saving)
     made = contest = None
     if contested:
         made, saved, contest = _contest(setting, state, goal, removed, f"{STAGE} {number}: measure filters")
         if contest.is_lost:
-            with setting.clock.on("judging"):
+            with setting.services.clock.on("judging"):
                 metric, fault = setting.judge(made.model)
-            cost, error = setting.costs.cost(state.keep, removed), max(state.error, made.error)
+            cost, error = setting.subject.costs.cost(state.keep, removed), max(state.error, made.error)
             beaten = State(made.model, state.keep, removed, made.plan, cost, metric, error, saved.get("latency"), fault)
             return Decision(beaten, [removal], contest)
     tuned = frozenset[str]()
-    if setting.config.layers.tune == "neighbours":
-        tuned = neighbours(setting.structure, block, removed)
+    if setting.goals.config.layers.tune == "neighbours":
+        tuned = neighbours(setting.subject.structure, block, removed)
     candidate = next_state(setting, state, state.keep, removed, f"{STAGE} {number}: recovery", tuned=tuned, made=made)
     return Decision(candidate, [removal], contest)
 
@@ -126,14 +126,14 @@ def _choose_layer(setting: Setting, state: State, names: Sequence[str], title: s
     Returns:
         None if no layer leaves a finite loss.
     """
-    few = setting.config.layers.short_list
+    few = setting.goals.config.layers.short_list
     for tried in (names[place : place + few] for place in range(0, len(names), few)):
         costs = setting.block_costs(state, tried)
-        with setting.clock.on("trial"):
+        with setting.services.clock.on("trial"):
             best = _cheapest(setting, state, tried, costs)
         if best is not None:
             return best, costs[best]
-        setting.progress.say(f"{title}: without {' or '.join(tried)} the loss is not finite.")
+        setting.services.progress.say(f"{title}: without {' or '.join(tried)} the loss is not finite.")
     return None
 
 
@@ -146,7 +146,7 @@ def _contest(
         The model without the layers, what it leaves of each cost, and the contest.
     """
     made = make_cut(setting, state, state.keep, removed)
-    with setting.clock.on("trial"):
+    with setting.services.clock.on("trial"):
         loss = calibration_loss(setting, made.model)
     left = left_after(setting, state, Cut(state.keep, removed), made.model)
     level = {name: max(left[name], wanted) for name, wanted in goal.targets.items()}
@@ -165,10 +165,10 @@ def _verdict(contest: Contest) -> str:
 
 def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:
     """Whether removing a layer saves more than twice what is still wanted: filters come closer, and cost less."""
-    if not goal.targets or not setting.config.filters.steps:
+    if not goal.targets or not setting.goals.config.filters.steps:
         return False
     now = setting.shares(state)
-    without = shares_of(setting.costs.cost(state.keep, [*state.removed, name]), setting.whole)
+    without = shares_of(setting.subject.costs.cost(state.keep, [*state.removed, name]), setting.subject.whole)
     if "latency" in goal.targets:  # not measured for each; about as the multiply-adds
         without["latency"] = now["latency"] * without["macs"] / now["macs"]
     return all(now[cost] - without[cost] > 2 * (now[cost] - wanted) for cost, wanted in goal.targets.items())
@@ -176,20 +176,20 @@ def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool
 
 def _saves_nothing(setting: Setting, state: State, name: str) -> bool:
     """Whether a block would become a projection that costs as much."""
-    projected = setting.structure.block(name).projected is not None
-    return projected and setting.costs.block_macs(name, state.keep, state.removed) <= 0
+    projected = setting.subject.structure.block(name).projected is not None
+    return projected and setting.subject.costs.block_macs(name, state.keep, state.removed) <= 0
 
 
 def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mapping[str, float]) -> str | None:
     """The candidate whose removal costs least calibration loss for what it saves; None if no loss is finite."""
     maps = {name: fitted.map for name, fitted in setting.projections(state, names).items()}
-    with setting.progress.phase(f"{STAGE}: trial", len(names) + 1) as phase:
+    with setting.services.progress.phase(f"{STAGE}: trial", len(names) + 1) as phase:
         before = calibration_loss(setting, state.model)
         before = before if isfinite(before) else 0.0  # then any layer without which it is finite may go
         phase.advance()
         price: dict[str, float] = {}
         for name in names:
-            loss = loss_without(setting, state, setting.structure.block(name), maps.get(name))
+            loss = loss_without(setting, state, setting.subject.structure.block(name), maps.get(name))
             saved = max(1e-12, costs[name])
             more = loss - before if isfinite(loss) else inf
             price[name] = more / saved if more > 0 else more * saved
@@ -207,7 +207,7 @@ def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> 
     if aim.shortfall(setting.shares(state)) <= 0:  # a layer that saves nothing of what counts has to beat doing nothing
         return calibration_loss(setting, state.model)
     found = setting.divergence(state, blocks=False, title=title)
-    with setting.clock.on("selection"):
+    with setting.services.clock.on("selection"):
         candidates = Candidates.of(setting, state, found.units, {})
         try:
             choice = best_cut(setting, state, candidates, aim, 1.0, last=False)
@@ -218,6 +218,6 @@ def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> 
             return None
     if loss is None:
         made = choice.made or make_cut(setting, state, cut.keep, cut.removed)
-        with setting.clock.on("trial"):
+        with setting.services.clock.on("trial"):
             loss = calibration_loss(setting, made.model)
     return loss if isfinite(loss) else None

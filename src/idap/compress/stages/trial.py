@@ -27,9 +27,9 @@ from idap.training.processes import mine, totals
 @torch.no_grad()
 def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], Any] | None = None) -> float:
     """Mean loss of a model on the calibration batches, perhaps run in another way."""
-    task, total, count = setting.task, 0.0, 0
+    task, total, count = setting.subject.task, 0.0, 0
     with keep_modes(model):
-        for batch in mine(setting.calibration):
+        for batch in mine(setting.subject.calibration):
             moved = move(batch, device_of(model))
             outputs = task.run(model, moved) if run is None else run(moved)
             size = task.size(moved)
@@ -43,7 +43,7 @@ def loss_without(setting: Setting, state: State, block: Block, given: LinearMap 
     """Mean calibration loss with one more branch or block bypassed, by a linear map if given; nothing is copied."""
     way: nn.Module = nn.Identity()
     if given is not None:
-        projected = setting.structure.projection_of(block.name, setting.structure.presence(state.keep))
+        projected = setting.subject.structure.projection_of(block.name, setting.subject.structure.presence(state.keep))
         way = Projection(projected)
         way.take(given, projected)
     return calibration_loss(setting, state.model, partial(_run_without, setting, state, block, way))
@@ -51,7 +51,7 @@ def loss_without(setting: Setting, state: State, block: Block, given: LinearMap 
 
 def _run_without(setting: Setting, state: State, block: Block, way: nn.Module, batch: Any) -> Any:
     """Run a model with a branch or block bypassed: its result is replaced by the stream, as it is or as it goes on."""
-    wiring = Wiring(setting.structure, state.removed)
+    wiring = Wiring(setting.subject.structure, state.removed)
     graph, entry = wiring.graph, wiring.sight(block.entry)
     assert entry is not None  # otherwise it would have no divergence
     seen: list[Tensor] = []
@@ -68,7 +68,7 @@ def _run_without(setting: Setting, state: State, block: Block, way: nn.Module, b
         return result
 
     with intercept(state.model, handle):
-        return setting.task.run(state.model, batch)
+        return setting.subject.task.run(state.model, batch)
 
 
 def _tensor(graph: Graph, name: str, result: Any) -> Tensor:
@@ -103,8 +103,8 @@ def left_after(setting: Setting, state: State, cut: Cut, model: nn.Module | None
         cut: what stays.
         model: that the cut makes, if it was made.
     """
-    found = shares_of(setting.costs.cost(cut.keep, cut.removed), setting.whole)
-    if "latency" not in setting.budget.targets:
+    found = shares_of(setting.subject.costs.cost(cut.keep, cut.removed), setting.subject.whole)
+    if "latency" not in setting.goals.budget.targets:
         return found
     latency = setting.latency_of(_apply(setting, state, cut) if model is None else model)
     assert latency is not None  # it is a goal
@@ -113,14 +113,14 @@ def left_after(setting: Setting, state: State, cut: Cut, model: nn.Module | None
 
 def _apply(setting: Setting, state: State, cut: Cut) -> nn.Module:
     """A state's model after a cut, for the clock only: projections are not fitted."""
-    plan = setting.structure.plan(cut.keep, cut.removed).since(state.plan)
+    plan = setting.subject.structure.plan(cut.keep, cut.removed).since(state.plan)
     return apply_plan(state.model, plan)
 
 
 def _hardware_steps(setting: Setting) -> Mapping[str, int]:
     """Where the latency of each group has steps."""
-    with setting.clock.on("latency"):
-        return setting.layer_times.steps
+    with setting.services.clock.on("latency"):
+        return setting.services.layer_times.steps
 
 
 def _down_to_latency(
@@ -141,8 +141,8 @@ def _down_to_latency(
         assert found is not None  # it is a goal
         return found
 
-    everything = setting.costs.cost(ranking.keep(len(ranking)), state.removed)
-    least = shares_of(everything, setting.whole)["macs"]
+    everything = setting.subject.costs.cost(ranking.keep(len(ranking)), state.removed)
+    least = shares_of(everything, setting.subject.whole)["macs"]
     start = (shares["macs"], shares["latency"])
     if start[1] <= aim.targets["latency"]:
         return down_to(others)
