@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from idap.errors import RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
@@ -99,7 +98,7 @@ class Allowance:
         """
         if all(tensor.layout == torch.strided and not tensor.is_nested for tensor in _tensors((args, kwargs))):
             # Neither modes that count calls, such as a probe of ours or a counter of FLOPs, nor hooks hear of this.
-            with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
                 device = {"device": _META} if makes else {}
                 self._count(name, function, _on_meta(args), {**_on_meta(kwargs), **device})
         return function(*args, **kwargs)
