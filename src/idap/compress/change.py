@@ -206,6 +206,19 @@ def next_state(
     return State(model, keep, tuple(removed), plan, cost, metric, error, setting.latency_of(model), fault)
 
 
+def _feasible_recovery(
+    setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery
+) -> tuple[Recovery, BlockOutputs | None]:
+    """The recovery without what can't be done with the model, and the outputs of blocks that it brings near."""
+    if recovery.channels_last is True and (fault := channels_last_fault(model, device_of(model))):
+        setting.services.progress.say(f"{title}: channels_last is left out: {fault}.")
+        recovery = replace(recovery, channels_last=False)
+    if recovery.features <= 0:
+        return recovery, None
+    features = BlockOutputs(setting.subject.structure, plan, model, setting.subject.original)
+    return recovery if len(features) else replace(recovery, features=0.0), features  # perhaps no block is left
+
+
 def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> Judgement:
     """Train what a plan made of the original beside it, keep its best state, and judge it on the validation data.
 
@@ -240,16 +253,7 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
             f"{title}: nothing that is left there is trained, so the model is judged as it is."
         )
         return judge_model(model)
-    if recovery.channels_last is True and (fault := channels_last_fault(model, device_of(model))):
-        setting.services.progress.say(f"{title}: channels_last is left out: {fault}.")
-        recovery = replace(recovery, channels_last=False)
-    features = (
-        BlockOutputs(setting.subject.structure, plan, model, setting.subject.original)
-        if recovery.features > 0
-        else None
-    )
-    if features is not None and not len(features):
-        recovery = replace(recovery, features=0.0)  # no block is left
+    recovery, features = _feasible_recovery(setting, model, plan, title, recovery)
     with setting.services.clock.on("recovery"):
         report = fit(
             model,

@@ -183,31 +183,17 @@ def prepare_run(
     budget = budget_of(
         config, val.metric, higher_is_better=task.higher_is_better, least=least, blocked=structure.blocked
     )
+    layer_times = LayerTimes(
+        partial(measure_times, original, structure, timed, progress, few=example),
+        file=None if folder is None else folder.latency,
+        least=least.get("latency"),
+        known=table,
+        progress=progress,
+    )
     setting = Setting(
-        Subject(
-            original=original,
-            task=task,
-            structure=structure,
-            costs=costs,
-            example=example,
-            whole=whole,
-            calibration=calibration_batches(task, config),
-            timed=timed,
-            val=val,
-        ),
+        Subject(original, task, structure, costs, example, whole, calibration_batches(task, config), timed, val),
         Goals(config=config, budget=budget),
-        Services(
-            progress=progress,
-            folder=folder,
-            layer_times=LayerTimes(
-                partial(measure_times, original, structure, timed, progress, few=example),
-                file=None if folder is None else folder.latency,
-                least=least.get("latency"),
-                known=table,
-                progress=progress,
-            ),
-            clock=clock,
-        ),
+        Services(progress=progress, folder=folder, layer_times=layer_times, clock=clock),
     )
     settings = settings_of(model, task, config, structure, val.metric, whole, budget)
     return setting, setting.initial_state(val.metric), removable, settings
