@@ -36,7 +36,7 @@ def test_a_folder_that_is_in_use_keeps_its_original(untrained, tmp_path):
         assert result.exit_code == 2 and "run is in use by process" in text(result.stderr)
     sections = {"model": {"build": "python:mine.py:build_model"}, "task": {"build": "python:mine.py:task"}}
     (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": sections}))
-    result = idap("resume", "run")
+    result = idap("resume", "run", "--trust")
     assert result.exit_code == 2 and "run is in use by process" in text(result.stderr)
     assert (tmp_path / "run" / ORIGINAL).read_bytes() == b"weights of the first"
     holder.release()

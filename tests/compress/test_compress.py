@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MeanSquaredError
 
 from idap.compress import change, limits
-from idap.compress import run as running
+from idap.compress import change as change_module
+from idap.compress import outcome as outcome_module
+from idap.compress import setting as setting_module
 from idap.compress import state as states
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.run import compress
@@ -344,7 +346,7 @@ def test_the_final_training_has_its_own_settings(monkeypatch):
         used.append((title, recovery))
         return real(setting, model, plan, title, recovery)
 
-    for module in (change, running):
+    for module in (change_module, outcome_module):
         monkeypatch.setattr(module, "recover", recover)
     final = Recovery(epochs=2, lr=0.005)
     compress(NET, task(), config(macs=0.8, final=final, **ONLY_FILTERS))
@@ -357,7 +359,7 @@ def test_the_final_training_has_its_own_settings(monkeypatch):
 )
 def test_the_last_training_is_kept_unless_it_is_worse(monkeypatch, metric, accepted, reason):
     monkeypatch.setattr(change, "recover", lambda *_: states.Judgement(0.9))
-    monkeypatch.setattr(running, "recover", lambda *_: states.Judgement(metric))
+    monkeypatch.setattr(outcome_module, "recover", lambda *_: states.Judgement(metric))
     last = compress(NET, task(), config(max_drop=None, macs=0.8, **ONLY_FILTERS)).steps[-1]
     assert (last.stage, last.metric, last.accepted, last.reason) == ("final", metric, accepted, reason)
 
@@ -432,13 +434,13 @@ def answers_nan_when_small(at_most):
     return score
 
 
-REAL_SCORE = states.score
+REAL_SCORE = setting_module.score
 SIZE = sum(parameter.numel() for parameter in NET.parameters())
 
 
 @pytest.mark.parametrize("epochs", [0, 0.25])
 def test_a_cut_that_answers_nan_is_rolled_back_whatever_the_budget(monkeypatch, tmp_path, epochs):
-    monkeypatch.setattr(states, "score", answers_nan_when_small(0.6 * SIZE))
+    monkeypatch.setattr(setting_module, "score", answers_nan_when_small(0.6 * SIZE))
     settings = config(max_drop=None, macs=0.3, recovery=Recovery(epochs=epochs, lr=0.02), layers=LayerStage(removals=0))
     result = compress(NET, task(), settings, run_dir=tmp_path / "run")
     wrong = [step for step in result.steps if step.fault]

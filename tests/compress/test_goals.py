@@ -10,9 +10,12 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from idap.compress import change, latencies, run
+from idap.compress import change, latencies
+from idap.compress import change as change_module
+from idap.compress import outcome as outcome_module
+from idap.compress import prepare as prepare_module
 from idap.compress import run as running
-from idap.compress import state as states
+from idap.compress import setting as setting_module
 from idap.compress.change import make_cut, neighbours, only_training
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.run import compress
@@ -82,7 +85,7 @@ def latency_is(monkeypatch):
             weights = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
             return function(weights(model) / weights(original))
 
-        monkeypatch.setattr(states, "latency_share", measured)
+        monkeypatch.setattr(setting_module, "latency_share", measured)
         monkeypatch.setattr(latencies, "latency_share", measured)
 
     return install
@@ -275,7 +278,7 @@ def test_only_the_neighbours_of_what_went_recover(monkeypatch):
         trained_names.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
         return real(setting, model, plan, title, recovery)
 
-    for module in (change, run):
+    for module in (change_module, outcome_module):
         monkeypatch.setattr(module, "recover", recover)
     settings = config(filters=FilterStage(steps=0), layers=LayerStage(removals=1, tune="neighbours"), macs=0.7, **FREE)
     result = compress(NET, task(), settings)
@@ -426,10 +429,10 @@ def test_a_validation_that_changes_is_said(monkeypatch):
     end = running.finish_run
 
     def later(*given):
-        monkeypatch.setattr(states, "score", lambda *_, **__: Score(0.2, 4))
+        monkeypatch.setattr(setting_module, "score", lambda *_, **__: Score(0.2, 4))
         return end(*given)
 
-    for module in (running, states):
+    for module in (prepare_module, setting_module):
         monkeypatch.setattr(module, "score", lambda *_, **__: Score(0.9, 4))
     monkeypatch.setattr(running, "finish_run", later)
     result = compress(NET, task(), config(max_drop=0.1, macs=0.9, recovery=Recovery(epochs=0)))
@@ -460,7 +463,7 @@ def test_validation_data_of_another_length_are_refused_at_the_first_step(tmp_pat
 
 def test_a_target_that_the_last_training_would_have_made_room_for_is_told(monkeypatch):
     """Without training after the steps the budget ends them; the last training brings the metric back."""
-    monkeypatch.setattr(running, "recover", lambda *_: Judgement(0.0))
+    monkeypatch.setattr(outcome_module, "recover", lambda *_: Judgement(0.0))
     settings = config(max_drop=0.01, macs=0.3, recovery=Recovery(epochs=0), final=Recovery(epochs=1))
     result = compress(NET, imitation(), settings)
     assert not result.reached

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from idap.compress import latencies
-from idap.compress import state as states
+from idap.compress import setting as setting_module
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.journal import Journal
 from idap.compress.latencies import least_share
@@ -54,7 +54,7 @@ def clock(monkeypatch):
         measured.append(args)
         return stairs(*args, **settings)
 
-    monkeypatch.setattr(states, "latency_share", share)
+    monkeypatch.setattr(setting_module, "latency_share", share)
     monkeypatch.setattr(latencies, "latency_share", share)
     monkeypatch.setattr(latencies, "measure_table", table)
     return measured
@@ -85,7 +85,7 @@ def test_steps_that_are_none_are_not_followed(clock, monkeypatch):
         weights = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
         return 0.3 + 0.7 * weights(model) / weights(original)
 
-    monkeypatch.setattr(states, "latency_share", share)
+    monkeypatch.setattr(setting_module, "latency_share", share)
     losses = []
 
     def loss(trial, cut):
@@ -184,8 +184,8 @@ def test_a_finished_run_keeps_the_latency_and_the_end_that_it_wrote(clock, monke
     assert first.reached
     files = [(tmp_path / "run" / name) for name in ("result.json", "divergence-after.json")]
     written = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
-    share = states.latency_share
-    monkeypatch.setattr(states, "latency_share", lambda *models: share(*models) + late)
+    share = latencies.latency_share
+    monkeypatch.setattr(setting_module, "latency_share", lambda *models: share(*models) + late)
     again = compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
     assert (again.latency, again.reached, again.message) == (first.latency, first.reached, first.message)
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == written

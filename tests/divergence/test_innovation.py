@@ -308,7 +308,7 @@ def test_a_wide_group_goes_several_at_a_time_and_its_scores_only_grow(monkeypatc
         remove(self, gone)
 
     monkeypatch.setattr(innovation.System, "remove", noted)
-    monkeypatch.setattr(innovation, "STEPS", 4)
+    monkeypatch.setattr("idap.linalg.elimination.STEPS", 4)
     scores = measured(model, structure, batch, criterion="innovation").units["fc1"]
     steps = [units for units in seen if set(units) <= set(range(10))]
     assert max(map(len, steps)) == 2

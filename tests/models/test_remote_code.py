@@ -125,8 +125,9 @@ def test_timm_builds_what_its_name_says(tag, monkeypatch):
 
     fake = types.ModuleType("timm")
     fake.create_model, fake.list_models = create_model, lambda: ["resnet18"]
+    fake.list_pretrained = lambda: ["resnet18.a1_in1k"]
     monkeypatch.setitem(sys.modules, "timm", fake)
-    with pytest.raises(ConfigError, match="is no tag of weights; write timm:resnet18, or a tag"):
+    with pytest.raises(ConfigError, match="timm has no model named"):
         build_model(f"timm:resnet18.{tag}")
     with pytest.raises(ConfigError, match="timm has no model named"):
         build_model("timm:hf-hub:x/y")

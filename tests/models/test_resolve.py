@@ -301,8 +301,8 @@ class TestWeights:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda weight: {"weight": weight.to_sparse()}, "holds 'weight' as a tensor that is torch.sparse_coo"),
-            (lambda weight: {3: weight}, "holds a tensor named 3; expected names as text"),
+            (lambda weight: {"weight": weight.to_sparse()}, "holds 'weight', which is torch.sparse_coo"),
+            (lambda weight: {3: weight}, "holds a tensor under 3; expected names"),
         ],
     )
     def test_tensors_that_no_model_takes(self, tmp_path, change, message):

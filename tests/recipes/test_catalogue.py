@@ -77,7 +77,7 @@ def test_recipes_of_ones_own_stand_beside_those_of_idap(tmp_path):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys\nfrom idap.zoo import catalogue\n"
+        "import sys\nfrom idap.recipes import catalogue\n"
         "lists = [read() for read, _ in catalogue.LISTS.values()]\n"
         "heavy = {'torch', 'numpy', 'timm', 'torchvision', 'transformers', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

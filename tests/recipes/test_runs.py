@@ -67,7 +67,7 @@ def test_a_recipe_with_something_else_in_it(run):
         ("{", RunFolderError, "run.json can't be read"),
         ("[]", RunFolderError, "holds a list, expected an object"),
         ("{}", ConfigError, "does not say how its original is built"),
-        ('{"recipe": [1]}', RunFolderError, "holds list as the recipe, expected its sections"),
+        ('{"recipe": [1]}', RunFolderError, "recipe: Input should be an object"),
         ('{"recipe": {"modle": {}}}', ConfigError, r"no section \[modle\]"),
     ],
 )

@@ -116,7 +116,7 @@ def _lines(step: Instruction, place: int, globals_: dict[str, Any], *, counted_a
     args = [_source(tree) for tree in step.args]
     kwargs = [f"{key}={_source(tree)}" for key, tree in step.kwargs]
     if step.module:
-        called = "note" if counted_after else "passed"
+        called = "note" if counted_after else "hand_on"
         call = f"allowance.{called}({step.module!r}, {_path(step.module)}({', '.join([*args, *kwargs])}))"
     else:
         globals_[f"f{place}"] = function_of_name(step.function)

@@ -77,7 +77,7 @@ def test_a_layer_goes_where_filters_lose_more():
     assert end.removed == ("blocks.1",)
     assert [step.accepted for step in steps] == [True]
     assert steps[0].contest.layer <= steps[0].contest.filters
-    assert not steps[0].contest.lost
+    assert not steps[0].contest.is_lost
 
 
 def test_a_layer_goes_where_filters_cannot_save_as_much():

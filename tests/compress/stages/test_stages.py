@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from idap.compress import change, run
+from idap.compress import change
+from idap.compress import change as change_module
+from idap.compress import outcome as outcome_module
 from idap.compress import run as running
 from idap.compress.change import next_state
 from idap.compress.config import FilterStage, LayerStage
@@ -48,7 +50,7 @@ def scripted(monkeypatch):
             real(setting, model, plan, title, recovery)
             return Judgement(next(left))
 
-        for module in (change, run):
+        for module in (change_module, outcome_module):
             monkeypatch.setattr(module, "recover", recover)
 
     return script

@@ -13,7 +13,7 @@ from idap.graph.recording import torch_functions
 from idap.graph.trace import trace
 from idap.structure.analysis import analyze
 from idap.structure.code.rewrite import Rewriter
-from idap.structure.code.vocabulary import fits, function_of_name, mistake, read_signatures, refused, vocabulary
+from idap.structure.code.vocabulary import exclusions, fits, function_of_name, mistake, read_signatures, vocabulary
 from tests.conformance.function_calls import FunctionCalls
 
 COVERAGE = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "functions.json"
@@ -33,8 +33,8 @@ def test_the_list_is_what_the_tracer_meets(calls: list[Step]) -> None:
     met = {step.function for step in calls} | {
         name for names in json.loads(COVERAGE.read_text())["models"].values() for name in names
     }
-    assert sorted(met - set(vocabulary()) - refused()) == [], "called by models, and not in functions.txt"
-    assert refused() <= met and not refused() & set(vocabulary())
+    assert sorted(met - set(vocabulary()) - exclusions()) == [], "called by models, and not in functions.txt"
+    assert exclusions() <= met and not exclusions() & set(vocabulary())
     assert sorted(set(vocabulary()) - met) == [], "in functions.txt, and called by no model"
 
 

@@ -110,7 +110,7 @@ class Program:
             PlanError: names the part that means nothing, or there are more routines or steps than any module has.
         """
         steps = sum(len(routine.steps) + len(routine.guards) for routine in self.routines)
-        parts = sum(_parts(tree) for routine in self.routines for tree in _everything(routine))
+        parts = sum(_parts(tree) for routine in self.routines for tree in _all_trees(routine))
         if len(self.routines) > MOST_ROUTINES or steps > MOST_STEPS or parts > MOST_PARTS:
             raise PlanError(
                 f"the code of a rewritten module has {len(self.routines)} routines, {steps:,} steps and {parts:,} "
@@ -134,7 +134,7 @@ class Program:
         return program
 
 
-def _everything(routine: Routine) -> Iterator[Tree]:
+def _all_trees(routine: Routine) -> Iterator[Tree]:
     """All trees of a routine."""
     yield from (routine.args, routine.kwargs, routine.output, routine.guards)
     for step in routine.steps:

@@ -185,7 +185,7 @@ def vocabulary() -> Mapping[str, tuple[Signature, ...]]:
 
 
 @cache
-def refused() -> frozenset[str]:
+def exclusions() -> frozenset[str]:
     """The functions that models of the coverage call and that a program may not, with the reason in the file."""
     lines = files(__package__).joinpath(FILE).read_text(encoding="utf-8").splitlines()
     told = [line.partition("(")[0].removeprefix("# refused:") for line in lines if line.startswith("# refused:")]
