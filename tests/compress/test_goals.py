@@ -26,6 +26,7 @@ from idap.errors import ConfigError, RunFolderError, TaskError
 from idap.graph.trace import trace
 from idap.models.nets import cifar_resnet20
 from idap.record import RunFolder, read_steps
+from idap.selection import reach
 from idap.selection.reach import come_down
 from idap.structure.analysis import analyze
 from idap.training.check import with_validation
@@ -190,7 +191,7 @@ def test_coming_down_to_a_latency(fixed, wanted):
 
     cost = come_down(latency, (1.0, 1.0), wanted)
     assert wanted * 0.93 <= latency(cost) <= wanted
-    assert len(calls) <= latencies.TRIES + 1
+    assert len(calls) <= reach.TRIES + 1
 
 
 def test_coming_down_where_it_is_impossible_ends_at_the_least():
