@@ -75,6 +75,17 @@ def test_each_decision_is_on_the_disk_at_once(tmp_path, monkeypatch):
     assert len((folder.path / "steps.jsonl").read_text().splitlines()) == 1
 
 
+def test_decisions_are_not_written_through_a_link(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open({})
+    outside = tmp_path / "outside"
+    outside.write_text("kept")
+    (folder.path / "steps.jsonl").symlink_to(outside)
+    with pytest.raises(RunFolderError, match=r"steps\.jsonl is a link"):
+        folder.add(step(0))
+    assert outside.read_text() == "kept"
+
+
 def test_places_in_the_folder(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.checkpoint(7) == tmp_path / "checkpoints" / "step-007"

@@ -240,6 +240,8 @@ class RunFolder:
             RunFolderError: the folder can't be written.
         """
         line = json_text(asdict(step)) + "\n"
+        if (self.path / STEPS).is_symlink():  # what it leads to may lie anywhere
+            raise RunFolderError(f"{self.path / STEPS} is a link; put the file itself there.")
         try:
             with (self.path / STEPS).open("a", encoding="utf-8") as file:
                 file.write(line)
