@@ -81,7 +81,7 @@ def test_decisions_are_not_written_through_a_link(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("kept")
     (folder.path / "steps.jsonl").symlink_to(outside)
-    with pytest.raises(RunFolderError, match=r"steps\.jsonl is a link"):
+    with pytest.raises(RunFolderError, match=r"steps\.jsonl: it is a link"):
         folder.add(step(0))
     assert outside.read_text() == "kept"
 

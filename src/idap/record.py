@@ -11,8 +11,7 @@ run/
 ├── measured.json           original and result side by side, where `idap compress` measured them
 ├── checkpoints/            the accepted states
 ├── model/                  the result: model.safetensors, plan.json
-├── .idap-lock              locked by the process that works on the run; gone when it ends
-└── .idap-holder.json       which process that is
+└── .idap-lock              locked by the process that works on the run, which .idap-holder.json names
 """
 
 import json
@@ -237,16 +236,15 @@ class RunFolder:
         """Append one decision; it is on the disk when this returns.
 
         Raises:
-            RunFolderError: the folder can't be written.
+            RunFolderError: the folder can't be written, or the file is a link.
         """
-        line = json_text(asdict(step)) + "\n"
-        if (self.path / STEPS).is_symlink():  # what it leads to may lie anywhere
-            raise RunFolderError(f"{self.path / STEPS} is a link; put the file itself there.")
         try:
-            with (self.path / STEPS).open("a", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            if (self.path / STEPS).is_symlink():  # what it leads to may lie anywhere
+                raise OSError("it is a link")
+            with (self.path / STEPS).open("a", encoding="utf-8") as steps:
+                steps.write(json_text(asdict(step)) + "\n")
+                steps.flush()
+                os.fsync(steps.fileno())
         except OSError as error:
             raise RunFolderError(f"cannot write decision {step.index} to {self.path / STEPS}: {error}") from error
 
