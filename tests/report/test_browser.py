@@ -89,7 +89,7 @@ def test_it_opens_without_an_error_and_asks_for_nothing(browser, folder, tmp_pat
 
 @needs_driver
 def test_what_a_run_is_called_runs_nothing(browser, tmp_path):
-    hostile = settings(prefix=HOSTILE) | {"model": HOSTILE, "recipe": {HOSTILE: HOSTILE}}
+    hostile = settings(prefix=HOSTILE) | {"model": HOSTILE, "recipe": {HOSTILE: {HOSTILE: HOSTILE}}}
     run = read_run(write_run(tmp_path / "net", prefix=HOSTILE, **hostile))
     opened(browser, tmp_path / "page.html", run_page(run))
     assert browser.execute_script("return window.broken") is None
