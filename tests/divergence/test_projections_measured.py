@@ -8,7 +8,8 @@ from idap.divergence.criteria import CRITERIA
 from idap.divergence.measure import Divergence, measure_all
 from idap.graph.trace import trace
 from idap.structure.analysis import Structure, analyze
-from idap.surgery.apply import apply_plan, trial_map
+from idap.surgery.apply import apply_plan
+from idap.surgery.stand_ins import trial_map
 from tests import nets
 from tests.rebalance.cuts import built, normal, passes
 from tests.surgery.test_projection_plans import Tall

@@ -14,7 +14,8 @@ from idap.saving.checkpoint import fingerprint, load, read_plan, save
 from idap.saving.stream import apply_to_checkpoint
 from idap.structure.analysis import Structure, analyze
 from idap.structure.plan import Plan
-from idap.surgery.apply import apply_plan, trial_map
+from idap.surgery.apply import apply_plan
+from idap.surgery.stand_ins import trial_map
 from tests import nets
 from tests.fuzz import structural
 from tests.fuzz.cases import Broken, Trial, copied, differing, refused, same, state_of

@@ -203,7 +203,7 @@ def described(**changes: Any) -> dict[str, Any]:
         ({"inputs": [True]}, "not a plan: TypeError: expected a whole number, found True"),
         ({"inputs": "01"}, "not a plan: TypeError: expected a list, found"),
         ({"sizes": [8]}, "not a plan: ValueError"),
-        ({"stride": [0, 2]}, r"has stride \(0, 2\); expected none, or 1 to 3 numbers of at least 1"),
+        ({"stride": [0, 2]}, r"has stride \(0, 2\); expected none, or 1 to 3 numbers from 1 to 4096"),
         ({"stride": [1, 1, 1, 1]}, "expected none, or 1 to 3 numbers"),
         ({"sizes": [8, 10**9]}, r"maps 1000000000 to 8 channels, which is more than the [\d,]+ numbers of the module"),
     ],

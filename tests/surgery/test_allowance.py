@@ -111,6 +111,30 @@ BOMBS: dict[str, list[list[Any]]] = {
         ["torch.ones", [1, 1, 2**22], []],
         ["torch.nn.functional.max_pool1d", [["value", 50], 2**21, 1], []],
     ],
+    "parts without end": [["torch.tensor_split", [["own", "read.bias"], HUGE], []]],
+    "a part for each number": [["torch.arange", [2**25], []], ["torch.unbind", [["value", 50]], []]],
+    "a window of one number, in two dimensions": [
+        ["torch.ones", [1, 1, 2**11, 2**11], []],
+        ["torch.nn.functional.avg_pool2d", [["value", 50], ["list", 2**10], 1], []],
+    ],
+    "a window of lp_pool": [
+        ["torch.ones", [1, 1, 2**22], []],
+        ["torch.nn.functional.lp_pool1d", [["value", 50], 2, 2**21, 1], []],
+    ],
+    "sums of much": [
+        ["torch.ones", [2**12], []],
+        ["torch.Tensor.expand", [["value", 50], 2**27, 2**12], []],
+        ["torch.Tensor.sum", [["value", 51]], []],
+    ],
+    "an empty result that is long": [
+        ["torch.Tensor.view", [X, 1, 1, -1, 1], []],
+        ["torch.nn.functional.adaptive_max_pool2d", [["value", 50], ["list", HUGE, 0]], []],
+    ],
+    "a value that is no tensor": [
+        ["torch.ones", [2**5], []],
+        ["torch.unbind", [["value", 50]], []],
+        ["torch.functional.einsum", ["a->a", ["value", 51]], []],
+    ],
     "places picked over and over": [
         ["torch.zeros", [2**22], [["dtype", ["dtype", "int64"]]]],
         ["torch.ones", [1, 2**22], []],
@@ -122,7 +146,7 @@ BOMBS: dict[str, list[list[Any]]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_takes_too_much_is_refused_before_it_takes_it(written: Any, name: str) -> None:
     small = with_step(written, *BOMBS[name])
-    with pytest.raises(RewrittenModuleError, match=r"would make .* numbers in .* up to|can't compute"):
+    with pytest.raises(RewrittenModuleError, match=r"would make .* up to|can't compute|for a tensor"):
         small(torch.ones(2, 4))
 
 
@@ -169,7 +193,9 @@ def test_a_mask_decides_sizes_and_is_counted_each_time(written: Any, monkeypatch
     small = with_step(written, ["torch.Tensor.gt", [X, 0.0], []], picked)
     made: list[Allowance] = []
     begin = Allowance.__init__
-    monkeypatch.setattr(Allowance, "__init__", lambda self, *given: (made.append(self), begin(self, *given))[1])
+    monkeypatch.setattr(
+        Allowance, "__init__", lambda self, *given, steps: (made.append(self), begin(self, *given, steps=steps))[1]
+    )
     for _ in range(3):
         small(torch.ones(2, 4))
     assert len(made) == 3 and all(each.by_content for each in made)
@@ -178,8 +204,12 @@ def test_a_mask_decides_sizes_and_is_counted_each_time(written: Any, monkeypatch
 def test_more_may_be_made_of_more(written: Any) -> None:
     module = nn.Linear(4, 4)
     assert Allowance(module, ()).total == allowance.LEAST
-    large = torch.empty(2**20, 3, device="meta")
-    assert Allowance(module, (large,)).total == large.numel() * 2**20
+    wide = torch.empty(2**13, 3, device="meta")
+    assert Allowance(module, (wide,)).total == wide.numel() * 2**13
+    wider = torch.empty(2**20, 3, device="meta")
+    assert Allowance(module, (wider,)).total == allowance.LARGE
+    large = torch.empty(2**14, 2**14, device="meta")
+    assert Allowance(module, (large, large)).total == 2 * large.numel() * allowance.TIMES_ALL + 20 * 256
 
 
 def test_compiled_code_is_counted_too(written: Any) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from idap.errors import PlanError
 from idap.structure.plan import Plan
-from idap.surgery.apply import apply_plan, apply_plan_, check_fit, cut_tensor
+from idap.surgery.apply import apply_plan, apply_plan_, cut_tensor
+from idap.surgery.fit import check_fit
 from idap.surgery.rewritten import original_class
 from tests.nets import Net, by_name, every_net, structure_of
 

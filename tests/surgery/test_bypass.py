@@ -8,7 +8,7 @@ from torch import nn
 
 from idap.errors import PlanError
 from idap.structure.plan import CallForm
-from idap.surgery.apply import Pass, Zero, stand_in
+from idap.surgery.stand_ins import Pass, Zero, stand_in
 
 
 def test_pass_returns_its_first_argument_whatever_else_it_is_given() -> None:

@@ -20,7 +20,8 @@ from idap.structure.analysis import Structure, analyze
 from idap.structure.chain import chain_plans
 from idap.structure.plan import CallForm, Plan
 from idap.structure.replacement import Projected
-from idap.surgery.apply import LinearMap, Projection, apply_plan, apply_plan_, stand_in, trial_map
+from idap.surgery.apply import apply_plan, apply_plan_
+from idap.surgery.stand_ins import LinearMap, Projection, stand_in, trial_map
 from idap.surgery.verify import verify
 from tests import nets
 from tests.surgery.test_random_plans import outputs

@@ -14,7 +14,8 @@ from idap.cost.count import CostModel
 from idap.errors import PlanError, VerificationError
 from idap.progress import Progress
 from idap.structure.analysis import Structure
-from idap.surgery.apply import apply_plan, trial_map
+from idap.surgery.apply import apply_plan
+from idap.surgery.stand_ins import trial_map
 from idap.surgery.verify import training_failure, verify
 from idap.training.batch import Inputs
 

@@ -173,6 +173,7 @@ class ModuleInfo:
         tensors: own parameters and buffers: attribute name -> canonical name in the state dict.
         calls: each time it is called.
         read_by: the other modules whose code reads its attributes: they could not do with a stand-in.
+        bases: its class and all that it derives from, with their packages.
     """
 
     kind: str
@@ -181,6 +182,7 @@ class ModuleInfo:
     tensors: Mapping[str, str]
     calls: tuple[ModuleCall, ...] = ()
     read_by: frozenset[str] = frozenset()
+    bases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

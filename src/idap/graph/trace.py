@@ -189,10 +189,11 @@ def _describe(model: nn.Module) -> Iterator[tuple[str, ModuleInfo]]:
     for path, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         tensors = {name: canonical[f"{path}.{name}" if path else name] for name, _ in own}
-        kind = type(module)
-        of_torch = (c for c in kind.__mro__ if getattr(nn, c.__name__, None) is c and c is not nn.Module)
+        kinds = type(module).__mro__
+        of_torch = (c for c in kinds if getattr(nn, c.__name__, None) is c and c is not nn.Module)
         layer = next((c.__name__ for c in of_torch), "")
-        yield path, ModuleInfo(f"{kind.__module__}.{kind.__qualname__}", layer, sizes_held(module), tensors)
+        bases = tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+        yield path, ModuleInfo(bases[0], layer, sizes_held(module), tensors, bases=bases)
 
 
 def _tensor_items(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ from idap.structure.analysis import Structure
 from idap.structure.blocks import Block
 from idap.structure.layout import Presence, count, slots
 from idap.structure.replacement import Projected
-from idap.surgery.apply import LinearMap
+from idap.surgery.stand_ins import LinearMap
 from idap.training.batch import device_of
 
 HELD_OUT = 0.25

@@ -17,6 +17,9 @@ Size = int | tuple[int, ...]
 MOST_DIMENSIONS = 64
 """Dimensions of a tensor in torch."""
 
+MOST_PARTS = 4_000_000
+"""The most parts of the arguments of all programs."""
+
 
 @dataclass(frozen=True)
 class CallForm:
@@ -214,6 +217,7 @@ class Plan:
             raise PlanError(f"this is not a plan: {found}; it must come from Plan.to_json") from error
         plan.check_slots()
         plan._check_projections()
+        plan._check_programs()
         return plan
 
     def _check_projections(self) -> None:
@@ -222,13 +226,26 @@ class Plan:
         if expected != set(self.projections):
             wrong = min(expected ^ set(self.projections))
             raise PlanError(f"module {wrong!r} must be replaced by a projection and have its sizes, or neither")
+        most = dict.fromkeys(self.projections, 0)
+        for name, shape in self.shapes.items():
+            for place in (place for place, letter in enumerate(name) if letter == "."):
+                if name[:place] in most:
+                    most[name[:place]] += prod(shape)
         for path, projected in self.projections.items():
-            most = sum(prod(shape) for name, shape in self.shapes.items() if name.startswith(f"{path}."))
-            if prod(projected.sizes) > most:
+            if prod(projected.sizes) > most[path]:
                 raise PlanError(
                     f"the projection in place of {path!r} maps {projected.sizes[1]} to {projected.sizes[0]} channels, "
-                    f"which is more than the {most:,} numbers of the module that it replaces"
+                    f"which is more than the {most[path]:,} numbers of the module that it replaces"
                 )
+
+    def _check_programs(self) -> None:
+        """All programs together have a bounded number of parts, as reading them takes time."""
+        parts = sum(program.parts for program in self.programs.values())
+        if parts > MOST_PARTS:
+            raise PlanError(
+                f"the code of all rewritten modules has {parts:,} parts, and {MOST_PARTS:,} are the most: the bound "
+                "keeps plans of strangers from taking hours to read"
+            )
 
 
 def _shape(data: Any) -> tuple[int, ...]:

@@ -20,6 +20,10 @@ LAYER = "map"
 """Name of the layer inside of the stand-in."""
 
 
+LONGEST_STRIDE = 4096
+"""Convolutions with much longer ones take forever to differentiate."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """A tensor, and what stays of it.
@@ -62,8 +66,10 @@ class Projected:
                     f"a projection keeps {name} {_short(kept)}; expected ascending numbers from 0 to {size - 1}, at "
                     "least one"
                 )
-        if len(self.stride) > 3 or any(step < 1 for step in self.stride):
-            raise PlanError(f"a projection has stride {self.stride}; expected none, or 1 to 3 numbers of at least 1")
+        if len(self.stride) > 3 or not all(1 <= step <= LONGEST_STRIDE for step in self.stride):
+            raise PlanError(
+                f"a projection has stride {self.stride}; expected none, or 1 to 3 numbers from 1 to {LONGEST_STRIDE}"
+            )
 
     @property
     def dim(self) -> int:

@@ -6,7 +6,10 @@ memory, and counted: what it makes, what it makes on the way, and how often it m
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from idap.errors import RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
-from idap.surgery.effort import effort_of
+from idap.surgery.effort import check_types, effort_of, parts_of
 
 LEAST = 2**26
 """Elements that all steps of a call may make together, however small the module is."""
@@ -22,8 +25,16 @@ LEAST = 2**26
 TIMES = 1024
 """They may make so many times the largest tensor at hand, or as many times as the widest dimension has slots."""
 
+LARGE = 2**34
+"""But no more than so many, or than `TIMES_ALL` times all tensors at hand together, where that is more."""
+
+TIMES_ALL = 256
+
 PRODUCTS = 2**12
 """Multiplications and comparisons that may be made for each element that may be made."""
+
+MOST_STEPS = 2**20
+"""Steps that one call may take, with those of the rewritten modules that it calls."""
 
 SMALLEST = 512
 """Elements that a tensor counts for at least: an empty one takes memory too."""
@@ -38,47 +49,115 @@ _BY_CONTENT = ("torch.Tensor.__getitem__", "torch.Tensor.__setitem__")
 Shapes = tuple[tuple[int, ...], ...]
 """The shapes of the tensors in what a module returned."""
 
+_OUTERMOST: ContextVar["Allowance | None"] = ContextVar("outermost", default=None)
+"""The allowance of the rewritten module whose call began first, among those that are running."""
+
+
+@dataclass
+class Count:
+    """What the steps of a call amount to.
+
+    Attributes:
+        elements: that they make.
+        products: multiplications and comparisons.
+        steps: how many there are.
+    """
+
+    elements: int = 0
+    products: int = 0
+    steps: int = 0
+
+    def add(self, other: "Count") -> None:
+        """Add another count to this one."""
+        self.elements += other.elements
+        self.products += other.products
+        self.steps += other.steps
+
+    def since(self, earlier: "Count") -> "Count":
+        """What was added since this count was as an earlier one."""
+        return Count(self.elements - earlier.elements, self.products - earlier.products, self.steps - earlier.steps)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a call of a rewritten module with certain sizes.
+
+    Attributes:
+        shapes: what the modules that it calls return, in order.
+        count: what all steps amount to, also those of the rewritten modules that it calls.
+    """
+
+    shapes: tuple[Shapes, ...]
+    count: Count
+
 
 class Allowance:
-    """What one call of a rewritten module may still make.
+    """What one call of a rewritten module may still make; rewritten modules within it share what it may.
 
     Args:
         module: the rewritten module.
         given: the tensors and whole numbers that it was called with.
-        known: what the modules that it calls returned when it was called with the same sizes before; None if it never
-            was.
+        known: what is known of calls with the same sizes; None if there were none.
+        steps: how many steps the module takes.
 
     Attributes:
         fast: whether nothing needs to be counted, as all sizes are those of an earlier call.
         by_content: whether a step made a result whose size depends on the content of a mask.
-        shapes: what the modules that it called returned, in order.
     """
 
-    def __init__(self, module: nn.Module, given: Sequence[Any], known: Sequence[Shapes] | None = None) -> None:
+    def __init__(self, module: nn.Module, given: Sequence[Any], known: Known | None = None, *, steps: int = 0) -> None:
         self.fast = known is not None
         self.by_content = False
-        self.shapes: list[Shapes] = []
-        self._known = known or ()
+        self._shapes: list[Shapes] = []
+        self._known = known
         self._module, self._given = module, given
-        self._total = self._made = self._products = 0
+        self._count, self._outer = Count(), self
+        self._total = 0
+        self._steps = steps
+        self._before = Count()
+
+    @contextmanager
+    def spent_within(self) -> Iterator[None]:
+        """While the module runs: what it makes, and what the rewritten modules within it make, counts as one."""
+        outermost = _OUTERMOST.get()
+        token = None if outermost is not None else _OUTERMOST.set(self)
+        self._outer = outermost or self
+        self._before = replace(self._outer._count)
+        try:
+            if self._known is None:
+                self._spend(Count(steps=self._steps), "its first step")
+            elif not self._outer.fast:
+                self._spend(self._known.count, "its first step")
+            yield
+        finally:
+            if token is not None:
+                _OUTERMOST.reset(token)
+
+    @property
+    def known(self) -> Known:
+        """What is known of such calls, once the module ran."""
+        return Known(tuple(self._shapes), self._outer._count.since(self._before))
 
     @property
     def total(self) -> int:
         """Elements that the steps may make together."""
         if not self._total:
-            largest = widest = 0
+            largest = widest = together = 0
             for tensor in (*self._given, *self._module.parameters(), *self._module.buffers()):
                 if isinstance(tensor, Tensor):
                     largest, widest = max(largest, tensor.numel()), max(widest, *tensor.shape, 0)
-            self._total = max(LEAST, largest * max(TIMES, widest))
+                    together += tensor.numel()
+            generous = min(largest * max(TIMES, widest), LARGE)
+            self._total = max(LEAST, generous, together * TIMES_ALL)
         return self._total
 
     def hand_on(self, name: str, result: Any) -> Any:
         """Look at what a module returned, and give it back; other sizes than before must be counted from here on."""
         shapes = tuple(tuple(tensor.shape) for tensor in _tensors(result))
-        if self.fast and (len(self.shapes) >= len(self._known) or self._known[len(self.shapes)] != shapes):
+        before = self._known.shapes if self._known else ()
+        if self.fast and (len(self._shapes) >= len(before) or before[len(self._shapes)] != shapes):
             self.fast = False
-        self.shapes.append(shapes)
+        self._shapes.append(shapes)
         return result if self.fast else self.note(name, result)
 
     def call(
@@ -100,44 +179,50 @@ class Allowance:
             # Neither modes that count calls, such as a probe of ours or a counter of FLOPs, nor hooks hear of this.
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
                 device = {"device": _META} if makes else {}
-                self._count(name, function, _on_meta(args), {**_on_meta(kwargs), **device})
+                self._estimate(name, function, _on_meta(args), {**_on_meta(kwargs), **device})
         return function(*args, **kwargs)
 
-    def _count(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def _estimate(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Compute a call on the meta device, and count what it makes."""
         try:
+            self._spend(Count(elements=SMALLEST * parts_of(name, args, kwargs)), name)
+            check_types(name, args, kwargs)
             result = function(*args, **kwargs)
+        except RewrittenModuleError:
+            raise
         except Exception as error:
-            if name in _BY_CONTENT and _one_mask(args[1]):
+            if name in _BY_CONTENT and len(args) > 1 and _one_mask(args[1]):
                 self.by_content = True
-                self.take(name, args[0].numel())
+                self._spend(Count(elements=args[0].numel()), name)
                 return
             kind = type(self._module).__name__
             raise RewrittenModuleError(
                 f"the new code of this {kind} can't compute {name} with what it was given: {error}"
             ) from error
         beside, products = effort_of(name, args, kwargs, _tensors(result))
-        self._products += products
-        self.take(name, beside)
+        self._spend(Count(beside, products), name)
         self.note(name, result)
 
     def note(self, name: str, result: Any) -> Any:
         """Count what a step made, and give it back."""
-        self.take(name, sum(max(tensor.numel(), SMALLEST) for tensor in _tensors(result)))
+        self._spend(Count(sum(map(_elements, _tensors(result)))), name)
         return result
 
-    def take(self, name: str, elements: int) -> None:
-        """Count elements that a step makes.
+    def _spend(self, count: Count, name: str) -> None:
+        """Count what a step makes.
 
         Raises:
-            RewrittenModuleError: all steps together make too many.
+            RewrittenModuleError: all steps together make too many elements, multiply too often, or are too many.
         """
-        self._made += elements
-        if self._made > self.total or self._products > PRODUCTS * self.total:
+        outer = self._outer
+        outer._count.add(count)
+        spent = outer._count
+        if spent.elements > outer.total or spent.products > PRODUCTS * outer.total or spent.steps > MOST_STEPS:
             raise RewrittenModuleError(
-                f"the new code of this {type(self._module).__name__} would make {self._made:,} numbers in "
-                f"{self._products:,} multiplications up to {name}; for what the module holds and was given, "
-                f"{self.total:,} numbers are the most, and {PRODUCTS:,} multiplications for each. A plan that idap "
-                "wrote does not come near that: do not use this one."
+                f"the new code of this {type(outer._module).__name__} would make {spent.elements:,} numbers in "
+                f"{spent.products:,} multiplications and {spent.steps:,} steps up to {name}; for what the module holds "
+                f"and was given, {outer.total:,} numbers are the most, with {PRODUCTS:,} multiplications for each, and "
+                f"{MOST_STEPS:,} steps. A plan that idap wrote does not come near that: do not use this one."
             )
 
 
@@ -174,12 +259,38 @@ def calculate(symbol: str, *operands: int) -> int:
     return first
 
 
+def tensor_of(name: str, result: Any) -> Tensor:
+    """A value of a program, which must be a tensor: functions take other things apart in ways that nobody counts.
+
+    Raises:
+        RewrittenModuleError: it is something else.
+    """
+    if not isinstance(result, Tensor):
+        raise RewrittenModuleError(
+            f"the new code of a module takes what {name} returned for a tensor, found a {type(result).__name__}"
+        )
+    return result
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, tuple | list):
         return [tensor for item in tree for tensor in _tensors(item)]
     return [tensor for item in tree.values() for tensor in _tensors(item)] if isinstance(tree, Mapping) else []
+
+
+def _elements(tensor: Tensor) -> int:
+    """What a tensor counts for; of an empty one its other dimensions, over which functions may loop all the same."""
+    elements = tensor.numel()
+    if not elements:
+        elements = 1
+        for size in tensor.shape:
+            elements *= max(size, 1)
+    return max(elements, SMALLEST)
+
+
+_PLAIN = (int, float, bool, str, torch.dtype, torch.memory_format, torch.SymInt, type(None), type(...))
 
 
 def _on_meta(tree: Any) -> Any:
@@ -190,7 +301,11 @@ def _on_meta(tree: Any) -> Any:
         return type(tree)(_on_meta(item) for item in tree)
     if type(tree) is dict:
         return {key: _on_meta(item) for key, item in tree.items()}
-    return _META if isinstance(tree, torch.device) else tree
+    if isinstance(tree, torch.device):
+        return _META
+    if not isinstance(tree, _PLAIN) and type(tree) is not slice:
+        raise RewrittenModuleError(f"the new code of a module hands on a {type(tree).__name__}")
+    return tree
 
 
 def _one_mask(index: Any) -> bool:

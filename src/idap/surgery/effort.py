@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _PRODUCTS = (
@@ -22,6 +23,9 @@ _PRODUCTS = (
     "outer",
 )
 
+_SPLITS = ("split", "chunk", "unbind", "tensor_split", "split_with_sizes")
+_ONE_TYPE = ("group_norm", "native_group_norm")
+
 
 def effort_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]) -> tuple[int, int]:
     """Estimate the effort of one call from above.
@@ -38,14 +42,60 @@ def effort_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], results
     >>> import torch
     >>> row, column = torch.ones(1, 1000, device="meta"), torch.ones(1000, 1, device="meta")
     >>> effort_of("torch.matmul", (row, column), {}, [torch.ones(1, 1, device="meta")])
-    (0, 1000)
+    (0, 2001)
     """
-    short = name.rpartition(".")[2].strip("_")
-    given = [
-        item for item in (*args, *kwargs.values()) for item in (item if isinstance(item, list | tuple) else (item,))
+    short = _short(name)
+    tensors = _tensors_of(args, kwargs)
+    made, read = sum(tensor.numel() for tensor in results), sum(tensor.numel() for tensor in tensors)
+    beside, products = _special_effort(short, args, kwargs, tensors, made)
+    return beside, max(products, made + read)  # a sum makes little of much
+
+
+def parts_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Bound the number of tensors that a function cuts its first argument into; 1 for functions that don't.
+
+    >>> import torch
+    >>> parts_of("torch.Tensor.unbind", (torch.ones(5, 3, device="meta"),), {"dim": 1})
+    5
+    >>> parts_of("torch.tensor_split", (torch.ones(5, device="meta"), 2**40), {}) == 2**40
+    True
+    """
+    if _short(name) not in _SPLITS:
+        return 1
+    given = [item for item in (*args, *kwargs.values()) if not isinstance(item, Tensor)]
+    counts = [item for item in given if isinstance(item, int)] + [
+        len(item) + 1 for item in given if isinstance(item, tuple | list)
     ]
-    tensors = [item for item in given if isinstance(item, Tensor)]
-    made = sum(tensor.numel() for tensor in results)
+    sizes = [size for tensor in _tensors_of(args, kwargs)[:1] for size in tensor.shape]
+    return max((1, *sizes, *counts))
+
+
+def check_types(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check what functions of torch don't: a group norm of half precision with other weights has a broken gradient.
+
+    Raises:
+        TypeError: the types differ.
+    """
+    tensors = _tensors_of(args, kwargs)
+    types = {tensor.dtype for tensor in tensors}
+    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))  # makes them of one type itself
+    if _short(name) in _ONE_TYPE and len(types) > 1 and not autocast:
+        raise TypeError(f"it takes tensors of one type, found {' and '.join(sorted(map(str, types)))}")
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2].strip("_")
+
+
+def _tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    given = (*args, *kwargs.values())
+    flat = [item for part in given for item in (part if isinstance(part, list | tuple) else (part,))]
+    return [item for item in flat if isinstance(item, Tensor)]
+
+
+def _special_effort(
+    short: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Tensor], made: int
+) -> tuple[int, int]:
     if short in _PRODUCTS and len(tensors) > 1:
         return _product(short, tensors, made)
     if short.startswith("conv") and len(tensors) > 1:
@@ -61,9 +111,11 @@ def effort_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], results
     if short == "cdist":
         return 0, made * tensors[0].shape[-1]
     if "pool" in short and "adaptive" not in short:
-        size = kwargs.get("kernel_size", next((item for item in args[1:] if isinstance(item, int | tuple | list)), 1))
+        place = 2 if short.startswith("lp_pool") else 1  # behind the data, and of lp_pool the norm
+        size = kwargs.get("kernel_size", args[place] if place < len(args) else 1)
         dims = int(found[1]) if (found := re.search(r"(\d)d", short)) else 1
-        return 0, made * (abs(size) ** dims if isinstance(size, int) else math.prod(map(abs, size)))
+        sizes = tuple(size) if isinstance(size, list | tuple) else (size,)
+        return 0, made * math.prod(map(abs, sizes * dims if len(sizes) == 1 else sizes))
     return 0, made
 
 

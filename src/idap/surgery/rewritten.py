@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from idap.errors import PlanError, RewrittenModuleError
 from idap.structure.code.program import Program, Routine, Tree, references
-from idap.surgery.allowance import Allowance, Shapes, Unlimited
+from idap.structure.code.vocabulary import unchecked_module
+from idap.surgery.allowance import Allowance, Known, Unlimited
 from idap.surgery.source import function_of, inputs_of
 
 KNOWN_SIZES = 1024
@@ -91,33 +92,44 @@ def _rebuild(kind: Any, program: Program) -> Any:
 
 
 def check_program(module: nn.Module, program: Program) -> None:
-    """Check that all that a program names is there.
+    """Check that the module has all that a program names.
 
     Raises:
-        PlanError: names the first that isn't.
+        PlanError: names the first module or tensor that is missing, or that a program may not call.
     """
     for step in (step for routine in program.routines for step in routine.steps):
         if step.module:
-            _part(module, step.module, "module")
+            called = _find(module, step.module, "module")
+            for part in called.modules():
+                bases = (f"{base.__module__}.{base.__qualname__}" for base in type(part).__mro__)
+                if (reason := unchecked_module(bases)) is not None:
+                    raise PlanError(
+                        f"the code of a rewritten {type(module).__name__} calls {step.module!r}, with a "
+                        f"{type(part).__name__} in it, and may not: {reason}"
+                    )
     for routine in program.routines:
         for tree in (routine.output, *(tree for step in routine.steps for tree in step.trees())):
             for tag, name in references(tree):
                 if tag == "own":
-                    _part(module, name, "tensor")
+                    _find(module, name, "tensor")
     if not program.routines:
         raise PlanError("the code of a rewritten module is empty")
 
 
-def _part(module: nn.Module, name: str, what: str) -> None:
-    try:
-        found: Any = module
-        for part in name.split("."):
-            tables = (found._modules, found._parameters, found._buffers)
-            found = next(table[part] for table in tables if part in table)
-    except (StopIteration, AttributeError, TypeError) as error:
-        raise PlanError(
-            f"the code of a rewritten {type(module).__name__} uses {what} {name!r}, which it lacks"
-        ) from error
+def _find(module: nn.Module, name: str, what: str) -> Any:
+    """The module or the tensor that a program names."""
+    *above, last = name.split(".")
+    holder: nn.Module | None = module
+    for part in above:
+        holder = holder._modules.get(part) if holder is not None else None
+    if holder is not None:
+        tables: tuple[Mapping[str, Any], ...] = (
+            (holder._modules,) if what == "module" else (holder._parameters, holder._buffers)
+        )
+        for table in tables:
+            if table.get(last) is not None:
+                return table[last]
+    raise PlanError(f"the code of a rewritten {type(module).__name__} uses {what} {name!r}, which it lacks")
 
 
 def _compile(program: Program, signature: inspect.Signature) -> Callable[..., Any]:
@@ -154,7 +166,8 @@ class _Way:
         self.described = ", ".join(f"{name}={_describe_argument(tree)}" for name, tree in self._expected.items())
         self._body = function_of(routine, self._inputs)
         self._counted_after = function_of(routine, self._inputs, counted_after=True)
-        self._known: dict[tuple[Any, ...], Sequence[Shapes]] = {}
+        self._known: dict[tuple[Any, ...], Known] = {}
+        self._steps = len(routine.steps) + len(routine.guards)
 
     def run(self, module: nn.Module, values: Sequence[Any]) -> Any:
         """What the module returns; how much that makes is counted where it is called with new sizes."""
@@ -162,13 +175,15 @@ class _Way:
             return self._body(module, Unlimited(), *values)
         if torch.compiler.is_compiling():  # with tensors that take no memory
             return self._counted_after(module, Allowance(module, values), *values)
-        sizes = (module.training, *(tuple(v.shape) if isinstance(v, Tensor) else v for v in values))
-        allowance = Allowance(module, values, self._known.get(sizes))
-        result = self._body(module, allowance, *values)
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        sizes = (module.training, autocast, *(_size_of(value) for value in values))
+        allowance = Allowance(module, values, self._known.get(sizes), steps=self._steps)
+        with allowance.spent_within():
+            result = self._body(module, allowance, *values)
         if not allowance.fast and not allowance.by_content:
             if len(self._known) >= KNOWN_SIZES:
                 self._known.clear()
-            self._known[sizes] = tuple(allowance.shapes)
+            self._known[sizes] = allowance.known
         return result
 
     def values(self, module: nn.Module, given: Mapping[str, Any]) -> list[Any] | None:
@@ -181,6 +196,11 @@ class _Way:
             if name not in self._expected and value is not module and not _is_default(value, self._parameters[name]):
                 return None
         return [found[number] for number in self._inputs]
+
+
+def _size_of(value: Any) -> Any:
+    """What decides how much is made of an input."""
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def _describe_argument(tree: Tree) -> str:

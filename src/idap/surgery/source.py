@@ -13,7 +13,7 @@ from idap.graph.ir import ARITHMETIC
 from idap.graph.provenance import RELATIONS
 from idap.structure.code.program import Instruction, Routine, Tree, check_routine, references
 from idap.structure.code.vocabulary import function_of_name, takes_device
-from idap.surgery.allowance import calculate
+from idap.surgery.allowance import calculate, tensor_of
 
 
 def inputs_of(routine: Routine) -> list[int]:
@@ -36,7 +36,7 @@ def function_of(routine: Routine, inputs: Sequence[int], *, counted_after: bool 
     check_routine(routine)
     _check_values(routine)
     globals_: dict[str, Any] = {"torch": torch, "calc": calculate, "device_of": _device_of, "check": _check_sizes}
-    globals_["type_of"] = _type_of
+    globals_ |= {"type_of": _type_of, "tensor_of": tensor_of}
     lines = [f"def body(self, allowance, {', '.join(f'v{int(number)}' for number in inputs)}):"]
     given = f"v{inputs[0]}" if inputs else "None"
     lines.append(f"    device, kind = device_of(self, {given}), type_of(self, {', '.join(f'v{n}' for n in inputs)})")
@@ -132,12 +132,13 @@ def _lines(step: Instruction, place: int, globals_: dict[str, Any], *, counted_a
             makes = not any(_is_value(tree) for tree in step.args) and takes_device(step.function)
             given = f"({''.join(f'{arg}, ' for arg in args)}), dict({', '.join(kwargs)})"
             call += f" if allowance.fast else allowance.call({step.function!r}, f{place}, {given}, makes={makes})"
+    name = step.function or step.module
     if len(step.results) == 1 and not step.results[0][0]:
-        yield f"v{int(step.results[0][1])} = {call}"
+        yield f"v{int(step.results[0][1])} = tensor_of({name!r}, {call})"
         return
     yield f"result = {call}"
     for path, number in step.results:
-        yield f"v{int(number)} = result{''.join(f'[{key!r}]' for key in path)}"
+        yield f"v{int(number)} = tensor_of({name!r}, result{''.join(f'[{key!r}]' for key in path)})"
 
 
 def _is_value(tree: Tree) -> bool:

@@ -26,7 +26,8 @@ from idap.progress import Silent
 from idap.saving.checkpoint import load
 from idap.saving.stream import apply_to_checkpoint
 from idap.structure.analysis import analyze
-from idap.surgery.apply import Projection, apply_plan
+from idap.surgery.apply import apply_plan
+from idap.surgery.stand_ins import Projection
 from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
 from tests.compress.test_resume import Interrupted, StopsAt

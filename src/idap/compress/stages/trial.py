@@ -18,7 +18,8 @@ from idap.graph.ir import Graph
 from idap.selection.ranking import Ranking
 from idap.selection.reach import come_down
 from idap.structure.blocks import Block
-from idap.surgery.apply import LinearMap, Projection, apply_plan
+from idap.surgery.apply import apply_plan
+from idap.surgery.stand_ins import LinearMap, Projection
 from idap.training.batch import device_of, move
 from idap.training.evaluate import keep_modes
 from idap.training.processes import mine, totals

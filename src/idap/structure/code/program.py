@@ -14,6 +14,7 @@ Trees of arguments are plain values, and tuples that begin with a tag:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from keyword import iskeyword
 from typing import Any
 
@@ -110,14 +111,18 @@ class Program:
             PlanError: names the part that means nothing, or there are more routines or steps than any module has.
         """
         steps = sum(len(routine.steps) + len(routine.guards) for routine in self.routines)
-        parts = sum(_parts(tree) for routine in self.routines for tree in _all_trees(routine))
-        if len(self.routines) > MOST_ROUTINES or steps > MOST_STEPS or parts > MOST_PARTS:
+        if len(self.routines) > MOST_ROUTINES or steps > MOST_STEPS or self.parts > MOST_PARTS:
             raise PlanError(
-                f"the code of a rewritten module has {len(self.routines)} routines, {steps:,} steps and {parts:,} "
+                f"the code of a rewritten module has {len(self.routines)} routines, {steps:,} steps and {self.parts:,} "
                 f"parts; the most are {MOST_ROUTINES}, {MOST_STEPS:,} and {MOST_PARTS:,}"
             )
         for routine in self.routines:
             check_routine(routine)
+
+    @cached_property
+    def parts(self) -> int:
+        """How many parts all its trees have."""
+        return sum(_parts(tree) for routine in self.routines for tree in _all_trees(routine))
 
     @classmethod
     def from_json(cls, data: Sequence[Mapping[str, Any]]) -> "Program":
@@ -227,6 +232,8 @@ def check_routine(routine: Routine) -> None:
             )
         if step.function and (wrong := mistake(step.function, step.args, step.kwargs)):
             raise PlanError(f"the code of a rewritten module {wrong}")
+        if step.module and any(key == "self" for key, _ in step.kwargs):
+            raise PlanError(f"the code of a rewritten module gives module {step.module!r} an argument named 'self'")
         for path, number in step.results:
             if type(number) is not int or number < 0 or any(type(key) not in (int, str) for key in path):
                 raise PlanError(f"the code of a rewritten module makes value {number!r}, which means nothing")

@@ -18,7 +18,7 @@ from idap.graph.rules.layers import default_scale
 from idap.structure.code.guards import Guards, Hand, comparisons_by_module, ever_at_hand
 from idap.structure.code.program import Instruction, Program, Routine, Tree
 from idap.structure.code.sizes import Values, size_position
-from idap.structure.code.vocabulary import mistake
+from idap.structure.code.vocabulary import mistake, unchecked_module
 from idap.structure.layout import Layout
 
 _HAS_TRAINING = ("dropout", "batch_norm", "instance_norm")
@@ -211,8 +211,16 @@ class _Writer:
         if step.function and (wrong := mistake(step.function, args, kwargs.items())):
             raise CannotRewriteError(f"its code {wrong}")
         results = tuple((place, self._new(name)) for place, name in step.results)
-        module = self._rewriter.below(self._path, step.module, tensor=False) if step.module else ""
+        module = self._callable_module(step.module) if step.module else ""
         return Instruction(step.function, module, args, tuple(kwargs.items()), results)
+
+    def _callable_module(self, called: str) -> str:
+        """The path of a module that is called, as seen from here."""
+        for path, info in self._rewriter.graph.modules.items():
+            within = path == called or path.startswith(f"{called}.")
+            if within and (reason := unchecked_module(info.bases)) is not None:
+                raise CannotRewriteError(f"its code calls {path}, which new code may not: {reason}")
+        return self._rewriter.below(self._path, called, tensor=False)
 
     def _scale_argument(self, nodes: list[Node], kwargs: Mapping[str, Tree]) -> dict[str, Tree]:
         """The scale of an attention, where the code leaves it to follow the head width."""

@@ -132,6 +132,16 @@ def _all(takes: Callable[[Tree], bool]) -> Callable[[Tree], bool]:
     return lambda tree: _tag(tree) in ("list", "tuple") and all(map(takes, tree[1:]))
 
 
+def _plain(least: int, most: int) -> Callable[[Tree], bool]:
+    """Whether a tree is a number that stands in the plan, or a list of such numbers, within bounds."""
+
+    def takes(tree: Tree) -> bool:
+        numbers = tree[1:] if _tag(tree) in ("list", "tuple") else (tree,)
+        return all(type(number) is int and least <= number <= most for number in numbers)
+
+    return takes
+
+
 def _tensor(tree: Tree) -> bool:
     return _tag(tree) in ("value", "own")
 
@@ -158,6 +168,9 @@ KINDS: Mapping[str, Callable[[Tree], bool]] = {
     "tensors": _all(_tensor),
     "int": _int,
     "ints": lambda tree: _int(tree) or _all(_int)(tree),
+    "counts": _plain(0, 2**31),
+    "strides": _plain(1, 128),
+    "hops": _plain(1, 4096),
     "number": _number,
     "numbers": lambda tree: _number(tree) or _all(_number)(tree),
     "bool": lambda tree: type(tree) is bool or tree == ("training",),
@@ -170,6 +183,20 @@ KINDS: Mapping[str, Callable[[Tree], bool]] = {
 """Kind of argument -> whether a tree is one."""
 
 FILE = "functions.txt"
+
+_ROIS = "its kernel reads images by numbers in its boxes that it does not check"
+UNCHECKED_MODULES: Mapping[str, str] = {
+    "torch.nn.modules.sparse.EmbeddingBag": "its kernel reads its tables by offsets that it does not check",
+    "torch.nn.modules.loss.CTCLoss": "its kernel reads scores by lengths and labels that it does not check",
+    "torchvision.ops.deform_conv.DeformConv2d": "its kernel does not check offsets against the image",
+    "torchvision.ops.poolers.MultiScaleRoIAlign": _ROIS,
+    "torchvision.ops.ps_roi_align.PSRoIAlign": _ROIS,
+    "torchvision.ops.ps_roi_pool.PSRoIPool": _ROIS,
+    "torchvision.ops.roi_align.RoIAlign": _ROIS,
+    "torchvision.ops.roi_pool.RoIPool": _ROIS,
+}
+"""Class of a module that a program may not call -> the reason. Modules are the user's own, so no list can be complete;
+docs/security.md says what that means."""
 
 
 @cache
@@ -190,6 +217,23 @@ def exclusions() -> frozenset[str]:
     lines = files(__package__).joinpath(FILE).read_text(encoding="utf-8").splitlines()
     told = [line.partition("(")[0].removeprefix("# refused:") for line in lines if line.startswith("# refused:")]
     return frozenset(name for line in told for name in line.split())
+
+
+def unchecked_module(bases: Iterable[str]) -> str | None:
+    """Why a program may not call a module; None if it may.
+
+    Programs decide what the modules that they call are given. The kernels of a few classes read memory by their inputs
+    and do not check them.
+
+    Args:
+        bases: the names of its class and of all that it derives from, with their packages.
+
+    >>> unchecked_module(["mine.Bag", "torch.nn.modules.sparse.EmbeddingBag"])
+    'its kernel reads its tables by offsets that it does not check'
+    >>> unchecked_module(["torch.nn.modules.sparse.Embedding"]) is None
+    True
+    """
+    return next((UNCHECKED_MODULES[name] for name in bases if name in UNCHECKED_MODULES), None)
 
 
 def function_of_name(name: str) -> Callable[..., Any]:
@@ -217,7 +261,8 @@ def mistake(name: str, args: Sequence[Tree], kwargs: Iterable[tuple[str, Tree]])
     if name not in vocabulary():
         return f"calls {name!r:.80}, which is not among the functions that rewritten code may call"
     kwargs = tuple(kwargs)
-    if fits(vocabulary()[name], args, kwargs):
+    by_place = name.rpartition(".")[2].startswith("__")  # Python's own methods take no names
+    if fits(vocabulary()[name], args, kwargs) and not (kwargs and by_place):
         return ""
     told = ", ".join([*map(repr, args), *(f"{key}={tree!r}" for key, tree in kwargs)])
     return f"calls {name!r} with arguments that rewritten code may not give it: {told:.200}"
