@@ -50,5 +50,5 @@ def test_a_group_without_units_takes_its_branch_with_it() -> None:
     plan = structure.plan({"model.layers.0.mlp.gate_proj": []})
     assert plan.removed == ("model.layers.0.mlp",)
     assert verify(structure, model, apply_plan(model, plan), plan, (args, kwargs)).error <= 1e-4
-    with pytest.raises(PlanError, match="no residual branch holds it whole"):
+    with pytest.raises(PlanError, match="no residual branch contains the whole group"):
         structure.plan({"model.embed_tokens": []})

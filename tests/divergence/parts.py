@@ -1,4 +1,4 @@
-"""Small nets whose divergences can be computed by hand, and the hand that does it."""
+"""Small nets whose divergences can be computed by hand, and helpers that compute them."""
 
 import copy
 from collections.abc import Callable
@@ -77,12 +77,12 @@ def passes(*batches: Tensor) -> list[Pass]:
     return [Pass(lambda m, batch=batch: m(batch)) for batch in batches]
 
 
-def measured(model: nn.Module, structure: Structure, *batches: Tensor, **settings: object) -> Divergence:
+def measure_batches(model: nn.Module, structure: Structure, *batches: Tensor, **settings: object) -> Divergence:
     return measure(model, structure, passes(*batches), **settings)
 
 
 class Tap:
-    """Notes what goes into the modules of a copy in float64 and what comes out of them, in the order of the calls."""
+    """Records the inputs and outputs of the modules of a copy in float64, in the order of the calls."""
 
     def __init__(self, model: nn.Module, batch: Tensor) -> None:
         self.inputs: dict[str, list[Tensor]] = {}
@@ -101,10 +101,10 @@ class Tap:
         self.inputs.setdefault(path, []).append(given[0].clone())
         self.outputs.setdefault(path, []).append(made.clone())
 
-    def given(self, path: str) -> Tensor:
+    def input_of(self, path: str) -> Tensor:
         return self.inputs[path][0]
 
-    def made(self, path: str) -> Tensor:
+    def output_of(self, path: str) -> Tensor:
         return self.outputs[path][0]
 
 
@@ -113,7 +113,7 @@ def energy(x: Tensor, channel_dim: int) -> Tensor:
     return x.square().sum(channel_dim).mean()
 
 
-def lost(read: Callable[[Tensor], Tensor], x: Tensor, slots: list[list[int]], dim: int) -> Tensor:
+def lost_energy(read: Callable[[Tensor], Tensor], x: Tensor, slots: list[list[int]], dim: int) -> Tensor:
     """Mean squared norm of what each unit contributes through a layer: run it with the unit and without."""
     found = []
     with torch.no_grad():
@@ -123,5 +123,5 @@ def lost(read: Callable[[Tensor], Tensor], x: Tensor, slots: list[list[int]], di
     return torch.stack(found)
 
 
-def one_by_one(count: int, width: int = 1) -> list[list[int]]:
+def unit_slots(count: int, width: int = 1) -> list[list[int]]:
     return [list(range(unit * width, (unit + 1) * width)) for unit in range(count)]

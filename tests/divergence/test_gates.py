@@ -26,11 +26,11 @@ def crossentropy(outputs, labels):
     return F.cross_entropy(outputs if outputs.dim() == 2 else outputs.mean(1), labels)
 
 
-def labelled(*parts, loss=crossentropy):
+def labelled_passes(*parts, loss=crossentropy):
     return [Pass(lambda m, x=x: m(x), lambda out, y=y: loss(out, y)) for x, y in parts]
 
 
-def gated(model, batch, size, readers, *, width=1, dim=-1):
+def gate_derivatives(model, batch, size, readers, *, width=1, dim=-1):
     """Per-sample derivative of the loss with respect to a gate on each unit, shape (samples, units)."""
     model = copy.deepcopy(model).double()
     gate = torch.ones(size, dtype=torch.float64, requires_grad=True)
@@ -48,16 +48,16 @@ def gated(model, batch, size, readers, *, width=1, dim=-1):
     return torch.stack(found)
 
 
-def both(model, structure, batch, split=(5,)):
+def gate_scores(model, structure, batch, split=(5,)):
     parts = list(zip(batch.split(split), LABELS.split(split), strict=True))
-    found = measure_all(model, structure, labelled(*parts), criteria=["taylor", "fisher"])
+    found = measure_all(model, structure, labelled_passes(*parts), criteria=["taylor", "fisher"])
     return found["taylor"].units, found["fisher"].units
 
 
 def check(model, structure, batch, group, **gate):
-    derivatives = gated(model, batch, structure.group(group).size, **gate)
+    derivatives = gate_derivatives(model, batch, structure.group(group).size, **gate)
     for split in ((5,), (3, 2)):
-        taylor, fisher = both(model, structure, batch, split)
+        taylor, fisher = gate_scores(model, structure, batch, split)
         assert_close(taylor[group], derivatives.abs().mean(0), rtol=1e-4, atol=1e-7)
         assert_close(fisher[group], derivatives.square().mean(0), rtol=1e-4, atol=1e-9)
     return derivatives
@@ -122,8 +122,8 @@ class Windows(nn.Module):
 def test_windows_count_for_their_sample_and_a_table_for_all_samples():
     model, structure = build(Windows, TOKENS[:2])
     check(model, structure, TOKENS, "stem", readers=["inner"])
-    mean = gated(model, TOKENS, 5, ["two"]).mean(0)  # the table does not say which sample moved it
-    taylor, fisher = both(model, structure, TOKENS)
+    mean = gate_derivatives(model, TOKENS, 5, ["two"]).mean(0)  # the table does not say which sample moved it
+    taylor, fisher = gate_scores(model, structure, TOKENS)
     assert_close(taylor["one"], mean.abs(), rtol=1e-4, atol=1e-7)
     assert_close(fisher["one"], mean.square(), rtol=1e-4, atol=1e-9)
 
@@ -147,7 +147,9 @@ class Written(nn.Module):
 def test_writing_into_what_was_read_makes_no_difference():
     careful, plain = build(lambda: Written(careful=True), VECTORS[:2])
     hasty, structure = build(lambda: Written(careful=False), VECTORS[:2])
-    for found, expected in zip(both(hasty, structure, VECTORS), both(careful, plain, VECTORS), strict=True):
+    for found, expected in zip(
+        gate_scores(hasty, structure, VECTORS), gate_scores(careful, plain, VECTORS), strict=True
+    ):
         assert_close(found, expected)
     check(careful, plain, VECTORS, "stem", readers=["one", "head"])
 
@@ -156,8 +158,10 @@ def test_a_cut_model_is_gated_as_if_it_had_been_built_small():
     model, structure = build(Convs, IMAGES[:2])
     keep = {"stem": (0, 2, 5), "one.conv1": (1, 4), "last": (1, 3)}
     small = apply_plan(model, structure.plan(keep, ("two",)))
-    found = measure(small, structure, labelled((IMAGES, LABELS)), criterion="taylor", keep=keep, removed=("two",)).units
-    fresh = both(small, analyze(trace(small, (IMAGES[:2],))), IMAGES)[0]
+    found = measure(
+        small, structure, labelled_passes((IMAGES, LABELS)), criterion="taylor", keep=keep, removed=("two",)
+    ).units
+    fresh = gate_scores(small, analyze(trace(small, (IMAGES[:2],))), IMAGES)[0]
     assert found.keys() == fresh.keys()
     for name, scores in fresh.items():
         assert_close(found[name][list(keep.get(name, range(len(found[name]))))], scores)
@@ -165,7 +169,7 @@ def test_a_cut_model_is_gated_as_if_it_had_been_built_small():
 
 def test_frozen_parameters_count_and_stay_frozen_and_nothing_is_left():
     model, structure = build(Convs, IMAGES[:2])
-    expected = both(model, structure, IMAGES)
+    expected = gate_scores(model, structure, IMAGES)
     frozen = [place % 3 > 0 for place, _ in enumerate(model.parameters())]
     for parameter, ice in zip(model.parameters(), frozen, strict=True):
         parameter.requires_grad_(not ice)
@@ -173,7 +177,7 @@ def test_frozen_parameters_count_and_stay_frozen_and_nothing_is_left():
         module.training = place % 2 == 0
     modes = [module.training for module in model.modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for found, scores in zip(both(model, structure, IMAGES), expected, strict=True):
+    for found, scores in zip(gate_scores(model, structure, IMAGES), expected, strict=True):
         assert_close(found, scores)
     assert [not parameter.requires_grad for parameter in model.parameters()] == frozen
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -181,14 +185,14 @@ def test_frozen_parameters_count_and_stay_frozen_and_nothing_is_left():
     assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
     model.requires_grad_(False)
     with torch.no_grad():
-        assert_close(both(model, structure, IMAGES)[0], expected[0])
+        assert_close(gate_scores(model, structure, IMAGES)[0], expected[0])
 
 
 def test_frozen_parameters_stay_frozen_after_an_error():
     model, structure = build(Mlp, VECTORS[:2])
     model.stem.requires_grad_(False)
     with pytest.raises(RuntimeError, match="on purpose"):
-        measure(model, structure, labelled((VECTORS, LABELS), loss=fail), criterion="taylor")
+        measure(model, structure, labelled_passes((VECTORS, LABELS), loss=fail), criterion="taylor")
     assert not model.stem.weight.requires_grad
     assert model.fc1.weight.requires_grad
 
@@ -214,11 +218,11 @@ def test_no_loss():
 def test_a_loss_that_is_no_number_or_has_no_gradient(loss, said):
     model, structure = build(Mlp, VECTORS[:2])
     with pytest.raises(TaskError, match=said):
-        measure(model, structure, labelled((VECTORS, LABELS), loss=loss), criterion="fisher")
+        measure(model, structure, labelled_passes((VECTORS, LABELS), loss=loss), criterion="fisher")
 
 
 def test_gradients_know_no_blocks():
     model, structure = build(Mlp, VECTORS[:2])
-    found = measure(model, structure, labelled((VECTORS, LABELS)), criterion="taylor")
+    found = measure(model, structure, labelled_passes((VECTORS, LABELS)), criterion="taylor")
     assert found.blocks == {}
     assert found.unmeasured == ()

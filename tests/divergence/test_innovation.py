@@ -19,7 +19,7 @@ from idap.linalg.moments import SecondMoments
 from idap.structure.analysis import analyze
 from idap.surgery.apply import apply_plan
 from tests import nets
-from tests.divergence.parts import Convs, Mlp, Tap, build, energy, measured, one_by_one, passes
+from tests.divergence.parts import Convs, Mlp, Tap, build, energy, measure_batches, passes, unit_slots
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def seeded():
 
 
 @pytest.fixture
-def undamped(monkeypatch):
+def no_damping(monkeypatch):
     """As good as no ridge, in float64: without one the score is the error of least squares itself."""
     monkeypatch.setattr(innovation, "DAMPING", 1e-9)
     monkeypatch.setattr(innovation, "PER_SAMPLE", 10**6)
@@ -36,11 +36,11 @@ def undamped(monkeypatch):
     monkeypatch.setattr(SecondMoments, "count", property(lambda _: 1e10))  # the other lower bound of the ridge
 
 
-def exactly(model, structure, batch):
-    return measured(model.double(), structure, batch.double(), criterion="innovation").units
+def exact_scores(model, structure, batch):
+    return measure_batches(model.double(), structure, batch.double(), criterion="innovation").units
 
 
-def lost_after_refit(rows, outputs, gone):
+def refit_error(rows, outputs, gone):
     """Mean squared norm of what is left of the outputs after the best fit, with an intercept, without some columns."""
     kept = [column for column in range(rows.shape[1]) if column not in gone]
     rows, outputs = rows - rows.mean(0), outputs - outputs.mean(0)
@@ -50,12 +50,12 @@ def lost_after_refit(rows, outputs, gone):
     return (outputs - rows[:, kept] @ fit).square().sum(1).mean()
 
 
-def greedily(rows, outputs, slots):
+def greedy_scores(rows, outputs, slots):
     """Scores by brute force: at each step refit without each unit that is left, let the cheapest go."""
     scores, gone, order = torch.zeros(len(slots), dtype=torch.float64), [], []
     while len(order) < len(slots):
         left = [unit for unit in range(len(slots)) if unit not in order]
-        costs = [float(lost_after_refit(rows, outputs, [*gone, *slots[unit]])) for unit in left]
+        costs = [float(refit_error(rows, outputs, [*gone, *slots[unit]])) for unit in left]
         cost, unit = min(zip(costs, left, strict=True))
         scores[unit] = cost
         order.append(unit)
@@ -63,7 +63,7 @@ def greedily(rows, outputs, slots):
     return scores
 
 
-def same(found, expected, rtol=1e-4):
+def assert_same(found, expected, rtol=1e-4):
     assert_close(found, expected.detach(), rtol=rtol, atol=1e-7)
 
 
@@ -151,14 +151,14 @@ def test_few_rows_wait_for_more_and_none_is_lost():
 # ---------------------------------------------------------------------------------------------------- the elimination
 
 
-def test_neurons_go_in_the_order_of_brute_force(undamped):
+def test_neurons_go_in_the_order_of_brute_force(no_damping):
     batch = torch.randn(200, 4)
     model, structure = build(Mlp, batch[:2])
     tap = Tap(model, batch)
-    found = exactly(model, structure, batch)["fc1"]
-    outputs = tap.given("fc2") @ tap.model.fc2.weight.detach().T
-    expected = greedily(tap.given("fc2"), outputs, one_by_one(10)) / energy(tap.made("stem"), -1)
-    same(found, expected)
+    found = exact_scores(model, structure, batch)["fc1"]
+    outputs = tap.input_of("fc2") @ tap.model.fc2.weight.detach().T
+    expected = greedy_scores(tap.input_of("fc2"), outputs, unit_slots(10)) / energy(tap.output_of("stem"), -1)
+    assert_same(found, expected)
     assert found.argsort().tolist() == expected.argsort().tolist()
 
 
@@ -166,17 +166,17 @@ def test_the_first_neuron_to_go_with_the_ridge_that_is_used():
     batch = torch.randn(2000, 4)
     model, structure = build(Mlp, batch[:2])
     tap = Tap(model, batch)
-    rows = tap.given("fc2")
-    found = measured(model, structure, batch, criterion="innovation").units["fc1"]
+    rows = tap.input_of("fc2")
+    found = measure_batches(model, structure, batch, criterion="innovation").units["fc1"]
     first = int(found.argmin())
     outputs = rows @ tap.model.fc2.weight.detach().T
-    costs = torch.stack([lost_after_refit(rows, outputs, [unit]) for unit in range(10)])
-    costs = costs / energy(tap.made("stem"), -1)
+    costs = torch.stack([refit_error(rows, outputs, [unit]) for unit in range(10)])
+    costs = costs / energy(tap.output_of("stem"), -1)
     assert first == int(costs.argmin())
     assert float(costs[first]) <= float(found[first]) <= float(costs[first]) * 1.1 + 0.01 * float(found.max())
 
 
-def test_a_stream_costs_the_mean_over_those_that_read_it(undamped):
+def test_a_stream_costs_the_mean_over_those_that_read_it(no_damping):
     batch = torch.randn(300, 8)
 
     class Two(nn.Module):
@@ -190,24 +190,24 @@ def test_a_stream_costs_the_mean_over_those_that_read_it(undamped):
 
     model, structure = build(Two, batch[:2])
     tap = Tap(model, batch)
-    found = exactly(model, structure, batch)["stem"]
-    scaled = [tap.made(name) / energy(tap.made(name), -1).sqrt() for name in ("one", "two")]
-    same(found, greedily(tap.given("one"), torch.cat(scaled, -1), one_by_one(5)) / 2)
+    found = exact_scores(model, structure, batch)["stem"]
+    scaled = [tap.output_of(name) / energy(tap.output_of(name), -1).sqrt() for name in ("one", "two")]
+    assert_same(found, greedy_scores(tap.input_of("one"), torch.cat(scaled, -1), unit_slots(5)) / 2)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_filters_with_their_norm_folded_in(kernel, undamped):
+def test_filters_with_their_norm_folded_in(kernel, no_damping):
     batch = torch.randn(12, 3, 6, 6)
     model, structure = build(lambda: Convs(kernel=kernel), batch[:2])
     tap = Tap(model, batch)
     unit = tap.model.two
-    patches = F.unfold(tap.given("two.conv2"), kernel, padding=kernel // 2).transpose(1, 2).flatten(0, 1)
-    outputs = unit.bn2(unit.conv2(tap.given("two.conv2"))).detach().movedim(1, -1).flatten(0, -2)
-    expected = greedily(patches, outputs, one_by_one(4, kernel**2)) / energy(tap.given("two"), 1)
-    same(exactly(model, structure, batch)["two.conv1"], expected)
+    patches = F.unfold(tap.input_of("two.conv2"), kernel, padding=kernel // 2).transpose(1, 2).flatten(0, 1)
+    outputs = unit.bn2(unit.conv2(tap.input_of("two.conv2"))).detach().movedim(1, -1).flatten(0, -2)
+    expected = greedy_scores(patches, outputs, unit_slots(4, kernel**2)) / energy(tap.input_of("two"), 1)
+    assert_same(exact_scores(model, structure, batch)["two.conv1"], expected)
 
 
-def test_places_within_the_parts_of_a_grouped_convolution(undamped):
+def test_places_within_the_parts_of_a_grouped_convolution(no_damping):
     batch = torch.randn(12, 3, 6, 6)
 
     class Grouped(nn.Module):
@@ -222,38 +222,39 @@ def test_places_within_the_parts_of_a_grouped_convolution(undamped):
     model, structure = build(Grouped, batch[:2])
     tap = Tap(model, batch)
     (group,) = (group for group in structure.groups if ("mix.weight", 1) in group.members)
-    read = tap.given("mix").unflatten(1, (2, 4))
+    read = tap.input_of("mix").unflatten(1, (2, 4))
     parts = [F.unfold(read[:, part], 3, stride=2).transpose(1, 2).flatten(0, 1) for part in range(2)]
-    made = tap.made("mix").movedim(1, -1).flatten(0, -2).unflatten(1, (2, 3))
-    found = exactly(model, structure, batch)[group.name]
+    made = tap.output_of("mix").movedim(1, -1).flatten(0, -2).unflatten(1, (2, 3))
+    found = exact_scores(model, structure, batch)[group.name]
     first = int(found.argmin())
     costs = [
-        sum(lost_after_refit(parts[p], made[:, p], list(range(9 * u, 9 * u + 9))) for p in range(2)) / 2
-        for u in range(4)
+        sum(refit_error(parts[p], made[:, p], list(range(9 * u, 9 * u + 9))) for p in range(2)) / 2 for u in range(4)
     ]
-    costs = torch.stack(costs) / energy(tap.made("mix"), 1)
+    costs = torch.stack(costs) / energy(tap.output_of("mix"), 1)
     assert first == int(costs.argmin())
-    same(found[first], costs[first])
+    assert_same(found[first], costs[first])
 
 
-def test_heads(undamped):
+def test_heads(no_damping):
     batch = torch.randn(40, 6, 4)
     make = lambda: nets.Encoder(4, 8, nets.PreNorm(8, nets.FusedAttention(8, 3, 4), nets.FeedForward(8, 10)))  # noqa: E731
     model, structure = build(make, batch[:2])
     tap = Tap(model, batch)
     path = "blocks.0.attn.proj"
-    rows, outputs = tap.given(path).flatten(0, 1), tap.made(path).flatten(0, 1)
-    expected = greedily(rows, outputs, one_by_one(3, 4)) / energy(tap.given("blocks.0.norm1"), -1)
-    found = exactly(model, structure, batch)["blocks.0.attn.qkv:heads"]
-    same(found, expected, rtol=1e-3)
+    rows, outputs = tap.input_of(path).flatten(0, 1), tap.output_of(path).flatten(0, 1)
+    expected = greedy_scores(rows, outputs, unit_slots(3, 4)) / energy(tap.input_of("blocks.0.norm1"), -1)
+    found = exact_scores(model, structure, batch)["blocks.0.attn.qkv:heads"]
+    assert_same(found, expected, rtol=1e-3)
 
 
-def test_a_channel_flattened_into_many_features(undamped):
+def test_a_channel_flattened_into_many_features(no_damping):
     batch = torch.randn(200, 3, 6, 6)
     model, structure = build(Convs, batch[:2])
     tap = Tap(model, batch)
-    expected = greedily(tap.given("head"), tap.made("head"), one_by_one(4, 4)) / energy(tap.made("head"), -1)
-    same(exactly(model, structure, batch)["last"], expected)
+    expected = greedy_scores(tap.input_of("head"), tap.output_of("head"), unit_slots(4, 4)) / energy(
+        tap.output_of("head"), -1
+    )
+    assert_same(exact_scores(model, structure, batch)["last"], expected)
 
 
 class Chain(nn.Module):
@@ -274,7 +275,7 @@ def test_a_unit_that_the_others_make_up_goes_first_and_costs_nothing():
         model.one.weight[3:5, 3:] = torch.tensor([[1.0], [1.0]])  # twins; the second moments are singular
         model.one.weight[5] = 0  # and one that is constant
         model.two.weight.fill_(1.0)
-    found = measured(model, structure, batch, criterion="innovation").units["one"]
+    found = measure_batches(model, structure, batch, criterion="innovation").units["one"]
     assert int(found.argmin()) == 5
     assert set(found.argsort()[1:2].tolist()) <= {3, 4}
     assert float(found[found.argsort()[1]]) < 1e-2 * float(found.max())  # no more than the ridge
@@ -286,14 +287,14 @@ def test_nothing_at_all_to_read_costs_nothing():
     model, structure = build(Chain, batch[:2])
     with torch.no_grad():
         model.one.weight.zero_()
-    found = measured(model, structure, batch, criterion="innovation").units["one"]
+    found = measure_batches(model, structure, batch, criterion="innovation").units["one"]
     assert_close(found, torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_fewer_rows_than_columns():
     batch = torch.randn(3, 4)
     model, structure = build(Mlp, batch[:2])
-    for scores in measured(model, structure, batch, criterion="innovation").units.values():
+    for scores in measure_batches(model, structure, batch, criterion="innovation").units.values():
         assert bool((scores.isfinite() & (scores >= 0)).all())
 
 
@@ -303,13 +304,13 @@ def test_a_wide_group_goes_several_at_a_time_and_its_scores_only_grow(monkeypatc
     seen = []
     remove = innovation.System.remove
 
-    def noted(self, gone):
+    def note(self, gone):
         seen.append(self.units[gone].tolist())
         remove(self, gone)
 
-    monkeypatch.setattr(innovation.System, "remove", noted)
+    monkeypatch.setattr(innovation.System, "remove", note)
     monkeypatch.setattr("idap.linalg.elimination.STEPS", 4)
-    scores = measured(model, structure, batch, criterion="innovation").units["fc1"]
+    scores = measure_batches(model, structure, batch, criterion="innovation").units["fc1"]
     steps = [units for units in seen if set(units) <= set(range(10))]
     assert max(map(len, steps)) == 2
     assert bool((scores >= 0).all())
@@ -321,15 +322,15 @@ def test_scores_grow_along_the_order(monkeypatch):
     model, structure = build(Convs, batch[:2])
     orders, eliminate = [], innovation.eliminate
 
-    def noted(systems, size):
+    def note(systems, size):
         order, remove = [], systems[0].remove
         systems[0].remove = lambda gone: (order.extend(systems[0].units[gone].tolist()), remove(gone))
         scores = eliminate(systems, size)
         orders.append((order, scores))
         return scores
 
-    monkeypatch.setattr(innovation, "eliminate", noted)
-    found = measured(model, structure, batch, criterion="innovation").units
+    monkeypatch.setattr(innovation, "eliminate", note)
+    found = measure_batches(model, structure, batch, criterion="innovation").units
     assert len(orders) == len(found) == 4
     for order, scores in orders:
         along = scores[order]
@@ -379,8 +380,8 @@ def test_a_cut_model_is_measured_as_if_it_had_been_built_small(make, keep, remov
     if not keep:  # of every group one unit goes
         keep = {group.name: tuple(range(1, group.size)) for group in structure.groups}
     small = apply_plan(model, structure.plan(keep, removed))
-    found = measured(small, structure, batch, criterion=criterion, keep=keep, removed=removed)
-    fresh = measured(small, analyze(trace(small, (batch[:2],))), batch, criterion=criterion)
+    found = measure_batches(small, structure, batch, criterion=criterion, keep=keep, removed=removed)
+    fresh = measure_batches(small, analyze(trace(small, (batch[:2],))), batch, criterion=criterion)
     assert found.units
     for name, scores in found.units.items():
         kept = scores[list(keep.get(name, range(len(scores))))]
@@ -396,8 +397,10 @@ def test_what_is_not_finite_is_found():
     batch = torch.randn(30, 4)
     model, structure = build(Mlp, batch[:2])
     batch[3] = float("nan")
-    with pytest.raises(StructureError, match=r"^what aten\..+ in module '.+' \(.+\) reads is not finite; look for NaN"):
-        measured(model, structure, batch, criterion="innovation")
+    with pytest.raises(
+        StructureError, match=r"^the input of aten\..+ in module '.+' \(.+\) is not finite; look for NaN"
+    ):
+        measure_batches(model, structure, batch, criterion="innovation")
 
 
 def test_blocks_are_all_innovation():

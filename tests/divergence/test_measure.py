@@ -24,7 +24,7 @@ from idap.structure.analysis import analyze
 from idap.structure.blocks import Block
 from idap.surgery.apply import apply_plan
 from tests import nets
-from tests.divergence.parts import Convs, Mlp, Tap, Unit, build, energy, lost, measured, one_by_one
+from tests.divergence.parts import Convs, Mlp, Tap, Unit, build, energy, lost_energy, measure_batches, unit_slots
 
 CRITERIA = pytest.mark.parametrize("criterion", ["relative", "paper"])
 IMAGES = torch.randn(9, 3, 6, 6, generator=torch.Generator().manual_seed(3))
@@ -56,7 +56,7 @@ NETS = {"convs": (Convs, IMAGES), "transformer": (transformer, TOKENS), "mlp": (
 EVERY_NET = pytest.mark.parametrize("net", NETS)
 
 
-def same(found, expected, rtol=1e-5):
+def assert_same(found, expected, rtol=1e-5):
     assert found.units.keys() == expected.units.keys()
     for name, scores in expected.units.items():
         assert_close(found.units[name], scores, rtol=rtol, atol=0, equal_nan=True)
@@ -68,8 +68,8 @@ def same(found, expected, rtol=1e-5):
 def test_batches_of_any_size_add_up_to_one_large_one(net, criterion):
     make, batch = NETS[net]
     model, structure = build(make, batch[:2])
-    whole = measured(model, structure, batch, criterion=criterion)
-    same(measured(model, structure, *batch.split([1, 5, 3]), criterion=criterion), whole)
+    whole = measure_batches(model, structure, batch, criterion=criterion)
+    assert_same(measure_batches(model, structure, *batch.split([1, 5, 3]), criterion=criterion), whole)
     assert whole.criterion == criterion
     assert whole.unmeasured == ()
     assert set(whole.units) == {group.name for group in structure.groups}
@@ -97,7 +97,10 @@ def test_passes_may_be_a_generator(net, criterion):
     make, batch = NETS[net]
     model, structure = build(make, batch[:2])
     lazily = (Pass(lambda m, part=part: m(part)) for part in batch.split(3))
-    same(measure(model, structure, lazily, criterion=criterion), measured(model, structure, batch, criterion=criterion))
+    assert_same(
+        measure(model, structure, lazily, criterion=criterion),
+        measure_batches(model, structure, batch, criterion=criterion),
+    )
 
 
 PLANS = {
@@ -123,8 +126,8 @@ def test_a_cut_model_is_measured_as_if_it_had_been_built_small(net, keep, remove
     make, batch = NETS[net]
     model, structure = build(make, batch[:2])
     small = apply_plan(model, structure.plan(keep, removed))
-    found = measured(small, structure, batch, criterion=criterion, keep=keep, removed=removed)
-    fresh = measured(small, analyze(trace(small, (batch[:2],))), batch, criterion=criterion)
+    found = measure_batches(small, structure, batch, criterion=criterion, keep=keep, removed=removed)
+    fresh = measure_batches(small, analyze(trace(small, (batch[:2],))), batch, criterion=criterion)
     assert found.units.keys() == fresh.units.keys()
     for name, scores in found.units.items():
         kept = list(keep.get(name, range(len(scores))))
@@ -155,9 +158,9 @@ def test_all_blocks_but_one_can_go_in_any_order():
     for left in range(4):
         removed = tuple(f"units.{place}" for place in range(4) if place != left)
         small = apply_plan(model, structure.plan({}, removed))
-        found = measured(small, structure, IMAGES, removed=removed)
+        found = measure_batches(small, structure, IMAGES, removed=removed)
         alone = nn.Sequential(model.stem, copy.deepcopy(model.units[left]), model.head).eval()
-        expected = measured(alone, analyze(trace(alone, (IMAGES[:2],))), IMAGES)
+        expected = measure_batches(alone, analyze(trace(alone, (IMAGES[:2],))), IMAGES)
         assert found.blocks == {f"units.{left}": pytest.approx(expected.blocks["1"])}
         assert_close(found.units[f"units.{left}.conv1"], expected.units["1.conv1"])
         assert_close(found.units["stem"], expected.units["0"])
@@ -207,17 +210,17 @@ def test_working_in_place_makes_no_difference(criterion):
     careful, plain = build(lambda: InPlace(careful=True), batch[:2])
     with torch.no_grad():
         assert_close(hasty(batch), careful(batch))
-    found = measured(hasty, structure, batch, criterion=criterion)
-    expected = measured(careful, plain, batch, criterion=criterion)
+    found = measure_batches(hasty, structure, batch, criterion=criterion)
+    expected = measure_batches(careful, plain, batch, criterion=criterion)
     assert found.blocks.keys() >= {"fc1…fc2", "block.one", "block.two"}
     # The block as a whole overwrites the stream it is given, so it can't be bypassed and is no candidate.
-    same(found, dataclasses.replace(expected, blocks={name: expected.blocks[name] for name in found.blocks}))
+    assert_same(found, dataclasses.replace(expected, blocks={name: expected.blocks[name] for name in found.blocks}))
 
 
-def fused(x, one, two):
+def fused_layers(x, one, two):
     """A function that torch.overrides sees as one call, as many of torch.nn.functional are."""
     if torch.overrides.has_torch_function((x, one, two)):
-        return torch.overrides.handle_torch_function(fused, (x, one, two), x, one, two)
+        return torch.overrides.handle_torch_function(fused_layers, (x, one, two), x, one, two)
     return F.linear(F.relu(F.linear(x, one)), two)
 
 
@@ -229,26 +232,26 @@ class Opaque(nn.Module):
 
     def forward(self, x):
         x = self.stem(x)
-        return self.head(x + fused(x, self.one, self.two))
+        return self.head(x + fused_layers(x, self.one, self.two))
 
 
 @CRITERIA
 def test_what_an_opaque_call_hides_is_reported_and_not_guessed(criterion):
     model, structure = build(Opaque, TOKENS[:2])
     assert [group.name for group in structure.groups] == ["stem", "one"]
-    found = measured(model, structure, TOKENS, criterion=criterion)
+    found = measure_batches(model, structure, TOKENS, criterion=criterion)
     assert found.unmeasured == ("one",)
     tap = Tap(model, TOKENS)
-    through = lost(tap.model.head, tap.given("head"), one_by_one(8), -1) / energy(tap.made("head"), -1)
+    through = lost_energy(tap.model.head, tap.input_of("head"), unit_slots(8), -1) / energy(tap.output_of("head"), -1)
     if criterion == "relative":  # by the one reader that can be seen
         assert_close(found.units["stem"], through, rtol=2e-5, atol=0)
     assert set(found.units) == {"stem"}
 
 
-def added(x, module):
+def add_module(x, module):
     """The same with a module inside, and the addition behind it."""
     if torch.overrides.has_torch_function((x,)):
-        return torch.overrides.handle_torch_function(added, (x,), x, module)
+        return torch.overrides.handle_torch_function(add_module, (x,), x, module)
     return x + module(x)
 
 
@@ -258,7 +261,7 @@ class OpaqueBranch(nn.Module):
         self.stem, self.inner, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.head(added(self.stem(x), self.inner))
+        return self.head(add_module(self.stem(x), self.inner))
 
 
 @CRITERIA
@@ -270,7 +273,7 @@ def test_a_branch_that_an_opaque_call_hides_is_reported_and_has_no_score(criteri
         Block("as branch", "branch", entry, addition.name, addition.name, inner, frozenset([inner]), {"inner": "zero"}),
         Block("as block", "block", entry, inner, "", "", frozenset([inner]), {"inner": "identity"}),
     ]
-    found = measured(model, dataclasses.replace(structure, blocks=tuple(hidden)), TOKENS, criterion=criterion)
+    found = measure_batches(model, dataclasses.replace(structure, blocks=tuple(hidden)), TOKENS, criterion=criterion)
     assert found.blocks == {}
     assert {"as branch", "as block"} <= set(found.unmeasured)
 
@@ -294,16 +297,16 @@ def test_units_that_no_weight_reads_have_no_relative_divergence():
     model, structure = build(Wide, TOKENS[:2])
     names = {group.name for group in structure.groups}
     (narrow,) = (group.name for group in structure.groups if group.size == 3)
-    found = measured(model, structure, TOKENS)
+    found = measure_batches(model, structure, TOKENS)
     assert found.unmeasured == (narrow,)
     assert set(found.units) == names - {narrow}
-    assert measured(model, structure, TOKENS, criterion="paper").unmeasured == ()
+    assert measure_batches(model, structure, TOKENS, criterion="paper").unmeasured == ()
 
 
 @CRITERIA
 def test_torchs_own_encoder(criterion):
     model, structure = build(nets.TorchEncoder, TOKENS[:2])
-    found = measured(model, structure, TOKENS, criterion=criterion)
+    found = measure_batches(model, structure, TOKENS, criterion=criterion)
     assert found.unmeasured == ()
     assert all(scores.min() >= 0 and scores.max() < 10 for scores in found.units.values())
     assert all(0 < score < 10 for score in found.blocks.values())
@@ -358,7 +361,7 @@ def test_the_model_is_left_as_it_was(net, criterion):
     make, batch = NETS[net]
     model, structure = used_model(make, batch)
     before = traces_of(model)
-    measured(model, structure, batch, criterion=criterion)
+    measure_batches(model, structure, batch, criterion=criterion)
     assert_untouched(model, before)
 
 
@@ -367,8 +370,8 @@ def test_the_model_is_left_as_it_was(net, criterion):
 def test_modes_of_training_do_not_matter(net, criterion):
     make, batch = NETS[net]
     model, structure = build(make, batch[:2])
-    expected = measured(model, structure, batch, criterion=criterion)
-    same(measured(model.train(), structure, batch, criterion=criterion), expected)
+    expected = measure_batches(model, structure, batch, criterion=criterion)
+    assert_same(measure_batches(model.train(), structure, batch, criterion=criterion), expected)
 
 
 def test_passes_run_in_eval_mode_without_gradients():
@@ -395,10 +398,10 @@ def test_nothing_stays_behind_after_an_error_in_the_forward_pass(net):
     last.forward = fail
     before = traces_of(model)
     with pytest.raises(RuntimeError, match="on purpose"):
-        measured(model, structure, batch)
+        measure_batches(model, structure, batch)
     assert_untouched(model, before)
     del last.forward
-    assert measured(model, structure, batch).unmeasured == ()
+    assert measure_batches(model, structure, batch).unmeasured == ()
 
 
 @pytest.mark.parametrize("criterion", ["relative", "paper"])
@@ -408,7 +411,7 @@ def test_nothing_stays_behind_after_an_error_in_a_probe(criterion, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("idap.divergence.watch.ChannelStats.add", fail)
         with pytest.raises(RuntimeError, match="on purpose"):
-            measured(model, structure, IMAGES, criterion=criterion)
+            measure_batches(model, structure, IMAGES, criterion=criterion)
     assert_untouched(model, before)
 
 
@@ -453,21 +456,21 @@ def test_no_activation_outlives_its_batch(net, criterion):
 def test_an_unknown_criterion():
     model, structure = build(Mlp, TOKENS[:2])
     with pytest.raises(ConfigError, match=r"^there is no criterion 'largest'; there are relative, fluctuation, "):
-        measured(model, structure, TOKENS, criterion="largest")
+        measure_batches(model, structure, TOKENS, criterion="largest")
 
 
 def test_no_calibration_batch():
     model, structure = build(Mlp, TOKENS[:2])
-    with pytest.raises(TaskError, match=r"^there is no calibration batch; divergence is measured on at least one\.$"):
-        measured(model, structure)
+    with pytest.raises(TaskError, match=r"^there is no calibration batch; the divergence needs at least one\.$"):
+        measure_batches(model, structure)
 
 
 def test_unknown_names_in_the_plan():
     model, structure = build(Mlp, TOKENS[:2])
     with pytest.raises(StructureError, match=r"there is no group named 'fc9'"):
-        measured(model, structure, TOKENS, keep={"fc9": (0,)})
+        measure_batches(model, structure, TOKENS, keep={"fc9": (0,)})
     with pytest.raises(StructureError, match=r"there is no block or branch named 'fc9'"):
-        measured(model, structure, TOKENS, removed=("fc9",))
+        measure_batches(model, structure, TOKENS, removed=("fc9",))
 
 
 def test_a_forward_pass_that_takes_another_way_is_noticed():
@@ -484,10 +487,10 @@ def test_a_forward_pass_that_takes_another_way_is_noticed():
     with pytest.raises(
         StructureError,
         match=r"^call \d of '\w+' in module '.+' was seen when the model was traced but not now: its forward takes "
-        r"another way on this data\. Trace it on inputs like the calibration data\.$",
+        r"another path on this data\. Trace it on inputs like the calibration data\.$",
     ):
-        measured(model, structure, torch.randn(5, 4))
-    assert set(measured(model, structure, torch.randn(3, 4)).units) == {"one", "two"}
+        measure_batches(model, structure, torch.randn(5, 4))
+    assert set(measure_batches(model, structure, torch.randn(3, 4)).units) == {"one", "two"}
 
 
 def test_a_call_that_makes_several_operators_tells_no_tensor_apart():

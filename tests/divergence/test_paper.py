@@ -7,14 +7,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests import nets
-from tests.divergence.parts import Convs, Mlp, Tap, build, measured
+from tests.divergence.parts import Convs, Mlp, Tap, build, measure_batches
 
 
-def same(found, expected):
+def assert_same(found, expected):
     assert_close(found, torch.as_tensor(expected, dtype=torch.float64), rtol=2e-5, atol=0)
 
 
-def slowly(activation, weight):
+def scores_by_loop(activation, weight):
     """D7 with loops: the mean norm of a unit's activation, times the norm of its weights, over channels and places."""
     scores = []
     for unit in range(activation.shape[1]):
@@ -27,29 +27,32 @@ def test_filters_behind_norm_and_activation():
     batch = torch.randn(5, 3, 6, 6)
     model, structure = build(Convs, batch[:2])
     tap = Tap(model, batch)
-    found = measured(model, structure, batch, criterion="paper").units
+    found = measure_batches(model, structure, batch, criterion="paper").units
     for path in ("one", "two"):
-        same(found[f"{path}.conv1"], slowly(tap.given(f"{path}.conv2"), tap.model.get_submodule(path).conv1.weight))
-    same(found["last"], slowly(F.relu(tap.made("last")), tap.model.last.weight))
+        assert_same(
+            found[f"{path}.conv1"],
+            scores_by_loop(tap.input_of(f"{path}.conv2"), tap.model.get_submodule(path).conv1.weight),
+        )
+    assert_same(found["last"], scores_by_loop(F.relu(tap.output_of("last")), tap.model.last.weight))
 
 
 def test_filters_that_are_coupled_add_up():
     batch = torch.randn(5, 3, 6, 6)
     model, structure = build(Convs, batch[:2])
     tap = Tap(model, batch)
-    stream = slowly(tap.given("one"), tap.model.stem.weight)
+    stream = scores_by_loop(tap.input_of("one"), tap.model.stem.weight)
     for path in ("one", "two"):
-        stream += slowly(tap.made(f"{path}.bn2"), tap.model.get_submodule(path).conv2.weight)
-    same(measured(model, structure, batch, criterion="paper").units["stem"], stream)
+        stream += scores_by_loop(tap.output_of(f"{path}.bn2"), tap.model.get_submodule(path).conv2.weight)
+    assert_same(measure_batches(model, structure, batch, criterion="paper").units["stem"], stream)
 
 
 def test_neurons():
     batch = torch.randn(7, 4)
     model, structure = build(Mlp, batch[:2])
     tap = Tap(model, batch)
-    same(
-        measured(model, structure, batch, criterion="paper").units["fc1"],
-        slowly(tap.given("fc2"), tap.model.fc1.weight),
+    assert_same(
+        measure_batches(model, structure, batch, criterion="paper").units["fc1"],
+        scores_by_loop(tap.input_of("fc2"), tap.model.fc1.weight),
     )
 
 
@@ -57,9 +60,9 @@ def test_tokens_are_places():
     batch = torch.randn(7, 5, 4)
     model, structure = build(Mlp, batch[:2])
     tap = Tap(model, batch)
-    same(
-        measured(model, structure, batch, criterion="paper").units["fc1"],
-        slowly(tap.given("fc2").transpose(1, 2), tap.model.fc1.weight),
+    assert_same(
+        measure_batches(model, structure, batch, criterion="paper").units["fc1"],
+        scores_by_loop(tap.input_of("fc2").transpose(1, 2), tap.model.fc1.weight),
     )
 
 
@@ -67,8 +70,8 @@ def test_a_norm_over_all_channels_belongs_to_the_activation():
     batch = torch.randn(5, 3, 8, 8)
     model, structure = build(nets.GroupNormNet, batch[:2])
     tap = Tap(model, batch)
-    found = measured(model, structure, batch, criterion="paper").units["conv2"]
-    same(found, slowly(F.silu(tap.made("norm2")), tap.model.conv2.weight))
+    found = measure_batches(model, structure, batch, criterion="paper").units["conv2"]
+    assert_same(found, scores_by_loop(F.silu(tap.output_of("norm2")), tap.model.conv2.weight))
 
 
 def test_pictures_of_several_sizes_are_each_divided_by_their_own():
@@ -83,12 +86,12 @@ def test_pictures_of_several_sizes_are_each_divided_by_their_own():
             return self.two(F.relu(self.one(x))).mean((2, 3))
 
     model, structure = build(Plain, small[:2])
-    both = measured(model, structure, small, large, criterion="paper").units["one"]
-    alone = [measured(model, structure, batch, criterion="paper").units["one"] for batch in (small, large)]
-    same(both, torch.stack(alone).mean(0))
+    both = measure_batches(model, structure, small, large, criterion="paper").units["one"]
+    alone = [measure_batches(model, structure, batch, criterion="paper").units["one"] for batch in (small, large)]
+    assert_same(both, torch.stack(alone).mean(0))
 
 
-def heads_slowly(read, heads, *projections):
+def head_scores_by_loop(read, heads, *projections):
     """D4 with loops; `read` holds what the output projection reads, (B, tokens, heads x width)."""
     width = read.shape[-1] // heads
     scores = []
@@ -124,17 +127,17 @@ def test_heads():
     model, structure = build(lambda: attention_net(nets.WrittenAttention(8, 3, 4)), batch[:2])
     tap = Tap(model, batch)
     attn = tap.model.blocks[0].attn
-    expected = heads_slowly(
-        tap.given("blocks.0.attn.out_proj"), 3, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight
+    expected = head_scores_by_loop(
+        tap.input_of("blocks.0.attn.out_proj"), 3, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight
     )
-    same(measured(model, structure, batch, criterion="paper").units[heads_in(structure)], expected)
+    assert_same(measure_batches(model, structure, batch, criterion="paper").units[heads_in(structure)], expected)
 
 
 @pytest.mark.parametrize("fused", [nets.FusedAttention, Interleaved])
 def test_heads_score_the_same_however_their_projections_are_stored(fused):
     batch = torch.randn(3, 6, 4)
     apart, structure = build(lambda: attention_net(nets.WrittenAttention(8, 3, 4)), batch[:2])
-    expected = measured(apart, structure, batch, criterion="paper").units[heads_in(structure)]
+    expected = measure_batches(apart, structure, batch, criterion="paper").units[heads_in(structure)]
     state = apart.state_dict()
     for kind in ("weight", "bias"):
         parts = torch.stack([state.pop(f"blocks.0.attn.{name}_proj.{kind}") for name in "qkv"])  # (3, 12, ...)
@@ -145,7 +148,7 @@ def test_heads_score_the_same_however_their_projections_are_stored(fused):
     together.load_state_dict(state)
     with torch.no_grad():
         assert_close(together(batch), apart(batch))
-    same(measured(together, structure, batch, criterion="paper").units[heads_in(structure)], expected)
+    assert_same(measure_batches(together, structure, batch, criterion="paper").units[heads_in(structure)], expected)
 
 
 def test_a_class_token_alone_is_one_place():
@@ -164,8 +167,8 @@ def test_a_class_token_alone_is_one_place():
     model, structure = build(Pooled, batch[:2])
     tap = Tap(model, batch)
     weights = tap.model.attn.qkv.weight.chunk(3)
-    expected = heads_slowly(tap.given("attn.proj")[:, None], 2, *weights)
-    same(measured(model, structure, batch, criterion="paper").units[heads_in(structure)], expected)
+    expected = head_scores_by_loop(tap.input_of("attn.proj")[:, None], 2, *weights)
+    assert_same(measure_batches(model, structure, batch, criterion="paper").units[heads_in(structure)], expected)
 
 
 def test_branches_by_d6_and_blocks_by_d1b():
@@ -174,15 +177,15 @@ def test_branches_by_d6_and_blocks_by_d1b():
         lambda: nets.Encoder(4, 8, nets.PreNorm(8, nets.FusedAttention(8, 3, 4), nets.FeedForward(8, 10))), batch[:2]
     )
     tap = Tap(model, batch)
-    found = measured(model, structure, batch, criterion="paper").blocks
+    found = measure_batches(model, structure, batch, criterion="paper").blocks
 
     def ratio(change, stream):
         return float(sum(c.norm() / (s.norm() + 1e-6) for c, s in zip(change, stream, strict=True)) / len(stream))
 
-    start, middle, end = tap.given("blocks.0"), tap.given("blocks.0.norm2"), tap.made("blocks.0")
+    start, middle, end = tap.input_of("blocks.0"), tap.input_of("blocks.0.norm2"), tap.output_of("blocks.0")
     expected = {
-        "blocks.0.norm1…attn": ratio(tap.made("blocks.0.attn"), start),
-        "blocks.0.norm2…mlp": ratio(tap.made("blocks.0.mlp"), middle),
+        "blocks.0.norm1…attn": ratio(tap.output_of("blocks.0.attn"), start),
+        "blocks.0.norm2…mlp": ratio(tap.output_of("blocks.0.mlp"), middle),
         "blocks.0": ratio(end - start, start),
     }
     assert found == pytest.approx(expected, rel=2e-5)

@@ -7,10 +7,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests import nets
-from tests.divergence.parts import Convs, Mlp, Tap, build, energy, lost, measured, one_by_one
+from tests.divergence.parts import Convs, Mlp, Tap, build, energy, lost_energy, measure_batches, unit_slots
 
 
-def same(found, expected):
+def assert_same(found, expected):
     assert_close(found, torch.as_tensor(expected, dtype=torch.float64), rtol=2e-5, atol=0)
 
 
@@ -18,16 +18,16 @@ def test_neurons_of_a_branch_are_measured_against_the_stream():
     batch = torch.randn(16, 4)
     model, structure = build(Mlp, batch[:2])
     tap = Tap(model, batch)
-    expected = lost(tap.model.fc2, tap.given("fc2"), one_by_one(10), -1) / energy(tap.made("stem"), -1)
-    same(measured(model, structure, batch).units["fc1"], expected)
+    expected = lost_energy(tap.model.fc2, tap.input_of("fc2"), unit_slots(10), -1) / energy(tap.output_of("stem"), -1)
+    assert_same(measure_batches(model, structure, batch).units["fc1"], expected)
 
 
 def test_tokens_are_positions():
     batch = torch.randn(6, 5, 4)
     model, structure = build(Mlp, batch[:2])
     tap = Tap(model, batch)
-    expected = lost(tap.model.fc2, tap.given("fc2"), one_by_one(10), -1) / energy(tap.made("stem"), -1)
-    same(measured(model, structure, batch).units["fc1"], expected)
+    expected = lost_energy(tap.model.fc2, tap.input_of("fc2"), unit_slots(10), -1) / energy(tap.output_of("stem"), -1)
+    assert_same(measure_batches(model, structure, batch).units["fc1"], expected)
 
 
 def test_where_there_is_no_stream_the_readers_own_output_counts_and_readers_are_averaged():
@@ -35,10 +35,10 @@ def test_where_there_is_no_stream_the_readers_own_output_counts_and_readers_are_
     model, structure = build(Mlp, batch[:2])
     tap = Tap(model, batch)
     through = [
-        lost(getattr(tap.model, name), tap.given(name), one_by_one(8), -1) / energy(tap.made(name), -1)
+        lost_energy(getattr(tap.model, name), tap.input_of(name), unit_slots(8), -1) / energy(tap.output_of(name), -1)
         for name in ("fc1", "head")
     ]
-    same(measured(model, structure, batch).units["stem"], torch.stack(through).mean(0))
+    assert_same(measure_batches(model, structure, batch).units["stem"], torch.stack(through).mean(0))
 
 
 @pytest.mark.parametrize("attention", [nets.FusedAttention, nets.WrittenAttention])
@@ -49,13 +49,13 @@ def test_heads_exactly(attention):
     tap = Tap(model, batch)
     heads = [group.name for group in structure.groups if group.kind == "heads"]
     assert len(heads) == 2
-    found = measured(model, structure, batch)
+    found = measure_batches(model, structure, batch)
     for number, name in enumerate(heads):
         last = "proj" if attention is nets.FusedAttention else "out_proj"
         path = f"blocks.{number}.attn.{last}"
         read = tap.model.get_submodule(path)
-        stream = tap.given(f"blocks.{number}.norm1")
-        same(found.units[name], lost(read, tap.given(path), one_by_one(3, 4), -1) / energy(stream, -1))
+        stream = tap.input_of(f"blocks.{number}.norm1")
+        assert_same(found.units[name], lost_energy(read, tap.input_of(path), unit_slots(3, 4), -1) / energy(stream, -1))
 
 
 def test_heads_add_up_to_their_branch_where_they_do_not_overlap():
@@ -67,7 +67,7 @@ def test_heads_add_up_to_their_branch_where_they_do_not_overlap():
         proj = model.blocks[0].attn.proj
         proj.weight.copy_(torch.block_diag(*proj.weight.reshape(2, 4, 2, 4).diagonal(dim1=0, dim2=2).permute(2, 0, 1)))
         proj.bias.zero_()
-    found = measured(model, structure, batch)
+    found = measure_batches(model, structure, batch)
     (heads,) = (found.units[group.name].sum() for group in structure.groups if group.kind == "heads")
     assert_close(float(heads), found.blocks["blocks.0.norm1…attn"], rtol=2e-5, atol=0)
 
@@ -76,11 +76,13 @@ def test_pointwise_convolution_exactly_with_its_norm_folded_in():
     batch = torch.randn(5, 3, 6, 6)
     model, structure = build(lambda: Convs(kernel=1), batch[:2])
     tap = Tap(model, batch)
-    found = measured(model, structure, batch)
+    found = measure_batches(model, structure, batch)
     for path, size in (("one", 5), ("two", 4)):
         unit = tap.model.get_submodule(path)
-        through = lost(lambda x, unit=unit: unit.bn2(unit.conv2(x)), tap.given(f"{path}.conv2"), one_by_one(size), 1)
-        same(found.units[f"{path}.conv1"], through / energy(tap.given(path), 1))
+        through = lost_energy(
+            lambda x, unit=unit: unit.bn2(unit.conv2(x)), tap.input_of(f"{path}.conv2"), unit_slots(size), 1
+        )
+        assert_same(found.units[f"{path}.conv1"], through / energy(tap.input_of(path), 1))
 
 
 def test_wide_convolution_by_its_formula():
@@ -88,13 +90,13 @@ def test_wide_convolution_by_its_formula():
     batch = torch.randn(5, 3, 6, 6)
     model, structure = build(Convs, batch[:2])
     tap = Tap(model, batch)
-    found = measured(model, structure, batch)
+    found = measure_batches(model, structure, batch)
     for path in ("one", "two"):
         unit = tap.model.get_submodule(path)
         scale = unit.bn2.weight / (unit.bn2.running_var + unit.bn2.eps).sqrt()
         weights = (unit.conv2.weight * scale[:, None, None, None]).square().sum((0, 2, 3)).detach()
-        expected = weights * tap.given(f"{path}.conv2").square().mean((0, 2, 3)) / energy(tap.given(path), 1)
-        same(found.units[f"{path}.conv1"], expected)
+        expected = weights * tap.input_of(f"{path}.conv2").square().mean((0, 2, 3)) / energy(tap.input_of(path), 1)
+        assert_same(found.units[f"{path}.conv1"], expected)
 
 
 def test_strided_and_grouped_convolutions_by_their_formula():
@@ -111,20 +113,22 @@ def test_strided_and_grouped_convolutions_by_their_formula():
     batch = torch.randn(5, 3, 7, 7)
     model, structure = build(Grouped, batch[:2])
     tap = Tap(model, batch)
-    found = measured(model, structure, batch)
+    found = measure_batches(model, structure, batch)
     group = next(group for group in structure.groups if ("mix.weight", 1) in group.members)
     assert group.size == 2  # a place in each of the four parts
     weight = tap.model.mix.weight.detach().reshape(4, 3, 2, 9).square().sum((1, 3))  # (parts, places)
-    moment = tap.given("mix").square().mean((0, 2, 3)).reshape(4, 2)
-    same(found.units[group.name], (weight * moment).sum(0) / energy(tap.made("mix"), 1))
+    moment = tap.input_of("mix").square().mean((0, 2, 3)).reshape(4, 2)
+    assert_same(found.units[group.name], (weight * moment).sum(0) / energy(tap.output_of("mix"), 1))
 
 
 def test_a_channel_flattened_into_many_features_counts_as_one_unit():
     batch = torch.randn(5, 3, 6, 6)
     model, structure = build(Convs, batch[:2])
     tap = Tap(model, batch)
-    expected = lost(tap.model.head, tap.given("head"), one_by_one(4, 4), -1) / energy(tap.made("head"), -1)
-    same(measured(model, structure, batch).units["last"], expected)
+    expected = lost_energy(tap.model.head, tap.input_of("head"), unit_slots(4, 4), -1) / energy(
+        tap.output_of("head"), -1
+    )
+    assert_same(measure_batches(model, structure, batch).units["last"], expected)
 
 
 class ConvAttention(nn.Module):
@@ -152,8 +156,10 @@ def test_heads_that_a_convolution_reads_and_factors_behind_it():
     model, structure = build(ConvAttention, batch[:2])
     tap = Tap(model, batch)
     (name,) = (group.name for group in structure.groups if group.kind == "heads")
-    through = lost(lambda x: 0.5 * tap.model.gamma * tap.model.proj(x), tap.given("proj"), one_by_one(2, 4), 1)
-    same(measured(model, structure, batch).units[name], through / energy(tap.made("stem"), 1))
+    through = lost_energy(
+        lambda x: 0.5 * tap.model.gamma * tap.model.proj(x), tap.input_of("proj"), unit_slots(2, 4), 1
+    )
+    assert_same(measure_batches(model, structure, batch).units[name], through / energy(tap.output_of("stem"), 1))
 
 
 def test_layer_scale_is_folded_in():
@@ -162,11 +168,13 @@ def test_layer_scale_is_folded_in():
         lambda: nets.Encoder(4, 8, nets.LayerScale(8, nets.FusedAttention(8, 3, 4), nets.FeedForward(8, 10))), batch[:2]
     )
     tap = Tap(model, batch)
-    found = measured(model, structure, batch)
+    found = measure_batches(model, structure, batch)
     block = tap.model.blocks[0]
-    middle = tap.given("blocks.0.norm2")
-    through = lost(lambda x: block.gamma2 * block.mlp.fc2(x), tap.given("blocks.0.mlp.fc2"), one_by_one(10), -1)
-    same(found.units["blocks.0.mlp.fc1"], through / energy(middle, -1))
+    middle = tap.input_of("blocks.0.norm2")
+    through = lost_energy(
+        lambda x: block.gamma2 * block.mlp.fc2(x), tap.input_of("blocks.0.mlp.fc2"), unit_slots(10), -1
+    )
+    assert_same(found.units["blocks.0.mlp.fc1"], through / energy(middle, -1))
 
 
 def test_learned_positions_are_no_stream():
@@ -183,8 +191,8 @@ def test_learned_positions_are_no_stream():
     batch = torch.randn(3, 5, 4)
     model, structure = build(Positions, batch[:2])
     tap = Tap(model, batch)
-    expected = lost(tap.model.two, tap.given("two"), one_by_one(6), -1) / energy(tap.made("two"), -1)
-    same(measured(model, structure, batch).units["one"], expected)
+    expected = lost_energy(tap.model.two, tap.input_of("two"), unit_slots(6), -1) / energy(tap.output_of("two"), -1)
+    assert_same(measure_batches(model, structure, batch).units["one"], expected)
 
 
 def test_branches_and_blocks():
@@ -192,28 +200,28 @@ def test_branches_and_blocks():
     make = lambda: nets.PreNorm(8, nets.FusedAttention(8, 3, 4), nets.FeedForward(8, 10))  # noqa: E731
     model, structure = build(lambda: nets.Encoder(4, 8, make(), make()), batch[:2])
     tap = Tap(model, batch)
-    found = measured(model, structure, batch).blocks
+    found = measure_batches(model, structure, batch).blocks
     assert set(found) == {block.name for block in structure.blocks}
     for number in range(2):
         path = f"blocks.{number}"
-        start, middle, end = tap.given(path), tap.given(f"{path}.norm2"), tap.made(path)
+        start, middle, end = tap.input_of(path), tap.input_of(f"{path}.norm2"), tap.output_of(path)
         expected = {
-            f"{path}.norm1…attn": tap.made(f"{path}.attn").square().sum() / start.square().sum(),
-            f"{path}.norm2…mlp": tap.made(f"{path}.mlp").square().sum() / middle.square().sum(),
+            f"{path}.norm1…attn": tap.output_of(f"{path}.attn").square().sum() / start.square().sum(),
+            f"{path}.norm2…mlp": tap.output_of(f"{path}.mlp").square().sum() / middle.square().sum(),
             path: (end - start).square().sum() / start.square().sum(),
         }
         for name, value in expected.items():
-            same(torch.tensor(found[name], dtype=torch.float64), value)
+            assert_same(torch.tensor(found[name], dtype=torch.float64), value)
 
 
 def test_blocks_of_a_residual_cnn():
     batch = torch.randn(5, 3, 6, 6)
     model, structure = build(Convs, batch[:2])
     tap = Tap(model, batch)
-    found = measured(model, structure, batch).blocks
+    found = measure_batches(model, structure, batch).blocks
     assert set(found) == {"one", "two"}
     for path, value in found.items():
-        start, end = tap.given(path), tap.made(path)
+        start, end = tap.input_of(path), tap.output_of(path)
         assert_close(value, float((end - start).square().sum() / start.square().sum()), rtol=2e-5, atol=0)
 
 
@@ -230,8 +238,8 @@ def test_a_block_that_starts_at_the_models_input_is_measured():
     batch = torch.randn(7, 4)
     model, structure = build(Bare, batch[:2])
     tap = Tap(model, batch)
-    found = measured(model, structure, batch)
-    change = (tap.made("pair.0") - batch.double()).square().sum() / batch.double().square().sum()
+    found = measure_batches(model, structure, batch)
+    change = (tap.output_of("pair.0") - batch.double()).square().sum() / batch.double().square().sum()
     assert_close(found.blocks["pair.0"], float(change), rtol=2e-5, atol=0)
     assert found.unmeasured == ()
 
@@ -239,22 +247,22 @@ def test_a_block_that_starts_at_the_models_input_is_measured():
 def test_scaling_a_layer_and_unscaling_the_next_changes_nothing():
     batch = torch.randn(16, 4)
     model, structure = build(Mlp, batch[:2])
-    before = measured(model, structure, batch)
+    before = measure_batches(model, structure, batch)
     with torch.no_grad():
         for tensor in (model.fc1.weight, model.fc1.bias):
             tensor.mul_(7)
         model.fc2.weight.div_(7)
-    after = measured(model, structure, batch)
-    same(after.units["fc1"], before.units["fc1"])
+    after = measure_batches(model, structure, batch)
+    assert_same(after.units["fc1"], before.units["fc1"])
     assert_close(after.blocks["fc1…fc2"], before.blocks["fc1…fc2"])
 
 
 def test_scaling_the_input_of_a_homogeneous_net_changes_nothing():
     batch = torch.randn(16, 4)
     model, structure = build(lambda: Mlp(bias=False), batch[:2])
-    before, after = (measured(model, structure, scale * batch) for scale in (1, 50))
+    before, after = (measure_batches(model, structure, scale * batch) for scale in (1, 50))
     for name, scores in before.units.items():
-        same(after.units[name], scores)
+        assert_same(after.units[name], scores)
     assert_close(after.blocks, before.blocks)
 
 
@@ -271,5 +279,5 @@ def test_the_next_unit_to_go_is_really_the_one_that_changes_the_flow_least():
             small = apply_plan(model, structure.plan({"fc1": [u for u in range(10) if u != unit]}))
             stream = small.stem(batch)
             real.append(float((stream + small.fc2(F.relu(small.fc1(stream))) - whole).square().sum()))
-    scores = measured(model, structure, batch).units["fc1"]
+    scores = measure_batches(model, structure, batch).units["fc1"]
     assert scores.argsort().tolist() == torch.tensor(real).argsort().tolist()

@@ -43,7 +43,7 @@ def tensor_calls(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[Call
     return [(key, dims) for key, dims in made if dims or key[1] == "__setitem__"]
 
 
-def nothing_is_left() -> bool:
+def is_clean() -> bool:
     hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
     modes = torch._C._len_torch_function_stack()
     return not hooks and not modes and "__getattribute__" not in vars(nn.Module)
@@ -59,7 +59,7 @@ def test_an_ordinary_run_makes_the_calls_of_the_export(net: Net) -> None:
     order = {key: place for place, key in enumerate(made)}
     assert sorted(traced, key=order.__getitem__) == traced
     assert calls(model, *net.args, **net.kwargs) == made  # a second run counts anew
-    assert nothing_is_left()
+    assert is_clean()
 
 
 @every_net
@@ -131,7 +131,7 @@ def test_the_steps_of_an_attention_count_one_by_one() -> None:
     found = calls(model, *3 * [sequence(4)], need_weights=False)
     assert ("", "linear", 0) in found and ("", "scaled_dot_product_attention", 0) in found
     assert all(key[1] != "multi_head_attention_forward" for key in found)
-    assert F.multi_head_attention_forward is before and nothing_is_left()
+    assert F.multi_head_attention_forward is before and is_clean()
 
 
 class Foreign(nn.Module):
@@ -198,10 +198,10 @@ def test_the_handler_decides_what_a_call_returns() -> None:
 def test_nothing_is_left_after_an_exception() -> None:
     with pytest.raises(ValueError, match="no"):
         calls(nn.Sequential(nn.Linear(4, 4), Bad()), sequence(4))
-    assert nothing_is_left()
+    assert is_clean()
     with pytest.raises(ValueError, match="no"), watch_attributes(nn.Sequential(Bad())) as _:
         nn.Sequential(Bad())(sequence(4))
-    assert nothing_is_left()
+    assert is_clean()
 
 
 def test_attributes_that_other_modules_read() -> None:
@@ -222,4 +222,4 @@ def test_attributes_that_other_modules_read() -> None:
     with torch.no_grad(), watch_attributes(model) as found:
         model(sequence(4))
     assert found == {"blocks.0": {""}, "blocks.1": {""}}
-    assert nothing_is_left()
+    assert is_clean()

@@ -8,12 +8,12 @@ from idap.graph.labels import Dim, Labels, concat, constant_dim
 SIZES = (2, 3, 4, 6, 8, 12)
 
 
-def present(labels: Labels, dim: Dim, removed: set[int]) -> list[bool]:
+def kept_slots(labels: Labels, dim: Dim, removed: set[int]) -> list[bool]:
     """Which slots of a dim are left when these atomic labels go."""
-    return left(labels.resolve(dim), removed)
+    return is_kept(labels.resolve(dim), removed)
 
 
-def left(settled: Dim, removed: set[int]) -> list[bool]:
+def is_kept(settled: Dim, removed: set[int]) -> list[bool]:
     return (~np.isin(settled, list(removed))).all(axis=0).tolist()
 
 
@@ -29,7 +29,7 @@ def assert_same_dim(labels: Labels, one: Dim, other: Dim, seed: int = 0) -> None
     tries = [set(), set(every), *({atom} for atom in every)]
     tries += [{atom for atom in every if random.random() < share} for share in (0.1, 0.3, 0.6) for _ in range(2)]
     for removed in tries:
-        assert left(one, removed) == left(other, removed)
+        assert is_kept(one, removed) == is_kept(other, removed)
 
 
 # ------------------------------------------------------------------------------------------------------ single steps
@@ -87,9 +87,9 @@ def test_split_refines_into_outer_and_inner_labels():
     assert outer.shape == (1, 2) and inner.shape == (1, 3)
     assert labels.resolve(dim).shape == (2, 6)
     first = int(outer[0, 0])
-    assert present(labels, dim, {first}) == [False] * 3 + [True] * 3
+    assert kept_slots(labels, dim, {first}) == [False] * 3 + [True] * 3
     second = int(inner[0, 1])
-    assert present(labels, dim, {second}) == [True, False, True] * 2
+    assert kept_slots(labels, dim, {second}) == [True, False, True] * 2
 
 
 def test_split_then_merge_is_the_same_dim():
@@ -132,8 +132,8 @@ def test_fused_qkv_meets_three_projections():
     three, heads, width = labels.split(fused, [3, 2, 4])
     labels.freeze_dim(three)
     assert len(atoms(labels, fused)) == 6
-    assert present(labels, fused, {int(heads[0, 1])}) == ([True] * 4 + [False] * 4) * 3
-    assert present(labels, fused, {int(width[0, 0])}) == ([False] + [True] * 3) * 6
+    assert kept_slots(labels, fused, {int(heads[0, 1])}) == ([True] * 4 + [False] * 4) * 3
+    assert kept_slots(labels, fused, {int(width[0, 0])}) == ([False] + [True] * 3) * 6
 
 
 def test_a_label_that_a_whole_dim_depends_on_is_frozen():
@@ -156,7 +156,7 @@ def test_concat_pads_with_slots_that_need_nothing():
     product = labels.merge([labels.fresh_dim(2), labels.fresh_dim(2)])
     dim = concat([product, constant_dim(2), labels.fresh_dim(2)])
     assert dim.shape == (2, 8)
-    assert present(labels, dim, set(atoms(labels, dim))) == [False] * 4 + [True] * 2 + [False] * 2
+    assert kept_slots(labels, dim, set(atoms(labels, dim))) == [False] * 4 + [True] * 2 + [False] * 2
 
 
 def test_a_label_made_of_itself_and_another_does_not_loop():
@@ -175,7 +175,7 @@ def test_freezing_a_refined_label_freezes_its_parts():
     parts = labels.split(dim, [2, 2])
     labels.freeze(dim[0, :1])
     assert int(labels.roots(parts[0][0, :1])[0]) == 0 and int(labels.roots(parts[1][0, :1])[0]) == 0
-    assert present(labels, dim, set(atoms(labels, dim))) == [True, False, False, False]
+    assert kept_slots(labels, dim, set(atoms(labels, dim))) == [True, False, False, False]
 
 
 # ---------------------------------------------------------------------------------------------------------- algebra
@@ -293,11 +293,11 @@ def test_unify_is_symmetric(program):
     one, other = Machine(program), Machine(program, swap=True)
     assert len(one.dims) == len(other.dims)
     for mine, theirs in zip(one.dims, other.dims, strict=True):
-        found = [together(machine.labels, dim) for machine, dim in ((one, mine), (other, theirs))]
+        found = [tied_slots(machine.labels, dim) for machine, dim in ((one, mine), (other, theirs))]
         assert found[0] == found[1]
 
 
-def together(labels: Labels, dim: Dim) -> set[frozenset[int]]:
+def tied_slots(labels: Labels, dim: Dim) -> set[frozenset[int]]:
     """For each label of a dim the slots that go with it."""
     settled = labels.resolve(dim)
     return {frozenset(np.flatnonzero((settled == atom).any(axis=0)).tolist()) for atom in atoms(labels, dim)}

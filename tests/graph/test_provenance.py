@@ -24,19 +24,19 @@ from idap.graph.provenance import (
 from idap.graph.trace import trace
 
 
-def traced(value: int, name: str = "n") -> TracedInt:
+def traced_int(value: int, name: str = "n") -> TracedInt:
     return TracedInt(value, Attribute("", name, None, value), Notes())
 
 
 def test_it_is_an_int_in_every_respect() -> None:
-    n = traced(6)
+    n = traced_int(6)
     assert n == 6 and n != 7 and n < 7 and hash(n) == 6 and {6: "x"}[n] == "x" and f"{n:03d}" == "006"
     assert [0] * n == [0] * 6 and list(range(n))[-1] == 5 and torch.zeros(n).shape == (6,)
     assert type(copy.deepcopy(n)) is TracedInt and type(pickle.loads(pickle.dumps(n))) is int
 
 
 def test_arithmetic_is_remembered() -> None:
-    n, m = traced(6), traced(4, "m")
+    n, m = traced_int(6), traced_int(4, "m")
     result = -(2 * n + m // 2 - 1) % 5**m
     assert isinstance(result, TracedInt) and result == -(2 * 6 + 4 // 2 - 1) % 5**4
     values: dict[Expression, int] = {n.expression: 10, m.expression: 2}
@@ -50,7 +50,7 @@ def test_arithmetic_is_remembered() -> None:
 
 
 def test_an_expression_can_be_read() -> None:
-    n, size = traced(6), Extent("linear", 1, 8)
+    n, size = traced_int(6), Extent("linear", 1, 8)
     assert str((n * 2 + 1).expression) == "((n * 2) + 1)"
     assert str(Operation("//", (size, Attribute("blocks.0", "heads", 1, 2)), 4)) == (
         "(size 1 of linear // blocks.0.heads[1])"
@@ -79,7 +79,7 @@ def test_an_expression_can_be_read() -> None:
     ],
 )
 def test_what_becomes_another_number_has_escaped(use) -> None:
-    n = traced(8)
+    n = traced_int(8)
     n.notes.module = "blocks.0"
     assert use(n) == use(8)
     assert list(n.notes.escaped) == [n.expression]
@@ -88,7 +88,7 @@ def test_what_becomes_another_number_has_escaped(use) -> None:
 
 
 def test_every_module_that_computes_with_a_size_is_noted_with_its_first_place() -> None:
-    n = traced(8)
+    n = traced_int(8)
     for module in ("a", "b", "a"):
         n.notes.module = module
         float(n)
@@ -99,18 +99,18 @@ def test_every_module_that_computes_with_a_size_is_noted_with_its_first_place() 
 
 def test_a_float_that_comes_first_is_not_seen() -> None:
     """Python's float takes any int by its value, so this is left to `verify`: see test_verify."""
-    n = traced(8)
+    n = traced_int(8)
     assert 0.5 * n == 4.0 and not n.notes.escaped
 
 
 def test_what_stays_a_size_has_not_escaped() -> None:
-    n = traced(8)
+    n = traced_int(8)
     assert n // 2 * 3 - 1 == 11 and min(n, 9) == 8 and n in (1, 8) and f"{n}" and n > 3
     assert torch.Size([n, 2]).numel() and not n.notes.escaped
 
 
 def test_compared_sizes_are_noted_with_the_line() -> None:
-    n, m = traced(8), traced(8, "m")
+    n, m = traced_int(8), traced_int(8, "m")
     assert n == m and m == 8
     notes = [*n.notes.compared, *m.notes.compared]
     assert [(note.left, note.right) for note in notes] == [(n.expression, m.expression), (m.expression, Literal(8))]
@@ -140,7 +140,7 @@ def test_compared_sizes_are_noted_with_the_line() -> None:
 def test_what_a_comparison_found_is_noted_not_what_was_asked(
     compare: Callable[[int], bool], outcome: bool, symbol: str
 ) -> None:
-    n = traced(8)
+    n = traced_int(8)
     n.notes.module = "blocks.0"
     assert compare(n) is outcome
     (note,) = n.notes.compared
@@ -149,13 +149,13 @@ def test_what_a_comparison_found_is_noted_not_what_was_asked(
 
 
 def test_a_number_on_the_left_is_compared_the_other_way_round() -> None:
-    n = traced(8)
+    n = traced_int(8)
     assert 3 < n and not 9 <= n  # noqa: SIM300
     assert [(note.right, note.symbol) for note in n.notes.compared] == [(Literal(3), ">"), (Literal(9), "<")]
 
 
 def test_plain_gives_ordinary_ints_back() -> None:
-    n = traced(3)
+    n = traced_int(3)
     made = plain(([n, 1], {"a": slice(n, None, 2)}, torch.Size([n, n]), n))
     assert made == ([3, 1], {"a": slice(3, None, 2)}, (3, 3), 3)
     assert [type(value) for value in (made[0][0], made[1]["a"].start, made[2][0], made[3])] == [int] * 4

@@ -16,7 +16,7 @@ from tests.nets import Recurrent, randomised, sequence
 X = sequence(4)
 
 
-def analysed(model: nn.Module, *args: Tensor, **settings: Any) -> tuple[nn.Module, Structure]:
+def build_structure(model: nn.Module, *args: Tensor, **settings: Any) -> tuple[nn.Module, Structure]:
     model = randomised(model.eval())
     return model, analyze(trace(model, args or (X,)), **settings)
 
@@ -28,7 +28,7 @@ def analysed(model: nn.Module, *args: Tensor, **settings: Any) -> tuple[nn.Modul
 def test_units_of_recurrent_layers_can_go(
     kind: type[nn.RNNBase], layers: int, bidirectional: bool, settings: dict[str, Any]
 ) -> None:
-    model, structure = analysed(Recurrent(kind, num_layers=layers, bidirectional=bidirectional, **settings))
+    model, structure = build_structure(Recurrent(kind, num_layers=layers, bidirectional=bidirectional, **settings))
     assert {group.name: group.size for group in structure.groups} == {"embed": 5, "recurrent": 6}
     for keep in ({"recurrent": [1, 2, 5]}, {"embed": [0, 3]}, {"embed": [4], "recurrent": [0]}):
         plan = structure.plan(keep)
@@ -37,12 +37,12 @@ def test_units_of_recurrent_layers_can_go(
         assert verify(structure, model, small, plan, ((X,), {})).error <= 1e-5
         assert small.recurrent.hidden_size == len(keep.get("recurrent", range(6)))
         assert small.recurrent.input_size == len(keep.get("embed", range(5)))
-        expected = zeroed(model, plan.tensors)
+        expected = zero_slots(model, plan.tensors)
         for x in (X, sequence(4, 9, 3)):
             torch.testing.assert_close(small(x), expected(x), rtol=1e-4, atol=1e-5)
 
 
-def zeroed(model: nn.Module, tensors: Any) -> nn.Module:
+def zero_slots(model: nn.Module, tensors: Any) -> nn.Module:
     """A copy of the original with zeros where a plan cuts, run by its own code.
 
     A unit whose gates get nothing keeps the state 0: its candidate is tanh(0), or relu(0).
@@ -64,13 +64,13 @@ def zeroed(model: nn.Module, tensors: Any) -> nn.Module:
 
 
 def test_a_plain_layer_may_rectify() -> None:
-    model, structure = analysed(Recurrent(nn.RNN, nonlinearity="relu"))
+    model, structure = build_structure(Recurrent(nn.RNN, nonlinearity="relu"))
     plan = structure.plan({"recurrent": [0, 4]})
     assert verify(structure, model, apply_plan(model, plan), plan, ((X,), {})).error <= 1e-5
 
 
 def test_in_place_the_weights_that_the_layer_keeps_in_a_list_are_the_new_ones() -> None:
-    model, structure = analysed(Recurrent(nn.LSTM, num_layers=2))
+    model, structure = build_structure(Recurrent(nn.LSTM, num_layers=2))
     plan = structure.plan({"recurrent": [0, 4]})
     expected = apply_plan(model, plan)(X)
     for small in (apply_plan(model, plan), apply_plan_(model, plan)):
@@ -83,7 +83,7 @@ def test_states_that_come_from_outside_fix_the_units() -> None:
         def forward(self, x: Tensor, state: Tensor) -> Tensor:
             return self.head(self.recurrent(self.embed(x), state)[0].mean(1))
 
-    _, structure = analysed(Given(nn.GRU), X, torch.randn(1, 2, 6))
+    _, structure = build_structure(Given(nn.GRU), X, torch.randn(1, 2, 6))
     assert [group.name for group in structure.groups] == ["embed"]
 
 
@@ -97,7 +97,7 @@ def test_a_projected_state_stays_but_what_is_around_it_does_not_break() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.recurrent(self.embed(x))[0].mean(1))
 
-    _, structure = analysed(Projected())
+    _, structure = build_structure(Projected())
     assert [group.name for group in structure.groups] == ["head.0"]
     reason = next(item.reason for item in structure.blocked if item.tensor == "embed.weight" and item.dim == 0)
     assert "a recurrent layer of this kind can't shrink" in reason
@@ -109,7 +109,7 @@ def test_the_last_state_of_each_direction_can_be_read() -> None:
             _, (state, _) = self.recurrent(self.embed(x))
             return self.head(torch.cat([state[-2], state[-1]], -1))
 
-    model, structure = analysed(Last(nn.LSTM, bidirectional=True))
+    model, structure = build_structure(Last(nn.LSTM, bidirectional=True))
     plan = structure.plan({"recurrent": [2, 3]})
     assert verify(structure, model, apply_plan(model, plan), plan, ((X,), {})).error <= 1e-5
 
@@ -146,7 +146,7 @@ def test_outputs_have_names() -> None:
     ],
 )
 def test_only_what_is_promised_keeps_its_shape(contracts: list[str] | None, groups: list[str]) -> None:
-    model, structure = analysed(Tells(), contracts=contracts, required=False)
+    model, structure = build_structure(Tells(), contracts=contracts, required=False)
     found = [group.name for group in structure.groups]
     assert found == groups
     plan = structure.plan({name: [0, 2] for name in found})
@@ -188,7 +188,7 @@ class Picks(nn.Module):
     ("place", "values", "free"), [(-1, False, True), (0, False, True), (-1, True, False), (0, True, False)]
 )
 def test_a_slot_whose_value_is_not_used_does_not_block(place: int, values: bool, free: bool) -> None:
-    model, structure = analysed(Picks(place, values=values), required=False)
+    model, structure = build_structure(Picks(place, values=values), required=False)
     assert any(node.op == "aten.select.int" for node in structure.graph.nodes.values())
     assert [group.name for group in structure.groups] == (["conv"] if free else [])
     if free:
@@ -201,5 +201,5 @@ def test_a_slot_whose_value_is_not_used_does_not_block(place: int, values: bool,
 
 def test_a_slot_in_the_middle_blocks_even_if_it_is_not_used() -> None:
     """After a cut it might not be there."""
-    _, structure = analysed(Picks(3, values=False), required=False)
+    _, structure = build_structure(Picks(3, values=False), required=False)
     assert [group.name for group in structure.groups] == []

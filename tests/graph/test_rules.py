@@ -37,16 +37,16 @@ class Between(nn.Module):
         return self.read(self.operator(self.conv(x)).flatten(1))
 
 
-def normalised_over_channels(x: Tensor) -> Tensor:
+def normalise_channels(x: Tensor) -> Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],)).permute(0, 3, 1, 2)
 
 
-def halves(x: Tensor) -> Tensor:
+def gate_halves(x: Tensor) -> Tensor:
     one, other = x.chunk(2, 1)
     return one * torch.sigmoid(other)
 
 
-def written_in_place(x: Tensor) -> Tensor:
+def write_in_place(x: Tensor) -> Tensor:
     made = x.new_zeros(x.shape)
     made[:, :, :2] = x[:, :, 2:]
     made[:, :, 2:].copy_(x[:, :, :2]).mul_(2)
@@ -77,7 +77,7 @@ MASK = torch.tensor([True, False, False, True])
 BOARD = MASK[None, :, None].expand(2, 4, 4) & MASK
 
 
-def put(x: Tensor, place: tuple[object, ...], values: Tensor | float) -> Tensor:
+def put_values(x: Tensor, place: tuple[object, ...], values: Tensor | float) -> Tensor:
     x = x.clone()
     x[place] = values
     return x
@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "maximum over channels, places read": (lambda x: x * sum(torch.max(x, 1, keepdim=True)), ()),
     "cast": (lambda x: x.double().to(torch.float32).contiguous().clone().detach(), (8,)),
     "zeros_like, full_like": (lambda x: torch.zeros_like(x) + torch.full_like(x, 2.0) * x, (8,)),
-    "made and written": (written_in_place, (8,)),
+    "made and written": (write_in_place, (8,)),
     "permute": (lambda x: x.permute(0, 2, 3, 1), (8,)),
     "transpose": (lambda x: x.transpose(1, -1).mT.swapaxes(0, 1).swapdims(0, 1), (8,)),
     "movedim": (lambda x: x.movedim(1, -1).movedim((1, 2), (3, 1)), (8,)),
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "view into a half and two": (lambda x: x.view(2, x.shape[1] // 2, 2, 16), (4,)),
     "view with literals": (lambda x: x.view(2, 4, 2, 16), ()),
     "unflatten": (lambda x: x.unflatten(1, (2, -1)).sum(1), (4,)),
-    "chunk": (halves, (4,)),
+    "chunk": (gate_halves, (4,)),
     "glu": (lambda x: F.glu(x, 1), (4,)),
     "split by a number": (lambda x: sum(x.split(x.shape[1] // 4, 1)), (2,)),
     "split by a literal": (lambda x: sum(x.split(2, 1)), ()),
@@ -164,28 +164,31 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
         lambda x: x.index_copy(3, torch.tensor([1]), x[..., :1]).index_fill(2, torch.tensor([3]), 0.5),
         (8,),
     ),
-    "index_put a number": (lambda x: put(x, (slice(None), slice(None), torch.tensor([0, 2])), 2.0), (8,)),
-    "index_put by a mask": (lambda x: put(x, (slice(None), slice(None), MASK), 2.0), (8,)),
-    "index_put by a mask of everything": (lambda x: put(x, (x > 0,), 2.0), ()),
+    "index_put a number": (lambda x: put_values(x, (slice(None), slice(None), torch.tensor([0, 2])), 2.0), (8,)),
+    "index_put by a mask": (lambda x: put_values(x, (slice(None), slice(None), MASK), 2.0), (8,)),
+    "index_put by a mask of everything": (lambda x: put_values(x, (x > 0,), 2.0), ()),
     "index_put values": (
-        lambda x: put(x, (slice(None), slice(None), torch.tensor([0, 2])), x[:, :, 2:].relu()),
+        lambda x: put_values(x, (slice(None), slice(None), torch.tensor([0, 2])), x[:, :, 2:].relu()),
         (8,),
     ),
     "index_put a number by a mask and a number": (
-        lambda x: put(x, (torch.arange(2), slice(None), MASK), 2.0),
+        lambda x: put_values(x, (torch.arange(2), slice(None), MASK), 2.0),
         (8,),
     ),
-    "index_put a token by a mask": (lambda x: put(x.movedim(1, -1), (BOARD,), x[0, :, 0, 0]), (8,)),
-    "index_put tokens by a mask": (lambda x: put(x.movedim(1, -1), (BOARD,), x[0, :, 0, :1].mT.repeat(8, 1)), ()),
+    "index_put a token by a mask": (lambda x: put_values(x.movedim(1, -1), (BOARD,), x[0, :, 0, 0]), (8,)),
+    "index_put tokens by a mask": (
+        lambda x: put_values(x.movedim(1, -1), (BOARD,), x[0, :, 0, :1].mT.repeat(8, 1)),
+        (),
+    ),
     "index_put a token of each": (
-        lambda x: put(x.movedim(1, -1), (torch.arange(2), torch.tensor([1, 3])), x[:, :, 0].mT),
+        lambda x: put_values(x.movedim(1, -1), (torch.arange(2), torch.tensor([1, 3])), x[:, :, 0].mT),
         (8,),
     ),
     "select_scatter, slice_scatter": (
         lambda x: x.select_scatter(x[:, :, 1].relu(), 2, 0).slice_scatter(x[..., 2:].exp(), 3, 1, 3),
         (8,),
     ),
-    "index_put channels": (lambda x: put(x, (slice(None), torch.tensor([0, 2])), x[:, 2:4]), ()),
+    "index_put channels": (lambda x: put_values(x, (slice(None), torch.tensor([0, 2])), x[:, 2:4]), ()),
     "hstack, vstack": (lambda x: torch.vstack([torch.hstack([x, x.relu()]), torch.hstack([x, x])])[:2], (8,)),
     "hstack, vstack of vectors": (
         lambda x: x * torch.vstack([x[0, :, 0, 0], x[0, :, 1, 1]])[:1, :, None, None] + torch.hstack([x[0, 0, 0]] * 1),
@@ -260,7 +263,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "cdist": (lambda x: torch.cdist(x.flatten(2).mT, x.flatten(2).mT.relu()), (8,)),
     "cdist of channels": (lambda x: torch.cdist(x.flatten(2), x.flatten(2).relu()), (8,)),
     "cosine_similarity": (lambda x: F.cosine_similarity(x, x.relu() + 1, dim=1), (8,)),
-    "layer_norm": (normalised_over_channels, (8,)),
+    "layer_norm": (normalise_channels, (8,)),
     "rms_norm": (lambda x: F.rms_norm(x.transpose(1, 3), (x.shape[1],)), (8,)),
     "group_norm, groups by a literal": (lambda x: F.group_norm(x, 2), (4,)),
     "instance_norm": (F.instance_norm, (8,)),
@@ -304,7 +307,7 @@ REWRITTEN: dict[str, tuple[int, ...]] = {
 }
 
 
-def between(name: str) -> nn.Module:
+def net_with(name: str) -> nn.Module:
     operator = CASES[name][0]
     with torch.no_grad():
         inside = operator(torch.randn(2, CHANNELS, 4, 4)).flatten(1).shape[1]
@@ -319,7 +322,7 @@ def between(name: str) -> nn.Module:
     ],
 )
 def test_a_rule_tells_the_truth(name: str, swap: bool, expected: tuple[int, ...]) -> None:
-    model, inputs = between(name), (images(),)
+    model, inputs = net_with(name), (images(),)
     structure = analyze(trace(model, inputs), swap=swap, required=False)
     units = tuple(group.size for group in structure.groups if ("conv.weight", 0) in group.members)
     assert units == expected
@@ -339,7 +342,7 @@ def test_units_can_change_places(net: Net) -> None:
 def assert_permuted_output_is_the_same(model: nn.Module, structure: Structure, *args: Tensor, **kwargs: Tensor) -> None:
     before = outputs(model, *args, **kwargs)
     moved = 0
-    labels = shuffled_labels(structure)
+    labels = shuffle_labels(structure)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
         for name, dims in structure.layout.tensors.items():
@@ -358,7 +361,7 @@ def outputs(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> list[Tensor]:
     return list(found.values()) if isinstance(found, dict) else [found]
 
 
-def shuffled_labels(structure: Structure) -> np.ndarray:
+def shuffle_labels(structure: Structure) -> np.ndarray:
     """Label -> the label of the same group that takes its place; no unit stays where it is."""
     labels = np.arange(len(structure.layout.group_of))
     for group in structure.groups:
@@ -384,8 +387,8 @@ def test_every_rule_takes_part_in_a_test() -> None:
     """A rule that is added without a case here fails."""
     seen = set()
     for name in CASES:
-        seen |= {base_name(op) for op in trace(between(name), (images(),)).ops()}
-    seen |= {base_name(op) for op in trace(weight_normed(), (images(),)).ops()}
+        seen |= {base_name(op) for op in trace(net_with(name), (images(),)).ops()}
+    seen |= {base_name(op) for op in trace(weight_norm_net(), (images(),)).ops()}
     for net in NETS:
         seen |= {base_name(op) for op in structure_of(net.name).graph.ops()}
     by_alias = {name for name in RULES if any(RULES[name] is RULES.get(other) for other in seen)}
@@ -446,14 +449,14 @@ def test_a_weight_that_is_computed_shrinks_with_its_parts() -> None:
     assert verify(structure, model, apply_plan(model, plan), plan, (inputs, {})).error <= 1e-5
 
 
-def weight_normed() -> nn.Module:
+def weight_norm_net() -> nn.Module:
     """Directions and lengths for each output, and for each input."""
     normed = nn.utils.parametrizations.weight_norm
     return nn.Sequential(normed(nn.Conv2d(3, 6, 3)), nn.Tanh(), normed(nn.Conv2d(6, 5, 1), dim=1), nn.Conv2d(5, 2, 3))
 
 
 def test_weight_norm_of_torch() -> None:
-    model, inputs = randomised(weight_normed().eval()), (images(),)
+    model, inputs = randomised(weight_norm_net().eval()), (images(),)
     structure = analyze(trace(model, inputs))
     assert [(group.kind, group.size) for group in structure.groups] == [("channels", 6), ("channels", 5)]
     assert_permuted_output_is_the_same(model, structure, *inputs)
@@ -465,7 +468,7 @@ def test_weight_norm_of_torch() -> None:
 
 
 def test_arguments_are_named_and_complete() -> None:
-    graph = trace(between("softmax over channels"), (images(),))
+    graph = trace(net_with("softmax over channels"), (images(),))
     (node,) = (node for node in graph.nodes.values() if base_name(node.op) == "softmax")
     assert list(arguments(node)) == ["self", "dim", "dtype"]
     assert arguments(node)["dim"] == 1 and arguments(node)["dtype"] is None
@@ -474,7 +477,7 @@ def test_arguments_are_named_and_complete() -> None:
 def test_crossings_name_what_is_computed() -> None:
     kinds = {}
     for name in ("softmax over channels", "softmax over places", "mean over channels", "layer_norm", "matmul"):
-        flow = flow_of(trace(between(name), (images(),)))
+        flow = flow_of(trace(net_with(name), (images(),)))
         kinds[name] = sorted(set(flow.crossings.values()))
     assert kinds == {
         "softmax over channels": ["softmax"],

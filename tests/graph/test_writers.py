@@ -95,26 +95,26 @@ def test_the_graph_of_every_net_computes_what_the_net_does(net: Net) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def traced(body: Callable[[Tensor, Tensor], Tensor]) -> Graph:
+def trace_body(body: Callable[[Tensor, Tensor], Tensor]) -> Graph:
     return trace(Program(body).eval(), (torch.randn(3, 4),))
 
 
 def test_what_is_written_in_place_is_alive_and_the_rest_is_not() -> None:
-    graph = traced(half_then_all)
+    graph = trace_body(half_then_all)
     assert "mul_" in graph.ends and "mul_" in graph.live({})
-    graph = traced(unread)
+    graph = trace_body(unread)
     assert "mul" not in graph.live({}) and "add_" not in graph.live({})
 
 
 def test_a_tensor_made_from_sizes_carries_data_once_data_was_written_into_it() -> None:
-    graph = traced(filled)
+    graph = trace_body(filled)
     assert {"new_zeros", "copy_", "relu_"} <= graph.data_nodes()
     assert "copy_" in graph.dependencies["relu_"] and "relu_" in graph.users()["copy_"]
     assert "p_fc_weight" not in graph.data_nodes()
 
 
 def test_nodes_that_are_skipped_take_another_value() -> None:
-    graph = traced(lambda x, y: (y * 2).relu() + 1)
+    graph = trace_body(lambda x, y: (y * 2).relu() + 1)
     model = Program(lambda x, y: y)
     found = run(graph, dict(model.named_parameters()), [torch.ones(1, 4)], skip_to={"relu": "linear"})
     torch.testing.assert_close(found[0], model.fc(torch.ones(1, 4)).detach() + 1)
@@ -128,7 +128,7 @@ def test_a_graph_that_runs_lets_go_of_what_nobody_reads_any_more() -> None:
     layers = [name for name, node in graph.nodes.items() if node.op == "aten.linear.default"]
     alive = []
 
-    def watched(node, fetch):
+    def watch(node, fetch):
         result = operator(node)(*fetch(node.args))
         alive.append((sum(reference() is not None for reference in seen), weakref.ref(result)))
         seen.append(alive[-1][1])
@@ -136,6 +136,6 @@ def test_a_graph_that_runs_lets_go_of_what_nobody_reads_any_more() -> None:
 
     seen = []
     tensors = dict(net.named_parameters())
-    (found,) = run(graph, tensors, [torch.ones(1, 4)], special=dict.fromkeys(layers, watched))
+    (found,) = run(graph, tensors, [torch.ones(1, 4)], special=dict.fromkeys(layers, watch))
     assert torch.equal(found, net(torch.ones(1, 4)))
     assert max(count for count, _ in alive) <= 2

@@ -18,7 +18,7 @@ from idap.linalg import elimination
 from idap.linalg.elimination import PIECE, WIDEST, Piece, Shape, divide, eliminate, elimination_need, join
 from idap.linalg.moments import SecondMoments
 from idap.memory import Room
-from tests.divergence.parts import Convs, Mlp, build, measured, passes
+from tests.divergence.parts import Convs, Mlp, build, measure_batches, passes
 
 
 class Wide(nn.Module):
@@ -88,12 +88,12 @@ def test_pieces_are_contiguous_and_about_equal():
 def test_a_net_is_measured_in_pieces_only_where_it_is_too_wide(net):
     make, batch = {"mlp": (Wide, torch.randn(300, 6)), "convs": (Convs, torch.randn(40, 3, 6, 6))}[net]
     model, structure = build(make, batch[:2])
-    whole = measured(model, structure, batch, criterion="innovation")
-    same = measured(model, structure, batch, criterion=in_pieces(54))  # 3x3 taps of 6 channels
+    whole = measure_batches(model, structure, batch, criterion="innovation")
+    same = measure_batches(model, structure, batch, criterion=in_pieces(54))  # 3x3 taps of 6 channels
     assert whole.notes == same.notes == ()
     for name, scores in whole.units.items():
         assert torch.equal(same.units[name], scores)
-    parts = measured(model, structure, batch, criterion=in_pieces(20))
+    parts = measure_batches(model, structure, batch, criterion=in_pieces(20))
     assert parts.units.keys() == whole.units.keys()
     assert parts.notes
     for name, scores in parts.units.items():
@@ -113,7 +113,7 @@ def test_pieces_of_uncorrelated_units_agree_with_the_whole_net(monkeypatch):
         model.one.weight[:12, 3:] = 0
         model.one.weight[12:, :3] = 0
     whole, found = (
-        measured(model.double(), structure, batch, criterion=criterion).units["one"]
+        measure_batches(model.double(), structure, batch, criterion=criterion).units["one"]
         for criterion in ("innovation", in_pieces(12))
     )
     assert_close(found, whole, rtol=1e-5, atol=1e-9)
@@ -141,7 +141,9 @@ def test_pieces_may_share_passes_or_not_and_are_the_same_each_time():
 def test_several_readers_count_alike_in_every_piece():
     batch = torch.randn(200, 4)
     model, structure = build(Mlp, batch[:2])
-    whole, parts = (measured(model, structure, batch, criterion=c).units["stem"] for c in ("innovation", in_pieces(4)))
+    whole, parts = (
+        measure_batches(model, structure, batch, criterion=c).units["stem"] for c in ("innovation", in_pieces(4))
+    )
     assert 0.3 < float(parts.max() / whole.max()) < 3  # a group with two readers, halved
 
 
@@ -170,13 +172,13 @@ def test_a_bound_that_is_too_small_is_told_before_any_data_go_by(monkeypatch):
 
     message = (
         r"the elimination of the units of group 'one' would take 2\.4 MB of memory on cpu, and 100\.0 kB may be taken "
-        r'there \(IDAP_MEMORY=100kB\)\. Measure by another criterion, such as criterion="relative"'
+        r'there \(IDAP_MEMORY=100kB\)\. Measure with another criterion, such as criterion="relative"'
     )
     with pytest.raises(InsufficientMemoryError, match=message):
         measure_all(model, structure, [measure.Pass(run)], criteria=["innovation"])
-    assert measured(model, structure, batch, criterion="relative").units
+    assert measure_batches(model, structure, batch, criterion="relative").units
     monkeypatch.setenv("IDAP_MEMORY", "3MB")
-    assert measured(model, structure, batch, criterion="innovation").units
+    assert measure_batches(model, structure, batch, criterion="innovation").units
 
 
 def test_a_bound_makes_more_passes_and_the_same_scores(monkeypatch):
@@ -210,10 +212,10 @@ def innovation_jobs(model, structure):
 def test_costs_and_distances_in_small_portions_are_the_same(monkeypatch):
     batch = torch.randn(40, 3, 6, 6)
     model, structure = build(Convs, batch[:2])
-    before = [measured(model, structure, batch, criterion=name).units for name in ("innovation", "fpgm")]
+    before = [measure_batches(model, structure, batch, criterion=name).units for name in ("innovation", "fpgm")]
     monkeypatch.setattr(elimination, "GATHERED", 1)
     monkeypatch.setattr(criteria, "DISTANCES", 1)
-    after = [measured(model, structure, batch, criterion=name).units for name in ("innovation", "fpgm")]
+    after = [measure_batches(model, structure, batch, criterion=name).units for name in ("innovation", "fpgm")]
     for mine, theirs in zip(before, after, strict=True):
         for name, scores in mine.items():
             assert_close(theirs[name], scores, rtol=1e-9, atol=1e-12)

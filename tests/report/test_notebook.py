@@ -61,7 +61,7 @@ def test_structures_measurements_and_plans_show_themselves():
     divergence = idap.Divergence("relative", {"0": torch.tensor([1.0, 3.0, float("nan")])}, {"block": 0.5}, ("gone",))
     assert repr(divergence) == "Divergence('relative', groups=1, units=2, blocks=1)"
     said = Page(divergence._repr_html_()).said
-    assert "0 2 1 – 3" in said and "block 0.5 whole" in said and "Nothing could be seen of gone." in said
+    assert "0 2 1 – 3" in said and "block 0.5 whole" in said and "Not measured: gone." in said
     plan = structure.plan({"0": (0, 2, 4)})
     assert repr(plan) == "Plan(1 group and 3 tensors cut, removed nothing)"
     assert "0 3 units left" in Page(plan._repr_html_()).said

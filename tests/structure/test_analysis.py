@@ -108,7 +108,7 @@ def test_why_code_cant_be_written_anew_is_said_first() -> None:
         r"\n  0\.first\.weight, dimension 0 and 1 more: size\[1\] of aten\.view\.default "
         r"in module '0' \([^\n]*\) is always 2:"
         r" no attribute of a module and no shape tells it; the code can't be written anew: "
-        r"it does something else in training, which new code would not do\n"
+        r"it does something else in training, which a rewritten forward would not\n"
     )
     with pytest.raises(StructureError, match=rf"nothing can be pruned: [^\n]*{held}"):
         structure_of(model, torch.randn(3, 4), swap=True)

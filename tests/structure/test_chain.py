@@ -16,7 +16,7 @@ from idap.surgery.apply import apply_plan
 from tests.nets import Net, every_net, randomised, sequence, structure_of
 
 
-def some_of(structure: Structure, seed: int, *, blocks: int = 0) -> Plan:
+def random_plan(structure: Structure, seed: int, *, blocks: int = 0) -> Plan:
     dice = random.Random(seed)
     keep = {group.name: dice.sample(range(group.size), -(-2 * group.size // 3)) for group in structure.groups}
     return structure.plan(keep, tuple(block.name for block in structure.blocks[:blocks]))
@@ -25,13 +25,13 @@ def some_of(structure: Structure, seed: int, *, blocks: int = 0) -> Plan:
 @every_net
 def test_two_cuts_are_one(net: Net) -> None:
     model = randomised(net.model()).eval()
-    first = some_of(structure_of(net.name), 0, blocks=1)
+    first = random_plan(structure_of(net.name), 0, blocks=1)
     once = apply_plan(model, first)
     try:
         structure = analyze(trace(once, net.args, net.kwargs), swap=net.swap)
     except StructureError:
         pytest.skip("the first cut leaves nothing to be removed")
-    second = some_of(structure, 1, blocks=1)
+    second = random_plan(structure, 1, blocks=1)
     twice = apply_plan(once, second)
     both = chain_plans(first, second)
     found = apply_plan(model, both)
@@ -78,9 +78,15 @@ ONE = Plan(tensors={"0.weight": {0: (0, 2, 3)}}, shapes=layers(5, 4, 6), replace
 @pytest.mark.parametrize(
     ("later", "message"),
     [
-        (Plan(shapes=layers(3, 4, 6)), r"speaks of tensor '2\.weight', which the model of the earlier plan lacks"),
-        (Plan(shapes=layers(5, 4)), r"makes tensor '0\.weight' \(3,\), the later one expects \(5,\): it was made for"),
-        (Plan(shapes={"0.weight": (3,)}), r"makes tensor '1\.weight' \(4,\), the later one expects none"),
+        (Plan(shapes=layers(3, 4, 6)), r"names tensor '2\.weight', which the model of the earlier plan lacks"),
+        (
+            Plan(shapes=layers(5, 4)),
+            r"tensor '0\.weight' with shape \(3,\), the later one expects \(5,\): it was made for",
+        ),
+        (
+            Plan(shapes={"0.weight": (3,)}),
+            r"tensor '1\.weight' with shape \(4,\), the later one expects no such tensor",
+        ),
         (
             Plan(shapes=layers(3, 4), replaced={"2.fc": "zero"}),
             r"changes module '2\.fc', which the earlier plan removes",

@@ -95,9 +95,9 @@ def test_what_cannot_be_done_is_refused(
         (
             ({"embed": [0, 1]}, ()),
             ({}, ()),
-            r"the earlier plan cuts dimension \d of '.*', the later one keeps it whole",
+            r"the earlier plan cuts dimension \d of '.*', but the later one keeps it whole",
         ),
-        (({}, ("blocks.0",)), ({}, ()), r"the earlier plan removes module 'blocks.0', the later one keeps it"),
+        (({}, ("blocks.0",)), ({}, ()), r"the earlier plan removes module 'blocks.0', but the later one keeps it"),
         (({}, ("blocks.0",)), ({}, ("blocks.1",)), "the earlier plan removes module 'blocks.0'"),
         (({}, ("blocks.0",)), ({}, ("blocks.0.norm1…attn",)), "the earlier plan removes module 'blocks.0'"),
     ],

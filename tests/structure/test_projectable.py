@@ -17,7 +17,7 @@ from tests.nets import Basic, Bottleneck, Net, ResNet, every_net, images, sequen
 from tests.surgery.test_projection_plans import Tall
 
 
-def offered(model: nn.Module, *args: Any, replacement: str = "auto") -> dict[str, tuple[int, ...]]:
+def projections_of(model: nn.Module, *args: Any, replacement: str = "auto") -> dict[str, tuple[int, ...]]:
     """Name of each module that may become a projection -> its stride."""
     structure = analyze(trace(model.eval(), args or (images(),)), replacement=replacement, required=False)
     return {block.name: block.projected.stride for block in structure.blocks if block.projected}
@@ -31,7 +31,7 @@ class Unit(nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True), *more)
 
 
-def around(*layers: nn.Module, width: int = 8) -> nn.Module:
+def net_of(*layers: nn.Module, width: int = 8) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2)
     )
@@ -57,28 +57,28 @@ def test_what_was_offered_before_stays_and_auto_only_adds(net: Net) -> None:
 
 def test_downsampling_blocks_of_residual_networks() -> None:
     model = ResNet(Basic(4, 4), Basic(4, 8, 2), Basic(8, 8), Bottleneck(8, 4, 12, 2), stem=4, width=12)
-    assert offered(model) == {"layers.1": (2, 2), "layers.3": (2, 2)}
+    assert projections_of(model) == {"layers.1": (2, 2), "layers.3": (2, 2)}
     everything = {"layers.0": (1, 1), "layers.1": (2, 2), "layers.2": (1, 1), "layers.3": (2, 2)}
-    assert offered(model, replacement="projection") == everything
-    assert offered(model, replacement="identity") == {}
+    assert projections_of(model, replacement="projection") == everything
+    assert projections_of(model, replacement="identity") == {}
 
 
 def test_units_in_a_list_are_blocks_and_the_list_is_none() -> None:
-    assert offered(around(Unit(4, 6), Unit(6, 8, 3, 2))) == {"1.0": (1, 1), "1.1": (2, 2)}
-    assert offered(around(Unit(4, 6), Unit(6, 8, 3, 1, nn.MaxPool2d(2)))) == {"1.0": (1, 1), "1.1": (2, 2)}
+    assert projections_of(net_of(Unit(4, 6), Unit(6, 8, 3, 2))) == {"1.0": (1, 1), "1.1": (2, 2)}
+    assert projections_of(net_of(Unit(4, 6), Unit(6, 8, 3, 1, nn.MaxPool2d(2)))) == {"1.0": (1, 1), "1.1": (2, 2)}
 
 
 def test_linear_blocks() -> None:
-    assert offered(Tall(), sequence(4)) == {"steps.0": (), "steps.1": ()}
+    assert projections_of(Tall(), sequence(4)) == {"steps.0": (), "steps.1": ()}
 
 
 def test_what_is_no_more_than_a_projection_is_not_offered_but_several_of_them_are() -> None:
-    assert offered(around(Unit(4, 8, 1))) == {}
-    assert offered(around(Unit(4, 6, 1), Unit(6, 8, 1, 2))) == {"1": (2, 2)}
+    assert projections_of(net_of(Unit(4, 8, 1))) == {}
+    assert projections_of(net_of(Unit(4, 6, 1), Unit(6, 8, 1, 2))) == {"1": (2, 2)}
 
 
 def test_layers_of_torch_are_no_blocks() -> None:
-    assert offered(around(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3))) == {"1": (2, 2)}
+    assert projections_of(net_of(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3))) == {"1": (2, 2)}
 
 
 def test_shapes_that_a_projection_cannot_make_are_not_offered() -> None:
@@ -86,9 +86,9 @@ def test_shapes_that_a_projection_cannot_make_are_not_offered() -> None:
         pass
 
     grown = Grows(nn.Conv2d(4, 6, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(6, 8, 3, padding=1))
-    assert offered(around(grown)) == {}
+    assert projections_of(net_of(grown)) == {}
     flat = Grows(nn.Conv2d(4, 6, 3), nn.Flatten(2))
-    assert offered(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(flat), nn.Linear(36, 2))) == {}
+    assert projections_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(flat), nn.Linear(36, 2))) == {}
 
 
 def test_a_module_whose_inside_is_read_elsewhere_is_not_offered() -> None:
@@ -103,7 +103,7 @@ def test_a_module_whose_inside_is_read_elsewhere_is_not_offered() -> None:
             inner = self.units[1][0](x)
             return self.head(torch.cat([self.units[2](self.units[1](x)), inner], 1))
 
-    assert set(offered(Leaks())) == {"units.0", "units.2"}
+    assert set(projections_of(Leaks())) == {"units.0", "units.2"}
 
 
 def test_tokens_that_are_merged_are_not_offered() -> None:
@@ -118,19 +118,19 @@ def test_tokens_that_are_merged_are_not_offered() -> None:
             return self.reduce(self.norm(torch.cat(parts, -1)))
 
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(Merge(), nn.GELU()), nn.Linear(8, 2))
-    assert offered(model, torch.randn(2, 8, 8, 3)) == {}
+    assert projections_of(model, torch.randn(2, 8, 8, 3)) == {}
 
 
 # --------------------------------------------------------------------------------------------- in the structure
 
 
-def looked_at() -> Structure:
+def conv_structure() -> Structure:
     model = ResNet(Basic(4, 4), Basic(4, 8, 2), Basic(8, 8), stem=4, width=8)
     return analyze(trace(model.eval(), (images(),)), replacement="projection")
 
 
 def test_a_projection_is_a_layer_of_the_structure_after_it() -> None:
-    structure = looked_at()
+    structure = conv_structure()
     after = structure.after(["layers.1"])
     assert after is structure.after(("layers.1",)) and after.after(["layers.1"]) is after
     assert structure.after([]) is structure and structure.standing == () and after.standing == ("layers.1",)
@@ -149,14 +149,14 @@ def test_a_projection_is_a_layer_of_the_structure_after_it() -> None:
 
 
 def test_a_group_that_loses_all_units_is_not_held_by_a_projection() -> None:
-    structure = looked_at()
-    with pytest.raises(PlanError, match="no residual branch holds it whole"):
+    structure = conv_structure()
+    with pytest.raises(PlanError, match="no residual branch contains the whole group"):
         structure.plan({"layers.1.conv1": []})
 
 
 def test_only_projections_have_a_linear_map() -> None:
-    structure = analyze(looked_at().graph)
-    with pytest.raises(StructureError, match=r"'layers.0' is removed, and no projection takes its place"):
+    structure = analyze(conv_structure().graph)
+    with pytest.raises(StructureError, match=r"'layers.0' is removed and not replaced by a projection"):
         structure.projection_of("layers.0", structure.presence({}))
 
 
@@ -164,7 +164,7 @@ def test_only_projections_have_a_linear_map() -> None:
 
 
 def test_a_plan_names_the_channels_of_the_original() -> None:
-    structure = looked_at()
+    structure = conv_structure()
     plan = structure.plan({"conv": [0, 3], "layers.1.conv2": [1, 2, 7]}, ["layers.1"])
     assert plan.projections == {"layers.1": Projected((0, 3), (1, 2, 7), (8, 4), (2, 2))}
     assert plan.shape_after("layers.1.map.weight") == (3, 2, 1, 1) and plan.shape_after("layers.1.map.bias") == (3,)
@@ -178,14 +178,14 @@ def test_a_plan_names_the_channels_of_the_original() -> None:
     assert smaller.since(plan).tensors["layers.1.map.weight"] == {0: (1, 2), 1: (1,)}
     with pytest.raises(PlanError, match=r"slot 0 of dimension 0 of 'layers.1.map.weight' is kept, but an earlier plan"):
         structure.plan({"conv": [3], "layers.1.conv2": [0]}, ["layers.1"]).since(plan)
-    with pytest.raises(PlanError, match=r"the earlier plan removes module 'layers.1', the later one keeps it"):
+    with pytest.raises(PlanError, match=r"the earlier plan removes module 'layers.1', but the later one keeps it"):
         structure.plan({}).since(whole)
-    with pytest.raises(PlanError, match=r"makes module 'layers.0' projection, the later one identity"):
+    with pytest.raises(PlanError, match=r"replaces module 'layers.0' by projection, but the later one by identity"):
         analyze(structure.graph).plan({}, ["layers.0"]).since(structure.plan({}, ["layers.0"]))
 
 
-def described(**changes: Any) -> dict[str, Any]:
-    plan = looked_at().plan({"conv": [0, 3]}, ["layers.1"])
+def plan_data(**changes: Any) -> dict[str, Any]:
+    plan = conv_structure().plan({"conv": [0, 3]}, ["layers.1"])
     data: dict[str, Any] = json.loads(json.dumps(plan.to_json()))
     assert Plan.from_json(data) == plan
     data["projections"]["layers.1"].update(changes)
@@ -205,16 +205,16 @@ def described(**changes: Any) -> dict[str, Any]:
         ({"sizes": [8]}, "not a plan: ValueError"),
         ({"stride": [0, 2]}, r"has stride \(0, 2\); expected none, or 1 to 3 numbers from 1 to 4096"),
         ({"stride": [1, 1, 1, 1]}, "expected none, or 1 to 3 numbers"),
-        ({"sizes": [8, 10**9]}, r"maps 1000000000 to 8 channels, which is more than the [\d,]+ numbers of the module"),
+        ({"sizes": [8, 10**9]}, r"maps 1000000000 to 8 channels and so has more than the [\d,]+ numbers of the module"),
     ],
 )
 def test_a_hostile_projection_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        Plan.from_json(described(**changes))
+        Plan.from_json(plan_data(**changes))
 
 
 def test_a_projection_needs_sizes_and_sizes_a_projection() -> None:
-    data = described()
+    data = plan_data()
     with pytest.raises(PlanError, match=r"module 'layers.1' must be replaced by a projection and have its sizes"):
         Plan.from_json({**data, "replaced": {"layers.1": "zero"}})
     with pytest.raises(PlanError, match=r"module 'layers.1' must be replaced by a projection and have its sizes"):

@@ -142,7 +142,7 @@ def other(**changes: object) -> Plan:
             other(shapes={"stem.weight": (4, 3), **PLAN.shapes}),
             r"does not fit this model: it has no tensor 'stem.weight' \(expected shape \(4, 3\)\)",
         ),
-        (other(tensors={"stem.weight": {0: (1,)}}), "cuts tensor 'stem.weight' but does not say what shape it expects"),
+        (other(tensors={"stem.weight": {0: (1,)}}), "cuts tensor 'stem.weight' but does not give the shape"),
         (
             other(tensors={"features.0.weight": {0: (0, 4)}}),
             r"keeps slot 4 of dimension 0 of tensor 'features.0.weight', which has shape \(4, 3, 3, 3\)",

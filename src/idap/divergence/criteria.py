@@ -1,4 +1,4 @@
-"""All criteria by name, and the simple ones: of weights alone, of gradients, and of chance."""
+"""All criteria by name, and the simple ones: those of the weights, those of gradients, and a random one."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -20,7 +20,7 @@ from idap.structure.layout import count
 NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 
 DISTANCES = 2**25
-"""Distances between units that are computed at once."""
+"""Number of distances between units that are computed at once."""
 
 
 def magnitude(scene: Scene) -> Mapping[str, Tensor]:
@@ -68,7 +68,7 @@ def fpgm(scene: Scene) -> Mapping[str, Tensor]:
             present = torch.nonzero(counts).ravel()
             if len(present) and bool((counts[present] == counts[present[0]]).all()):
                 vectors = rows[mine].reshape(len(present), -1)
-                few = max(1, DISTANCES // len(vectors))  # not all at once, which grow with the square of the units
+                few = max(1, DISTANCES // len(vectors))  # in parts, as they grow with the square of the units
                 total[present] += torch.cat([torch.cdist(part, vectors).sum(1) for part in torch.split(vectors, few)])
         return total
 
@@ -76,7 +76,7 @@ def fpgm(scene: Scene) -> Mapping[str, Tensor]:
 
 
 def random(scene: Scene) -> Mapping[str, Tensor]:
-    """Drawn by the seed."""
+    """Random scores, drawn with the seed of the scene."""
     draw = np.random.default_rng(scene.seed)
     return {group.name: torch.from_numpy(draw.random(group.size)) for group in scene.groups}
 
@@ -118,15 +118,15 @@ def fisher(scene: Scene) -> Scorer:
 
 
 class GateScores:
-    """Scores made of the gradients of gates."""
+    """Scores computed from the gradients of gates."""
 
     def __init__(self, scene: Scene, order: Literal["first", "second"]) -> None:
         self._scene, self._order = scene, order
         for group in scene.groups:
             if group.name not in scene.gates.wanted:
-                self._ask(group.name)
+                self._add_gates(group.name)
 
-    def _ask(self, name: str) -> None:
+    def _add_gates(self, name: str) -> None:
         scene = self._scene
         group = scene.structure.group(name)
         for port in scene.alive(group.readers):
@@ -137,16 +137,16 @@ class GateScores:
                 scene.watch.at(*scene.gates.ask(name, wanted))
 
     def units(self) -> Mapping[str, Tensor]:
-        """Groups whose units the loss depends on."""
+        """Scores of the groups whose units the loss depends on."""
         means = {name: self._scene.gates.mean(name, self._order) for name in self._scene.gates.wanted}
         return {name: mean for name, mean in means.items() if mean is not None}
 
     def blocks(self) -> None:
-        """Nothing: it knows no blocks."""
+        """None: the criterion scores no blocks."""
 
 
 Criterion = str | Opener
-"""A name, or a function of a `Scene`."""
+"""The name of a criterion, or a function of a `Scene`."""
 
 CRITERIA: Mapping[str, Callable[..., Scorer | Mapping[str, object]]] = {
     "relative": relative,
@@ -165,26 +165,26 @@ CRITERIA: Mapping[str, Callable[..., Scorer | Mapping[str, object]]] = {
 }
 
 WITH_BLOCKS = ("relative", "fluctuation", "paper", "share")
-"""Criteria that score branches and blocks too."""
+"""Criteria that also score branches and blocks."""
 
 LIKE_PROJECTIONS = ("relative", "fluctuation")
-"""Those of them whose scores can be compared with what a projection leaves over: both are relative errors."""
+"""Criteria of `WITH_BLOCKS` whose scores can be compared with the error of a projection: both are relative errors."""
 
 OF_THE_LOSS = ("taylor", "fisher")
-"""Criteria that need labels: they go back from the loss."""
+"""Criteria that need labels, as they use the gradient of the loss."""
 
 
 def opener_of(criterion: Criterion) -> tuple[str, Opener]:
     """The name of a criterion and the function behind it.
 
     Raises:
-        ConfigError: there is no criterion of this name, or it is no function.
+        ConfigError: no criterion has this name, or the criterion is not a function.
     """
     if callable(criterion):
         return getattr(criterion, "__name__", type(criterion).__name__), criterion
     if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ConfigError(
-            f"there is no criterion {criterion!r}; there are {', '.join(CRITERIA)}, or a function of your own that "
-            "takes a scene (idap.divergence.scene.Scene)."
+            f"there is no criterion {criterion!r}; there are {', '.join(CRITERIA)}. You can also pass a function of "
+            "your own that takes a scene (idap.divergence.scene.Scene)."
         )
     return criterion, CRITERIA[criterion]  # type: ignore[return-value]

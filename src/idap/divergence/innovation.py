@@ -1,8 +1,8 @@
 """The innovation form (docs/method.md#innovation): the flow of a unit that the other units cannot replace.
 
-With H the centred second moments of what a consumer reads, removing unit u and refitting the consumer costs
-tr(V_u (H⁻¹_uu)⁻¹ V_uᵀ), the optimal-brain-surgeon error. Units are eliminated one after another, the cheapest first,
-and a unit's score is the cost accumulated when it goes, as a share of the energy of the flow.
+With H the centred second moments of what a layer reads, removing unit u and refitting the layer costs
+tr(V_u (H⁻¹_uu)⁻¹ V_uᵀ), the optimal-brain-surgeon error. Units are eliminated one after another, the cheapest first.
+A unit's score is the cost accumulated up to its elimination, as a share of the energy of the flow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,27 +25,28 @@ from idap.structure.groups import Group
 from idap.structure.layout import count
 
 ROWS, PER_SAMPLE = 8192, 32
-"""Most rows drawn from one batch, and from one sample."""
+"""Largest number of rows drawn from one batch, and from one sample."""
 
 DAMPING = 1e-3
-"""Least ridge, as a share of the mean variance of a column; more where there are few rows for the columns."""
+"""Smallest ridge, as a share of the mean variance of a column; it is larger if there are few rows for the columns."""
 
 
 def innovation(scene: Scene, *, widest: int = WIDEST) -> Scorer:
     """Accumulated cost of eliminating units when the layers that read them are refitted, over E‖x‖² of the stream.
 
     Args:
-        scene: what is measured.
-        widest: a group of which a layer reads more columns is eliminated in pieces, see `idap.linalg.elimination`.
+        scene: the model that is measured.
+        widest: if a layer reads more columns of a group, the group is eliminated in pieces; see
+            `idap.linalg.elimination`.
     """
     return InnovationScores(scene, widest=widest)
 
 
 class InnovationScores:
-    """Scores by elimination; one job per group or piece of one, since second moments take memory.
+    """Scores by elimination; each group, or piece of a group, has its own job, since second moments take memory.
 
     Attributes:
-        jobs: in the order of the groups.
+        jobs: the jobs, in the order of the groups.
         notes: what the scores leave out, one sentence each.
     """
 
@@ -57,11 +58,11 @@ class InnovationScores:
         self.jobs = [job for group in scene.groups for job in self._jobs(scene, group, widest)]
 
     def units(self) -> Mapping[str, Tensor]:
-        """Groups whose readers were seen."""
+        """Scores of the groups whose readers were seen."""
         return self._scores | {name: join(pieces, self._sizes[name]) for name, pieces in self._pieces.items()}
 
     def blocks(self) -> None:
-        """Nothing: a block's flow is all innovation."""
+        """None: the criterion scores no blocks, as no other part replaces the flow of a block."""
 
     def _jobs(self, scene: Scene, group: Group, widest: int) -> list[Job]:
         readers = [reader for port in scene.alive(group.readers) if (reader := _reader(scene.place(port), group))]
@@ -80,11 +81,11 @@ class InnovationScores:
             f"The {len(left):,} units of group {group.name!r} ({columns:,} columns) are measured in {len(pieces)} "
             "pieces, so that none of them counts as replaced by a unit of another piece."
         )
-        consumers = sum(reader.planned_parts for reader in readers if reader.flow.energy is not None)
+        all_parts = sum(reader.planned_parts for reader in readers if reader.flow.energy is not None)
 
         def piece_job(piece: Tensor) -> Job:
             def keep(systems: Sequence[System]) -> None:
-                scores = eliminate(systems, group.size)[piece] * (len(systems) / consumers)
+                scores = eliminate(systems, group.size)[piece] * (len(systems) / all_parts)
                 self._pieces.setdefault(group.name, []).append(Piece(piece, scores))
 
             return _job(group.name, [part for reader in readers if (part := reader.of(piece))], keep)
@@ -93,7 +94,7 @@ class InnovationScores:
 
 
 def _job(name: str, readers: Sequence["_Reader"], keep: Callable[[Sequence["System"]], None]) -> Job:
-    """Measure what readers read, eliminate its units, and keep the scores."""
+    """A job that measures what readers read, eliminates its units, and passes the systems to `keep`."""
 
     def finish() -> None:
         systems = [system for reader in readers for system in reader.systems()]
@@ -129,7 +130,7 @@ class _Reader:
 
     @property
     def planned_parts(self) -> int:
-        """Number of parts, before any data have gone by."""
+        """Number of parts, known before any batch has run."""
         return _parts(self.place, len(self.units))
 
     @property
@@ -142,13 +143,13 @@ class _Reader:
 
     @property
     def shape(self) -> Shape:
-        """Sizes of what is read."""
+        """The sizes from which the memory of the elimination is computed."""
         taps = self.columns * self.planned_parts // (len(self.slots) if self.planned_parts == 1 else len(self.units))
         width = int(torch.bincount(self.units[self.slots]).max()) * taps
         return Shape(self.planned_parts, self.columns, self.flow.channels, width, self.rows.limit)
 
     def of(self, piece: Tensor) -> "_Reader | None":
-        """The same reader of some units alone; None if it reads none of them."""
+        """The same reader restricted to some units; None if it reads none of them."""
         units = torch.where(torch.isin(self.units, piece), self.units, -1)
         return replace(self, units=units, gram=SecondMoments()) if bool((units >= 0).any()) else None
 
@@ -180,7 +181,7 @@ class _Reader:
         return moments
 
     def systems(self) -> list[System]:
-        """The consumer's parts, ready for elimination."""
+        """The parts of the layer, ready for elimination; empty if no data were seen."""
         if self.weight is None or not self.gram.sums or self.flow.energy is None or not self.flow.energy.has_data:
             return []
         matrix = self.rows.matrix(self.weight, self.parts)
@@ -199,12 +200,12 @@ class _Reader:
     def _system(self, matrix: Tensor, moments: Tensor, units: Tensor, taps: int) -> System:
         if not all(bool(strip.isfinite().all()) for strip in torch.split(moments, STRIP)):
             raise StructureError(
-                f"what {self.place.node.where()} reads is not finite; look for NaN or infinite values in the "
+                f"the input of {self.place.node.where()} is not finite; look for NaN or infinite values in the "
                 "calibration data and in the model's activations."
             )
         share = max(DAMPING, len(moments) / max(1.0, self.gram.count))
         ridge = share * moments.diagonal().mean().clamp_min(1e-30)
-        moments.diagonal().add_(ridge)  # in place: it is not needed without
+        moments.diagonal().add_(ridge)  # in place: the moments without it are not needed
         factor = torch.linalg.cholesky(moments)
         mine = torch.nonzero(units >= 0).ravel()
         mine = mine[units[mine].argsort(stable=True)]
@@ -216,7 +217,7 @@ class _Reader:
 
 
 def _parts(place: Place, slots: int) -> int:
-    """Independent parts of a convolution that are left; the input has so many slots."""
+    """Number of independent parts that a convolution still has, if its input has `slots` slots."""
     scene, contraction = place.scene, place.contraction
     read = scene.structure.layout.dims[contraction.weight][0][contraction.read_dim]
     return slots // max(1, count(read, scene.present)) if contraction.groups > 1 else 1
@@ -229,7 +230,7 @@ def _reader(place: Place, group: Group) -> _Reader | None:
     units = place.scene.units_in(place.input_dim, group)
     if not rows.can_unfold or not len(units):
         return None
-    for part in units.reshape(_parts(place, len(units)), -1):  # of each part all units are blocks of one size
+    for part in units.reshape(_parts(place, len(units)), -1):  # in each part, all units have equally many slots
         counts = torch.bincount(part[part >= 0])
         if len(set(counts.tolist()) - {0}) != 1:
             return None

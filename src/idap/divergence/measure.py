@@ -27,13 +27,13 @@ class Divergence:
     """Scores of one model; a low score says that removing the part would change the flow little.
 
     Attributes:
-        criterion: which one was measured.
+        criterion: name of the criterion.
         units: group name -> score of each unit in the original's indices, float64 of shape (group.size,). Units that
             the model no longer has are NaN.
-        blocks: name of a branch or block -> score; empty where the criterion knows none.
-        unmeasured: groups and blocks that are there and that nothing could be seen of: they run inside one opaque call,
-            or no weight reads their units.
-        notes: what the scores leave out where a group is too large to be measured whole, one sentence each.
+        blocks: name of a branch or block -> score; empty if the criterion scores none.
+        unmeasured: groups and blocks of the model that could not be measured: they run inside one opaque call, or no
+            weight reads their units.
+        notes: what the scores leave out if a group is too large to be measured as a whole, one sentence each.
     """
 
     criterion: str
@@ -47,9 +47,9 @@ class Divergence:
         return f"Divergence({self.criterion!r}, groups={len(self.units)}, units={units}, blocks={len(self.blocks)})"
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it: mean and range of each group, and the score of each branch and block."""
-        from idap.report.numbers import small  # noqa: PLC0415 - as above
-        from idap.report.page import table_display  # noqa: PLC0415 - of use in notebooks only
+        """The table that a notebook shows: mean and range of each group, and the score of each branch and block."""
+        from idap.report.numbers import small  # noqa: PLC0415 - needed in notebooks only
+        from idap.report.page import table_display  # noqa: PLC0415 - needed in notebooks only
 
         known = {name: scores[scores.isfinite()] for name, scores in self.units.items()}
         spreads = {
@@ -59,19 +59,18 @@ class Divergence:
         }
         rows = [(name, small(mean), f"{small(low)} – {small(high)}") for name, (mean, low, high) in spreads.items()]
         rows += [(name, small(score), "whole") for name, score in self.blocks.items()]
-        means = [mean for mean, _, _ in spreads.values()]
         means, wholes = [mean for mean, _, _ in spreads.values()], list(self.blocks.values())
         bars = [*_lengths(means), *_lengths(wholes)]  # units and whole parts are scored on different scales
-        unseen = (f"Nothing could be seen of {', '.join(self.unmeasured)}.",) if self.unmeasured else ()
+        unseen = (f"Not measured: {', '.join(self.unmeasured)}.",) if self.unmeasured else ()
         note = " ".join((*unseen, *self.notes))
         heads = ("part", "mean divergence", "range")
         return table_display(repr(self), heads, rows, note=note, bars=bars)
 
     def inside(self, structure: Structure, block: str) -> float:
-        """Sum of the divergences of all units that a branch or block holds whole.
+        """Sum of the divergences of all units that lie entirely within a branch or block.
 
-        With the paper's forms this is D5: that of a transformer block is the sum over its heads and its neurons. Units
-        of the width of heads are not added: they are slices of the same heads, which would count twice.
+        With the paper's forms this is D5: the divergence of a transformer block is the sum over its heads and its
+        neurons. Units of the width of heads are not added: they are slices of the same heads, which would count twice.
         """
         total = 0.0
         for group in structure.groups_inside(block):
@@ -81,7 +80,7 @@ class Divergence:
 
 
 def _lengths(values: Sequence[float]) -> list[float]:
-    """Values as shares of the largest one; 0 for what is below 0, or where none is above."""
+    """Values as shares of the largest one; negative values give 0, and so do all values if none is positive."""
     longest = max(values, default=0.0)
     return [max(0.0, value / longest) if longest > 0 else 0.0 for value in values]
 
@@ -96,7 +95,7 @@ def measure(
     removed: Sequence[str] = (),
     seed: int = 0,
 ) -> Divergence:
-    """Measure everything that may still be removed by one criterion; `measure_all` says the rest."""
+    """Measure everything that may still be removed, with one criterion; `measure_all` describes the arguments."""
     (found,) = measure_all(
         model, structure, passes, criteria=[criterion], keep=keep, removed=removed, seed=seed
     ).values()
@@ -116,37 +115,37 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
     progress: Progress | None = None,
     title: str = "measure",
 ) -> dict[str, Divergence]:
-    """Measure everything that may still be removed by several criteria at once.
+    """Measure everything that may still be removed, with several criteria at once.
 
-    Statistics are sums, whose memory does not depend on the number of batches nor on the size of images. In a
-    distributed run (`torch.distributed` initialised) each process measures its own batches and all get the same scores.
+    Statistics are sums: their memory depends neither on the number of batches nor on the size of images. In a
+    distributed run (`torch.distributed` initialised) each process measures its own batches; all get the same scores.
 
     Args:
-        model: the original, or the model that the plan of `keep` and `removed` made of it. Left as it was.
-        structure: of the original.
+        model: the original, or the model that the plan of `keep` and `removed` made of it; it is not changed.
+        structure: the structure of the original.
         passes: the calibration batches.
         criteria: names (`idap.divergence.criteria.CRITERIA`) or functions of a `Scene`.
         keep: group name -> units that the model still has; groups that are not named are whole.
         removed: branches and blocks that the model no longer has.
-        seed: of criteria that draw.
-        memory: bytes that second moments may take at once ("innovation"), within what `idap.memory` allows; what does
-            not fit is measured in further passes over the data, for which `passes` is kept.
-        progress: told of each batch, and of each layer whose second moments are solved.
-        title: what the progress bar is called.
+        seed: the seed of random criteria.
+        memory: bytes that second moments may take at once ("innovation"), within what `idap.memory` allows; groups that
+            do not fit are measured in further passes over the data, for which `passes` is kept.
+        progress: advances with each batch, and with each group whose second moments are solved.
+        title: title of the progress bar.
 
     Returns:
-        The scores by name of the criterion.
+        The scores, by the name of the criterion.
 
     Raises:
-        ConfigError: a criterion is unknown, or a user's own gave scores that fit no group.
+        ConfigError: a criterion is unknown, or a criterion of the user returned scores that fit no group.
         TaskError: there is no calibration batch, or one has no loss and a criterion needs it.
         StructureError: the model does not run on this data as it was traced, or its activations are not finite.
-        InsufficientMemoryError: a group takes more than may be taken; raised before any data go by.
+        InsufficientMemoryError: a group needs more memory than is allowed; raised before any batch runs.
     """
     openers: dict[str, Opener] = {}
     for name, opener in map(opener_of, criteria):
         if openers.setdefault(name, opener) is not opener:
-            raise ConfigError(f"two criteria are called {name!r}; give your own functions names of their own.")
+            raise ConfigError(f"two criteria are called {name!r}; give your own functions different names.")
     keep, structure = keep or {}, structure.after(removed)
     wiring = Wiring(structure, removed)
     watch = Watch(wiring)
@@ -157,7 +156,7 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
         passes = list(passes)
     steps = len(passes) * len(rounds) + len(jobs) if isinstance(passes, Sized) else None
     with (progress or Silent()).phase(title, steps) as phase:
-        _look(scene, passes, rounds[0], phase)
+        _run_shared_pass(scene, passes, rounds[0], phase)
         for further in rounds[1:]:
             probes = [probe for job in further for probe in job.probes]
             observe(model, probes, passes, begin=watch.begin, end=lambda *_: phase.advance())
@@ -166,10 +165,10 @@ def measure_all(  # noqa: PLR0913 - one argument for each thing that a caller ma
 
 
 def _rounds(jobs: Sequence[Job], memory: int, model: nn.Module) -> list[list[Job]]:
-    """Which jobs share a pass; the same in all processes.
+    """Divide the jobs among passes over the data, in the same way in all processes.
 
     Raises:
-        InsufficientMemoryError: one does not fit by itself.
+        InsufficientMemoryError: one job alone does not fit.
     """
     now = Room.now(device_of(model))
     room = Room(now.device, int(from_main(now.there)), int(from_main(now.on_cpu)))
@@ -177,18 +176,18 @@ def _rounds(jobs: Sequence[Job], memory: int, model: nn.Module) -> list[list[Job
         room.check(
             job.need,
             what=f"the elimination of the units of group {job.name!r}",
-            way_out='Measure by another criterion, such as criterion="relative", which keeps no second moments.',
+            way_out='Measure with another criterion, such as criterion="relative", which keeps no second moments.',
         )
     return pack(jobs, memory, room)
 
 
-def _look(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job], phase: Phase) -> None:
-    """The one pass that serves all criteria."""
+def _run_shared_pass(scene: Scene, passes: Iterable[Pass], jobs: Sequence[Job], phase: Phase) -> None:
+    """Make the pass over the data that all criteria share."""
     watch, gradients = scene.watch, bool(scene.gates.wanted)
     passes = iter(passes)
     first = next(passes, None)
     if first is None:
-        raise TaskError("there is no calibration batch; divergence is measured on at least one.")
+        raise TaskError("there is no calibration batch; the divergence needs at least one.")
 
     def end(each: Pass, outputs: Any) -> None:
         if gradients:
@@ -214,8 +213,8 @@ def _finish(jobs: Sequence[Job], phase: Phase) -> None:
         phase.advance()
 
 
-class _Given:
-    """Scores that needed no look at the running model."""
+class _FixedScores:
+    """Scores that a criterion returned at once, without watching the running model."""
 
     def __init__(self, units: Mapping[str, Tensor]) -> None:
         self._units = units
@@ -229,7 +228,7 @@ class _Given:
 
 def _as_scorer(name: str, found: "Scorer | Mapping[str, Tensor]") -> Scorer:
     if isinstance(found, Mapping):
-        return _Given(found)
+        return _FixedScores(found)
     if not all(callable(getattr(found, method, None)) for method in ("units", "blocks")):
         raise ConfigError(
             f"criterion {name!r} returned {found!r:.60}; expected a dict from group to the scores of its units, or an "
@@ -243,7 +242,7 @@ def _divergence(scene: Scene, name: str, scorer: Scorer) -> Divergence:
     groups = {group.name: group for group in scene.groups}
     strangers = sorted(set(given) - set(groups))
     if strangers:
-        raise ConfigError(f"criterion {name!r} gave scores for {strangers[0]!r}, which is no group of this model.")
+        raise ConfigError(f"criterion {name!r} gave scores for {strangers[0]!r}, which is not a group of this model.")
     units = {}
     for group in scene.groups:
         if group.name not in given:

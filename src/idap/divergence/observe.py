@@ -1,4 +1,4 @@
-"""Watch tensors while a model runs. Statistics are summed up as the tensors go by; no activation is kept."""
+"""Watch tensors while a model runs: statistics are summed up during the run, and no activation is kept."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,9 +25,9 @@ class Pass:
     """One calibration batch.
 
     Attributes:
-        run: runs a model on it and gives the outputs.
-        loss: gives the mean loss over the samples of those outputs; None: there are no labels.
-        padding: which positions of a sequence count, bool of shape (samples, positions); None: all do.
+        run: runs a model on the batch and returns the outputs.
+        loss: returns the mean loss of these outputs over the samples; None: there are no labels.
+        padding: which positions of a sequence count, bool of shape (samples, positions); None: all positions count.
     """
 
     run: Callable[[nn.Module], Any]
@@ -36,13 +36,13 @@ class Pass:
 
 
 class Probe(Protocol):
-    """Something that adds up statistics of one or several calls."""
+    """An object that adds up statistics of one or several calls."""
 
     def before(self) -> Mapping[CallKey, Before]:
-        """What to do with a call's arguments before it is made (it may work in place); may return others instead."""
+        """Call -> a function that sees its arguments before it is made (it may work in place) and may replace them."""
 
     def after(self) -> Mapping[CallKey, After]:
-        """What to do with the result of a call."""
+        """Call -> a function that sees its result."""
 
 
 def observe(
@@ -57,12 +57,12 @@ def observe(
     """Run the model and let the probes see the calls they asked for.
 
     Args:
-        model: run in eval mode; its modes are put back, and nothing stays attached to it, also after an exception.
+        model: runs in eval mode; afterwards, also after an exception, its modes are restored and all hooks are removed.
         probes: each adds up its own statistics.
-        passes: one by one.
+        passes: the batches, run in order.
         begin: called before each pass.
         end: called after each pass, with the outputs.
-        gradients: keep what a backward pass needs; the probes still see tensors without gradient mode.
+        gradients: keep what a backward pass needs; the probes themselves still run without gradients.
 
     Returns:
         The number of passes.
@@ -98,13 +98,13 @@ def observe(
         path, name, number = sorted(missing)[0]
         raise StructureError(
             f"call {number} of {name!r} in module {path or '(the model itself)'!r} was seen when the model was traced "
-            "but not now: its forward takes another way on this data. Trace it on inputs like the calibration data."
+            "but not now: its forward takes another path on this data. Trace it on inputs like the calibration data."
         )
     return count
 
 
 def _by_call(probes: Iterable[Probe]) -> tuple[dict[CallKey, list[Before]], dict[CallKey, list[After]]]:
-    """What all probes together do before and after each call."""
+    """The functions that all probes together run before and after each call."""
     before: dict[CallKey, list[Before]] = {}
     after: dict[CallKey, list[After]] = {}
     for probe in probes:
@@ -116,7 +116,7 @@ def _by_call(probes: Iterable[Probe]) -> tuple[dict[CallKey, list[Before]], dict
 
 
 def sum_over_processes(sums: Sequence[dict[str, Tensor]]) -> None:
-    """Add up statistics over all processes of a distributed run, in place; nothing where there is only one.
+    """Add up statistics over all processes of a distributed run, in place; a single process changes nothing.
 
     Raises:
         TaskError: another process has seen other tensors.
@@ -141,7 +141,7 @@ def sum_over_processes(sums: Sequence[dict[str, Tensor]]) -> None:
 
 
 def is_result(graph: Graph, name: str) -> bool:
-    """Whether what the eager call of a node returns is the value of this node alone."""
+    """Whether the eager call of a node returns the value of this node and nothing else."""
     node = graph.nodes[name]
     if node.call is None:
         return False
@@ -163,7 +163,7 @@ def result_of(graph: Graph, name: str, result: Any) -> Tensor | None:
 
 
 def tensors_given(graph: Graph, name: str) -> list[str] | None:
-    """The nodes whose values the eager call of a node was given, in order; None if that can't be told."""
+    """The nodes whose values the eager call of a node was given, in order; None if they can't be determined."""
     made = graph.nodes[name]
     if made.call is None or any(other.name != name and other.op != "getitem" for other in graph.call_nodes[made.call]):
         return None  # one call that makes several operators, such as F.multi_head_attention_forward
@@ -171,7 +171,7 @@ def tensors_given(graph: Graph, name: str) -> list[str] | None:
 
 
 def tensor_argument(graph: Graph, node: str, wanted: str) -> int | None:
-    """Which of the tensors given to the eager call of a node is the value of `wanted`; None if that can't be told."""
+    """Position of `wanted` among the tensors given to the eager call of a node; None if it can't be determined."""
     given = tensors_given(graph, node)
     return given.index(wanted) if given is not None and wanted in given else None
 
@@ -187,15 +187,15 @@ MEMORY = 2 * 2**30
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement that gives back its memory when it is finished.
+    """One measurement that frees its memory when it is finished.
 
     Attributes:
-        name: of the group that it measures.
-        need: bytes that it takes.
-        probes: what it looks at.
-        settle: called once, after its pass and before sums are added up over processes.
-        sums: what is added up over processes; filled by then.
-        finish: called once, after that.
+        name: name of the group that it measures.
+        need: the memory that it needs.
+        probes: its probes.
+        settle: called once, after the pass and before sums are added up over processes.
+        sums: the sums to be added up over processes; they are complete after `settle`.
+        finish: called once, after the sums are added up.
     """
 
     name: str

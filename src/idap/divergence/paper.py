@@ -24,7 +24,7 @@ def paper(scene: Scene) -> Scorer:
 
 
 def share(scene: Scene) -> Scorer:
-    """D8: the paper's divergence of a unit as a share of its group's, of a branch or block as a share of all."""
+    """D8: the paper's divergence as a share of the sum over the group, or over all branches and blocks."""
     return ShareScores(scene)
 
 
@@ -41,7 +41,7 @@ class PaperScores:
         self._ratios = block_ratios(scene)
 
     def units(self) -> Mapping[str, Tensor]:
-        """Sums over the layers that were seen writing."""
+        """Scores, summed over the writing layers that were seen."""
         found = {}
         for name, writers in self._writers.items():
             parts = [writer.scores() for writer in writers if writer.has_data]
@@ -50,12 +50,12 @@ class PaperScores:
         return found
 
     def blocks(self) -> Mapping[str, float]:
-        """Branches and blocks that were seen."""
+        """Scores of the branches and blocks that were seen."""
         return {name: ratio.paper for name, ratio in self._ratios.items() if ratio.has_data}
 
 
 class ShareScores:
-    """The same as shares."""
+    """Scores of the paper's forms, as shares."""
 
     def __init__(self, scene: Scene) -> None:
         self._paper = PaperScores(scene)
@@ -72,13 +72,13 @@ class ShareScores:
 
 
 class ActivationScores:
-    """Root mean squares of what is written."""
+    """Root mean squares of the activations of units."""
 
     def __init__(self, scene: Scene) -> None:
         self._parts: dict[str, list[tuple[Tensor, ChannelStats]]] = {group.name: [] for group in scene.groups}
         self._sizes = {group.name: group.size for group in scene.groups}
         for group in scene.groups:
-            heads = group.kind == "heads"  # what a head gives is what its projection reads
+            heads = group.kind == "heads"  # the output of a head is what its projection reads
             for port in scene.alive(group.readers if heads else group.writers):
                 place = scene.place(port)
                 dim = place.contraction.input_dim if heads else place.contraction.output_dim
@@ -89,7 +89,7 @@ class ActivationScores:
                     self._parts[group.name].append((units, stats))
 
     def units(self) -> Mapping[str, Tensor]:
-        """Mean over the layers that were seen writing."""
+        """Scores, as means over the writing layers that were seen."""
         found = {}
         for name, parts in self._parts.items():
             size = self._sizes[name]
@@ -103,7 +103,7 @@ class ActivationScores:
         return found
 
     def blocks(self) -> None:
-        """Nothing: it knows no blocks."""
+        """None: the criterion scores no blocks."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _heads(scene: Scene, group: Group, port: Port) -> "_Heads | None":
 
 
 def _norms(scene: Scene, group: Group, port: Port, width: int) -> Tensor:
-    """Norms of the rows of each head's query, key and value, as far as one projection writes them, summed; (heads,)."""
+    """Sum of the norms of each head's query, key and value rows that one projection writes, shape (heads,)."""
     place = scene.place(port)
     units = torch.from_numpy(scene.structure.layout.units(place.weight_dim, group.index))
     starts = _run_starts(units, width)
@@ -198,8 +198,9 @@ def _norms(scene: Scene, group: Group, port: Port, width: int) -> Tensor:
 def _run_starts(units: Tensor, width: int) -> Tensor:
     """Where the rows of a head's query, key or value begin in a projection of the original; shape (rows,).
 
-    A fused projection holds all queries, then all keys, then all values, so that each head has three runs of rows; or
-    it holds query, key and value of one head after another, so that the run of a head is two or three heads wide.
+    A fused projection either holds all queries, then all keys, then all values, so that each head has three runs of
+    rows; or it holds query, key and value of one head after another, so that the run of a head is two or three heads
+    wide.
     """
     places = torch.arange(len(units))
     starts = torch.ones(len(units), dtype=torch.bool)

@@ -1,7 +1,7 @@
 """Where units are written and read: the stream they end in, their activation, and rows of what a contraction reads.
 
-A row is what the weights are multiplied by at one position; for a convolution an unfolded patch, the inputs under all
-taps of the kernel. The matrix of all rows is never held; batch by batch some of them are drawn.
+A row is what the weights are multiplied by at one position. For a convolution it is an unfolded patch: the inputs under
+all taps of the kernel. The matrix of all rows is never held in memory; some rows are drawn from each batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,20 +24,20 @@ PASSING = ("dropout", "view", "reshape", "flatten", "permute", "transpose", "con
 """Operators between a layer and the addition it feeds that change neither values nor their energy."""
 
 CONTRACTIONS = ("linear", "matmul", "conv1d", "conv2d", "conv3d")
-"""Operators that may return the shape they were given and yet are no activation."""
+"""Operators that may keep the shape of their input and yet are not activations."""
 
 
 class Wiring:
-    """Who reads whose value in a network that some branches and blocks are gone from.
+    """The nodes that read each value in a network without some of its branches and blocks.
 
     Args:
-        structure: of the original.
-        removed: the branches and blocks that are gone.
+        structure: the structure of the original.
+        removed: the branches and blocks that are removed.
 
     Attributes:
-        graph: of the original, with projections in their places.
+        graph: the graph of the original, with projections in their places.
         gone: nodes that are no longer computed, or whose result is no longer needed.
-        users: node -> the nodes that read its value, also through what is gone.
+        users: node -> the nodes that read its value, also through removed nodes.
     """
 
     def __init__(self, structure: Structure, removed: Sequence[str] = ()) -> None:
@@ -53,7 +53,7 @@ class Wiring:
                     self.users[used].append(node.name)
 
     def source(self, name: str) -> str:
-        """The node that makes the value which a reader of `name` gets."""
+        """The node that makes the value which readers of `name` receive."""
         while name in self._skips:
             name = self._skips[name]
         return name
@@ -84,12 +84,12 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Sight:
-    """Where a value passes by in the running model.
+    """Where a value can be seen in the running model.
 
     Attributes:
         node: the node that holds it.
-        call: the eager call.
-        argument: which of the tensors given to the call it is; None: it is what the call returns.
+        call: the eager call that is given the value or returns it.
+        argument: position of the value among the tensors given to the call; None: the call returns it.
     """
 
     node: str
@@ -104,7 +104,7 @@ class Stream:
     Attributes:
         affine: the norms and factors that it passes first, each with a fixed scale per channel.
         addition: the node where it is added to another tensor, "" if it isn't.
-        skip: which of the tensors given to the addition is the stream.
+        skip: position of the stream among the tensors given to the addition.
         end: the last node that is the contraction's own contribution.
     """
 
@@ -115,7 +115,7 @@ class Stream:
 
 
 def stream_of(wiring: Wiring, name: str, *, channels: int) -> Stream:
-    """Follow a contraction's output, which has so many channels, to the addition where it joins the stream."""
+    """Follow a contraction's output, which has `channels` channels, to the addition where it joins the stream."""
     affine: tuple[str, ...] = ()
     end = name
     while len(wiring.users[end]) == 1:
@@ -170,14 +170,14 @@ def activation_of(wiring: Wiring, name: str) -> str:
 
 
 class _Side(NamedTuple):
-    """How a kernel goes along one spatial dimension.
+    """How a kernel moves along one spatial dimension.
 
     Attributes:
-        taps: extent of the kernel.
-        stride: from one position to the next.
-        apart: from one tap to the next.
-        padding: before and after the input.
-        positions: of the output.
+        taps: number of taps of the kernel.
+        stride: distance from one position to the next.
+        apart: distance from one tap to the next.
+        padding: padding before and after the input.
+        positions: number of positions of the output.
     """
 
     taps: int
@@ -192,9 +192,9 @@ class Unfolding:
     """Draws rows of the matrix that a contraction multiplies by its weights.
 
     Attributes:
-        contraction: what it does.
-        node: the operator.
-        limit: most rows drawn from one batch.
+        contraction: the contraction.
+        node: its operator.
+        limit: largest number of rows drawn from one batch.
     """
 
     contraction: Contraction
@@ -209,17 +209,18 @@ class Unfolding:
 
     @property
     def keeps_order(self) -> bool:
-        """Whether what comes out has its rows in the order of what is read; an einsum may exchange them."""
+        """Whether the rows of the output are in the order of the rows of the input; an einsum may exchange them."""
         return self.can_unfold and self.contraction.paired
 
     def choose(self, x: Tensor, weight: Tensor, valid: Callable[[Tensor], Tensor | None], seed: int) -> Tensor:
-        """Which positions of a batch are drawn: all, or a random choice without repetition, in order.
+        """Draw positions of a batch: all of them, or a random choice without repetition, in order.
 
         Args:
             x: the input.
-            weight: as the call is given it.
-            valid: gives the flat positions of a tensor with its channels last that are no padding; None for all.
-            seed: of the draw.
+            weight: the weight as the call receives it.
+            valid: returns the flat positions that are not padding, for a tensor with its channels last; None: all are
+                valid.
+            seed: seed of the draw.
         """
         if self.contraction.kind == "linear":
             last = x.movedim(self.contraction.input_dim, -1)
@@ -227,13 +228,13 @@ class Unfolding:
         return self._draw(None, len(x) * self._extent(x, weight), seed)
 
     def choose_outputs(self, y: Tensor, valid: Callable[[Tensor], Tensor | None], seed: int) -> Tensor:
-        """The same from the output: its positions."""
+        """Draw positions of a batch as `choose` does, from the output instead of the input."""
         last = y.movedim(self.contraction.output_dim, -1)
         counted = valid(last) if self.contraction.kind == "linear" else None
         return self._draw(counted, last.numel() // max(1, last.shape[-1]), seed)
 
     def _draw(self, counted: Tensor | None, count: int, seed: int) -> Tensor:
-        """All of so many positions, or of those that count, or a random choice."""
+        """All `count` positions, or all those in `counted`; a random choice of them if they exceed the limit."""
         if counted is not None:
             count = len(counted)
         chosen = torch.arange(count)
@@ -251,19 +252,21 @@ class Unfolding:
         return apart.transpose(2, 3).flatten(2)
 
     def by_tap(self, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-        """The same with all columns of a kernel's tap side by side, which takes one copy less of all rows.
+        """The same rows with the columns of each kernel tap side by side, which takes one copy less of all rows.
 
         Args:
-            x: the input; of a contraction in one part some of its channels will do.
-            weight: as the call is given it.
-            chosen: positions.
+            x: the input; for a contraction in one part, some of its channels suffice.
+            weight: the weight as the call receives it.
+            chosen: the drawn positions.
         """
         if self.contraction.kind == "linear":
             flat = x.movedim(self.contraction.input_dim, -1)
             return exact(flat.reshape(-1, flat.shape[-1])[chosen.to(x.device)]).unsqueeze(0)
         sides = self._sides(x, weight)
-        padded = F.pad(x, [pad for side in reversed(sides) for pad in side.padding])  # torch wants the last one first
-        flat = padded.movedim(1, -1).reshape(-1, x.shape[1])  # a row per place: whole rows are copied fast
+        padded = F.pad(
+            x, [pad for side in reversed(sides) for pad in side.padding]
+        )  # F.pad takes the last dimension first
+        flat = padded.movedim(1, -1).reshape(-1, x.shape[1])  # one row per place, as whole rows are copied fast
         places = torch.unravel_index(chosen.to(x.device), (len(x), *(side.positions for side in sides)))
         first, taps = places[0], torch.zeros(1, dtype=torch.long, device=x.device)
         for side, extent, place in zip(sides, padded.shape[2:], places[1:], strict=True):
@@ -279,7 +282,7 @@ class Unfolding:
         return prod(side.positions for side in self._sides(x, weight))
 
     def outputs(self, y: Tensor, chosen: Tensor) -> Tensor:
-        """The outputs at the same positions, shape (rows, outputs)."""
+        """The outputs at the drawn positions, shape (rows, outputs)."""
         flat = y.movedim(self.contraction.output_dim, -1)
         return exact(flat.reshape(-1, flat.shape[-1])[chosen.to(y.device)])
 
@@ -295,7 +298,7 @@ class Unfolding:
         return matrix.reshape(first.shape).movedim(0, self.contraction.write_dim)
 
     def _sides(self, x: Tensor, weight: Tensor) -> list["_Side"]:
-        """How the kernel goes along each spatial dimension of the input."""
+        """How the kernel moves along each spatial dimension of the input."""
         given = arguments(self.node)
         kernel = weight.shape[2:]
         stride, dilation = (_each(given[name], len(kernel)) for name in ("stride", "dilation"))

@@ -30,7 +30,7 @@ def relative(scene: Scene) -> Scorer:
 
 
 def fluctuation(scene: Scene) -> Scorer:
-    """The same of a_u - E a_u, since a constant can be moved into a bias."""
+    """The relative form of a_u - E a_u, since a constant can be moved into a bias."""
     return RelativeScores(scene, centred=True)
 
 
@@ -43,7 +43,7 @@ class RelativeScores:
         self._ratios = block_ratios(scene)
 
     def units(self) -> Mapping[str, Tensor]:
-        """Mean over the readers that were seen."""
+        """Scores, as means over the readers that were seen."""
         found = {}
         for name, readers in self._readers.items():
             parts = [reader.scores(centred=self._centred) for reader in readers if reader.has_data]
@@ -52,7 +52,7 @@ class RelativeScores:
         return found
 
     def blocks(self) -> Mapping[str, float]:
-        """Branches and blocks that were seen."""
+        """Scores of the branches and blocks that were seen."""
         return {name: ratio.relative for name, ratio in self._ratios.items() if ratio.has_data}
 
 
@@ -83,9 +83,9 @@ class FlowBehind:
     """Where the output of a contraction enters the flow.
 
     Attributes:
-        stream: norms and factors on the way, and the addition.
-        energy: of the stream it is added to; where there is none, of the output itself.
-        channels: of the contraction's output that are present.
+        stream: the norms and factors on the way, and the addition.
+        energy: energy of the stream that the output is added to, or of the output itself if there is no stream.
+        channels: number of channels of the contraction's output that are present.
     """
 
     stream: Stream
@@ -122,7 +122,7 @@ def flow_behind(place: Place) -> FlowBehind:
 class Reader:
     """Second moments of the units that one contraction reads, and the energy of the flow that it feeds.
 
-    Sums O(channels) numbers, for units of several slots O(channels x slots of a unit).
+    It holds O(channels) sums, and O(channels x slots of a unit) for units of several slots.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Reader:
 
     @property
     def has_data(self) -> bool:
-        """Whether anything went by."""
+        """Whether any data were seen."""
         return self._stats.has_data and self._flow.energy is not None and self._flow.energy.has_data
 
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ class Reader:
 
     @cached_property
     def _weight_products(self) -> Tensor:
-        """V_uᵀ V_u of each unit, (U, w, w), where units have several slots; else ‖V_i‖² of each input channel, (I,)."""
+        """V_uᵀ V_u of each unit, (U, w, w), if units have several slots; else ‖V_i‖² of each input channel, (I,)."""
         assert self._weight.value is not None
         contraction = self._place.contraction
         weight = exact(self._weight.value.detach()).cpu()
@@ -193,7 +193,7 @@ def _group_slots(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def block_ratios(scene: Scene) -> dict[str, SampleRatio]:
-    """Watch what each branch adds to the stream, and how much each block changes it; those that can be seen."""
+    """Watch what each branch adds to the stream and how much each block changes it, as far as they can be seen."""
     return scene.once("block ratios", lambda: _block_ratios(scene))
 
 
@@ -226,7 +226,7 @@ def _branch(scene: Scene, block: Block) -> SampleRatio | None:
 
 
 def _block(scene: Scene, block: Block) -> SampleRatio | None:
-    """The change of a block is its output less its input."""
+    """Watch the change of a block: its output minus its input."""
     graph = scene.structure.graph
     entry, leave = scene.wiring.sight(block.entry), graph.nodes[block.exit]
     if entry is None or leave.call is None or not is_result(graph, block.exit):
@@ -240,7 +240,7 @@ def _block(scene: Scene, block: Block) -> SampleRatio | None:
             counted = scene.watch.mask_padding
             ratio.add(_sample_energy(counted(value.detach() - before)), _sample_energy(counted(before)))
 
-    # No copy: a block that overwrote the stream it is given could not be removed, and is not offered.
+    # No copy is needed: a block that overwrites the stream it is given can't be removed, so it is not in the scene.
     place = entry.argument
     if place is None:
         scene.watch.result(entry.call, lambda result: held.append(result_of(graph, entry.node, result)))
@@ -258,9 +258,9 @@ def _sample_energy(x: Tensor) -> Tensor:
 
 
 def affine_scale(node: Node, graph: Graph, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What an evaluated batch norm or a factor multiplies each channel by, shape (C,) or (1,).
+    """The number by which a batch norm in evaluation, or a multiplication, scales each channel; shape (C,) or (1,).
 
-    A batch norm multiplies by weight / sqrt(running variance + eps).
+    A batch norm scales by weight / sqrt(running variance + eps).
     """
 
     def tensor_of(value: Any) -> Tensor:
@@ -275,7 +275,10 @@ def affine_scale(node: Node, graph: Graph, tensors: Mapping[str, Tensor]) -> Ten
 
 
 def _by_unit(units: Tensor) -> Tensor | None:
-    """Slots ordered by unit, shape (units, slots of a unit); None where units have one slot, too many, or unequally."""
+    """Slots ordered by unit, shape (units, slots of a unit).
+
+    None if units have one slot each, too many slots, or different numbers of slots.
+    """
     mine = torch.nonzero(units >= 0).ravel()
     counts = torch.bincount(units[mine])
     counts = counts[counts > 0]

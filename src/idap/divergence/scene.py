@@ -1,4 +1,4 @@
-"""What a criterion may look at: one model, what it still has, where its units lie, and gradients of gates on them."""
+"""What a criterion works with: one model, the parts it still has, the places of its units, and gradients of gates."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from idap.structure.layout import Presence, slots
 
 @dataclass
 class Gates:
-    """Per-sample gradients of gates, summed up as they go by.
+    """Per-sample gradients of gates, summed up during the run.
 
     Attributes:
         wanted: group name -> the places where its units are read.
@@ -39,7 +39,7 @@ class Gates:
     _seen: list[tuple[str, "GatedInput", Tensor]] = field(default_factory=list)
 
     def ask(self, group: str, place: "GatedInput") -> tuple[CallKey, Before]:
-        """Want a gate at one more place; returns what to look at."""
+        """Add a gate at one more place; returns the call to watch and the function that watches it."""
         self.wanted.setdefault(group, []).append(place)
 
         def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -55,10 +55,10 @@ class Gates:
         return place.call, look
 
     def end(self, each: Pass, outputs: Any) -> None:
-        """A pass is over: go back from its loss.
+        """Add the gradients of the loss at the end of a pass.
 
         Raises:
-            TaskError: the batch has no loss, or one that is not a finite number.
+            TaskError: the batch has no loss, or a loss that is not a finite number or has no gradient.
         """
         if each.loss is None:
             raise TaskError("this criterion needs the gradient of the loss, and the calibration data have no loss.")
@@ -86,7 +86,7 @@ class Gates:
         self.sums[name] = value if name not in self.sums else self.sums[name] + value
 
     def mean(self, group: str, order: str) -> Tensor | None:
-        """Mean over the samples of |dL/dz| ("first") or its square ("second"), shape (size,); None if never seen."""
+        """Mean over the samples of |dL/dz| ("first") or its square ("second"), shape (size,); None without data."""
         found = self.sums.get(f"{group}:{order}")
         return None if found is None else found / self.sums["samples"]
 
@@ -97,7 +97,7 @@ class GatedInput:
 
     Attributes:
         call: the call that reads them.
-        argument: which of its tensors holds them.
+        argument: position of the tensor that holds them among the tensors given to the call.
         dim: the dimension of their slots.
         units: unit of each slot, -1 for none.
         size: number of units.
@@ -118,15 +118,15 @@ class GatedInput:
 
 
 def _samples(outputs: Any, read: Tensor) -> int:
-    """Number of samples of a batch: by the first tensor of the outputs, or else by one that the model reads."""
+    """Number of samples of a batch: that of the first tensor of the outputs, or else of a tensor that is read."""
     return next((len(x) for x in leaves(outputs) if isinstance(x, Tensor) and x.dim()), len(read))
 
 
 def _by_sample(derivative: Tensor, samples: int) -> Tensor:
     """Derivative of each sample's own loss, shape (samples, size); the loss is the mean over the samples.
 
-    Rows are those of a sample, or several of each, such as windows. What does not depend on the sample, such as a
-    table made from parameters, is the same for all.
+    Each sample has one row, or several, such as windows. A tensor that does not depend on the sample, such as a table
+    made from parameters, counts in full for every sample.
     """
     if len(derivative) % samples:
         return derivative.sum(0, keepdim=True).expand(samples, -1)
@@ -135,7 +135,7 @@ def _by_sample(derivative: Tensor, samples: int) -> Tensor:
 
 @contextmanager
 def trainable(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow through all parameters; put back which of them were frozen."""
+    """Let gradients flow through all parameters; afterwards, those that were frozen are frozen again."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     try:
         for parameter in frozen:
@@ -150,13 +150,13 @@ Made = TypeVar("Made")
 
 
 class Scorer(Protocol):
-    """Scores of one criterion, once the calibration data have gone by."""
+    """Scores of one criterion, available after the pass over the calibration data."""
 
     def units(self) -> Mapping[str, Tensor]:
-        """Group name -> score of each unit in the original's indices, shape (size,); a low one may go first."""
+        """Group name -> score of each unit in the original's indices, shape (size,); low scores are removed first."""
 
     def blocks(self) -> Mapping[str, float] | None:
-        """Branch or block -> score; None where the criterion knows nothing of them."""
+        """Branch or block -> score; None if the criterion does not score them."""
 
 
 @dataclass(frozen=True)
@@ -164,15 +164,15 @@ class Scene:
     """One model as criteria see it.
 
     Attributes:
-        model: the original, or what a plan made of it.
-        structure: of the original, with projections in their places.
+        model: the original, or the model that a plan made of it.
+        structure: the structure of the original, with projections in their places.
         keep: group name -> units that the model still has; groups that are not named are whole.
         removed: branches and blocks that the model no longer has.
         present: labels that the model still has.
-        wiring: who reads whose value in it.
-        watch: what is looked at while the model runs.
-        gates: gradients of gates on units, for criteria that ask for them.
-        seed: of criteria that draw.
+        wiring: the nodes that read each value in the model.
+        watch: the tensors that are watched while the model runs.
+        gates: gradients of gates on units, for criteria that need them.
+        seed: the seed of random criteria.
     """
 
     model: nn.Module
@@ -195,25 +195,25 @@ class Scene:
     def blocks(self) -> list[Block]:
         """The branches and blocks that the model still has; not those that could only become projections.
 
-        How much the flow would change there, a fit alone can say (`idap.rebalance.projections`).
+        Only a fit can tell how much the flow would change at a projection (`idap.rebalance.projections`).
         """
         gone = {name for other in self.removed for name in (other, *self.structure.block(other).contains)}
         left = [b for b in self.structure.blocks if b.name not in gone and b.exit not in self.wiring.gone]
         return [block for block in left if block.projected is None]
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
-        """What several criteria need is made for the first of them and shared by the others."""
+        """Make an object for the first criterion that needs it, and share it with the others."""
         if name not in self._made:
             self._made[name] = make()
         found: Made = self._made[name]
         return found
 
     def alive(self, ports: Iterable[Port]) -> list[Port]:
-        """The places that the model still has."""
+        """The ports that the model still has."""
         return [port for port in ports if port.node not in self.wiring.gone]
 
     def place(self, port: Port) -> "Place":
-        """Everything about a place where units are written or read."""
+        """The place where a port writes or reads units."""
         contraction = self.structure.layout.contractions[port.contraction]
         return Place(self, port, contraction, self.structure.graph.nodes[port.node])
 
@@ -232,10 +232,10 @@ class Place:
     """A contraction that writes or reads units.
 
     Attributes:
-        scene: where it is.
-        port: which it is.
-        contraction: what it does.
-        node: the operator.
+        scene: the scene that it belongs to.
+        port: its port.
+        contraction: the contraction.
+        node: the operator of the contraction.
     """
 
     scene: Scene
@@ -261,21 +261,21 @@ class Place:
 
     @property
     def input_at(self) -> int | None:
-        """Which of the tensors given to the call is the input."""
+        """Position of the input among the tensors given to the call; None if it can't be determined."""
         return tensor_argument(self.scene.structure.graph, self.port.node, self.contraction.input)
 
     @property
     def reads(self) -> tuple[CallKey | None, int | None]:
-        """The call that reads the input, and as which of its tensors."""
+        """The call that reads the input, and the input's position among the call's tensors."""
         return self.node.call, self.input_at
 
     @property
     def weight_at(self) -> int | None:
-        """Which of the tensors given to the call is the weight; None if it is not a call of its own."""
+        """Position of the weight among the tensors given to the call; None if the node has no call of its own."""
         return tensor_argument(self.scene.structure.graph, self.port.node, self.contraction.weight)
 
     def weight(self) -> Argument | None:
-        """The weight as the call is given it, which may be computed from parameters."""
+        """The weight as the call receives it; it may be computed from parameters."""
         place = self.weight_at
         if place is None or self.node.call is None:
             return None
@@ -283,5 +283,5 @@ class Place:
 
 
 Opener = Callable[[Scene], "Scorer | Mapping[str, Tensor]"]
-"""A criterion: says on a scene what it wants to watch, and gives what scores in the end; or, where the weights are
-enough, gives the scores at once."""
+"""A criterion: a function that watches tensors of a scene and returns an object that gives the scores after the run.
+If the weights alone suffice, it may return the scores at once."""

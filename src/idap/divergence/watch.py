@@ -1,4 +1,4 @@
-"""Statistics of tensors that several criteria share: each tensor is looked at once, whoever asks for it."""
+"""Statistics of tensors that several criteria share: each tensor is watched once, however many criteria need it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ class UnitNorms:
     Attributes:
         units: unit of each slot, -1 for none; shape (slots,).
         size: number of units.
-        per_channel: divide by the number of channels too (D3, D7), not only by the positions (D4).
-        sums: of shape (size,).
+        per_channel: also divide by the number of channels (D3, D7), not only by the positions (D4).
+        sums: "norms", shape (size,).
     """
 
     units: Tensor
@@ -30,7 +30,7 @@ class UnitNorms:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, squared: Tensor, positions: Tensor) -> None:
-        """Add a batch: squared norms of shape (samples, slots), each over so many positions, shape (samples,)."""
+        """Add a batch: squared norms, shape (samples, slots), over numbers of positions, shape (samples,)."""
         mine = self.units >= 0
         of_slots = squared[:, mine].double().cpu()
         of_units = of_slots.new_zeros(len(squared), self.size).index_add_(1, self.units[mine], of_slots)
@@ -42,12 +42,12 @@ class ChannelStats:
     """Sums over the batches of one tensor, channel by channel: O(channels) numbers.
 
     Args:
-        dim: the dimension of the channels; the first one is that of the samples. None: all count as one channel.
+        dim: the dimension of the channels; dimension 0 is that of the samples. None: all values count as one channel.
 
     Attributes:
-        sums: "square" and, where means are wanted, "sum" of each channel, shape (channels,); "positions" and "samples".
-        means: whether anybody wants the means: they take another look at every number.
-        norms: norms of units, for whoever asked.
+        sums: "square" and, if means are needed, "sum" of each channel, shape (channels,); "positions" and "samples".
+        means: whether means are needed; they take another pass over every value.
+        norms: norms of units, for the criteria that need them.
         latest: squared norm of each sample of the batch that is running, shape (samples,).
     """
 
@@ -94,7 +94,7 @@ class ChannelStats:
 
     @property
     def has_data(self) -> bool:
-        """Whether anything went by."""
+        """Whether any data were seen."""
         return bool(self.sums)
 
     @property
@@ -108,7 +108,7 @@ class ChannelStats:
         return self.sums["sum"].cpu() / self.sums["positions"].clamp_min(1e-30)
 
     def energy(self, channels: int) -> float:
-        """E‖x‖² at one position that has so many channels, whichever dimension the sums were kept for."""
+        """E‖x‖² at one position that has `channels` channels, whichever dimension the sums were kept for."""
         elements = self.sums["positions"] * len(self.sums["square"])
         return float(self.sums["square"].sum().cpu() * channels / elements.clamp_min(1))
 
@@ -129,7 +129,7 @@ class SampleRatio:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, change: Tensor, stream: Tensor) -> None:
-        """Add a batch of squared norms, shape (samples,); samples in which nothing flows are padding."""
+        """Add a batch of squared norms, shape (samples,); samples whose norms are all zero count as padding."""
         change, stream = change.double().cpu(), stream.double().cpu()
         _accumulate(self.sums, "change", change.sum())
         _accumulate(self.sums, "stream", stream.sum())
@@ -138,7 +138,7 @@ class SampleRatio:
 
     @property
     def has_data(self) -> bool:
-        """Whether anything went by."""
+        """Whether any data were seen."""
         return bool(self.sums)
 
     @property
@@ -153,13 +153,14 @@ class SampleRatio:
 
 
 class Watch:
-    """What is looked at during one measurement.
+    """The tensors that are watched during one measurement.
 
     Args:
-        wiring: of what the model still has.
+        wiring: the wiring of the measured model.
 
     Attributes:
-        padding: of the pass that is running.
+        held: all sums, to be added up over processes.
+        padding: the padding of the pass that is running.
     """
 
     def __init__(self, wiring: Wiring) -> None:
@@ -177,11 +178,12 @@ class Watch:
         """Statistics of the channels of a node's value; None if one opaque call hides it.
 
         Args:
-            node: whose value is watched.
+            node: the node whose value is watched.
             dim: the dimension of its channels.
-            reader: a call that is given the value, and as which of its tensors. It is looked at there if possible:
-                code that reshapes a tensor in other ways in an export than in an ordinary run hands on the same value.
-            means: whether the means of the channels are wanted too.
+            reader: a call that is given the value, and the value's position among the call's tensors. The value is
+                watched there if possible: code may reshape a tensor differently in an export and in an ordinary run,
+                but it passes on the same value.
+            means: whether the means of the channels are needed as well.
         """
         node = self._wiring.source(node)
         call, place = reader
@@ -205,7 +207,7 @@ class Watch:
         return found[dim]
 
     def energy(self, node: str) -> ChannelStats | None:
-        """Statistics of a node's value for which the dimension of the channels does not matter."""
+        """Statistics of a node's value, if it does not matter which dimension the channels have."""
         node = self._wiring.source(node)
         known = self._channels.get(node)
         return next(iter(known.values())) if known else self._stats(node, None)
@@ -222,20 +224,20 @@ class Watch:
         return self._arguments.setdefault((call, place), Argument(call, place))
 
     def at(self, call: CallKey, look: Before) -> None:
-        """Look at the arguments of a call."""
+        """Watch the arguments of a call."""
         self._probes.append(Look(call, look))
 
     def result(self, call: CallKey, note: After) -> None:
-        """Look at the result of a call."""
+        """Watch the result of a call."""
         self._probes.append(Note(call, note))
 
     def sums(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Have statistics added up over processes."""
+        """Register statistics that are to be added up over processes."""
         self.held.append(found)
         return found
 
     def probes(self) -> list[Probe]:
-        """Everything to look at; shared statistics first, so that others find them up to date."""
+        """All probes; the shared statistics come first, so that the other probes find them up to date."""
         shared: list[Probe] = []
         for node, by_dim in self._channels.items():
             sight = self._sight(node)
@@ -249,11 +251,11 @@ class Watch:
         return x if mask is None else x * mask
 
     def valid(self, x: Tensor) -> Tensor | None:
-        """The flat positions of a tensor with its channels last that are no padding; None if all count."""
+        """The flat positions that are not padding, for a tensor with its channels last; None if all count."""
         return valid_positions(self.padding, x)
 
     def begin(self, each: Pass) -> None:
-        """A pass begins."""
+        """Begin a pass."""
         self.padding = each.padding
 
     def _see(self, sight: Sight, add: Callable[[Tensor, Tensor | None], None]) -> Probe:
@@ -278,11 +280,11 @@ class Argument:
     value: Tensor | None = None
 
     def before(self) -> Mapping[CallKey, Before]:
-        """Remember it."""
+        """Remember the tensor before the call is made."""
         return {self.call: self._remember}
 
     def after(self) -> Mapping[CallKey, After]:
-        """Nothing."""
+        """An empty mapping: nothing is watched at this point."""
         return {}
 
     def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -291,44 +293,44 @@ class Argument:
 
 @dataclass(frozen=True)
 class Look:
-    """Looks at the arguments of one call."""
+    """Watches the arguments of one call."""
 
     call: CallKey
     look: Before
 
     def before(self) -> Mapping[CallKey, Before]:
-        """Look."""
+        """Call `look` with the arguments."""
         return {self.call: self.look}
 
     def after(self) -> Mapping[CallKey, After]:
-        """Nothing."""
+        """An empty mapping: nothing is watched at this point."""
         return {}
 
 
 @dataclass(frozen=True)
 class Note:
-    """Looks at the result of one call."""
+    """Watches the result of one call."""
 
     call: CallKey
     note: After
 
     def before(self) -> Mapping[CallKey, Before]:
-        """Nothing."""
+        """An empty mapping: nothing is watched at this point."""
         return {}
 
     def after(self) -> Mapping[CallKey, After]:
-        """Look."""
+        """Call `note` with the result."""
         return {self.call: self.note}
 
 
 def valid_positions(padding: Tensor | None, x: Tensor) -> Tensor | None:
-    """The flat positions of a tensor with its channels last that are no padding; None if all count."""
+    """The flat positions that are not padding, for a tensor with its channels last; None if all count."""
     mask = None if padding is None else _align_mask(padding, x, x.dim() - 1)
     return None if mask is None else torch.nonzero(mask.expand(*x.shape[:-1], 1).ravel()).ravel().cpu()
 
 
 def _align_mask(padding: Tensor, x: Tensor, dim: int) -> Tensor | None:
-    """The mask in the shape of a tensor, channels in `dim`; None where its positions are not those of a sequence."""
+    """The mask in the shape of a tensor, channels in `dim`; None if its positions are not those of a sequence."""
     samples, length = padding.shape
     if x.shape[0] == samples * length:
         return padding.reshape([-1, *[1] * (x.dim() - 1)]).to(x.device)

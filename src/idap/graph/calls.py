@@ -1,8 +1,8 @@
-"""Name every tensor function that a model's forward calls, in an export and in an ordinary run alike.
+"""Give every tensor function that a model calls a key that is the same in an export and in an ordinary run.
 
-The same Python code makes the same calls in the same order, so the k-th call of a function in a module is one
-place in the code. That is how a node of the exported graph is found again in the running model, whatever its
-batch size, and also after other parts were cut or removed.
+The same Python code makes the same calls in the same order, so the k-th call of a function in a module identifies
+one place in the code. By this key a node of the exported graph is found again in the running model, whatever the
+batch size, and even after other parts were removed.
 """
 
 import sys
@@ -21,13 +21,16 @@ Handler = Callable[[CallKey, Callable[..., Any], tuple[Any, ...], dict[str, Any]
 """Receives one call and must return its result, usually by making the call."""
 
 _IN_PYTHON = ("multi_head_attention_forward",)
-"""Functions of torch written in Python, whose steps count one by one instead of as one call."""
+"""Functions of torch that are written in Python: the calls inside them count, not the function as a whole."""
 
 _OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 
 
 class Stack:
-    """The modules that are running, innermost last; one from elsewhere counts as its caller, None outside the model."""
+    """The paths of the modules that are running, the innermost last.
+
+    A module that does not belong to the model counts as its caller; outside the model the path is None.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.path_of: dict[int, str] = {}
@@ -42,7 +45,7 @@ class Stack:
         return self.paths[-1] if self.paths else None
 
     def enter(self, module: nn.Module, _inputs: Any) -> None:
-        """A module is called."""
+        """Record that a module is called."""
         path = self.path_of.get(id(vars(module)))
         if path == "":
             self.paths.clear()
@@ -50,7 +53,7 @@ class Stack:
         self.paths.append(self.current if path is None else path)
 
     def leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        """A module returns."""
+        """Record that a module returns."""
         if self.paths:
             self.paths.pop()
 
@@ -88,7 +91,7 @@ class _Intercept(TorchFunctionMode):
 
 
 def _without_override(func: Callable[..., Any]) -> Callable[..., Any]:
-    """The same Python function without its first step, which hands the call to whoever intercepts it."""
+    """A copy of a Python function without its first step, which would hand the call back to the interceptor."""
     unaware = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}
     return types.FunctionType(
         func.__code__, {**func.__globals__, **unaware}, func.__name__, func.__defaults__, func.__closure__
@@ -97,11 +100,11 @@ def _without_override(func: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def intercept(model: nn.Module, handler: Handler) -> Iterator[Stack]:
-    """Route every tensor function that `model` calls through `handler`; leaves nothing behind.
+    """Route every tensor function that `model` calls through `handler`; all hooks are removed afterwards.
 
     Args:
         model: the model whose forward is run inside the context.
-        handler: gets the call's key, the function and its arguments; returns the result.
+        handler: receives the call's key, the function and its arguments; returns the result.
 
     Yields:
         The modules that are running.
@@ -119,15 +122,15 @@ def _reads_itself(frame: types.FrameType, module: nn.Module) -> bool:
 
 @contextmanager
 def watch_attributes(model: nn.Module) -> Iterator[dict[str, set[str]]]:
-    """Note which modules' attributes are read by the code of which other modules; leaves nothing behind.
+    """Find which modules' attributes are read by the code of other modules; all hooks are removed afterwards.
 
-    What every module has, such as `training`, does not count: a stand-in has it too.
+    Attributes that every module has, such as `training`, do not count: a stand-in has them too.
 
     Args:
         model: the model whose forward is run inside the context.
 
-    Returns:
-        What receives, by the path of the module that is read, the paths of those that read it.
+    Yields:
+        A mapping that fills while the model runs: the path of a module -> the paths of the modules that read it.
     """
     stack, found = Stack(model), dict[str, set[str]]()
 

@@ -1,4 +1,4 @@
-"""Turn an exported program, and what was noted while it was made, into plain data."""
+"""Turn an exported program, and the record of its forward pass, into plain data."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ class Converter:
 
     Args:
         program: the export.
-        record: of the forward pass that was exported.
+        record: the record of the forward pass that was exported.
         canonical: every name of every parameter and buffer -> its canonical name.
         paths: every path of every module -> its first path.
 
     Attributes:
-        canonical: as given.
+        canonical: the argument of that name.
         nodes: the operators, by name, in execution order.
         outputs: names of the nodes that the model returns.
         returned: a name for each of them, such as ``logits`` or ``0.1``.
@@ -76,10 +76,10 @@ class Converter:
         )
 
     def find_escapes(self, training: Mapping[Expression, dict[str, str]]) -> dict[Expression, dict[str, str]]:
-        """The leaves of the sizes from which other numbers were computed: for each the modules, with the place.
+        """The leaves of the sizes from which the code computes other numbers, each with the modules and the place.
 
         Args:
-            training: what was noted of a run in training; sizes of tensors that only it makes are left out.
+            training: the same from a run in training; sizes of tensors that exist only in training are left out.
         """
         found: dict[Expression, dict[str, str]] = {}
         for expression, places in (*self._record.escaped.items(), *training.items()):
@@ -90,7 +90,7 @@ class Converter:
         return found
 
     def comparisons(self) -> tuple[Comparison, ...]:
-        """The sizes that the code compared, with what it found."""
+        """The comparisons of sizes that the code made, with their outcomes."""
         return tuple(
             replace(note, left=self._rename(note.left), right=self._rename(note.right), known=self._knows(note))
             for note in self._record.compared
@@ -198,12 +198,12 @@ class Converter:
     def _locate(self) -> None:
         """Find the node that holds each result of each eager call."""
         for index, event in enumerate(self._record.events):
-            names = [name for name in self._made_by.get(index, []) if self._raw[name].shapes]  # no assertions
+            names = [name for name in self._made_by.get(index, []) if self._raw[name].shapes]  # without assertions
             if not names and event.same in self.places and event.outputs:
                 self.places[event.outputs[0][0]] = self.places[event.same]
             read = {name for made in names for name in self._raw[made].inputs()}
             ends = [name for name in names if name not in read]
-            if len(ends) != len(event.outputs):  # an operator with several results whose items other nodes make
+            if len(ends) != len(event.outputs):  # several results: their items are nodes of their own
                 ends = names[-len(event.outputs) :] if event.outputs else []
             for name, (place, shape) in zip(ends, event.outputs, strict=False):
                 if self._raw[name].shapes and self._raw[name].shape == shape:
@@ -222,14 +222,14 @@ class Converter:
 
 
 def _refuse_lowered(args: Sequence[Any], code: fx.Graph) -> None:
-    """Refuse code that lowers the precision itself: cuts are proved to more digits than are left there.
+    """Refuse code that lowers the precision itself: the verification of cuts needs more digits.
 
     Args:
-        args: of the context: device type, dtype, whether it is enabled.
-        code: inside of it.
+        args: the arguments of the autocast context: device type, dtype, whether it is enabled.
+        code: the operators inside the context.
 
     Raises:
-        TraceError: names the line.
+        TraceError: an operator computes in the lower precision; the message names its line.
     """
     device, dtype, enabled = args[:3]
     made = [(node, leaf) for node in code.nodes for leaf in leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
@@ -238,14 +238,14 @@ def _refuse_lowered(args: Sequence[Any], code: fx.Graph) -> None:
         line = next((source for node in lowered if (source := _source(node))), "")
         raise TraceError(
             f"the model's own code lowers the precision by torch.autocast({str(device)!r}, {dtype})"
-            f"{f', as in {line}' if line else ''}. Every cut is proved in the precision of the weights, and so few "
-            "digits prove nothing. Take autocast out of forward and put it around the call of the model; for the "
-            'recovery there is Recovery(precision="bf16").'
+            f"{f', as in {line}' if line else ''}. Every cut is verified in the precision of the weights; the lower "
+            "precision has too few digits for that. Move autocast out of forward and put it around the call of the "
+            'model; for the recovery, use Recovery(precision="bf16").'
         )
 
 
 def _output_form(output: Any, stream: str, places: Mapping[str, int | str]) -> Any:
-    """What a module returns as a tree of its stream and its arguments; None if it returns something else, too."""
+    """What a module returns, as a tree of its stream and its arguments; None if it also returns something else."""
     if isinstance(output, Ref):
         if output.name == stream:
             return ("stream",)

@@ -17,7 +17,7 @@ class SameType:
 
 @dataclass(frozen=True)
 class Unseen:
-    """An argument of which nothing is known: a tensor from elsewhere, an object of another kind.
+    """An argument of unknown origin: a tensor from elsewhere, or an object of another kind.
 
     Attributes:
         kind: its class.
@@ -28,11 +28,11 @@ class Unseen:
 
 @dataclass(frozen=True)
 class Built:
-    """A container of a class of its own, such as a named tuple or an output of transformers.
+    """A container that is neither a plain tuple, list nor dictionary, such as a named tuple.
 
     Attributes:
         kind: its class.
-        items: by key or place.
+        items: its items, by key or position.
     """
 
     kind: str
@@ -48,8 +48,8 @@ class Step:
         module: path of the module that is called, "" for a function.
         args: positional arguments.
         kwargs: keyword arguments.
-        results: for each tensor that is returned its place in the result and its name.
-        place: names the eager call, "" for the call of a module.
+        results: for each tensor that is returned, its place in the result and its name.
+        place: identifies the eager call, "" for the call of a module.
     """
 
     function: str
@@ -74,16 +74,16 @@ _NAMED = ("float16", "float32", "float64", "half", "double", "bfloat16")
 _IN_TEXT = re.compile(r"torch\.(float|half|double|bfloat)")
 
 
-def type_passed(frame: types.FrameType, dtype: torch.dtype) -> torch.dtype | SameType | Unseen:
-    """What a data type is that code passes on after it read one from a tensor.
+def origin_of_type(frame: types.FrameType, dtype: torch.dtype) -> torch.dtype | SameType | Unseen:
+    """Find where a data type comes from that code passes on after it has read one from a tensor.
 
     Args:
-        frame: of the code, at the call.
-        dtype: that is passed.
+        frame: the frame of the code, at the call.
+        dtype: the data type that is passed.
 
     Returns:
-        The type itself if the call names it among its last arguments, `SameType` if the code names no type anywhere,
-        else nothing known.
+        The type itself if it is not a floating-point type or if the call names it among its last arguments, `SameType`
+        if the code names no type anywhere, otherwise `Unseen`.
     """
     if not dtype.is_floating_point:
         return dtype
@@ -94,7 +94,7 @@ def type_passed(frame: types.FrameType, dtype: torch.dtype) -> torch.dtype | Sam
 
 
 def _last_arguments(frame: types.FrameType) -> str:
-    """The source of a call from its last opening bracket on, "" where it is not at hand."""
+    """The source of a call from its last opening bracket on, "" if the source is not available."""
     positions = list(frame.f_code.co_positions())
     place = frame.f_lasti // 2
     start, end, _, column = positions[place] if place < len(positions) else (None, None, None, None)
@@ -132,6 +132,6 @@ class Memory:
         return frozenset(root for root, writers in self._writers.items() if name in writers)
 
     def writers_before(self, names: Sequence[str], before: int) -> list[str]:
-        """The nodes that change one of these after it was made and earlier than place `before`, in order."""
+        """The nodes that change one of these after it was made and before position `before`, in order."""
         found = {w for name in names for w in self.writers(name) if self._order[name] < self._order[w] < before}
         return sorted(found, key=self._order.__getitem__)

@@ -11,7 +11,7 @@ from torch import Tensor
 from idap.graph.frames import Frame, Memory
 
 CallKey = tuple[str, str, int]
-"""Names one eager call: (path of the module whose forward makes it, function name, how many of that name before)."""
+"""Identifies an eager call: (path of the module whose forward makes it, function name, number of such calls before)."""
 
 SPECIAL_OPS = ("input", "parameter", "buffer", "constant", "output")
 
@@ -28,7 +28,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class Literal:
-    """A size that the code writes as a number (or that comes from where we cannot see)."""
+    """A size that the code writes as a number, or whose origin is unknown."""
 
     value: int
 
@@ -97,14 +97,14 @@ class Node:
         name: unique in the graph.
         op: the ATen overload, such as ``aten.linear.default``, ``getitem``, or one of `SPECIAL_OPS`.
         args: positional arguments; other nodes appear as `Ref`.
-        kwargs: keyword arguments, likewise.
+        kwargs: keyword arguments; other nodes appear as `Ref`.
         shapes: the shape of each tensor it produces (one for most operators).
         owner: path of the module whose forward produced it; "" is the model itself.
         source: ``file.py:line: code`` of the innermost user line, "" where unknown.
-        target: for parameters and buffers the canonical name in the state dict, for inputs their place.
+        target: for parameters and buffers, the canonical name in the state dict; for inputs, their place.
         call: the eager call that produced it, None where there is none.
-        place: the same call by its line of code, as `Step.place`.
-        sizes: the ints that the eager call was given, in order, each with where it came from.
+        place: identifies the same call by its line of code, as `Step.place` does.
+        sizes: the ints that the eager call was given, in order, each with its origin.
         shares: nodes whose memory its result may share (a view, an in-place result).
         writes: nodes whose memory it changes.
     """
@@ -150,10 +150,11 @@ class ModuleCall:
 
     Attributes:
         input: the node that holds the first tensor among its arguments, "" if there is none.
-        output: the node that holds the first tensor among its results, "" if there is none, or if it returns other
-            tensors that it was not given.
-        takes: place or name of that argument.
-        gives: what it returns, as a tree: ("stream",) is that tensor, ("given", place) an argument handed on.
+        output: the node that holds the first tensor among its results, "" if there is none, or if the call also
+            returns other tensors that it was not given.
+        takes: position or name of the argument that holds `input`.
+        gives: what it returns, as a tree: ("stream",) is the tensor of `output`, ("given", place) is an argument that
+            is passed on.
     """
 
     input: str
@@ -164,15 +165,15 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """What the analysis needs to know of one module.
+    """What the analysis needs to know about one module.
 
     Attributes:
         kind: its class, with the package.
         layer: the class of torch.nn that it is, or derives from, without the package; "" if there is none.
-        sizes: the ints it holds, and tuples of ints.
-        tensors: own parameters and buffers: attribute name -> canonical name in the state dict.
-        calls: each time it is called.
-        read_by: the other modules whose code reads its attributes: they could not do with a stand-in.
+        sizes: the ints, and tuples of ints, that it holds.
+        tensors: its own parameters and buffers: attribute name -> canonical name in the state dict.
+        calls: its calls, in order.
+        read_by: the other modules whose code reads its attributes, which a stand-in would not have.
         bases: its class and all that it derives from, with their packages.
     """
 
@@ -187,15 +188,15 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sizes that the code compared: what it found must stay so, as it may have taken its way by it.
+    """A comparison of two sizes in the code: its outcome must stay the same, as the code may have branched on it.
 
     Attributes:
-        left: one of them.
-        right: the other.
+        left: the left side.
+        right: the right side.
         source: ``file.py:line`` of the comparison.
         module: path of the module whose code compares.
-        symbol: what it found, such as ``==`` or ``<``.
-        known: whether the graph knows all sizes in it; one that it doesn't know is a number here.
+        symbol: the relation that held, such as ``==`` or ``<``.
+        known: whether the graph knows all sizes in it; a size that it does not know is a `Literal` here.
     """
 
     left: Expression
@@ -215,17 +216,18 @@ class Graph:
         outputs: names of the nodes that the model returns.
         shapes: canonical name of each parameter and buffer -> its shape.
         aliases: every other name of a tied tensor -> its canonical name.
-        modules: module path -> what it is.
+        modules: module path -> the module's description.
         constants: tensors that the code makes from plain numbers, by node name.
-        escaped: attributes and shapes from which the code computes other numbers, such as a scale: they must not
-            change, or the results would. For each the modules whose code does so, with the place, ``file.py:line``.
-        comparisons: sizes that the code compares, with what it finds.
+        escaped: attributes and shapes from which the code computes other numbers, such as a scale. They must not
+            change, or the results would change. Each has the modules whose code does so, with the place,
+            ``file.py:line``.
+        comparisons: the comparisons of sizes that the code makes, with their outcomes.
         returned: a name for each output, such as ``logits`` or ``0.1``, in the order of `outputs`.
-        frames: module path -> for each call of the module what its own code did, step by step; once as exported,
+        frames: module path -> for each call of the module, what its own code did, step by step; once as exported,
             and once more if it does something else in an ordinary run.
         places: name of a tensor in `frames` -> the node that holds it.
         dropped: call of a fused attention, as `Step.place` -> its dropout in training.
-        unwritable: modules whose code can't be written anew, with the reason.
+        unwritable: modules whose code can't be rewritten, with the reason.
         module_aliases: every other path of a shared module -> its first path.
         unsaved: canonical names of the buffers that the model's state does not hold.
     """
@@ -248,7 +250,7 @@ class Graph:
 
     @cached_property
     def call_nodes(self) -> Mapping[CallKey, tuple[Node, ...]]:
-        """For each call of the running model the nodes it makes, in order; without what the exporter only asserts."""
+        """For each call of the running model, the nodes it makes, in order, without the exporter's assertions."""
         made: dict[CallKey, list[Node]] = {}
         for node in self.nodes.values():
             if node.call is not None and node.shapes:
@@ -262,7 +264,7 @@ class Graph:
 
     @cached_property
     def dependencies(self) -> Mapping[str, tuple[str, ...]]:
-        """For each node what it needs: the nodes it reads, and those that changed them in place before it."""
+        """For each node, the nodes it needs: those it reads, and those that changed them in place before it."""
         order = {name: place for place, name in enumerate(self.nodes)}
         return {
             name: tuple(dict.fromkeys([*node.inputs(), *self.memory.writers_before(node.inputs(), order[name])]))
@@ -275,7 +277,7 @@ class Graph:
         return tuple(dict.fromkeys([*self.outputs, *self.memory.writers_before(self.outputs, len(self.nodes))]))
 
     def users(self) -> dict[str, list[str]]:
-        """For each node the nodes that need it, in order."""
+        """For each node, the nodes that need it, in order."""
         users: dict[str, list[str]] = {name: [] for name in self.nodes}
         for name, needed in self.dependencies.items():
             for used in needed:
@@ -283,7 +285,7 @@ class Graph:
         return users
 
     def live(self, skip_to: Mapping[str, str]) -> set[str]:
-        """The nodes that the outputs depend on once some nodes take the value of others."""
+        """The nodes that the outputs depend on if each node in `skip_to` takes the value of the node named there."""
         live: set[str] = set()
         todo = list(self.ends)
         while todo:

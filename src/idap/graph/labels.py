@@ -1,9 +1,10 @@
-"""Which slots of which tensor dimensions must stay or go together.
+"""Labels that say which slots of tensor dimensions must be kept or removed together.
 
 A *dim* is an integer array of shape (rows, size). Each entry is a label; a slot of the dimension is present if all
-labels of its column are. Label 0 is always present, so a dim without rows, shape (0, size), can't shrink. Labels are
-joined (they stay or go together), frozen (they stay), or refined: a label becomes "all of these finer labels", which
-is how the 64 outputs of a projection turn into 4 heads x 16 channels once a reshape has shown it.
+labels of its column are present. Label 0 is always present, and a dim without rows, shape (0, size), can't shrink.
+Labels are joined (they are kept or removed together), frozen (they are kept), or refined: the label becomes "all of
+these finer labels". Refinement turns the 64 outputs of a projection into 4 heads x 16 channels once a reshape has
+shown this structure.
 """
 
 import itertools
@@ -41,7 +42,7 @@ class Labels:
         return self._count
 
     def because(self, reason: str) -> None:
-        """Set the reason that is noted with everything frozen from here on."""
+        """Set the reason that is recorded for everything frozen from now on."""
         self._reason = self._reasons.setdefault(reason, len(self._reasons))
 
     def fresh(self, count: int) -> Ids:
@@ -58,7 +59,7 @@ class Labels:
         return np.arange(start, self._count, dtype=np.int64)
 
     def fresh_dim(self, size: int) -> Dim:
-        """A dim whose slots are free of one another; a dim of one slot can't shrink."""
+        """A dim whose slots may be removed independently; a dim of one slot can't shrink."""
         return self.fresh(size)[None] if size > 1 else constant_dim(size)
 
     def roots(self, ids: Ids) -> Ids:
@@ -77,7 +78,7 @@ class Labels:
         return found
 
     def _atoms(self, ids: Ids) -> Ids:
-        """The atomic labels that these are made of, frozen ones too."""
+        """The atomic labels that these are made of, including frozen ones."""
         todo = self._find(np.unique(ids))
         found = [todo[:0]]
         while todo.size:
@@ -87,25 +88,28 @@ class Labels:
         return np.unique(np.concatenate(found))
 
     def freeze(self, ids: Ids) -> None:
-        """These labels stay, and all that they are made of."""
+        """Keep these labels, and all labels that they are made of."""
         atoms = self._atoms(ids)
         atoms = atoms[~self._frozen[atoms]]
         self._frozen[atoms] = True
         self._why[atoms] = self._reason
 
     def reason(self, ids: Ids) -> str:
-        """Why these labels can't go: the reason given with the first frozen one, "" if none is frozen."""
+        """Why these labels can't be removed: the reason recorded for the first frozen one, "" if none is frozen."""
         atoms = self._atoms(ids[ids > 0])
         frozen = atoms[self._frozen[atoms] & (atoms > 0)]
         return list(self._reasons)[int(self._why[frozen[0]])] if frozen.size else ""
 
     def join(self, one: Ids, other: Ids) -> None:
-        """Slot by slot, these labels stay or go together; joining with 0, or with a refined label, freezes both."""
+        """Tie labels slot by slot, so that they are kept or removed together.
+
+        A label that is joined with 0, or with a refined label, is frozen together with it.
+        """
         pairs = np.stack([np.ravel(one), np.ravel(other)])
         while pairs.size:
             roots = self._find(pairs)
             pairs, roots = pairs[:, roots[0] != roots[1]], roots[:, roots[0] != roots[1]]
-            # A refined label here was refined a moment ago, by the same operator: too entangled to tell.
+            # The same operator has just refined a label that is still refined here: too entangled to follow.
             rigid = (self._frozen[roots] | (self._left[roots] >= 0)).any(axis=0)
             if rigid.any():
                 self.freeze(pairs[:, rigid].ravel())
@@ -115,12 +119,12 @@ class Labels:
                 self._parent[merged] = roots.min(axis=0)[first]
 
     def _join_ascending(self, one: Ids, other: Ids) -> None:
-        """Join free atomic labels, of which neither side has one twice."""
+        """Join free atomic labels; no label may occur twice on the same side."""
         low, high = np.minimum(one, other), np.maximum(one, other)
         self._parent[high] = low
 
     def refine(self, ids: Ids, parts: Sequence[Ids]) -> None:
-        """Each atomic label becomes "all of its parts"; a label that occurs twice ties the parts of both places."""
+        """Turn each atomic label into "all of its parts"; if a label occurs twice, the parts of both are tied."""
         if len(parts) == 1:
             self.join(ids, parts[0])
             return
@@ -130,7 +134,7 @@ class Labels:
             for part in parts:
                 self.join(part, part[first][inverse])
             ids = self.roots(ids)
-            # What is frozen, already refined, or a part of a part, is too entangled to tell.
+            # A label that is frozen, already refined, or a part of a part is too entangled to follow.
             bad = (ids == 0) | (self._left[ids] >= 0) | np.isin(ids, self._atoms(np.stack(parts)))
             if not bad.any():
                 self._assign(unique, [part[first] for part in parts])
@@ -163,7 +167,7 @@ class Labels:
         for i in range(1, len(rows)):
             rows[i][(rows[:i] == rows[i]).any(axis=0)] = 0
         rows = rows[(rows > 0).any(axis=1)]
-        # A part that a whole dimension depends on can't go: nothing would be left of the dimension.
+        # A label that a whole dimension depends on can't be removed: nothing would be left of the dimension.
         whole = [row[0] for row in rows if row[0] > 0 and (row == row[0]).all()]
         if whole:
             self.freeze(np.array(whole))
@@ -171,7 +175,7 @@ class Labels:
         return rows
 
     def _resolve_row(self, rows: Dim) -> Dim:
-        """The same for one row of atomic labels, which is what most dims are."""
+        """`resolve` for the most common dim: one row of atomic labels."""
         first = rows[0, 0]
         if not (rows[0] == first).all():
             return rows
@@ -180,12 +184,12 @@ class Labels:
         return rows[:0]
 
     def freeze_dim(self, dim: Dim) -> None:
-        """No slot of this dim may go."""
+        """Keep every slot of this dim."""
         if dim.size:
             self.freeze(dim.ravel())
 
     def unify(self, one: Dim, other: Dim) -> None:
-        """Two dims of equal size are the same dimension: their slots stay or go together."""
+        """Make two dims of equal size one dimension: their slots are kept or removed together."""
         if one.shape[1] != other.shape[1]:
             raise AssertionError(f"dims of sizes {one.shape[1]} and {other.shape[1]} can't be one dimension")
         one, other = self.resolve(one), self.resolve(other)
@@ -204,7 +208,7 @@ class Labels:
             self._unify_by_digits(one, other)
 
     def _join_alike(self, one: Dim, other: Dim) -> tuple[Dim, Dim]:
-        """Join the rows that vary in the same way; returns what is left of both."""
+        """Join the rows that vary in the same way; returns the other rows of both dims."""
         patterns = [_pattern(row) for row in other]
         left, taken = [], set()
         for row in one:
@@ -228,7 +232,7 @@ class Labels:
         empty = (parts == 0).all(axis=0)
         self.freeze(row[empty])
         both = ~bare & ~empty
-        if np.intersect1d(row[both], parts[:, both]).size:  # a label that is its own part: too entangled to tell
+        if np.intersect1d(row[both], parts[:, both]).size:  # a label that is its own part: too entangled to follow
             self.freeze(np.concatenate([row[both], parts[:, both].ravel()]))
             return
         for pattern in np.unique((parts[:, both] > 0).T, axis=0):
@@ -236,7 +240,7 @@ class Labels:
             self.refine(row[slots], [part[slots] for part in parts[pattern]])
 
     def _unify_by_digits(self, one: Dim, other: Dim) -> None:
-        """Both sides are products, cut differently, such as (4, 2) against (2, 4): split both at all cuts."""
+        """Unify products of different factors, such as (4, 2) and (2, 4), by splitting both at every factor."""
         digits = _common_digits([*one, *other], one.shape[1])
         if digits is None:
             self.freeze_dim(one)
@@ -289,12 +293,12 @@ def concat(dims: Sequence[Dim]) -> Dim:
 
 
 def _is_ascending(row: Ids) -> bool:
-    """Whether every slot has a label and each a larger one than the slot before."""
+    """Whether every slot has a label, and a larger one than the slot before it."""
     return bool(row[0] > 0 and (row[1:] > row[:-1]).all())
 
 
 def _without_common(one: Dim, other: Dim) -> tuple[Dim, Dim]:
-    """Drop from each column what both sides have there."""
+    """Remove from each column the labels that both sides have there."""
     one, other = one.copy(), other.copy()
     for mine in one:
         for theirs in other:

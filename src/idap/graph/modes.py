@@ -1,4 +1,4 @@
-"""What else the code of modules does: in training, without masks. Runs that may only add to what is known."""
+"""Find out what the code of modules does in training and without masks, beyond what the export shows."""
 
 import copy
 import types
@@ -25,7 +25,10 @@ _GIVEN: Mapping[str, tuple[str, ...]] = {
 
 
 def dropout_in(step: Step) -> Step | None:
-    """A step that does nothing but drop, as new code calls it, which sets `training` by the mode; else None."""
+    """The step as a plain call of dropout if it does nothing else; otherwise None.
+
+    A rewritten forward calls dropout in this form and sets `training` by the mode of the module.
+    """
     names = _GIVEN.get(step.function)
     if names is None or len(step.results) != 1 or step.results[0][0]:
         return None
@@ -39,45 +42,45 @@ def dropout_in(step: Step) -> Step | None:
     return replace(step, function=_FUNCTION, args=(given["input"],), kwargs={"p": share, "training": True})
 
 
-def only_in_training(training: Iterable[Step], evaluation: Iterable[Step]) -> dict[str, str]:
-    """What dropout returns that is called only in training -> what it is given; names of tensors."""
+def training_dropouts(training: Iterable[Step], evaluation: Iterable[Step]) -> dict[str, str]:
+    """The dropouts that are called only in training: name of the tensor returned -> name of the tensor given."""
     known = {step.place for step in evaluation}
     dropped: dict[str, str] = {}
     for step in training:
         found = dropout_in(step) if step.place not in known else None
         if found is not None:
             dropped[found.results[0][1]] = found.args[0].name
-    return {name: _first(given, dropped) for name, given in dropped.items()}
+    return {name: _before_dropouts(given, dropped) for name, given in dropped.items()}
 
 
-def _first(name: str, dropped: Mapping[str, str]) -> str:
-    """What was dropped first, where it was dropped several times."""
+def _before_dropouts(name: str, dropped: Mapping[str, str]) -> str:
+    """The tensor that the first of several dropouts in a row was given."""
     while name in dropped:
         name = dropped[name]
     return name
 
 
-def without(frame: Frame, dropped: Mapping[str, str]) -> Frame:
-    """A frame of training as if these calls handed on what they are given."""
-    steps = [step for step in frame.steps if not _is_one(step, dropped)]
-    told: Frame = _rename(replace(frame, steps=tuple(steps)), dropped)
-    return told
+def remove_dropouts(frame: Frame, dropped: Mapping[str, str]) -> Frame:
+    """The frame of a training run without these dropouts, as if each returned the tensor that it is given."""
+    steps = [step for step in frame.steps if not _is_dropout(step, dropped)]
+    renamed: Frame = _rename(replace(frame, steps=tuple(steps)), dropped)
+    return renamed
 
 
-def with_them(evaluation: Frame, training: Frame, dropped: Mapping[str, str]) -> Frame:
-    """The frame of evaluation with these calls put in; sizes stay named by what the exported model makes.
+def insert_dropouts(evaluation: Frame, training: Frame, dropped: Mapping[str, str]) -> Frame:
+    """Insert the dropouts of training into the frame of evaluation; sizes keep the names of the exported tensors.
 
     Args:
-        evaluation: what `training` is without the calls.
-        training: the frame of the same call of the module.
-        dropped: see `only_in_training`.
+        evaluation: a frame that equals `training` without these dropouts.
+        training: the frame of the same call of the module in training.
+        dropped: see `training_dropouts`.
     """
     made: set[str] = set()
     steps: list[Step] = []
     rest = iter(evaluation.steps)
     for step in training.steps:
-        if _is_one(step, dropped):
-            called = dropout_in(step) or step  # the call of a module that drops is one already
+        if _is_dropout(step, dropped):
+            called = dropout_in(step) or step  # the call of a dropout module already has the right form
             args, kwargs = (_read(_rename(given, dropped), given, made) for given in (called.args, dict(called.kwargs)))
             steps.append(replace(called, args=args, kwargs=kwargs))
             made.add(step.results[0][1])
@@ -88,17 +91,17 @@ def with_them(evaluation: Frame, training: Frame, dropped: Mapping[str, str]) ->
     return replace(evaluation, steps=tuple(steps), output=_read(evaluation.output, training.output, made))
 
 
-def _is_one(step: Step, dropped: Mapping[str, str]) -> bool:
+def _is_dropout(step: Step, dropped: Mapping[str, str]) -> bool:
     return len(step.results) == 1 and step.results[0][1] in dropped
 
 
 def _read(plain: Any, trained: Any, made: set[str]) -> Any:
-    """What a step reads, with what was dropped in the same frame wherever the frame of training reads that."""
+    """The arguments of a step, with a tensor from `made` wherever the frame of training reads that tensor."""
     if isinstance(plain, Ref):
         return trained if isinstance(trained, Ref) and trained.name in made else plain
     if isinstance(plain, tuple | list):
         read = [_read(one, other, made) for one, other in zip(plain, trained, strict=False)]
-        return type(plain)([*read, *plain[len(read) :]])  # the last may be a dropout that is given only in one mode
+        return type(plain)([*read, *plain[len(read) :]])  # the last may be a dropout that only one mode passes
     if isinstance(plain, dict):
         return {key: _read(item, trained[key], made) if key in trained else item for key, item in plain.items()}
     if isinstance(plain, slice):
@@ -140,19 +143,19 @@ Frames = Mapping[str, Sequence[Frame]]
 _ATTENTION = ".scaled_dot_product_attention"
 _SIZES = (int, Attribute, Extent, Operation)
 _FOLLOWS = ("training", "dropout_p")
-"""Arguments that may differ in training: new code sets them by the mode."""
+"""Arguments that may differ in training: a rewritten forward sets them by the mode of the module."""
 
 
 @dataclass(frozen=True)
-class Ways:
-    """What was learned.
+class OtherRuns:
+    """What the runs in training and without masks showed.
 
     Attributes:
-        unmasked: what the modules do if no mask masks anything, as far as that could be tried.
+        unmasked: what the modules do if no mask masks anything; empty if this could not be tried.
         dropped: call of a fused attention -> its dropout in training.
-        training: what the modules do that call dropout only in training, with these calls put in.
-        unwritable: modules whose code can't be written anew, with the reason.
-        escaped: sizes from which the code computes other numbers in training: for each the modules, with the place.
+        training: the frames of the modules that call dropout only in training, with these calls inserted.
+        unwritable: modules whose code can't be rewritten, with the reason.
+        escaped: sizes from which the code computes other numbers in training, each with the modules and the place.
     """
 
     unmasked: list[Frames] = field(default_factory=list)
@@ -162,30 +165,30 @@ class Ways:
     escaped: dict[Expression, dict[str, str]] = field(default_factory=dict)
 
 
-def other_ways(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frames: Frames) -> Ways:
-    """Try what the modules do in training and without masks.
+def run_in_other_modes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frames: Frames) -> OtherRuns:
+    """Run copies of a model in training and without masks, and compare what its modules do.
 
     Args:
-        model: is left as it is.
+        model: the model; it is not changed.
         args: positional example inputs.
         kwargs: keyword example inputs.
-        frames: what they do in evaluation.
+        frames: what the modules do in evaluation.
     """
-    found = Ways(_run_unmasked(model, args, kwargs), unwritable=dict(_opaque_modules(model, frames)))
-    asking = [path for path, module in model.named_modules() if _asks_for_training(module)]
-    if not asking:
+    found = OtherRuns(_run_unmasked(model, args, kwargs), unwritable=dict(_opaque_modules(model, frames)))
+    candidates = [path for path, module in model.named_modules() if _has_training_code(module)]
+    if not candidates:
         return found
     record = _run_in_training(model, args, kwargs)
     training = None if record is None else record.frames
     found.escaped.update({} if record is None else record.escaped)
-    dropped = only_in_training(_steps(training or {}), _steps(frames))
-    for path in (path for path in asking if _is_given_sizes(frames.get(path, ()))):
+    dropped = training_dropouts(_steps(training or {}), _steps(frames))
+    for path in (path for path in candidates if _has_sizes(frames.get(path, ()))):
         trained, plain = (training or {}).get(path, ()), frames.get(path, ())
         if training is None or _modes_differ(trained, plain, dropped):
-            found.unwritable.setdefault(path, "it does something else in training, which new code would not do")
+            found.unwritable.setdefault(path, "it does something else in training, which a rewritten forward would not")
         elif sum(len(frame.steps) for frame in trained) > sum(len(frame.steps) for frame in plain):
             pairs = zip(plain, trained, strict=True)
-            found.training[path] = tuple(with_them(one, other, dropped) for one, other in pairs)
+            found.training[path] = tuple(insert_dropouts(one, other, dropped) for one, other in pairs)
     for step in _steps(training or {}):
         if step.function.endswith(_ATTENTION):
             share = step.kwargs.get("dropout_p", step.args[4] if len(step.args) > 4 else 0.0)
@@ -195,7 +198,7 @@ def other_ways(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def _opaque_modules(model: nn.Module, frames: Frames) -> Iterator[tuple[str, str]]:
-    """Modules that something outside of their class has a hand in."""
+    """The modules whose calls are changed by code outside their class, each with the reason."""
     modules = dict(model.named_modules())
     hooked = {path for path, module in modules.items() if module._forward_hooks or module._forward_pre_hooks}
     for path, module in modules.items():
@@ -205,8 +208,8 @@ def _opaque_modules(model: nn.Module, frames: Frames) -> Iterator[tuple[str, str
             yield path, "a module that it calls has hooks"
 
 
-def _is_given_sizes(frames: Sequence[Frame]) -> bool:
-    """Whether a module's own code may ever need to be written anew: it hands sizes to functions, or has attention."""
+def _has_sizes(frames: Sequence[Frame]) -> bool:
+    """Whether a module's own code may ever have to be rewritten: it passes sizes to functions, or calls attention."""
     for step in (step for frame in frames for step in frame.steps if not step.module):
         given = leaves((step.args, dict(step.kwargs)))
         if step.function.endswith(_ATTENTION) or any(
@@ -216,8 +219,8 @@ def _is_given_sizes(frames: Sequence[Frame]) -> bool:
     return False
 
 
-def _asks_for_training(module: nn.Module) -> bool:
-    """Whether a module's own code asks if it is in training; torch's layers do what they say."""
+def _has_training_code(module: nn.Module) -> bool:
+    """Whether a module's own code reads `training`; what the layers of torch do in training is known."""
     kind = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return bool(module.dropout > 0)
@@ -245,8 +248,8 @@ def _run_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _modes_differ(trained: Sequence[Frame], plain: Sequence[Frame], dropped: Mapping[str, str]) -> bool:
-    """Whether a module does more in training than to drop."""
-    return _without_dropout([without(frame, dropped) for frame in trained]) != _without_dropout(plain)
+    """Whether a module does anything else in training than to call dropout."""
+    return _without_dropout([remove_dropouts(frame, dropped) for frame in trained]) != _without_dropout(plain)
 
 
 def _without_dropout(frames: Sequence[Frame]) -> list[tuple[Any, ...]]:
@@ -263,14 +266,14 @@ def _steps(frames: Frames) -> Iterator[Step]:
 
 
 def _full_mask(leaf: Any) -> Any:
-    """A mask that masks nothing, in the place of one: code may take another way then."""
+    """A mask of ones for a mask that holds zeros, as code may branch on that; any other input as it is."""
     if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_meta:
         return torch.ones_like(leaf) if bool(((leaf == 0) | (leaf == 1)).all()) and bool((leaf == 0).any()) else leaf
     return leaf
 
 
 def _run_unmasked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Frames]:
-    """What the modules do if no mask masks anything, where that can be tried."""
+    """What the modules do if no mask masks anything; empty if no input is a mask, or if the run fails."""
     unmasked = tree_map(_full_mask, (args, kwargs))
     if all(one is other for one, other in zip(tree_leaves((args, kwargs)), tree_leaves(unmasked), strict=True)):
         return []

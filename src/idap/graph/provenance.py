@@ -1,4 +1,4 @@
-"""Ints that remember where they came from, so that a pruned model's sizes can be repaired at their source.
+"""Ints that remember where they come from, so that the sizes of a cut model can be corrected at their source.
 
 A forward pass reads plain ints: `self.num_heads` in a reshape, `self.groups` in a convolution. While a model is
 traced, the ints its modules hold and the shapes its tensors report are `TracedInt`s: equal to the plain number in
@@ -21,12 +21,12 @@ RELATIONS = {"==": "__eq__", "!=": "__ne__", "<": "__lt__", ">=": "__ge__", ">":
 
 @dataclass
 class Notes:
-    """What is learned about the sizes of one trace.
+    """What one trace shows about its sizes.
 
     Attributes:
-        escaped: expressions that the code turned into something else than a size (a float, a scale), so that changing
-            them would change a result; for each the modules whose code does so, with the place.
-        compared: sizes that the code compared, with what it found.
+        escaped: expressions that the code turned into something other than a size (a float, a scale), so that changing
+            them would change a result. Each has the modules whose code does so, with the place.
+        compared: the comparisons of sizes that the code made, with their outcomes.
         module: path of the module whose code runs now.
     """
 
@@ -40,19 +40,19 @@ class Notes:
         self.compared.clear()
         self.module = ""
 
-    def escapes(self, expression: Expression, place: str) -> None:
-        """The code that runs now computes something else from a size."""
+    def note_escape(self, expression: Expression, place: str) -> None:
+        """Note that the code that runs now computes something other than a size from a size."""
         self.escaped.setdefault(expression, {}).setdefault(self.module, place)
 
 
 class TracedInt(int):
     """An int with the expression that produced it.
 
-    Python lets no int notice `range(n)`, nor a float that comes first, as in ``0.5 * n``; such uses are found only
-    when a cut model is verified.
+    In Python an int cannot detect its use in `range(n)`, nor in an operation whose left side is a float, as in
+    ``0.5 * n``. Such uses are found only when a cut model is verified.
 
     Attributes:
-        expression: where it came from.
+        expression: where it comes from.
         notes: shared by all ints of one trace.
     """
 
@@ -84,7 +84,7 @@ def _caller(depth: int) -> str:
 
 
 def strip_trace(value: int) -> int:
-    """The plain number, without a note that it was read."""
+    """The plain number; this use of it is not noted."""
     return int.__add__(value, 0)
 
 
@@ -99,7 +99,7 @@ def _exact(symbol: str, name: str, *, swapped: bool) -> Callable[[TracedInt, Any
     def method(self: TracedInt, other: Any) -> Any:
         value = getattr(strip_trace(self), name)(plain(other))
         if value is NotImplemented or not isinstance(value, int):
-            self.notes.escapes(self.expression, _caller(2))
+            self.notes.note_escape(self.expression, _caller(2))
             return value
         operands = (expression_of(self), expression_of(other))
         return TracedInt(value, Operation(symbol, operands[::-1] if swapped else operands, value), self.notes)
@@ -108,7 +108,7 @@ def _exact(symbol: str, name: str, *, swapped: bool) -> Callable[[TracedInt, Any
 
 
 def _relation(name: str, holds: str, fails: str) -> Callable[[TracedInt, object], Any]:
-    """A comparison; what it found must stay so, as the code may have taken its way by it."""
+    """A comparison; its outcome must stay the same, as the code may have branched on it."""
 
     def method(self: TracedInt, other: object) -> Any:
         outcome = getattr(int, name)(self, other)
@@ -124,12 +124,12 @@ def _relation(name: str, holds: str, fails: str) -> Callable[[TracedInt, object]
 
 
 def _escape(name: str) -> Callable[..., Any]:
-    """An operation whose result no longer tells where it came from."""
+    """An operation whose result does not remember where it comes from."""
 
     def method(self: TracedInt, *others: Any) -> Any:
         for value in (self, *others):
             if isinstance(value, TracedInt):
-                value.notes.escapes(value.expression, _caller(2))
+                value.notes.note_escape(value.expression, _caller(2))
         return getattr(strip_trace(self), name)(*plain(others))
 
     return method
@@ -176,10 +176,10 @@ def sizes_held(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
 
 
 def remember_sizes(modules: Iterable[tuple[str, nn.Module]]) -> Notes:
-    """Make every int that the modules hold remember its place; changes the modules, so give it a copy.
+    """Make every int that the modules hold remember its place; the modules are changed, so pass a copy.
 
     Returns:
-        What receives the notes of these ints and of those made from them.
+        The object that receives the notes of these ints and of the ints made from them.
     """
     notes = Notes()
     for path, module in modules:
@@ -193,7 +193,7 @@ def remember_sizes(modules: Iterable[tuple[str, nn.Module]]) -> Notes:
 
 
 def evaluate(expression: Expression, value_of: Callable[[Expression], int]) -> int:
-    """Compute an expression anew; `value_of` gives the value of its leaves.
+    """Compute an expression from new values; `value_of` returns the value of each leaf.
 
     Raises:
         ArithmeticError: the new values divide by zero.

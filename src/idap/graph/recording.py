@@ -1,4 +1,4 @@
-"""Note what a forward pass does while the exporter runs it: calls, sizes with their origin, module boundaries."""
+"""Record what a forward pass does while the exporter runs it: calls, sizes with their origin, module boundaries."""
 
 import sys
 import types
@@ -18,7 +18,7 @@ from torch.overrides import get_overridable_functions, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from idap.graph.calls import Stack, intercept
-from idap.graph.frames import Built, Frame, Step, Unseen, type_passed
+from idap.graph.frames import Built, Frame, Step, Unseen, origin_of_type
 from idap.graph.ir import CallKey, Comparison, Expression, Extent, Operation, Ref, leaves
 from idap.graph.provenance import Notes, TracedInt, expression_of, plain, remember_sizes
 from idap.graph.run import tensors_of
@@ -35,7 +35,7 @@ _UNLISTED = ("hardsigmoid", "hardswish")
 """Functions of torch.nn.functional that torch does not list among those that can be overridden."""
 
 _BETWEEN = ("idap/graph/recording.py", "idap/graph/calls.py", "torch/overrides.py")
-"""Files whose lines lie between the code of a model and the note of its call."""
+"""Files whose stack frames lie between the code of a model and the recording of its call."""
 
 
 @dataclass
@@ -43,11 +43,11 @@ class Event:
     """One eager call.
 
     Attributes:
-        key: names it.
-        place: names it by the line of code that makes it, which tells calls apart where the code takes another way.
+        key: its key.
+        place: identifies it by the line of code that makes it, which stays unique if the code takes another branch.
         sizes: the ints it was given.
         outputs: names and shapes of the tensors it returned.
-        same: the name by which its result was known before, if it returned what it was given.
+        same: the earlier name of its result, if it returned a tensor that it was given.
     """
 
     key: CallKey
@@ -59,13 +59,13 @@ class Event:
 
 @dataclass
 class Record:
-    """What was noted in one forward pass.
+    """What was recorded in one forward pass.
 
     Attributes:
         events: the calls, in order; a node of the export carries the index of its call.
         frames: module path -> what its own code did in each of its calls.
-        escaped: sizes that were turned into other numbers: for each the modules, with the place.
-        compared: sizes that the code compared, with what it found.
+        escaped: sizes from which the code computed other numbers, each with the modules and the place.
+        compared: the comparisons of sizes that the code made, with their outcomes.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -88,10 +88,13 @@ class _Open:
 
 @contextmanager
 def record_forward(model: nn.Module) -> Iterator[Record]:
-    """Note the last forward pass that runs inside the context.
+    """Record the last forward pass that runs inside the context.
 
     Args:
         model: a copy of the user's model: its ints are replaced by ints that remember their place.
+
+    Yields:
+        The record, which the forward pass fills.
     """
     recorder = _Recorder(model, remember_sizes(model.named_modules()))
     forward = model.forward
@@ -111,7 +114,7 @@ class _Recorder:
         self._places: dict[str, int] = {}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, with everything noted; what an earlier run noted is forgotten."""
+        """Run the model's forward and record it; the record of an earlier run is discarded."""
         self._notes.clear()
         self._origin.clear()
         self._open.clear()
@@ -125,7 +128,7 @@ class _Recorder:
         with ExitStack() as wrapped, intercept(self._model, self._call) as stack:
             for module in self._model.modules():
                 wrapped.enter_context(self._follow(module, stack))
-            stack.enter(self._model, ())  # it was entered before anyone followed
+            stack.enter(self._model, ())  # the model was entered before its calls were followed
             result = self._model.forward(*args, **kwargs)
         self.record.escaped |= self._notes.escaped
         self.record.compared += self._notes.compared
@@ -133,13 +136,13 @@ class _Recorder:
 
     @contextmanager
     def _follow(self, module: nn.Module, stack: Stack) -> Iterator[None]:
-        """Note what goes in and out of a module. By its forward, for there is code that asks whether it has hooks."""
+        """Record what enters and leaves a module. Its forward is wrapped, as some code checks whether it has hooks."""
         own, before = vars(module).get("forward"), self._forward if module is self._model else module.forward
 
         path = stack.path_of[id(vars(module))]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if stack.current != path:  # called directly: its steps are those of its caller
+            if stack.current != path:  # forward is called directly: its steps count as its caller's
                 return before(*args, **kwargs)
             self._enter(path, args, kwargs)
             result = before(*args, **kwargs)
@@ -185,7 +188,7 @@ class _Recorder:
             return tree.expression
         if isinstance(tree, slice):
             return slice(*(self._note(item) for item in (tree.start, tree.stop, tree.step)))
-        if isinstance(tree, Mapping):  # a dictionary, or the output class of transformers
+        if isinstance(tree, Mapping):  # a dictionary, or an output class of transformers
             items = {key: self._note(item) for key, item in tree.items()}
             return items if type(tree) is dict else Built(type(tree).__name__, items)
         if isinstance(tree, tuple | list):
@@ -194,7 +197,7 @@ class _Recorder:
                 return Built(type(tree).__name__, dict(enumerate(members)))
             return members if isinstance(tree, list) else tuple(members)
         if isinstance(tree, torch.dtype) and self._open and self._open[-1].reads_type:
-            return type_passed(self._caller_frame(), tree)
+            return origin_of_type(self._caller_frame(), tree)
         return tree if isinstance(tree, _PLAIN) else Unseen(type(tree).__name__)
 
     def _call(self, key: CallKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -224,7 +227,7 @@ class _Recorder:
         if func == _DTYPE_GETTER and self._open:
             self._open[-1].reads_type = True
         if self._open and (event.outputs or key[1] == "__setitem__"):
-            # What runs in other modes than the module was called in has no name: it can't be written anew.
+            # A call in other modes than those in which the module was called gets no name: it can't be rewritten.
             name = function_name(func) if _modes() == self._open[-1].modes else ""
             step = Step(name, "", *noted, tuple(places_in(self._note(result))), event.place)
             self._open[-1].steps.append(step)
@@ -238,7 +241,7 @@ class _Recorder:
         return frame
 
     def _place(self, key: CallKey) -> str:
-        """The module, the function and the line of code of a call, and how many of that before."""
+        """The module, the function and the line of code of a call, and the number of such calls before it."""
         frame = self._caller_frame()
         place = f"{key[0]}/{key[1]}/{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         count = self._places[place] = self._places.get(place, -1) + 1
@@ -264,7 +267,7 @@ class _Recorder:
         return TracedInt(product.value, product, self._notes)
 
     def _extents(self, value: Any) -> list[Extent]:
-        """The sizes of a tensor, by name; none if it is not known or its sizes are symbols."""
+        """The sizes of a tensor, by its name; empty if the tensor is unknown or its sizes are symbolic."""
         origin = self._origin_of(value)
         if not origin or any(type(size) is not int for size in value.shape):
             return []
@@ -272,7 +275,7 @@ class _Recorder:
 
 
 def _modes() -> tuple[bool, ...]:
-    """Whether gradients are computed, and whether precision is mixed."""
+    """The modes that torch code runs in: whether gradients are computed, and whether precision is mixed."""
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
             torch.is_autocast_enabled("cuda"))  # fmt: skip
 
@@ -284,7 +287,7 @@ def _expressions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Express
 
 
 def places_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Every tensor of a noted result, with its place."""
+    """Every tensor of a recorded result, as (place in the result, name of the tensor)."""
     if isinstance(tree, Ref):
         yield path, tree.name
     elif isinstance(tree, dict | Built):

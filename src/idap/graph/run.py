@@ -1,4 +1,4 @@
-"""Run a graph node by node, without its module; and copies, so that no forward pass changes the user's own model."""
+"""Run a graph node by node without its module; copy models, so that no forward pass changes the user's own model."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -15,7 +15,7 @@ from idap.graph.rules.flow import operator
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """Copy the module tree and share its parameters: what a forward pass leaves behind never reaches the model."""
+    """Copy the module tree and share its parameters: nothing that a forward pass leaves behind reaches the model."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} | copy_computed(model)
     try:
         copied = copy.deepcopy(model, memo)
@@ -30,22 +30,22 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def copy_computed(model: nn.Module) -> dict[int, Tensor]:
-    """The tensors that modules computed with a gradient and keep, as old-style weight norm does: id -> a copy without.
+    """Detached copies of the computed tensors that modules hold, as in old-style weight norm, by the tensor's id.
 
-    `copy.deepcopy` refuses them; the next forward pass computes them anew.
+    `copy.deepcopy` refuses such tensors; the next forward pass computes them again.
     """
     held = (item for module in model.modules() for item in vars(module).values())
     return {id(item): item.detach().clone() for item in held if isinstance(item, Tensor) and not item.is_leaf}
 
 
 def find_lazy(model: nn.Module) -> str | None:
-    """The name of the first parameter or buffer that a lazy layer has yet to make."""
+    """The name of the first parameter or buffer that a lazy layer has not initialised yet; None if there is none."""
     named = (*model.named_parameters(), *model.named_buffers())
     return next((name for name, tensor in named if is_lazy(tensor)), None)
 
 
 def forget_cached(module: nn.Module) -> None:
-    """Empty the dictionaries called caches in which a module keeps tensors that it computed in earlier calls."""
+    """Empty each dictionary of a module that has "cache" in its name and holds tensors of earlier calls."""
     for name, held in vars(module).items():
         if type(held) is not dict or not held or "cache" not in name:
             continue
@@ -60,7 +60,7 @@ def own_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[
 
 
 Special = Callable[[Node, Callable[[Any], Any]], Any]
-"""Computes a node in its own way; the second argument replaces references among its arguments by values."""
+"""Computes one node in a special way; its second argument is a function that replaces references by values."""
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def run(
         graph: from `trace`.
         tensors: canonical name -> parameter or buffer, in the graph's shapes; they are not changed.
         inputs: the leaves of the example inputs, in order; they are not changed.
-        special: nodes that are computed in another way.
+        special: node -> the function that computes it instead of its operator.
         skip_to: node -> the node whose value it takes instead of its own (a removed branch or block).
 
     Returns:
@@ -120,7 +120,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _last_uses(graph: Graph, live: Set[str], skip_to: Mapping[str, str]) -> dict[str, list[str]]:
-    """For each node the values that nobody reads after it, so that they need not be kept."""
+    """For each node, the values that no later node reads, so that they can be released."""
     last: dict[str, str] = {}
     for node in graph.nodes.values():
         if node.name in live:
@@ -140,6 +140,6 @@ def _value(graph: Graph, node: Node, tensors: Mapping[str, Tensor], fetch: Calla
         return graph.constants[node.name].clone()
     if node.op == "getitem":
         return fetch(node.args[0])[node.args[1]]
-    if node.op == "aten.view.default":  # a masked tensor may lie otherwise in memory than the original
+    if node.op == "aten.view.default":  # a masked tensor may have another memory layout than the original
         return fetch(node.args[0]).reshape(fetch(node.args[1]))
     return operator(node)(*fetch(node.args), **{key: fetch(value) for key, value in node.kwargs.items()})

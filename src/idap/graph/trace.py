@@ -16,7 +16,7 @@ from idap.graph.calls import watch_attributes
 from idap.graph.convert import Converter, module_names, tensor_names
 from idap.graph.frames import Frame
 from idap.graph.ir import Graph, ModuleInfo
-from idap.graph.modes import Frames, Ways, other_ways
+from idap.graph.modes import Frames, OtherRuns, run_in_other_modes
 from idap.graph.provenance import sizes_held
 from idap.graph.recording import record_forward
 from idap.graph.run import find_lazy, own_inputs, skeleton
@@ -26,7 +26,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     """Export a model in eval mode and return its operators as plain data.
 
     Args:
-        model: any module that `torch.export` can export (non-strict); it is left as it was. Meta tensors are fine.
+        model: any module that `torch.export` can export (non-strict); it is not changed. Meta tensors are allowed.
         args: positional example inputs, always a tuple.
         kwargs: keyword example inputs.
 
@@ -56,11 +56,11 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
                 program = _export(traced, args, kwargs)
         except TraceError:
             if seen is None:
-                _try(model, args, kwargs)  # tells what is wrong if the model refuses the inputs
+                _try(model, args, kwargs)  # raises a clearer error if the model refuses the inputs
             raise
         tensors = _tensor_items(traced)
         converter = Converter(program, record, tensor_names(tensors), paths)
-    other = other_ways(model, args, kwargs, record.frames)
+    other = run_in_other_modes(model, args, kwargs, record.frames)
     readers, alone = (watched, []) if seen is None else (seen[0], [seen[1], *other.unmasked])
     return Graph(
         nodes=converter.nodes,
@@ -99,10 +99,10 @@ def _check_arguments(args: object) -> None:
 
 
 def _worth_running(model: nn.Module, inputs: Any, *, shared: bool) -> bool:
-    """Whether an ordinary run may tell more than the export.
+    """Whether an ordinary run may show more than the export.
 
-    Code that is given whole numbers may look at them, and shared modules can't be followed while they are exported.
-    On the meta device there are no numbers to look at.
+    Code that receives whole numbers may branch on their values, and the calls of shared modules can't be followed
+    during an export. On the meta device there are no values.
     """
     given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if any(tensor.is_meta for tensor in (*given, *model.parameters())):
@@ -123,15 +123,15 @@ def _variants(runs: Sequence[Frames]) -> dict[str, tuple[tuple[Frame, ...], ...]
 
 
 def _in_both_modes(
-    variants: Mapping[str, tuple[tuple[Frame, ...], ...]], other: Ways
+    variants: Mapping[str, tuple[tuple[Frame, ...], ...]], other: OtherRuns
 ) -> dict[str, tuple[tuple[Frame, ...], ...]]:
-    """The same with the dropouts that modules call only in training."""
+    """The variants, with the dropouts that modules call only in training."""
     found = dict(variants)
     for path, frames in other.training.items():
         if len(variants[path]) == 1:
             found[path] = (frames,)
         else:
-            other.unwritable.setdefault(path, "it drops only in training, and goes several ways in evaluation")
+            other.unwritable.setdefault(path, "it calls dropout only in training and takes several paths in evaluation")
     return found
 
 
@@ -139,7 +139,7 @@ def _try(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     """Run a copy of the model once.
 
     Returns:
-        By module the others whose code reads its attributes; and what each module's code did.
+        For each module, the other modules whose code reads its attributes; and what each module's code did.
     """
     copied = skeleton(model).eval()
     try:
@@ -172,16 +172,16 @@ def _way_out(reason: str) -> str:
     if "Cache" in reason:
         return (
             "A model of transformers must not return its cache of keys and values while it is traced: set "
-            "model.config.use_cache = False. It can generate with the cache all the same: generate(use_cache=True)."
+            "model.config.use_cache = False. Text generation can still use the cache: generate(use_cache=True)."
         )
-    rest = "or compress a part of the model that has none of it."
+    rest = "or compress a part of the model that does not contain it."
     if "pytree" in reason and "register" in reason:
         return f"Return a tensor, a tuple or a dict, register the class (torch.export.register_dataclass), {rest}"
     if "is not an instance of torch.nn.Parameter" in reason:
-        return f"A scripted module can't be exported: build the model with the module that was scripted, {rest}"
+        return f"A scripted module can't be exported: build the model with the unscripted module instead, {rest}"
     if any(part in reason.lower() for part in ("data-dependent", "data dependent", "datadependent", "unbacked")):
         return f"Code whose path depends on the values in a tensor cannot be exported: rewrite it, {rest}"
-    return f"Write what the exporter names in another way, {rest}"
+    return f"Rewrite the code that the exporter names, {rest}"
 
 
 def _describe(model: nn.Module) -> Iterator[tuple[str, ModuleInfo]]:

@@ -15,7 +15,7 @@ from idap.graph.rules.flow import arguments, base_name
 from idap.linalg.ridge import Moments, Residuals, Sums, fit_need, shift_need
 from idap.memory import Room
 from idap.structure.analysis import Structure
-from idap.structure.projections import former
+from idap.structure.projections import former_exit
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def consumers_of(structure: Structure, wiring: Wiring, changed: set[str], *, lim
     for node in graph.nodes.values():
         for name in node.inputs():
             readers[name] = readers.get(name, 0) + 1
-    projections = {block.exit: former(block) for block in map(structure.block, structure.standing)}
+    projections = {block.exit: former_exit(block) for block in map(structure.block, structure.standing)}
     found = []
     for contraction in structure.layout.contractions:
         node, weight = graph.nodes[contraction.node], graph.nodes[contraction.weight]

@@ -1,4 +1,4 @@
-"""The structure of a model: what may be removed, what that takes, and what can't go and why."""
+"""The structure of a model: what may be removed, what the removal requires, and what can't be removed and why."""
 
 import gc
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from idap.structure.code.sizes import Demand, new_values
 from idap.structure.groups import Blocked, Group, blocked_dims, obstacles
 from idap.structure.layout import Layout, Presence, slots
 from idap.structure.plan import CallForm, Plan
-from idap.structure.projections import Replacement, removable, with_projections
+from idap.structure.projections import Replacement, find_removable, with_projections
 from idap.structure.replacement import PROJECTION, Projected
 
 Named = TypeVar("Named", Group, Block)
@@ -27,7 +27,7 @@ Named = TypeVar("Named", Group, Block)
 
 @dataclass(frozen=True, repr=False)
 class Structure:
-    """Groups of coupled units and removable blocks of one model; holds names, numbers and index arrays only.
+    """Groups of coupled units and removable blocks of one model; it holds only names, numbers and index arrays.
 
     Attributes:
         graph: the traced model.
@@ -35,10 +35,10 @@ class Structure:
         blocks: residual branches and blocks, in the order of the network.
         blocked: dimensions of weights that can't shrink, with reasons.
         layout: where the units lie in every tensor.
-        demands: what the code says about sizes.
-        rewriter: writes the code of modules anew that can't follow a cut.
-        rewritten: paths of the modules whose code is written anew if all groups are cut.
-        standing: names of the blocks in whose place projections stand in this graph; see `after`.
+        demands: what the code requires of sizes.
+        rewriter: rewrites the code of modules that can't follow a cut.
+        rewritten: paths of the modules whose code is rewritten if all groups are cut.
+        standing: names of the blocks that are projections in this graph; see `after`.
     """
 
     graph: Graph
@@ -59,8 +59,8 @@ class Structure:
         )
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it: the groups, and the branches and blocks."""
-        from idap.report.page import table_display  # noqa: PLC0415 - of use in notebooks only
+        """The table that a notebook shows: the groups, and the branches and blocks."""
+        from idap.report.page import table_display  # noqa: PLC0415 - needed in notebooks only
 
         rows = [
             (group.name, group.kind, f"{group.size:,}", "stream" if group.name in self.streams else "")
@@ -74,7 +74,7 @@ class Structure:
         """The group of this name.
 
         Raises:
-            StructureError: there is none.
+            StructureError: no group has this name.
         """
         return _by_name("group", name, self.groups)
 
@@ -82,19 +82,19 @@ class Structure:
         """The branch or block of this name.
 
         Raises:
-            StructureError: there is none.
+            StructureError: no branch or block has this name.
         """
         return _by_name("block or branch", name, self.blocks)
 
     def groups_inside(self, block: str) -> tuple[Group, ...]:
-        """The groups that a branch or block holds whole: only its operators write and read them."""
+        """The groups that lie entirely within a branch or block: only its operators write and read them."""
         nodes = self.block(block).nodes
         ports = [{port.node for port in (*group.writers, *group.readers)} for group in self.groups]
         return tuple(group for group, used in zip(self.groups, ports, strict=True) if used and used <= nodes)
 
     @cached_property
     def streams(self) -> frozenset[str]:
-        """Names of the groups whose units residual streams carry: they enter a branch or block."""
+        """Names of the groups whose units residual streams carry, so that they enter a branch or block."""
         dims = [dim for block in self.blocks for dim in self.layout.dims[block.entry][0]]
         carried = {index for dim in dims for index in self.layout.groups_in(dim)}
         return frozenset(group.name for group in self.groups if group.index in carried)
@@ -110,14 +110,14 @@ class Structure:
         return free / max(1, sum(sizes.values()))
 
     def presence(self, keep: Mapping[str, Sequence[int]]) -> Presence:
-        """Which labels stay when the named groups keep only these units."""
+        """Which labels are present if the named groups keep only these units."""
         return self.layout.presence({self.group(name).index: units for name, units in keep.items()})
 
     def after(self, removed: Iterable[str]) -> "Structure":
-        """The same structure with projections in the places of the removed blocks that become such.
+        """The structure with projections in place of the removed blocks that become projections.
 
-        They are layers of its graph like any other, with dims of the same labels. It is meant for looking at a model
-        that lost these blocks; plans are made by the structure that the model was analysed to.
+        The projections are ordinary layers of its graph, with dims of the same labels. Use it to examine a model from
+        which these blocks were removed; plans are made by the structure of the original.
         """
         blocks = [self.block(name) for name in removed]
         inner = {name for block in blocks for name in block.contains}
@@ -137,7 +137,7 @@ class Structure:
         return {}
 
     def skips(self, removed: Iterable[str]) -> dict[str, str]:
-        """Node -> node whose value it takes, for the removed branches and blocks that leave the stream unchanged."""
+        """Node -> node whose value it takes, for removed branches and blocks that leave the stream unchanged."""
         blocks = [self.block(name) for name in removed]
         inner = {name for block in blocks if block.projected is not None for name in block.contains}
         return {b.exit: b.entry for b in blocks if b.projected is None and b.name not in inner}
@@ -148,17 +148,17 @@ class Structure:
         return set(graph.nodes) - graph.live(self.skips(removed))
 
     def plan(self, keep: Mapping[str, Sequence[int]], removed: Sequence[str] = ()) -> Plan:
-        """Work out everything that a decision takes.
+        """Work out everything that has to change so that only these parts are kept.
 
         Args:
-            keep: group name -> units to keep; groups that are not named stay whole. Where none is kept, the branch or
-                block vanishes that holds the group whole.
+            keep: group name -> units to keep; groups that are not named stay whole. If no unit of a group is kept, the
+                branch or block that contains the whole group is removed.
             removed: names of branches and blocks to remove.
 
         Raises:
             StructureError: a name is unknown.
-            PlanError: a group would lose all units and nothing holds it whole, keeps one it doesn't have, or the code
-                can't express the sizes.
+            PlanError: a group would lose all units and no branch or block contains it, a unit to keep does not exist,
+                or the code can't express the sizes.
         """
         empty = [self.group(name) for name, units in keep.items() if not len(units)]
         removed = tuple(dict.fromkeys([*removed, *(self._holder(group) for group in empty)]))
@@ -184,14 +184,14 @@ class Structure:
         )
 
     def projection_of(self, name: str, present: Presence) -> Projected:
-        """The linear map that a block becomes, with the channels that are present where it enters and leaves.
+        """The linear map that a block becomes, with the channels that are present at its entry and exit.
 
         Raises:
-            StructureError: there is no block of this name that becomes a projection.
+            StructureError: no block has this name, or it does not become a projection.
         """
         block = self.block(name)
         if block.projected is None:
-            raise StructureError(f"{block.kind} {name!r} is removed, and no projection takes its place")
+            raise StructureError(f"{block.kind} {name!r} is removed and not replaced by a projection")
         inputs, outputs = (
             tuple(np.flatnonzero(slots(self.layout.dims[node][0][block.projected.dim], present)).tolist())
             for node in (block.entry, block.exit)
@@ -199,24 +199,32 @@ class Structure:
         return replace(block.projected, inputs=inputs, outputs=outputs)
 
     def _holder(self, group: Group) -> str:
-        """The smallest branch or block in which all of a group's units are written and read."""
+        """The smallest branch or block in which all of a group's units are written and read.
+
+        Raises:
+            PlanError: there is none.
+        """
         ports = {port.node for port in (*group.writers, *group.readers)}
         holders = [block for block in self.blocks if ports and ports <= block.nodes and block.projected is None]
         if not holders:
             raise PlanError(
-                f"group {group.name!r} would lose all its {group.size} units, and no residual branch holds it whole "
-                "that could vanish instead; keep at least one of them"
+                f"group {group.name!r} would lose all its {group.size} units, and no residual branch contains the "
+                "whole group and could be removed instead; keep at least one unit"
             )
         return min(holders, key=lambda block: len(block.nodes)).name
 
     def _call_form(self, path: str) -> CallForm | None:
-        """How a module is called that is to be replaced; None for the ordinary way."""
+        """How a module that is to be replaced is called; None for the ordinary way."""
         (call,) = self.graph.modules[path].calls
         called = CallForm(call.takes, call.gives)
         return None if called == CallForm(0, ("stream",)) else called
 
     def _code_changes(self, present: Presence, sketch: Plan) -> CodeChanges:
-        """How the code follows; what lies in a replaced module asks for nothing."""
+        """How the code follows the cut; code in a replaced module makes no demands.
+
+        Raises:
+            PlanError: a demand of the code can't be met.
+        """
         gone = {name for name, node in self.graph.nodes.items() if node.owner and sketch.removes(node.owner)}
         demands = [
             demand
@@ -258,17 +266,17 @@ def analyze(
     Args:
         graph: from `trace`.
         contracts: outputs whose shape must not change, such as ``logits``; None means all that the model returns.
-        swap: where a module's own code can't come to the sizes of a cut, write that code anew; False leaves the
-            groups whole that would need it.
-        replacement: what takes the place of removed blocks: "identity" offers those that map the stream to itself;
-            "auto" those too whose input and output differ in shape, which become linear maps of the channels;
-            "projection" makes such maps of all of them, of single branches nothing but the identity.
-        freeze_unknown: leave alone what an operator without a rule touches, instead of raising.
-        required: raise where there is nothing to prune; False returns the empty structure with its reasons.
+        swap: rewrite the code of a module if it can't reach the sizes of a cut; False keeps the groups whole that
+            would need this.
+        replacement: what replaces removed blocks. "identity" offers only blocks that map the stream to itself. "auto"
+            also offers blocks whose input and output differ in shape; these become linear maps of the channels.
+            "projection" turns all blocks into such maps; branches still become the identity.
+        freeze_unknown: keep every dimension that an operator without a rule touches, instead of raising.
+        required: raise if nothing can be pruned; False returns the empty structure with its reasons.
 
     Raises:
         UnknownOperatorError: an operator has no rule.
-        StructureError: nothing can be pruned, the message says why; or the model has no output of a given name.
+        StructureError: nothing can be pruned (the message says why), or the model has no output of a given name.
 
     Example:
         >>> from torch import nn, zeros
@@ -282,13 +290,13 @@ def analyze(
         flow = flow_of(graph, freeze_unknown=freeze_unknown, contracts=contracts)
         rewriter = Rewriter(graph, enabled=swap)
         groups, layout, demands, rewritten = expressible(flow, rewriter)
-        blocks = removable(graph, layout, replacement)
+        blocks = find_removable(graph, layout, replacement)
         blocked = blocked_dims(flow, layout)
     structure = Structure(graph, groups, blocks, blocked, layout, demands, rewriter, rewritten)
     if required and not groups and not blocks:
         reasons = "\n".join(f"  {line}" for line in obstacles(structure.blocked))
         raise StructureError(
-            "nothing can be pruned: the model has no group of units and no residual block that may go."
+            "nothing can be pruned: the model has no group of units and no residual block that may be removed."
             + (f" What stands in the way:\n{reasons}" if reasons else " It has no layer between two others.")
         )
     return structure
@@ -296,7 +304,7 @@ def analyze(
 
 @contextmanager
 def _pause_collector() -> Iterator[None]:
-    """Spare the garbage collector from walking over all that is alive while many objects are made that stay."""
+    """Pause the garbage collector while many lasting objects are made, as it would walk over all of them."""
     paused = gc.isenabled()
     gc.disable()
     try:

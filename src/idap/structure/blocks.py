@@ -1,4 +1,4 @@
-"""Residual branches and whole blocks, found in the graph: what may vanish without leaving a hole."""
+"""Find the residual branches and blocks of a graph: the parts that can be removed as a whole."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ class Block:
     """A part of the network whose removal lets the flow pass unchanged, or through a linear map.
 
     Attributes:
-        name: path of the module that goes, or the range of modules for a branch spread over several.
+        name: path of the removed module, or the range of modules for a branch that spreads over several.
         kind: "branch" (what is added to the stream), "block" (a module that maps the stream to itself) or
             "projection" (a module that becomes a linear map of the channels).
         entry: node that holds the stream before it.
-        exit: node that holds the stream behind it; it takes the value of `entry`, or that of the linear map, when the
-            part is removed.
-        addition: for a branch the node of the addition (equal to `exit`); for a block that of its last addition.
-        branch: node added to the stream; "" for others.
-        nodes: all nodes that vanish.
+        exit: node that holds the stream behind it; if the part is removed, it takes the value of `entry` or of the
+            linear map.
+        addition: for a branch, the node of the addition (equal to `exit`); for a block, that of its last addition.
+        branch: for a branch, the node added to the stream; "" otherwise.
+        nodes: all nodes that are removed with it.
         replaced: module path -> "identity", "zero" or "projection", what the module becomes.
-        contains: names of the branches and blocks that vanish with it.
-        projected: the linear map of all channels that a projection becomes; None for others.
+        contains: names of the branches and blocks that are removed with it.
+        projected: for a projection, the linear map of all channels that it becomes; None otherwise.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Reach:
         return frozenset(self._names(bits))
 
     def is_closed(self, nodes: frozenset[str], exits: Iterable[str]) -> bool:
-        """Whether these nodes are felt outside through the exits alone: by what is read, and by what is written."""
+        """Whether these nodes affect others only through the exits: by values that are read, and by writes."""
         inner = nodes - set(exits)
         read = any(user not in nodes for name in inner for user in self.users[name])
         written = any(not self.graph.memory.owners(name) <= nodes for name in inner)
@@ -95,7 +95,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class _Branch:
-    """An addition of two values of one shape, one of which the other depends on."""
+    """An addition of two values of the same shape, one of which depends on the other."""
 
     entry: str
     branch: str
@@ -107,23 +107,23 @@ class _Branch:
 def find_blocks(graph: Graph, layout: Layout) -> tuple[Block, ...]:
     """Residual branches and blocks of a graph, in the order of the network.
 
-    A branch ends in an addition of two values of one shape, one of which the other depends on; it holds a parameter,
-    and nothing outside reads its values. A block is a module that maps one tensor to one of the same shape and
-    that holds at least one branch. Both are offered only where the modules they consist of can be replaced by
-    stand-ins so that the code around them still runs and adds nothing.
+    A branch ends in an addition of two values of the same shape, one of which depends on the other; it holds a
+    parameter, and nothing outside reads its values. A block is a module that maps one tensor to one of the same shape
+    and that holds at least one branch. Both are found only if their modules can be replaced by stand-ins, so that the
+    code around them still runs and the stand-ins add nothing.
     """
     reach, remains = Reach(graph), Remains(graph, layout)
     residuals = [_branch_at(graph, reach, remains, node) for node in graph.nodes.values()]
     branches = [residual for residual in residuals if residual is not None]
     modules = [_block_at(graph, reach, remains, path, branches) for path in graph.modules]
-    blocks = layers_of(graph, [block for block in modules if block is not None], [b.addition for b in branches])
+    blocks = select_blocks(graph, [block for block in modules if block is not None], [b.addition for b in branches])
     whole = {block.nodes & frozenset(b.addition for b in branches) for block in blocks}
     found = [b.block for b in branches if b.block is not None and frozenset([b.addition]) not in whole] + blocks
     return nest_blocks(graph, found)
 
 
 def nest_blocks(graph: Graph, blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """Blocks of different names in the order of the network, each with those that vanish with it."""
+    """Blocks of different names in the order of the network, each with those that are removed with it."""
     order = {name: place for place, name in enumerate(graph.nodes)}
     found = sorted(blocks, key=lambda block: (order[block.exit], len(block.nodes)))
     unique = list(_unique_names(found))
@@ -131,7 +131,7 @@ def nest_blocks(graph: Graph, blocks: Iterable[Block]) -> tuple[Block, ...]:
 
 
 def _blocks_inside(block: Block, others: Sequence[Block]) -> Iterator[str]:
-    """Names of the branches and blocks that vanish with a block."""
+    """Names of the branches and blocks that are removed with a block."""
     for other in others:
         if other.exit in block.nodes and other.nodes < block.nodes:
             yield other.name
@@ -151,7 +151,7 @@ def _branch_at(graph: Graph, reach: Reach, remains: Remains, node: Node) -> _Bra
 
 
 def _sources(graph: Graph, name: str) -> Iterator[str]:
-    """A node, and those that it is a cast or a copy of."""
+    """A node, and the nodes that it is a cast or a copy of."""
     yield name
     while base_name(graph.nodes[name].op) in _COPIES:
         name = graph.nodes[name].inputs()[0]
@@ -188,8 +188,8 @@ def _span(paths: Sequence[str]) -> str:
 
 
 def _block_at(graph: Graph, reach: Reach, remains: Remains, path: str, branches: Sequence[_Branch]) -> Block | None:
-    """The module as a block, if it maps one tensor to one of the same shape and is made of branches."""
-    if not remains.replaceable(path):
+    """The module as a block, if it maps one tensor to one of the same shape and consists of branches."""
+    if not remains.is_replaceable(path):
         return None
     (call,) = graph.modules[path].calls
     nodes = frozenset(remains.inside(path))
@@ -212,7 +212,7 @@ def _block_at(graph: Graph, reach: Reach, remains: Remains, path: str, branches:
 
 
 def _stream_runs_through(graph: Graph, place: str, entry: str, nodes: frozenset[str]) -> bool:
-    """Whether the first branch starts at the module's input, perhaps behind an operator without parameters."""
+    """Whether the first branch starts at the module's input, possibly behind operators without parameters."""
     while place != entry:
         needed = graph.dependencies[place]
         if place not in nodes or len(needed) != 1 or graph.nodes[needed[0]].op in ("parameter", "buffer"):
@@ -221,8 +221,12 @@ def _stream_runs_through(graph: Graph, place: str, entry: str, nodes: frozenset[
     return True
 
 
-def layers_of(graph: Graph, blocks: Sequence[Block], additions: Sequence[str]) -> list[Block]:
-    """Of modules that hold the same nodes only the outermost; no stages, which repeat blocks of one class."""
+def select_blocks(graph: Graph, blocks: Sequence[Block], additions: Sequence[str]) -> list[Block]:
+    """Select the blocks that are neither duplicates nor stages.
+
+    Of modules that hold the same nodes, only the outermost is kept. A stage, which repeats blocks of one class, is no
+    block itself.
+    """
     kept = []
     for block in blocks:
         twins = [other for other in blocks if other is not block and other.nodes == block.nodes]
@@ -236,7 +240,7 @@ def layers_of(graph: Graph, blocks: Sequence[Block], additions: Sequence[str]) -
 
 
 def _part_of(graph: Graph, path: str, node: str) -> str:
-    """The module right below `path` in which a node lies, lists of modules left out; "" if it is in `path` itself."""
+    """The module directly below `path` in which a node lies, skipping lists of modules; "" if it is `path` itself."""
     found = path
     for name in graph.nodes[node].owner.removeprefix(path).lstrip(".").split("."):
         found = f"{found}.{name}" if name else found

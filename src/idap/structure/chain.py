@@ -1,4 +1,4 @@
-"""Two plans in a row as one: what was compressed once more is still described in the indices of the original."""
+"""Chain two plans into one, so that a model compressed twice is still described in the indices of the original."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,20 +14,21 @@ _Units = Mapping[str, tuple[int, ...]]
 
 
 def chain_plans(earlier: Plan, later: Plan) -> Plan:
-    """One plan for what two plans do, one after the other.
+    """Make one plan of two plans that are applied one after the other.
 
     Args:
-        earlier: from the original to a smaller model.
-        later: from that model to a still smaller one, in its own indices.
+        earlier: the plan from the original to a smaller model.
+        later: the plan from that model to a still smaller one, in the indices of that model.
 
     Returns:
-        From the original to the smallest. Projections that the later plan makes have the channels of the model that
-        they were made in. Of a module whose code both wrote anew, the later code counts, which was made
-        from the earlier. `keep` has the names that the two analyses gave to groups, without those whose units they
-        count differently.
+        The plan from the original to the smallest model. Projections that the later plan makes have the channels of the
+        model that they were made in. If both plans rewrite the code of a module, the later program counts, which was
+        made from the earlier one. `keep` has the names that the two analyses gave to groups, without the groups whose
+        units they count differently.
 
     Raises:
-        PlanError: `later` was not made for the model that `earlier` leads to; names the first tensor or module.
+        PlanError: `later` was not made for the model that `earlier` leads to; the message names the first tensor or
+            module that differs.
 
     Example:
         >>> one = Plan(keep={"fc": (1, 3, 5)}, tensors={"w": {0: (1, 3, 5)}}, shapes={"w": (6, 2)})
@@ -64,23 +65,26 @@ def chain_plans(earlier: Plan, later: Plan) -> Plan:
 
 
 def check_follows(earlier: Plan, later: Plan) -> None:
-    """Check that a plan speaks of the tensors that another one leaves.
+    """Check that a plan was made for the tensors that another plan leaves.
 
     Raises:
-        PlanError: names the first tensor or module of which that is not so.
+        PlanError: a tensor or module does not fit; the message names the first one.
     """
     for name in later.shapes:
         if name not in earlier.projection_tensors and (name not in earlier.shapes or earlier.removes(name)):
-            raise PlanError(f"the later plan speaks of tensor {name!r}, which the model of the earlier plan lacks")
+            raise PlanError(f"the later plan names tensor {name!r}, which the model of the earlier plan lacks")
     for name in (*earlier.shapes, *earlier.projection_tensors):
         if earlier.removes(name) and name not in earlier.projection_tensors:
             continue
         expected, found = earlier.shape_after(name), later.shapes.get(name)
-        tables = name in earlier.unsaved and name not in {**earlier.tensors, **later.tensors}  # may be made anew
+        tables = name in earlier.unsaved and name not in {
+            **earlier.tensors,
+            **later.tensors,
+        }  # the model may recompute it
         if expected != found and not tables:
             raise PlanError(
-                f"the earlier plan makes tensor {name!r} {expected}, the later one expects "
-                f"{'none' if found is None else found}: it was made for another model"
+                f"the earlier plan leaves tensor {name!r} with shape {expected}, the later one expects "
+                f"{'no such tensor' if found is None else found}: it was made for another model"
             )
     for path in (*later.replaced, *later.programs):
         if earlier.removes(path):
@@ -94,7 +98,7 @@ def _compose(earlier: _Slots, later: _Slots) -> dict[int, tuple[int, ...]]:
 
 
 def _cut(projected: Projected, path: str, later: Mapping[str, _Slots]) -> Projected:
-    """A projection of which a later plan keeps some channels; one that is made later has all that it was made with."""
+    """The projection with the channels that a later plan keeps; a projection of the later plan itself keeps all."""
     (name, _) = next(iter(projected.tensors(path).items()))
     cut = later.get(name, {})
     outputs, inputs = projected.outputs, projected.inputs
@@ -106,7 +110,7 @@ def _cut(projected: Projected, path: str, later: Mapping[str, _Slots]) -> Projec
 
 
 def _units(earlier: _Units, later: _Units) -> dict[str, tuple[int, ...]]:
-    """The units that both keep, of groups whose units both count alike."""
+    """The units that both plans keep, for groups whose units both count alike."""
     found = {**earlier, **later}
     for name in earlier.keys() & later.keys():
         before, places = earlier[name], later[name]

@@ -1,4 +1,4 @@
-"""From labels to groups: units that look alike to every tensor form one group, and each may go on its own."""
+"""Form groups from labels: every tensor treats the units of a group alike, and each may be removed on its own."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -31,16 +31,17 @@ class Port:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that can be removed one by one; all slots of one unit go together.
+    """Units that can be removed one by one; all slots of one unit are removed together.
 
     Attributes:
-        index: place in the structure.
-        name: module whose tensor holds the units first, with what they are where that isn't channels or neurons.
+        index: position in the structure.
+        name: path of the module whose tensor is the first to hold the units; the kind is appended, unless the units are
+            channels or neurons.
         kind: "channels", "neurons", "heads" or "head width".
         size: number of units.
         members: (canonical tensor name, dimension) that shrink with the group, in the order in which they are read.
-        writers: contractions that produce the units.
-        readers: contractions that consume them.
+        writers: contractions that write the units.
+        readers: contractions that read the units.
         crosses: nodes that compute a norm, softmax or reduction over the units.
     """
 
@@ -56,13 +57,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Blocked:
-    """Slots of a dimension of a weight that can't go, and why.
+    """Slots of a dimension of a weight that can't be removed, and why.
 
     Attributes:
-        tensor: canonical name.
+        tensor: canonical name of the weight.
         dim: the dimension.
-        size: how many slots can't go; often all.
-        reason: of the first of them.
+        size: number of slots that can't be removed; often all.
+        reason: the reason for the first of them.
     """
 
     tensor: str
@@ -75,7 +76,7 @@ def build_groups(flow: Flow) -> tuple[tuple[Group, ...], Layout]:
     """Group the labels of a walked graph.
 
     Returns:
-        The groups in the order of the network, and where their units lie.
+        The groups in the order of the network, and the layout of their units.
     """
     dims, tensors = _final_dims(flow)
     group_of, unit_of, count = _assign(flow, tensors)
@@ -94,7 +95,7 @@ def build_groups(flow: Flow) -> tuple[tuple[Group, ...], Layout]:
 
 
 def blocked_dims(flow: Flow, layout: Layout) -> tuple[Blocked, ...]:
-    """The slots over which weights write and read that belong to no group, with reasons."""
+    """The slots that weights write and read and that belong to no group, with reasons."""
     alone = "its weights are read by no other operator"
     weights: list[tuple[str, Sequence[int], str]] = [
         (use.weight, (use.write_dim, use.read_dim), alone) for use in layout.contractions
@@ -115,7 +116,7 @@ def blocked_dims(flow: Flow, layout: Layout) -> tuple[Blocked, ...]:
 
 
 def by_reason(blocked: Iterable[Blocked]) -> dict[str, list[Blocked]]:
-    """Dimensions that can't shrink for the same reason, together."""
+    """Reason -> the dimensions that can't shrink for it."""
     found: dict[str, list[Blocked]] = {}
     for item in blocked:
         found.setdefault(item.reason, []).append(item)
@@ -123,7 +124,7 @@ def by_reason(blocked: Iterable[Blocked]) -> dict[str, list[Blocked]]:
 
 
 def obstacles(blocked: Iterable[Blocked], most: int = 8) -> list[str]:
-    """Why dimensions can't shrink, a line for each of the first reasons: those that hold most of them."""
+    """Why dimensions can't shrink: one line for each of the `most` reasons that hold most dimensions."""
     held = sorted(by_reason(blocked).values(), key=len, reverse=True)
     return [
         f"{first.tensor}, dimension {first.dim}{f' and {len(others)} more' if others else ''}: {first.reason}"
@@ -132,10 +133,10 @@ def obstacles(blocked: Iterable[Blocked], most: int = 8) -> list[str]:
 
 
 def _final_dims(flow: Flow) -> tuple[dict[str, tuple[tuple[Dim, ...], ...]], dict[str, tuple[Dim, ...]]]:
-    """Settle every dim until no more label turns out to fill a whole dimension."""
+    """Resolve every dim until no label fills a whole dimension any more."""
     flow.labels.because("removing it would leave nothing of a dimension")
     while True:
-        final: dict[int, Dim] = {}  # many nodes hand on the dims of others
+        final: dict[int, Dim] = {}  # many nodes pass on the dims of others
         for nested in flow.dims.values():
             for tensor in nested:
                 for dim in tensor:
@@ -157,7 +158,7 @@ def _final_dims(flow: Flow) -> tuple[dict[str, tuple[tuple[Dim, ...], ...]], dic
 
 
 def _common_labels(dim: Dim) -> list[int]:
-    """Labels that every slot of a dim depends on, although in different rows."""
+    """Labels that every slot of a dim depends on, even if they stand in different rows."""
     if len(dim) < 2:
         return []
     labels, counts = np.unique(dim, return_counts=True)
@@ -167,8 +168,9 @@ def _common_labels(dim: Dim) -> list[int]:
 def _assign(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     """Give each label a group (labels with the same places everywhere) and a unit number.
 
-    The places are those in tensors and those in the dims that an int of the code counts: a group lies wholly in the
-    part that a slice takes or a padding adds, or wholly outside of it, so no cut of it can empty one of them.
+    The places are those in tensors and those in the dims that an int of the code counts. A group lies either entirely
+    in the part that a slice takes or a padding adds, or entirely outside it, so no cut of the group can empty that part
+    or the rest.
     """
     rank = _ranks(flow, tensors)
     signature = np.zeros(len(rank), dtype=np.uint64)
@@ -191,7 +193,7 @@ def _assign(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> tuple[NDArray[n
 
 
 def _ranks(flow: Flow, tensors: Mapping[str, Sequence[Dim]]) -> NDArray[np.int64]:
-    """For each label its place in the order in which tensors are read, -1 where it is in none; shape (labels,)."""
+    """For each label, its place in the order in which tensors are read, -1 if it is in none; shape (labels,)."""
     rank = np.full(len(flow.labels), -1, dtype=np.int64)
     order = 0
     for dims in tensors.values():
@@ -216,7 +218,7 @@ def _in_order_of_use(flow: Flow, tensors: Collection[str]) -> list[str]:
 
 
 def _weight_labels(flow: Flow, labels: int) -> NDArray[np.bool_]:
-    """Labels that a weight writes or reads; others are tables and tokens without cost. Shape (labels,)."""
+    """Labels that a weight writes or reads; the others are tables and tokens without cost. Shape (labels,)."""
     used = np.zeros(labels, dtype=bool)
     for contraction in flow.contractions:
         for dim in (contraction.write_dim, contraction.read_dim):
@@ -288,7 +290,7 @@ def _kind(layout: Layout, writers: Sequence[Port]) -> str:
 
 
 def _name(members: Sequence[tuple[str, int]], kind: str) -> str:
-    """The module that holds the first tensor, with what the units are where that isn't channels or neurons."""
+    """The module that holds the first tensor; the kind is appended, unless the units are channels or neurons."""
     name = members[0][0].rpartition(".")[0] or members[0][0]
     return name if kind in ("channels", "neurons") else f"{name}:{kind.replace(' ', '-')}"
 
@@ -297,12 +299,12 @@ _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=[.:#]|$)")
 
 
 def alike_groups(groups: Iterable[Group], how: Literal["none", "layers", "model"]) -> tuple[tuple[str, ...], ...]:
-    """Find the groups that are to end with the same number of units: those of one kind and one size.
+    """Find the groups that are to end with the same number of units: groups of the same kind and size.
 
     Args:
-        groups: of the original.
-        how: "layers" asks besides that they lie at the same place of repeated layers, so that their names differ in
-            the numbers of a path only; "model" does not; "none" lets every group have a number of its own.
+        groups: the groups of the original.
+        how: "layers" also requires that they lie at the same place of repeated layers, so that their names differ only
+            in the numbers of a path; "model" does not require this; "none" lets every group have its own number.
 
     Returns:
         The names of each class of two groups or more.
@@ -317,7 +319,7 @@ def alike_groups(groups: Iterable[Group], how: Literal["none", "layers", "model"
         return ()
     found: dict[tuple[str, int, str], list[str]] = {}
     for group in groups:
-        # Of two groups of one module, such as heads that share keys and the queries of each, each has its own number.
+        # Two groups of one module, such as heads that share keys and the queries of each, have their own numbers.
         place = _NUMBER.sub("*", group.name) if how == "layers" else group.name.partition("#")[2]
         found.setdefault((group.kind, group.size, place), []).append(group.name)
     return tuple(tuple(names) for names in found.values() if len(names) > 1)

@@ -17,7 +17,7 @@ Presence = NDArray[np.bool_]
 
 
 class Dims(Protocol):
-    """What demands are read from: a `Layout`, or a `Flow` of which none has been made yet."""
+    """What demands are read from: a `Layout`, or a `Flow` before its layout is made."""
 
     @property
     def dims(self) -> Mapping[str, Sequence[Sequence[Dim]]]:
@@ -43,13 +43,13 @@ class Layout:
     Attributes:
         dims: node -> for each tensor it produces, its dims in terms of final labels.
         tensors: canonical name of a parameter or buffer -> its dims.
-        group_of: label -> index of its group, -1 where it can't go, shape (labels,).
+        group_of: label -> index of its group, -1 if it can't be removed, shape (labels,).
         unit_of: label -> index of its unit in the group, shape (labels,).
         sizes: ints that follow a dim.
         contractions: where units are written and read.
         crossings: node -> what it computes over a dimension that may shrink.
-        escaped: attributes and shapes whose value the results depend on: for each the modules whose code computes
-            with it, with the place.
+        escaped: attributes and shapes whose value the results depend on, each with the modules whose code computes
+            with it and the place.
         pins: dims whose number of slots the results depend on.
     """
 
@@ -79,7 +79,7 @@ class Layout:
         return np.argsort(self.group_of, kind="stable")
 
     def units(self, dim: Dim, group: int) -> NDArray[np.int64]:
-        """For each slot of a dim the unit of the group that it belongs to, -1 if to none; shape (size,)."""
+        """For each slot of a dim, the unit of the group that it belongs to, -1 for none; shape (size,)."""
         found = np.full(dim.shape[1], -1, dtype=np.int64)
         for row in dim:
             mine = self.group_of[row] == group
@@ -97,5 +97,5 @@ def slots(dim: Dim, present: Presence) -> Presence:
 
 
 def count(dim: Dim, present: Presence) -> int:
-    """How many slots of a dim are present."""
+    """Number of slots of a dim that are present."""
     return int(slots(dim, present).sum()) if len(dim) else dim.shape[1]

@@ -15,7 +15,7 @@ from idap.structure.replacement import LAYER, PROJECTION, Kept, Projected
 Size = int | tuple[int, ...]
 
 MOST_DIMENSIONS = 64
-"""Dimensions of a tensor in torch."""
+"""Largest number of dimensions of a tensor in torch."""
 
 MOST_PARTS = 4_000_000
 """The most parts of the arguments of all programs."""
@@ -26,7 +26,7 @@ class CallForm:
     """How a removed module is called, which its stand-in must follow.
 
     Attributes:
-        takes: place or name of the argument that is the stream.
+        takes: position or name of the argument that is the stream.
         gives: what it returns, as in `ModuleCall.gives`.
     """
 
@@ -36,21 +36,21 @@ class CallForm:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What stays of a model, in the indices of the model it was made for.
+    """What is kept of a model, in the indices of the model it was made for.
 
     Attributes:
         keep: group name -> units kept, ascending; groups that are not named stay whole.
-        removed: names of the branches and blocks that go.
+        removed: names of the branches and blocks that are removed.
         tensors: canonical tensor name -> dimension -> slots kept, ascending.
         shapes: canonical tensor name -> the shape the plan expects, for every tensor of the model.
         attributes: module path -> attribute -> its new value.
         replaced: module path -> "identity", "zero" or "projection".
-        called: replaced module -> how it is called, where that is not with the stream first, and for the stream alone.
-        programs: module path -> its new code, where its own can't come to the sizes that are left.
+        called: replaced module -> how it is called, unless the stream is its first argument and its only result.
+        programs: module path -> its new code, if its own code can't reach the sizes that are kept.
         aliases: every other name of a tied tensor -> its canonical name.
         unsaved: canonical names of the buffers that the model does not save.
         projections: module path -> the linear map that it becomes, for every module that becomes a projection. Its
-            tensors are in `tensors` and `shapes` only of a plan for a model that has it already.
+            tensors are in `tensors` and `shapes` only in a plan for a model that already has it.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -73,8 +73,8 @@ class Plan:
         return f"Plan({cut}, removed {', '.join(self.removed) or 'nothing'})"
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it: the groups that lose units, and what goes whole."""
-        from idap.report.page import table_display  # noqa: PLC0415 - of use in notebooks only
+        """The table that a notebook shows: the groups that lose units, and the parts that are removed whole."""
+        from idap.report.page import table_display  # noqa: PLC0415 - needed in notebooks only
 
         rows = [(name, f"{len(units):,} units left") for name, units in self.keep.items()]
         rows += [(name, "a linear map" if name in self.projections else "removed") for name in self.removed]
@@ -84,7 +84,7 @@ class Plan:
         return bool(self.keep or self.removed)
 
     def removes(self, name: str) -> bool:
-        """Whether a tensor or module vanishes because it lies in a module that is replaced."""
+        """Whether a tensor or module is removed because it lies in a module that is replaced."""
         return any(name == path or name.startswith(f"{path}.") for path in self.replaced)
 
     def shape_after(self, name: str) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ class Plan:
         return self.slots_kept(name).shape_after
 
     def slots_kept(self, name: str) -> Kept:
-        """What stays of a tensor of the model, or of a projection."""
+        """What is kept of a tensor of the model, or of a projection."""
         return self.projection_tensors.get(name) or Kept(self.shapes[name], self.tensors.get(name, {}))
 
     @cached_property
@@ -101,19 +101,19 @@ class Plan:
         return {n: kept for path, item in self.projections.items() for n, kept in item.tensors(path).items()}
 
     def check_slots(self) -> None:
-        """Check that every dimension and slot that is cut exists, and that slots are named once and in order.
+        """Check that every dimension and slot that the plan names exists, and that slots are named once and in order.
 
         Raises:
-            PlanError: names the first tensor of which that is not so.
+            PlanError: a tensor fails the check; the message names the first one.
         """
         for name, dims in self.tensors.items():
             if name not in self.shapes:
-                raise PlanError(f"the plan cuts tensor {name!r} but does not say what shape it expects")
+                raise PlanError(f"the plan cuts tensor {name!r} but does not give the shape that it expects")
             for dim, kept in dims.items():
                 _check_kept(name, dim, kept, self.shapes[name])
 
     def since(self, earlier: "Plan") -> "Plan":
-        """The same plan for a model to which `earlier` was already applied.
+        """The remaining plan for a model to which `earlier` was already applied.
 
         Raises:
             PlanError: `earlier` removed something that this plan keeps.
@@ -146,12 +146,18 @@ class Plan:
         )
 
     def _check_follows(self, earlier: "Plan") -> None:
-        """Everything that `earlier` removed must be removed here too."""
+        """Check that this plan removes everything that `earlier` removes.
+
+        Raises:
+            PlanError: it keeps something that `earlier` removes.
+        """
         for path, kind in earlier.replaced.items():
             if not self.removes(path):
-                raise PlanError(f"the earlier plan removes module {path!r}, the later one keeps it")
+                raise PlanError(f"the earlier plan removes module {path!r}, but the later one keeps it")
             if path in self.replaced and (kind == PROJECTION) != (path in self.projections):
-                raise PlanError(f"the earlier plan makes module {path!r} {kind}, the later one {self.replaced[path]}")
+                raise PlanError(
+                    f"the earlier plan replaces module {path!r} by {kind}, but the later one by {self.replaced[path]}"
+                )
         lasting = {
             name: kept.slots for name, kept in earlier.projection_tensors.items() if name in self.projection_tensors
         }
@@ -160,7 +166,9 @@ class Plan:
             for dim, before in dims.items():
                 kept = self.slots_kept(name).slots.get(dim)
                 if kept is None:
-                    raise PlanError(f"the earlier plan cuts dimension {dim} of {name!r}, the later one keeps it whole")
+                    raise PlanError(
+                        f"the earlier plan cuts dimension {dim} of {name!r}, but the later one keeps it whole"
+                    )
                 missing = sorted(set(kept) - set(before))
                 if missing:
                     raise PlanError(
@@ -221,7 +229,11 @@ class Plan:
         return plan
 
     def _check_projections(self) -> None:
-        """What becomes a projection has its sizes, and these are no larger than what it replaces."""
+        """Check that every projection has sizes, and that it has no more numbers than the module that it replaces.
+
+        Raises:
+            PlanError: a projection has no sizes, sizes have no projection, or a projection is too large.
+        """
         expected = {path for path, kind in self.replaced.items() if kind == PROJECTION}
         if expected != set(self.projections):
             wrong = min(expected ^ set(self.projections))
@@ -234,8 +246,8 @@ class Plan:
         for path, projected in self.projections.items():
             if prod(projected.sizes) > most[path]:
                 raise PlanError(
-                    f"the projection in place of {path!r} maps {projected.sizes[1]} to {projected.sizes[0]} channels, "
-                    f"which is more than the {most[path]:,} numbers of the module that it replaces"
+                    f"the projection in place of {path!r} maps {projected.sizes[1]} to {projected.sizes[0]} channels "
+                    f"and so has more than the {most[path]:,} numbers of the module that it replaces"
                 )
 
     def _check_programs(self) -> None:
@@ -270,8 +282,8 @@ def _check_kept(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ..
         )
     if any(after <= before for before, after in pairwise(kept)):
         raise PlanError(
-            f"the plan keeps slots of dimension {dim} of tensor {name!r} twice or not in ascending order; each slot "
-            "that stays is named once, from the first to the last"
+            f"the plan keeps slots of dimension {dim} of tensor {name!r} twice or not in ascending order; name each "
+            "slot that is kept once, in ascending order"
         )
 
 

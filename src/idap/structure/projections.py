@@ -1,4 +1,4 @@
-"""Modules that a linear map of the channels can stand in for, and the graph once it does."""
+"""Find the modules that a linear map of the channels can replace, and put such maps into the graph."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from idap.graph.ir import Graph, Node, Ref
 from idap.graph.labels import Dim, constant_dim
 from idap.graph.rules import Contraction
 from idap.graph.rules.flow import arguments, base_name
-from idap.structure.blocks import LISTS, Block, Reach, find_blocks, layers_of, nest_blocks
+from idap.structure.blocks import LISTS, Block, Reach, find_blocks, nest_blocks, select_blocks
 from idap.structure.groups import Group, Port
 from idap.structure.layout import Layout
 from idap.structure.replacement import LAYER, PROJECTION, Projected, Remains, alike
@@ -21,23 +21,23 @@ CONVOLUTIONS = tuple(f"conv{'_transpose' * back}{spatial}d" for back in (False, 
 PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "einsum")
 
 
-def removable(graph: Graph, layout: Layout, replacement: Replacement) -> tuple[Block, ...]:
-    """Residual branches and blocks, and modules that may become projections, in the order of the network.
+def find_removable(graph: Graph, layout: Layout, replacement: Replacement) -> tuple[Block, ...]:
+    """Find residual branches and blocks, and modules that may become projections, in the order of the network.
 
     Args:
-        graph: traced.
-        layout: where units lie.
-        replacement: "identity" lets the stream pass unchanged and offers no other module; "auto" does so where shapes
-            agree and offers projections where they don't; "projection" makes projections of whole blocks too.
+        graph: the traced model.
+        layout: the layout of its units.
+        replacement: "identity" lets the stream pass unchanged and finds no other module; "auto" does the same if shapes
+            agree and finds projections if they do not; "projection" also turns whole blocks into projections.
 
     A module may become a projection if
     - it is called once, for one tensor, and nothing inside is read or written outside;
     - it maps (N, C, H, W) to (N, C', H/s, W/s) by convolutions (so in one and three dimensions), or (..., C) to
       (..., C') by linear layers, and only the channels may shrink;
-    - it does more than a projection does: several layers or a kernel of several taps, and more parameters;
-    - it is a block in the sense of the architecture: it adds two values, or lies in a list, or has siblings of its
-      class. Layers of torch are no blocks, and a list of several blocks is none.
-    Of modules that lie in each other the largest is offered; none that lies in a residual branch or block.
+    - it does more than a projection: it has several layers or a kernel of several taps, and more parameters;
+    - it is a block in the sense of the architecture: it adds two values, lies in a list, or has siblings of its
+      class. A layer of torch is not a block, and neither is a list of several blocks.
+    Of nested modules, the largest is found. Modules within a residual branch or block are not found.
     """
     known = find_blocks(graph, layout)
     if replacement == "identity":
@@ -61,16 +61,16 @@ class _Finder:
         return base_name(node.op) == "add" and len(given) == 2 and all(name in self._reach.before for name in given)
 
     def convert(self, block: Block) -> Block:
-        """A block as a projection, if it can be one and that is smaller; else as it is."""
+        """A block as a projection, if it can become one that is smaller; otherwise the block as it is."""
         projected = self._projection(block.name, block.entry, block.exit) if block.kind == "block" else None
         if projected is None:
             return block
         return replace(block, kind=PROJECTION, replaced={block.name: PROJECTION}, projected=projected)
 
     def find(self, known: Sequence[Block]) -> list[Block]:
-        """Modules whose input and output differ in shape."""
+        """Find modules whose input and output differ in shape."""
         candidates = [block for path in self._graph.modules for block in self._candidate(path)]
-        candidates = layers_of(self._graph, candidates, list(self._additions))
+        candidates = select_blocks(self._graph, candidates, list(self._additions))
         parts = [block.nodes for block in (*known, *candidates)]
         chosen = [
             block
@@ -82,7 +82,7 @@ class _Finder:
         return [block for block in chosen if not any(block.nodes < nodes for nodes in outer)]
 
     def _candidate(self, path: str) -> Iterator[Block]:
-        if not self._remains.replaceable(path) or not self._is_block(path):
+        if not self._remains.is_replaceable(path) or not self._is_block(path):
             return
         (call,) = self._graph.modules[path].calls
         nodes = frozenset(self._remains.inside(path))
@@ -109,7 +109,7 @@ class _Finder:
         return adds or siblings or modules[parent].layer in LISTS
 
     def _projection(self, path: str, entry: str, leave: str) -> Projected | None:
-        """The linear map of the channels that maps the shapes of a module, if it is less than the module."""
+        """The linear map of the channels with the shapes of a module; None if there is none smaller than the module."""
         graph, dims = self._graph, self._layout.dims
         layers = [graph.nodes[name] for name in self._remains.inside(path) if self._is_layer(graph.nodes[name])]
         before, after = graph.nodes[entry].shape, graph.nodes[leave].shape
@@ -146,7 +146,7 @@ class _Finder:
 def _stride(before: Sequence[int], after: Sequence[int], layers: Sequence[Node]) -> tuple[int, ...] | None:
     """The stride of the convolution that maps one shape to the other, () for a linear layer; None if neither can.
 
-    The first and the last layer tell which dimension holds the channels; where shapes agree, the first alone.
+    The first and the last layer show which dimension holds the channels; if the shapes agree, the first layer alone.
     """
     ends = layers[:1] if tuple(before) == tuple(after) else (layers[0], layers[-1])
     kinds = {base_name(node.op) for node in ends}
@@ -163,17 +163,17 @@ def _stride(before: Sequence[int], after: Sequence[int], layers: Sequence[Node])
 def with_projections(
     graph: Graph, layout: Layout, groups: Sequence[Group], blocks: Iterable[Block]
 ) -> tuple[Graph, Layout, tuple[Group, ...]]:
-    """Put the linear maps that some modules become in their places.
+    """Replace some modules in the graph by the linear maps that they become.
 
-    The node behind the module keeps its name, its dims and those that read it; it becomes the layer that reads the
-    node before the module, with a weight and a bias whose dims are those of the channels of both. What it was stays in
-    the graph under another name, and nothing depends on it.
+    The node behind the module keeps its name, its dims and its users. It becomes the layer that reads the node before
+    the module, with a weight and a bias whose dims are the channel dims of both nodes. The old node stays in the graph
+    under another name, and nothing depends on it.
 
     Args:
-        graph: of the original.
-        layout: likewise.
-        groups: likewise.
-        blocks: that become projections; none lies in another.
+        graph: the graph of the original.
+        layout: the layout of the original.
+        groups: the groups of the original.
+        blocks: the blocks that become projections; none lies in another.
     """
     for block in blocks:
         assert block.projected is not None
@@ -181,15 +181,15 @@ def with_projections(
     return graph, layout, tuple(groups)
 
 
-def former(block: Block) -> str:
-    """The name of the node that was behind a module before a projection took its place."""
+def former_exit(block: Block) -> str:
+    """The new name of the node that was behind a module before a projection replaced the module."""
     return f"{block.exit} before {block.name}.{LAYER}"
 
 
 def _with_projection(
     graph: Graph, layout: Layout, groups: tuple[Group, ...], block: Block, projected: Projected
 ) -> tuple[Graph, Layout, tuple[Group, ...]]:
-    old, path, aside = block.exit, block.name, former(block)
+    old, path, aside = block.exit, block.name, former_exit(block)
     layer, weight, bias = _layer(graph, block, projected, path)
     nodes: dict[str, Node] = {}
     for name, node in graph.nodes.items():
@@ -251,7 +251,7 @@ def _extend_group(
     tensors: dict[str, tuple[Dim, ...]],
     renamed: dict[str, str],
 ) -> Group:
-    """The group with what the layer reads and writes of it."""
+    """The group with the reads and writes of the projection's layer."""
     reads, writes = (group.index in layout.groups_in(dim) for dim in dims)
     moved = {
         side: tuple(replace(p, node=renamed.get(p.node, p.node)) for p in ports)

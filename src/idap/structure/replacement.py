@@ -1,4 +1,4 @@
-"""What takes the place of a removed module: nothing, if its code still runs without it, or a linear map."""
+"""Find what replaces a removed module: the identity or zero, if the code still runs with it, or a linear map."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from idap.parsing import items, sizes
 from idap.structure.layout import Layout
 
 PROJECTION = "projection"
-"""What such a module is replaced by (beside "identity" and "zero")."""
+"""What a module is replaced by if a linear map replaces it (the others are "identity" and "zero")."""
 
 LAYER = "map"
-"""Name of the layer inside of the stand-in."""
+"""Name of the layer inside the stand-in."""
 
 
 LONGEST_STRIDE = 4096
@@ -26,10 +26,10 @@ LONGEST_STRIDE = 4096
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor, and what stays of it.
+    """A tensor, and what is kept of it.
 
     Attributes:
-        shape: with all channels of the original.
+        shape: the shape with all channels of the original.
         slots: dimension -> slots kept, ascending; dimensions that are not named stay whole.
     """
 
@@ -38,7 +38,7 @@ class Kept:
 
     @property
     def shape_after(self) -> tuple[int, ...]:
-        """The shape of what stays."""
+        """The shape of what is kept."""
         return tuple(len(self.slots.get(dim, range(size))) for dim, size in enumerate(self.shape))
 
 
@@ -49,9 +49,9 @@ class Projected:
     Attributes:
         inputs: channels of the module's input that it reads, ascending.
         outputs: channels of the module's output that it writes, ascending.
-        sizes: how many outputs and inputs the original has.
-        stride: of the 1x1 convolution over channels in dimension 1, one number per spatial dimension; empty: a linear
-            map of the last dimension.
+        sizes: numbers of outputs and inputs that the original has.
+        stride: stride of the 1x1 convolution over the channels in dimension 1, one number per spatial dimension; empty:
+            a linear map of the last dimension.
     """
 
     inputs: tuple[int, ...]
@@ -77,9 +77,9 @@ class Projected:
         return 1 if self.stride else -1
 
     def tensors(self, path: str = "") -> dict[str, "Kept"]:
-        """The tensors that the layer adds to a model where it stands in for the module at `path`, by name.
+        """The tensors that the layer adds to a model in place of the module at `path`, by name.
 
-        Without a path their names in the stand-in.
+        Without a path, the names are those within the stand-in.
 
         >>> weight, bias = Projected((0,), (0, 2), (3, 1), (2, 2)).tensors("layer2.0").items()
         >>> weight
@@ -95,7 +95,7 @@ class Projected:
 
     @property
     def attributes(self) -> dict[str, int]:
-        """The ints by which the layer knows its sizes."""
+        """The attributes that hold the sizes of the layer."""
         names = ("in_channels", "out_channels") if self.stride else ("in_features", "out_features")
         return dict(zip(names, (len(self.inputs), len(self.outputs)), strict=True))
 
@@ -133,25 +133,25 @@ KEEPS_ZERO = (
     *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest2d"),
 )
-"""Operators whose result is zero if the first tensor they are given is."""
+"""Operators whose result is zero if their first tensor is zero."""
 
 SUMS = ("add", "sub", "cat", "stack")
-"""Operators whose result is zero if all that they are given is."""
+"""Operators whose result is zero if all their arguments are zero."""
 
 PRODUCTS = ("mul", "matmul", "mm", "bmm", "einsum")
-"""Operators whose result is zero if one of the tensors they are given is."""
+"""Operators whose result is zero if one of their tensors is zero."""
 
 
 @dataclass(frozen=True)
 class _Value:
-    """What is known of a value: the dims of the tensors it holds, and whether it is surely zero."""
+    """What is known about a value: the dims of the tensors it holds, and whether it is certainly zero."""
 
     dims: Sequence[Sequence[Dim]]
     zero: bool = False
 
 
 class _CannotRun(Exception):  # noqa: N818 - never leaves this module
-    """What remains can't run on the dims it would meet, or that can't be told."""
+    """The remaining code can't run on the dims that it would receive, or it is unknown whether it can."""
 
 
 class Remains:
@@ -179,7 +179,7 @@ class Remains:
         self._replaceable: dict[str, bool] = {}
 
     def _with_shared_tensors(self) -> set[str]:
-        """Modules that hold a tensor which has another name elsewhere."""
+        """The modules that hold a tensor which has another name outside the module."""
         names: dict[str, list[str]] = {}
         for alias, name in self.graph.aliases.items():
             names.setdefault(name, [name]).append(alias)
@@ -195,8 +195,8 @@ class Remains:
         """Every node with data that runs in a module or below it, in order."""
         return self._inside.get(path, [])
 
-    def replaceable(self, path: str) -> bool:
-        """Whether something can stand in for a module: called once, for one tensor, and nothing else needs it."""
+    def is_replaceable(self, path: str) -> bool:
+        """Whether a module can be replaced: it is called once, for one tensor, and nothing else needs it."""
         if path not in self._replaceable:
             calls = self.graph.modules[path].calls if path and self.inside(path) else ()
             once = len(calls) == 1 and bool(calls[0].input and calls[0].output)
@@ -204,7 +204,7 @@ class Remains:
         return self._replaceable[path]
 
     def stand_ins(self, nodes: frozenset[str], entry: str, branch: str) -> dict[str, str]:
-        """Which modules of a branch become what so that it adds nothing; empty if that can't be done."""
+        """Module -> what it becomes so that the branch adds nothing; empty if this is impossible."""
         outermost = self._outermost(nodes)
         covered = {name for path in outermost for name in self.inside(path)}
         if not outermost or (nodes - covered) & self._contracting:
@@ -224,7 +224,7 @@ class Remains:
             for path in _homes(self.graph.nodes[name].owner):
                 held[path] = held.get(path, 0) + 1
         whole = {path for path, count in held.items() if count == len(self.inside(path)) and path in self._with_tensors}
-        able = {path for path in whole if self.replaceable(path)}
+        able = {path for path in whole if self.is_replaceable(path)}
         found = [path for path in able if not any(outer in able for outer in _homes(path) if outer != path)]
         return sorted(found, key=lambda path: self._order[self.inside(path)[0]])
 
@@ -242,7 +242,11 @@ class Remains:
         return found
 
     def _follow(self, nodes: frozenset[str], branch: str, replaced: Mapping[str, str]) -> _Value:
-        """What the branch's last value becomes."""
+        """What the last value of the branch becomes.
+
+        Raises:
+            _CannotRun: the code between the modules can't run with their stand-ins.
+        """
         home = {name: path for path in replaced for name in self.inside(path)}
         values: dict[str, _Value] = {}
 
@@ -276,7 +280,7 @@ class Remains:
 
 
 def _homes(path: str) -> Iterator[str]:
-    """A path and those it lies in, innermost first, without the model itself."""
+    """A path and the paths that it lies in, innermost first, without the model itself."""
     while path:
         yield path
         path = path.rpartition(".")[0]
@@ -300,7 +304,11 @@ def _stays_zero(node: Node, given: Sequence[_Value]) -> bool:
 
 
 def _broadcast(tensors: Sequence[Sequence[Dim]]) -> list[Dim]:
-    """The dims of tensors combined element by element, if they fit whatever is cut."""
+    """The dims of tensors combined element by element.
+
+    Raises:
+        _CannotRun: the dims do not fit each other after every cut.
+    """
     rank = max(map(len, tensors))
     found = []
     for place in range(-rank, 0):
@@ -312,7 +320,7 @@ def _broadcast(tensors: Sequence[Sequence[Dim]]) -> list[Dim]:
 
 
 def alike(one: Dim | Sequence[Dim], other: Dim | Sequence[Dim]) -> bool:
-    """Whether two dims, or the dims of two tensors, have the same slots whatever is cut."""
+    """Whether two dims, or the dims of two tensors, have the same slots after every cut."""
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.shape == other.shape and np.array_equal(np.sort(one, axis=0), np.sort(other, axis=0))
     return len(one) == len(other) and all(map(alike, one, other))

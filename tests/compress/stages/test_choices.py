@@ -295,7 +295,7 @@ def test_what_no_rule_knows_may_be_left_whole():
     torch.manual_seed(0)
     goal = {"max_drop": None, "macs": 0.8}
     with pytest.raises(
-        UnknownOperatorError, match=r"aten\.lstm_cell\.default .* freeze_unknown=True of Config or analyze"
+        UnknownOperatorError, match=r"aten\.lstm_cell\.default .* freeze_unknown=True in Config or analyze"
     ):
         compress(Cell().eval(), task(), config(**goal))
     result = compress(Cell().eval(), task(), config(**goal, freeze_unknown=True))

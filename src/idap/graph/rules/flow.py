@@ -29,14 +29,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 @dataclass(frozen=True)
 class SizeUse:
-    """An int that an operator is given and that counts the slots of a dim.
+    """An int argument of an operator that counts the slots of a dim.
 
     Attributes:
         node: the operator.
-        argument: its name in the operator's schema.
-        index: place in the argument where it is a list, else None.
-        dim: what is counted.
-        sign: -1 where the int counts from the end.
+        argument: the argument's name in the operator's schema.
+        index: position in the argument if it is a list, otherwise None.
+        dim: the dim whose slots are counted.
+        sign: -1 if the int counts from the end.
     """
 
     node: str
@@ -67,7 +67,7 @@ class Contraction:
 
     Attributes:
         node: the operator.
-        kind: "linear" or "conv".
+        kind: "linear", "conv" or "recurrent".
         input: node that is read; `input_dim` is the dimension summed over.
         weight: node that holds the weights; `read_dim` is summed over, `write_dim` is the result's dimension.
         groups: number of independent parts (convolutions).
@@ -95,16 +95,16 @@ class Flow:
         graph: the graph.
         labels: the labels of all dims.
         dims: node -> for each tensor it produces, the dims.
-        sizes: ints that must follow the dims.
+        sizes: int arguments that must follow the dims.
         contractions: where channels are written and read.
         crossings: node -> what it computes over a dimension that may shrink ("norm", "softmax", "reduction",
-            "contraction" of two activations); only there does a masked slot differ from an absent one.
+            "contraction" of two activations); only at these nodes does a masked slot differ from an absent one.
         roles: dims known to be "heads" or "head width".
         data: nodes whose values depend on the model's inputs.
-        escaped: attributes and shapes whose value the results depend on: for each the modules whose code computes
-            with it, with the place.
-        pins: dims whose number of slots the results depend on, although no int says so.
-        products: nodes of weights that are multiplied in another way than a contraction, with that way.
+        escaped: attributes and shapes whose value the results depend on, each with the modules whose code computes
+            with it and the place.
+        pins: dims whose number of slots the results depend on without an int argument.
+        products: nodes of weights that are multiplied otherwise than by a contraction, each with a description.
     """
 
     graph: Graph
@@ -130,12 +130,12 @@ class Flow:
         return self.graph.nodes[value.name]
 
     def enter(self, node: Node) -> None:
-        """From here on what is frozen is frozen because of this node."""
+        """Record this node as the reason for everything frozen from now on."""
         self._at = node
         self.labels.because(f"it meets a dimension that can't shrink, at {node.where()}")
 
     def freeze(self, dims: Sequence[Dim], why: str = "") -> None:
-        """None of these dims may shrink, perhaps for a reason that tells more than that this node forbids it."""
+        """Keep every slot of these dims; `why` is recorded instead of the general reason of this node."""
         if why:
             self.labels.because(f"{why}, at {self._at.where()}")
         for dim in dims:
@@ -144,17 +144,17 @@ class Flow:
             self.enter(self._at)
 
     def computes_with(self, node: Node) -> None:
-        """The node uses the ints it is given as numbers, so that where they come from nothing may change."""
+        """Note that the node computes with its int arguments, so that the sizes they come from must not change."""
         for leaf in (leaf for size in node.sizes for leaf in sources(size)):
             self.escaped.setdefault(leaf, {}).setdefault(node.module, node.where())
 
     def follows(self, node: Node, argument: str, index: int | None, dim: Dim, sign: int = 1) -> None:
-        """An int argument of the node counts the slots of `dim`."""
+        """Note that an int argument of the node counts the slots of `dim`."""
         if len(dim):
             self.sizes.append(SizeUse(node.name, argument, index, dim, sign))
 
     def crosses(self, node: Node, kind: str, dims: Sequence[Dim]) -> None:
-        """The node computes one number from all slots of these dims."""
+        """Note that the node computes one number from all slots of these dims."""
         if any(len(self.labels.resolve(dim)) for dim in dims):
             self.crossings[node.name] = kind
 
@@ -203,12 +203,12 @@ def flow_of(graph: Graph, *, freeze_unknown: bool = False, contracts: Sequence[s
 
     Args:
         graph: from `trace`.
-        freeze_unknown: freeze what an operator without a rule touches, instead of raising.
+        freeze_unknown: freeze every dim that an operator without a rule touches, instead of raising.
         contracts: outputs whose shape must not change, such as ``logits``; None means all that the model returns.
 
     Raises:
         UnknownOperatorError: an operator has no rule.
-        StructureError: the model returns nothing of such a name.
+        StructureError: the model returns nothing of that name.
     """
     escaped = {leaf: dict(places) for leaf, places in graph.escaped.items()}
     flow = Flow(graph, data=graph.data_nodes(), escaped=escaped)
@@ -224,7 +224,7 @@ def flow_of(graph: Graph, *, freeze_unknown: bool = False, contracts: Sequence[s
 
 
 def _contract_nodes(graph: Graph, contracts: Sequence[str] | None) -> list[str]:
-    """The nodes of the outputs that are named; ``hidden_states`` stands for ``hidden_states.0`` and so on, too."""
+    """The nodes of the named outputs; ``hidden_states`` also stands for ``hidden_states.0`` and so on."""
     if contracts is None:
         return list(graph.outputs)
     found = []
@@ -252,17 +252,17 @@ def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknow
         return []  # an assertion, a side effect
     if node.op.count(".") != 2:
         raise UnknownOperatorError(
-            f"{node.where()} is no operator but control flow, or a transform such as torch.vmap, which can't be "
+            f"{node.where()} is not an operator but control flow or a transform such as torch.vmap, which can't be "
             "followed: write that part of the forward with ordinary operators, or compress a part of the model that "
-            "does not have it."
+            "does not contain it."
         )
     found = rule_of(node)
     if found is None:
         if not freeze_unknown:
             raise UnknownOperatorError(
-                f"no rule for operator {node.where()}: how channels pass through it is not known. "
-                "Write one with @idap.graph.rules.flow.rule, or leave what it touches as it is: freeze_unknown=True "
-                "of Config or analyze, --set compress.freeze_unknown=true of the commands."
+                f"no rule for operator {node.where()}: it is not known how channels pass through it. Write a rule "
+                "with @idap.graph.rules.flow.rule, or keep every dimension that the operator touches: "
+                "freeze_unknown=True in Config or analyze, --set compress.freeze_unknown=true in a command."
             )
         found = freeze_all
     dims = found(flow, node)
@@ -272,7 +272,7 @@ def _dims_of(flow: Flow, node: Node, shared: dict[str, list[Dim]], freeze_unknow
 
 
 def rule_of(node: Node) -> Rule | None:
-    """The rule for an operator: its own, or that of all operators which torch says work element by element."""
+    """The rule for an operator: its own, or the rule of all operators that torch marks as pointwise."""
     by_tag = RULES["add"] if torch.Tag.pointwise in operator(node).tags else None
     return RULES.get(base_name(node.op), by_tag)
 
@@ -281,7 +281,7 @@ def freeze_all(flow: Flow, node: Node) -> list[list[Dim]]:
     """The rule for operators through which nothing may shrink."""
     for name in node.inputs():
         for dims in flow.dims[name]:
-            flow.freeze(dims, "nothing is known of this operator that would let it shrink")
+            flow.freeze(dims, "no dimension may shrink at this operator")
     return [[constant_dim(size) for size in shape] for shape in node.shapes]
 
 

@@ -10,7 +10,7 @@ from idap.graph.rules.flow import Flow, arguments, freeze_all, rule
 
 @rule("cat", "concat", "concatenate")
 def cat(flow: Flow, node: Node) -> list[Dim]:
-    """One dim after the other; the others meet."""
+    """Concatenate one dim; the other dims are unified."""
     given = arguments(node)
     tensors = [flow.of(ref) for ref in given["tensors"] if flow.node(ref).shape != (0,)]
     axis = int(given["dim"]) % len(node.shape)
@@ -24,7 +24,7 @@ def cat(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("hstack", "vstack", "column_stack", "dstack")
 def side_by_side(flow: Flow, node: Node) -> list[Dim]:
-    """`cat` along the first, second or third dim; what has fewer dims is a row, or a column."""
+    """`cat` along the first, second or third dim; a tensor with fewer dims is a row or a column."""
     given, rank = arguments(node), len(node.shape)
     tensors = [flow.of(ref) for ref in given["tensors"]]
     axis = 0 if "vstack" in node.op or rank == 1 else 2 if "dstack" in node.op else 1
@@ -41,7 +41,7 @@ def side_by_side(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("stack")
 def stack(flow: Flow, node: Node) -> list[Dim]:
-    """A new dim that can't shrink; the others meet."""
+    """The new dim can't shrink; the other dims are unified."""
     given = arguments(node)
     tensors = [flow.of(ref) for ref in given["tensors"]]
     place = int(given["dim"]) % len(node.shape)
@@ -57,7 +57,7 @@ def _unify_all(flow: Flow, dims: Sequence[Dim]) -> Dim:
 
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 def split(flow: Flow, node: Node) -> list[list[Dim]]:
-    """Parts one after the other. Parts asked for by one number stay equal, so they shrink together."""
+    """Split one dim into consecutive parts; parts whose size is a single number stay equal: they shrink together."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
     axis %= len(x)
@@ -90,7 +90,7 @@ def _tie_parts(flow: Flow, dim: Dim, edges: Sequence[int]) -> None:
 
 @rule("unbind")
 def unbind(flow: Flow, node: Node) -> list[list[Dim]]:
-    """One result per slot, so none may go."""
+    """One result per slot, so no slot may be removed."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
     flow.freeze([x[axis]], "each of its slots is taken on its own")
@@ -145,7 +145,7 @@ def embedding_bag(flow: Flow, node: Node) -> list[list[Dim]]:
 
 @rule("index_select")
 def index_select(flow: Flow, node: Node) -> list[Dim]:
-    """Other dims pass."""
+    """The indexed dim can't shrink; the other dims pass."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
     if not x:
@@ -157,7 +157,7 @@ def index_select(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("select_scatter", "slice_scatter")
 def write_part(flow: Flow, node: Node) -> list[Dim]:
-    """A slot or a range of slots of one dim is written; the others meet those of what is written."""
+    """Write a slot or a range of slots of one dim; the other dims are unified with those of the source."""
     given = arguments(node)
     x, part, axis = flow.of(given["self"]), flow.of(given["src"]), int(given["dim"]) % len(node.shape)
     if len(part) < len(x):
@@ -174,17 +174,17 @@ def write_part(flow: Flow, node: Node) -> list[Dim]:
 def along_one(flow: Flow, node: Node) -> list[Dim]:
     """Slots of one dim are picked or written by index; the dims that all tensors share pass."""
     given = arguments(node)
-    if "index_" in node.op:  # the indices are a vector, each of all slots beside it
+    if "index_" in node.op:  # the indices are a vector; each holds for all slots of the other dims
         flow.freeze(flow.of(given.pop("index")), "it says which slots are picked")
     tensors = [flow.of(value) for value in given.values() if isinstance(value, Ref)]
-    tensors = [dims for dims in tensors if dims]  # a value that is one number meets nothing
+    tensors = [dims for dims in tensors if dims]  # a single number has no dims
     if given["dim"] is None or not node.shape or any(len(dims) != len(node.shape) for dims in tensors):
         return freeze_all(flow, node)[0]
     axis = int(given["dim"]) % len(node.shape)
     result = []
     for place, size in enumerate(node.shape):
         met = [dims[place] for dims in tensors]
-        if "take_along" in node.op and place != axis:  # one index for all slots
+        if "take_along" in node.op and place != axis:  # one index may hold for all slots
             met = [dim for dim in met if dim.shape[1] == size] or met
         if place == axis or any(dim.shape[1] != size for dim in met):
             flow.freeze(met, PICKED if place == axis else "only some of its slots are picked")
@@ -210,9 +210,9 @@ def index(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("index_put")
 def index_put(flow: Flow, node: Node) -> list[Dim]:
-    """``x[i, :, j] = values``: the values meet the dims of x that are not indexed.
+    """``x[i, :, j] = values``: the dims of the values are unified with the dims of x that are not indexed.
 
-    An index may be a mask, also of several dims at once; the shape alone does not tell, so it is taken for both.
+    An index may also be a mask over several dims. Its shape alone does not tell, so both meanings are allowed for.
     """
     given = arguments(node)
     x, indices = flow.of(given["self"]), _by_axis(flow, given["indices"])
@@ -242,7 +242,7 @@ def index_put(flow: Flow, node: Node) -> list[Dim]:
 
 
 def _by_axis(flow: Flow, indices: Sequence[Ref | None]) -> dict[int, tuple[int, ...]]:
-    """The shapes of the indices, by the axis that each stands at."""
+    """The shapes of the indices, by the axis that each indexes."""
     return {axis: flow.node(item).shape for axis, item in enumerate(indices) if item is not None}
 
 
@@ -252,12 +252,12 @@ def _without_leading_ones(dims: list[Dim]) -> list[Dim]:
 
 
 def _place(indexed: Sequence[int]) -> int:
-    """Where the dims of the indices come to lie: in place of those that are indexed, if these are neighbours."""
+    """Where the dims of the indices stand in the result: at the indexed axes if these are adjacent, otherwise first."""
     return indexed[0] if list(indexed) == list(range(indexed[0], indexed[-1] + 1)) else 0
 
 
 def _freeze_index(flow: Flow, x: list[Dim], indices: Sequence[Ref | None], indexed: Sequence[int]) -> list[Dim]:
-    """Freeze what is indexed, and the indices; the other dims of x."""
+    """Freeze the indexed dims and the indices; returns the other dims of x."""
     flow.freeze([x[axis] for axis in indexed], PICKED)
     for ref in indices:
         if ref is not None:

@@ -69,7 +69,7 @@ def _spatial(flow: Flow, node: Node, count: int) -> list[list[Dim]]:
 @rule("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "upsample_nearest1d",
       "upsample_linear1d", "max_pool1d_with_indices")  # fmt: skip
 def pool1d(flow: Flow, node: Node) -> list[list[Dim]]:
-    """The last dimension."""
+    """Pool or resize the last dimension."""
     return _spatial(flow, node, 1)
 
 
@@ -78,7 +78,7 @@ def pool1d(flow: Flow, node: Node) -> list[list[Dim]]:
       "reflection_pad2d", "replication_pad2d", "_upsample_nearest_exact2d", "_upsample_bicubic2d_aa",
       "_upsample_bilinear2d_aa")  # fmt: skip
 def pool2d(flow: Flow, node: Node) -> list[list[Dim]]:
-    """The last two dimensions."""
+    """Pool or resize the last two dimensions."""
     return _spatial(flow, node, 2)
 
 
@@ -86,7 +86,7 @@ def pool2d(flow: Flow, node: Node) -> list[list[Dim]]:
       "max_pool3d_with_indices",
       "upsample_trilinear3d")  # fmt: skip
 def pool3d(flow: Flow, node: Node) -> list[list[Dim]]:
-    """The last three dimensions."""
+    """Pool or resize the last three dimensions."""
     return _spatial(flow, node, 3)
 
 
@@ -139,7 +139,7 @@ def scaled_dot_product_attention(flow: Flow, node: Node) -> list[Dim]:
 
 
 def default_scale(graph: Graph, node: Node) -> float | None:
-    """The scale that an attention takes from its head width; None if it is told one, or for another operator."""
+    """The scale that an attention derives from its head width; None if it is given one, or for another operator."""
     if base_name(node.op) != "scaled_dot_product_attention":
         return None
     given = arguments(node)
@@ -166,7 +166,7 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 def recurrent(flow: Flow, node: Node) -> list[list[Dim]]:
     """X (..., I), states (layers·directions, N, H) -> output (..., directions·H) and the states.
 
-    A module of torch has one hidden size, so the units of all layers and directions go together.
+    A module of torch has one hidden size, so the units of all layers and directions are removed together.
     """
     given = arguments(node)
     if "input" not in given:  # packed sequences
@@ -200,7 +200,7 @@ def recurrent(flow: Flow, node: Node) -> list[list[Dim]]:
 
 
 def _state(flow: Flow, ref: Ref, state: Dim, shape: tuple[int, ...]) -> list[Dim]:
-    """The dims of a state that is returned; torch 2.11 announces it with other dims than it has."""
+    """The dims of a returned state; torch 2.11 reports other dims for it than it has."""
     dims = flow.of(ref)[:-1]
     if tuple(dim.shape[1] for dim in dims) != shape[:-1]:
         dims = [constant_dim(size) for size in shape[:-1]]

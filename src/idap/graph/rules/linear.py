@@ -10,11 +10,13 @@ from idap.graph.rules.flow import Contraction, Flow, arguments, broadcast, rule
 
 
 class Equation(NamedTuple):
-    """Which dimensions of which tensors are one; a letter each, or a number for what an ellipsis stands for.
+    """A name for each dimension of each tensor: a letter, or a number for a dimension that an ellipsis stands for.
+
+    Dimensions of the same name are one dimension.
 
     Attributes:
-        terms: the letters of each tensor, in the order of its dimensions.
-        result: those of the result.
+        terms: the names of each tensor, in the order of its dimensions.
+        result: the names of the result.
     """
 
     terms: tuple[tuple[str, ...], ...]
@@ -22,7 +24,7 @@ class Equation(NamedTuple):
 
 
 def read_equation(equation: str, ranks: Sequence[int]) -> Equation:
-    """Write out what an equation leaves to be understood: ellipses, and the result after no arrow.
+    """Expand the ellipses of an equation, and add the result if the equation has no arrow.
 
     Args:
         equation: as `torch.einsum` takes it.
@@ -49,7 +51,7 @@ def _letters(term: str, rank: int) -> tuple[str, ...]:
 
 
 def _ellipsis_names(count: int) -> tuple[str, ...]:
-    """Names of what an ellipsis stands for, counted from the right, as they broadcast."""
+    """Names of the dimensions that an ellipsis stands for, counted from the right, as they broadcast."""
     return tuple(map(str, range(count, 0, -1)))
 
 
@@ -84,7 +86,7 @@ def addmm(flow: Flow, node: Node) -> list[Dim]:
 
 
 def _cross_computed(flow: Flow, node: Node, weight: Any, dim: Dim) -> None:
-    """A weight that is computed may not be zero where its parameter is, as after a softplus."""
+    """Note a crossing for a computed weight: it may be nonzero where its parameter is zero, as after a softplus."""
     if flow.is_weight(weight) and flow.node(weight).op != "parameter":
         flow.crosses(node, "contraction", [dim])
 
@@ -167,7 +169,7 @@ def _by_letters(
         for letter, dim in zip(letters, flow.of(ref), strict=True):
             places.setdefault(letter, []).append(dim)
     for met in places.values():
-        met.sort(key=lambda dim: -dim.shape[1])  # those of one slot are met by all of them
+        met.sort(key=lambda dim: -dim.shape[1])  # dims of one slot come last: they broadcast
         flow.freeze([dim for dim in met if dim.shape[1] == 1])
         for dim in met[1:]:
             if dim.shape[1] == met[0].shape[1]:
@@ -228,11 +230,11 @@ def complex_view(flow: Flow, node: Node) -> list[Dim]:
     "fft_fftshift", "fft_ifftshift",
 )  # fmt: skip
 def fourier(flow: Flow, node: Node) -> list[Dim]:
-    """Dims that are transformed can't shrink; the others pass."""
+    """The transformed dims can't shrink; the other dims pass."""
     given = arguments(node)
     x = flow.of(given["self"])
     dim = given["dim"]
-    several = given.get("s") or ()  # sizes of the last dims, where these are not named
+    several = given.get("s") or ()  # sizes of the last dims, if `dim` does not name any
     axes = range(len(x))[-len(several) :] if dim is None else [dim] if isinstance(dim, int) else dim
     places = {int(axis) % len(x) for axis in axes}
     flow.freeze([x[place] for place in places], _MIXED)

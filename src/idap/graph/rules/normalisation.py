@@ -54,7 +54,7 @@ def group_norm(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
 def softmax(flow: Flow, node: Node) -> list[Dim]:
-    """Over one dimension."""
+    """Softmax over one dimension."""
     given = arguments(node)
     x = flow.of(given["self"])
     flow.crosses(node, "softmax", [x[int(given["dim"])]])
@@ -66,7 +66,7 @@ def softmax(flow: Flow, node: Node) -> list[Dim]:
     "max", "min", "argmax", "argmin", "var_mean", "std_mean", "nansum", "median", "nanmedian",
 )  # fmt: skip
 def reduction(flow: Flow, node: Node) -> list[Dim] | list[list[Dim]]:
-    """Over some dimensions, or all."""
+    """Reduce some dimensions, or all."""
     given = arguments(node)
     x = flow.of(given["self"])
     if "other" in given:  # max and min of two tensors
@@ -86,7 +86,7 @@ def reduction(flow: Flow, node: Node) -> list[Dim] | list[list[Dim]]:
 
 @rule("cosine_similarity")
 def cosine_similarity(flow: Flow, node: Node) -> list[Dim]:
-    """Of two tensors, over one dimension."""
+    """The similarity of two tensors over one dimension."""
     given = arguments(node)
     x, y = flow.of(given["x1"]), flow.of(given["x2"])
     shape = [max(mine.shape[1], theirs.shape[1]) for mine, theirs in zip(x, y, strict=True)]
@@ -97,7 +97,7 @@ def cosine_similarity(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("_weight_norm")
 def weight_norm(flow: Flow, node: Node) -> list[Dim]:
-    """V (any shape) over its norm along all dims but one, times g of that dim."""
+    """V (any shape) divided by its norm along all dims but one, times g of that dim."""
     given = arguments(node)
     v, axis = flow.of(given["v"]), int(given["dim"])
     met = broadcast(flow, [v, flow.of(given["g"])], node.shape)
@@ -107,7 +107,7 @@ def weight_norm(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("diff")
 def diff(flow: Flow, node: Node) -> list[Dim]:
-    """Neighbours along one dim, which can't shrink."""
+    """Differences of neighbours along one dim, which can't shrink."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
     flow.freeze([x[axis]], "the order of its slots matters")
@@ -118,7 +118,7 @@ def diff(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "msort")
 def along_dims(flow: Flow, node: Node) -> list[list[Dim]]:
-    """The dims acted on can't shrink; the others pass."""
+    """The dims that the operator acts on can't shrink; the other dims pass."""
     given = arguments(node)
     x = flow.of(next(iter(given.values())))
     axes = _axes(given.get("dims", given.get("dim", -1)), len(x))
@@ -132,7 +132,7 @@ def along_dims(flow: Flow, node: Node) -> list[list[Dim]]:
 
 
 def _returns_places(flow: Flow, node: Node) -> bool:
-    """Whether anyone learns at which place of a dimension a value was found."""
+    """Whether the model uses the places at which values were found."""
     name = node.op.split(".")[1]
     if name.startswith("arg"):
         return True

@@ -78,14 +78,14 @@ def prelu(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("copy")
 def copy(flow: Flow, node: Node) -> list[Dim]:
-    """Writes one tensor into another of the same shape."""
+    """Write one tensor into another of the same shape."""
     given = arguments(node)
     return broadcast(flow, [flow.of(given["self"]), flow.of(given["src"])], node.shape)
 
 
 @rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
 def fill(flow: Flow, node: Node) -> list[Dim]:
-    """Every slot is the same (or independent noise), so any may go."""
+    """Every slot is the same (or independent noise), so any slot may be removed."""
     given = arguments(node)
     if "fill_value" in given:
         flow.computes_with(node)
@@ -98,7 +98,7 @@ def fill(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("arange", "linspace", "scalar_tensor", "eye", "tril_indices", "triu_indices", "randint", "one_hot")
 def count_slots(flow: Flow, node: Node) -> list[Dim]:
-    """The values count slots, so none may go."""
+    """The values count slots, so no slot may be removed."""
     flow.computes_with(node)
     for leaf in node.args:
         if isinstance(leaf, Ref):

@@ -9,7 +9,7 @@ from idap.graph.rules.flow import Flow, arguments, broadcast, freeze_all, regrou
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 def reshape(flow: Flow, node: Node) -> list[Dim]:
-    """Row-major regrouping; sizes that were written out follow the dims."""
+    """Regroup slots in row-major order; sizes that the code passes follow the dims."""
     given = arguments(node)
     dims = regroup(flow, flow.of(given["self"]), node.shape)
     sizes = given.get("size", given.get("shape", given.get("sizes")))
@@ -27,7 +27,7 @@ def _sizes_name(given: dict[str, object]) -> str:
 
 @rule("permute")
 def permute(flow: Flow, node: Node) -> list[Dim]:
-    """Any order of dims."""
+    """Put the dims in another order."""
     given = arguments(node)
     x = flow.of(given["self"])
     return [x[int(axis)] for axis in given["dims"]]
@@ -35,7 +35,7 @@ def permute(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("transpose", "swapaxes", "swapdims")
 def transpose(flow: Flow, node: Node) -> list[Dim]:
-    """Two dims change places."""
+    """Exchange two dims."""
     given = list(arguments(node).values())
     x = flow.of(given[0])
     one, other = int(given[1]), int(given[2])
@@ -45,14 +45,14 @@ def transpose(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("t", "numpy_T", "mT", "matrix_H", "adjoint")
 def t(flow: Flow, node: Node) -> list[Dim]:
-    """The last two dims change places."""
+    """Exchange the last two dims."""
     x = flow.of(node.args[0])
     return x[::-1] if len(x) <= 2 else [*x[:-2], x[-1], x[-2]]
 
 
 @rule("movedim", "moveaxis")
 def movedim(flow: Flow, node: Node) -> list[Dim]:
-    """Some dims change places."""
+    """Move some dims to other places."""
     given = arguments(node)
     x = flow.of(given["self"])
     sources = [int(a) % len(x) for a in _several(given["source"])]
@@ -68,7 +68,7 @@ def _several(value: object) -> Sequence[int]:
 
 @rule("unsqueeze")
 def unsqueeze(flow: Flow, node: Node) -> list[Dim]:
-    """A new dim of one slot."""
+    """Add a dim of one slot."""
     given = arguments(node)
     x = flow.of(given["self"])
     place = int(given["dim"]) % (len(x) + 1)
@@ -77,7 +77,7 @@ def unsqueeze(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("squeeze")
 def squeeze(flow: Flow, node: Node) -> list[Dim]:
-    """Dims of one slot vanish."""
+    """Remove dims of one slot."""
     given = arguments(node)
     x = flow.of(given["self"])
     axes = range(len(x)) if "dim" not in given else [int(axis) % len(x) for axis in _several(given["dim"])]
@@ -86,7 +86,7 @@ def squeeze(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(flow: Flow, node: Node) -> list[Dim]:
-    """Dims of one slot become many, all alike: any of them may go."""
+    """Expand dims of one slot to many equal slots, any of which may be removed."""
     given = arguments(node)
     x = flow.of(given["self"])
     lead = len(node.shape) - len(x)
@@ -103,12 +103,12 @@ def expand(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("repeat", "tile")
 def repeat(flow: Flow, node: Node) -> list[Dim]:
-    """Copies side by side."""
+    """Put copies of a tensor side by side."""
     given = arguments(node)
     x = flow.of(given["self"])
     name = "repeats" if "repeats" in given else "dims"
     repeats = [int(count) for count in given[name]]
-    repeats = [1] * (len(x) - len(repeats)) + repeats  # tile may be given fewer
+    repeats = [1] * (len(x) - len(repeats)) + repeats  # tile may be given fewer counts than dims
     x = [constant_dim(1)] * (len(repeats) - len(x)) + x
     dims = []
     for index, (dim, count) in enumerate(zip(x, repeats, strict=True)):
@@ -122,7 +122,7 @@ def repeat(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("repeat_interleave")
 def repeat_interleave(flow: Flow, node: Node) -> list[Dim]:
-    """Every slot several times in a row; by one number for all, otherwise the dim can't shrink."""
+    """Repeat every slot several times in a row; the dim may shrink only if one number holds for all slots."""
     given = arguments(node)
     x, repeats = flow.of(given["self"]), given["repeats"]
     if given["dim"] is None or not isinstance(repeats, int):
@@ -134,7 +134,7 @@ def repeat_interleave(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("meshgrid")
 def meshgrid(flow: Flow, node: Node) -> list[list[Dim]]:
-    """One dim from each vector; each result varies along its own."""
+    """One dim from each vector; each result varies along the dim of its vector."""
     given = arguments(node)
     vectors = [flow.of(ref) for ref in given["tensors"]]
     dims = [vector[0] if vector else constant_dim(1) for vector in vectors]
@@ -145,10 +145,10 @@ def meshgrid(flow: Flow, node: Node) -> list[list[Dim]]:
 
 @rule("select")
 def select(flow: Flow, node: Node) -> list[Dim]:
-    """One slot is picked, so the dim can't shrink."""
+    """Pick one slot, so that the dim can't shrink."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
-    # The first and the last slot are always there; if nothing is done with it, it does not matter which it is.
+    # There is always a first and a last slot; if the result is not used, it does not matter which slot it is.
     if flow.is_used(node) or given["index"] not in (0, -1):
         flow.freeze([x[axis]], "a slot of it is picked by its place")
     axis %= len(x)
@@ -157,7 +157,7 @@ def select(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("slice", "narrow")
 def slice_(flow: Flow, node: Node) -> list[Dim]:
-    """A range of slots, perhaps every n-th."""
+    """Take a range of slots, or every n-th slot of it."""
     given = arguments(node)
     x, axis = flow.of(given["self"]), int(given["dim"])
     axis %= len(x)
@@ -179,7 +179,7 @@ def slice_(flow: Flow, node: Node) -> list[Dim]:
 
 
 def _freeze_phase(flow: Flow, dim: Dim, step: int) -> None:
-    """Every n-th slot: whole periods may go, single places in them may not."""
+    """Let a dim lose whole periods, but no single slot of a period, if every n-th slot of it is taken."""
     if dim.shape[1] % step:
         flow.freeze([dim])
         return
@@ -200,7 +200,7 @@ def _bounds_follow(flow: Flow, node: Node, dim: Dim, given: dict[str, int | None
 
 @rule("pad", "constant_pad_nd")
 def pad(flow: Flow, node: Node) -> list[Dim]:
-    """Slots of zeros before and after: those of a dim that may shrink are free, and their number follows."""
+    """Add slots of zeros before and after; if the dim may shrink, they may be removed and their number follows."""
     given = arguments(node)
     x, amounts = flow.of(given["self"]), [int(amount) for amount in given["pad"]]
     rigid = given.get("mode", "constant") != "constant"
@@ -242,7 +242,7 @@ def pixel_unshuffle(flow: Flow, node: Node) -> list[Dim]:
 
 @rule("channel_shuffle")
 def channel_shuffle(flow: Flow, node: Node) -> list[Dim]:
-    """(N, g·n, ...) -> (N, n·g, ...): channel i of every group stays or goes together with the others."""
+    """(N, g·n, ...) -> (N, n·g, ...): the channels i of all groups are kept or removed together."""
     given = arguments(node)
     x, groups = flow.of(given["self"]), int(given["groups"])
     outer, inner = flow.labels.split(x[1], [groups, x[1].shape[1] // groups])
