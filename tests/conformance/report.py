@@ -13,31 +13,34 @@ LIBRARIES = {
     "torchvision": "torchvision: classifiers, segmenters, and the networks inside detectors",
     "transformers": "transformers, from configuration, small",
     "diffusers": "diffusers, small",
-    "written": "Written in the tests: generators, U-Net, detector, and the details that trip tools up",
+    "written": "Written in the tests: generators, U-Net, detector, and details that are hard for tools",
 }
 EXACT = 1e-4
 
 INTRODUCTION = """# Coverage
 
-What was tried, and what came of it. `make conformance` writes `benchmarks/results/coverage.json`, one row per model,
-and then this page; a model of its catalogue that is not listed here has not been run on the product yet. Random
-weights, batch of two, float32, one thread per model, up to three models at a time on a 2-core machine, which the
-seconds show.
+This page lists the models that were tried, and the results. `make conformance` writes
+`benchmarks/results/coverage.json`, one row per model, and then this page. A model of its catalogue that is not listed
+here has not been run yet. All models have random weights and run on a batch of two in float32, with one thread per
+model; up to three models ran at a time on a machine with two cores, which the seconds include.
 
 For each model, without any hint about it:
 
-- **permuted**: the units of all groups change places in every weight, in float64 where the model's own code allows it;
-  the largest change of an output, relative to the largest value. It must be rounding.
-- **cut**: a random plan removes about 30 % of the units of every group. The original module, cut, against the masked
-  original, which runs as a graph of its own; over norms the reference computes over the kept units alone.
-- **alone**: the cut module with one sample against its result for two: it runs at any batch size.
-- **wrong list caught**: one index list of the cut is off by one slot; the proof must fail.
-- **blocks**: residual branches and blocks that can go, and how many were exact when each was removed on its own;
-  random sets of them were tried too.
-- **new code**: modules whose own code can't come to the sizes of that cut, so that it was written anew.
-- **Torch-Pruning** 1.6.1, its high-level pruner, 50 % of everything but the layers that write the outputs, called as in
-  `tests/conformance/peer.py`; at most 60 s of processor time each; empty where it has not been run yet. It gets no
-  hints either: told which layers are attention and how to cut their heads, it runs on more models of transformers.
+- **permuted**: the units of all groups are permuted in every weight, in float64 if the model's own code allows it. The
+  number is the largest change of an output, relative to the largest value. It must not exceed rounding.
+- **cut**: a random plan removes about 30 % of the units of every group. The number is the difference between the cut
+  model and the masked original, which runs as a graph of its own. Where a norm runs over a dimension that shrank, this
+  reference computes over the kept units alone.
+- **alone**: the difference between the cut model's outputs for one sample alone and for the same sample in a batch of
+  two. It shows that the cut model runs at any batch size.
+- **wrong list caught**: one index list of the cut is shifted by one slot; the verification must fail.
+- **blocks exact**: how many of the residual branches and blocks that can be removed were exact when each was removed on
+  its own; random sets of them were tried too.
+- **new code**: the modules whose own code can't produce the sizes of this cut, so that it was rewritten.
+- **Torch-Pruning** 1.6.1, its high-level pruner, removing 50 % of everything but the layers that write the outputs,
+  called as in `tests/conformance/peer.py`, with at most 60 s of processor time for each model. Empty: not run yet. It
+  gets no hints either. If it is told which layers are attention and how to cut their heads, it runs on more models of
+  transformers.
 """
 
 
@@ -54,7 +57,7 @@ def main() -> None:
 
 
 def exact(row: dict[str, Any]) -> bool:
-    """Whether everything that was proved of a model holds."""
+    """Whether every check of a model succeeded."""
     errors = [row[name] for name in ("permuted", "cut", "single") if row[name] is not None]
     proved = not row["failure"] and row["cut"] is not None and all(error <= EXACT for error in errors)
     whole = row["blocks"] == row["blocks_exact"] and row["sets_exact"] is not False
@@ -70,7 +73,7 @@ def _head(*titles: str) -> list[str]:
 
 
 def _totals(rows: Sequence[dict[str, Any]]) -> str:
-    lines = _head("library", "models", "analysed", "exact in every proof", "median prunable", "median export",
+    lines = _head("library", "models", "analysed", "exact in every check", "median prunable", "median export",
                   "median analysis", "Torch-Pruning runs")  # fmt: skip
     for library in LIBRARIES:
         mine = [row for row in rows if row["model"].startswith(f"{library}:")]
