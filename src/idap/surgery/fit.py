@@ -74,8 +74,8 @@ def _check_replaced(modules: Mapping[str, nn.Module], plan: Plan, maps: Mapping[
         most = sum(parameter.numel() for parameter in modules[path].parameters())
         if projected.sizes[0] * projected.sizes[1] > most:
             raise PlanError(
-                f"the projection in place of {path!r} has {projected.sizes} channels, which is more than the {most:,} "
-                "parameters of the module that it replaces"
+                f"the projection in place of {path!r} maps {projected.sizes[1]} to {projected.sizes[0]} channels "
+                f"and so has more than the {most:,} parameters of the module that it replaces"
             )
         if path in maps:
             maps[path].tensors(projected, path)
