@@ -1,4 +1,4 @@
-"""Where a made-up run stands, for the tests of what is shown."""
+"""A made-up status of a run, for the tests of the display."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The command line claims the folder of a run before it trains anything, and keeps what was decided."""
+"""The command line claims the folder of a run before it trains anything, and keeps the decisions."""
 
 import errno
 import importlib
@@ -20,18 +20,21 @@ TRAINS = (
 
 
 @pytest.fixture
-def untrained(script, tmp_path, monkeypatch):  # noqa: F811
-    """A recipe that trains its original, where training would be noticed."""
+def training_recipe(script, tmp_path, monkeypatch):  # noqa: F811
+    """A recipe that trains its original; the training fails the test if it is called."""
     (tmp_path / "mine.toml").write_text(TRAINS)
     monkeypatch.setattr(importlib.import_module("idap.training.fit"), "fit", None)  # can't be called
     return "mine.toml"
 
 
-def test_a_folder_that_is_in_use_keeps_its_original(untrained, tmp_path):
+def test_a_folder_that_is_in_use_keeps_its_original(training_recipe, tmp_path):
     holder = RunFolder(tmp_path / "run")
     holder.claim()
     holder.original.write_bytes(b"weights of the first")
-    for words in (("compress", untrained, "--run-dir", "run"), ("compress", untrained, "--run-dir", "run", "--resume")):
+    for words in (
+        ("compress", training_recipe, "--run-dir", "run"),
+        ("compress", training_recipe, "--run-dir", "run", "--resume"),
+    ):
         result = idap(*words)
         assert result.exit_code == 2 and "run is in use by process" in text(result.stderr)
     sections = {"model": {"build": "python:mine.py:build_model"}, "task": {"build": "python:mine.py:task"}}
@@ -43,28 +46,30 @@ def test_a_folder_that_is_in_use_keeps_its_original(untrained, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_full_disk_is_found_before_the_original_is_trained(untrained, tmp_path, monkeypatch, resume):
+def test_a_full_disk_is_found_before_the_original_is_trained(training_recipe, tmp_path, monkeypatch, resume):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    result = idap("compress", untrained, "--run-dir", "run", *(["--resume"] if resume else []))
+    result = idap("compress", training_recipe, "--run-dir", "run", *(["--resume"] if resume else []))
     assert result.exit_code == 2
     assert "has room for 1 kB, and the run needs about 1 kB" in text(result.stderr)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_link_that_leads_nowhere_is_found_before_the_original_is_trained(untrained, tmp_path, resume):
+def test_a_link_that_leads_nowhere_is_found_before_the_original_is_trained(training_recipe, tmp_path, resume):
     (tmp_path / "run").symlink_to(tmp_path / "nowhere")
-    result = idap("compress", untrained, "--run-dir", "run", *(["--resume"] if resume else []))
+    result = idap("compress", training_recipe, "--run-dir", "run", *(["--resume"] if resume else []))
     assert result.exit_code == 2
     assert "can't be written, so no run" in text(result.stderr) or "which does not exist" in text(result.stderr)
 
 
-def test_a_folder_that_can_not_be_written_is_found_before_the_original_is_trained(untrained, tmp_path, monkeypatch):
-    def refused(_descriptor):
+def test_a_folder_that_can_not_be_written_is_found_before_the_original_is_trained(
+    training_recipe, tmp_path, monkeypatch
+):
+    def refuse(_descriptor):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("idap.ownership.os.fsync", refused)
-    result = idap("compress", untrained, "--run-dir", "run")
+    monkeypatch.setattr("idap.ownership.os.fsync", refuse)
+    result = idap("compress", training_recipe, "--run-dir", "run")
     assert result.exit_code == 2 and "Read-only file system" in text(result.stderr)
     assert not (tmp_path / "run").exists()
 
@@ -78,7 +83,9 @@ def test_a_comparison_that_fails_leaves_the_result(script, tmp_path, monkeypatch
         patched.setattr(importlib.import_module("idap.cli.commands.compress"), "compare", fail)
         result = compress(script, "--run-dir", "run")
     assert result.exit_code == 0, result.stderr
-    assert f"run/measured.json, with latency and test data, is not written: {error}" in text(result.stdout)
+    assert f"run/measured.json, with the latency and the metric on the test data, was not written: {error}" in text(
+        result.stdout
+    )
     assert "accuracy (validation)" in result.stdout and "accuracy (test)" not in result.stdout
     assert not (tmp_path / "run" / MEASURED).exists()
     assert idap("report", "run").exit_code == 0
@@ -98,7 +105,7 @@ def test_numbers_that_can_not_be_written_leave_the_result(script, monkeypatch): 
     result = compress(script, "--run-dir", "run", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["test"] is not None
-    assert "is not written: cannot write measured.json: no space left" in text(result.stderr)
+    assert "was not written: cannot write measured.json: no space left" in text(result.stderr)
 
 
 def test_what_was_killed_before_it_began_begins_with_the_same_command(script, tmp_path):  # noqa: F811
@@ -117,7 +124,7 @@ def test_what_a_stopped_run_left_is_said_whatever_it_is(tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("{}")
     (tmp_path / "run/steps.jsonl").write_text(content + "\n")
-    assert "It came in the middle of writing: line 1 of" in state_of(Path("run"))
+    assert "The interruption came in the middle of writing: line 1 of" in state_of(Path("run"))
     (tmp_path / "run/steps.jsonl").unlink()
     (tmp_path / "run/steps.jsonl").mkdir()
     assert "steps.jsonl can't be read: it is no file" in state_of(Path("run"))
@@ -130,7 +137,7 @@ class Odd(Exception):  # noqa: N818 - what user code may raise
 
 
 def test_every_error_can_be_shown(script, monkeypatch):  # noqa: F811
-    assert message_of(Odd()) == "Odd: it can't say what is wrong (ValueError)"
+    assert message_of(Odd()) == "Odd: its message can't be read (ValueError)"
     assert message_of(RunFolderError("text")) == "text"
     assert printable("\ud800\x1b[2Jé\n") == "\\ud800\\x1b[2Jé\n"
 

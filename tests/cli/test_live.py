@@ -1,27 +1,27 @@
-"""The two lines that say where a run stands."""
+"""The two lines that show the status of a run."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from idap.cli.live import Course, StatusView, in_brief
+from idap.cli.live import RunTracker, StatusView, in_brief
 from tests.cli.statuses import status
 
 
-def shown(found, width=120, seconds=0.0):
+def render_status(found, width=120, seconds=0.0):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     now = 0.0
-    course = Course(lambda: now)
+    tracker = RunTracker(lambda: now)
     now = seconds
     if found is not None:
-        course.show(found)
-    console.print(StatusView(course))
+        tracker.show(found)
+    console.print(StatusView(tracker))
     return console.file.getvalue().splitlines()
 
 
 def test_nothing_is_shown_before_anything_is_known():
-    assert shown(None) == []
+    assert render_status(None) == []
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_nothing_is_shown_before_anything_is_known():
     ],
 )
 def test_the_curve_takes_the_room_that_is_left(profile, width, end):
-    line = shown(status(profile=profile), width, seconds=5)[0]
+    line = render_status(status(profile=profile), width, seconds=5)[0]
     assert line.endswith(end)
     assert len(line) <= width
 
@@ -60,28 +60,28 @@ def test_the_curve_takes_the_room_that_is_left(profile, width, end):
     ],
 )
 def test_the_metric_and_its_budget(found, line):
-    assert shown(found)[1] == f"MACs 80.0% → 50.0% | parameters 90.0% | {line}"
+    assert render_status(found)[1] == f"MACs 80.0% → 50.0% | parameters 90.0% | {line}"
 
 
 def test_no_target():
-    assert shown(status(target=None))[1].startswith("MACs 80.0% | parameters 90.0% | accuracy")
-    assert shown(status(target=None, worst=None), width=30)[1] == "accuracy 0.9080"
+    assert render_status(status(target=None))[1].startswith("MACs 80.0% | parameters 90.0% | accuracy")
+    assert render_status(status(target=None, worst=None), width=30)[1] == "accuracy 0.9080"
 
 
 def test_costs_with_a_target_stay_longest():
     costs = {"MACs": (0.8, 0.5), "parameters": (0.9, 0.6), "latency": (0.95, None)}
-    assert shown(status(costs=costs), width=66)[1] == (
+    assert render_status(status(costs=costs), width=66)[1] == (
         "MACs 80.0% → 50.0% | parameters 90.0% → 60.0% | accuracy 0.9080"
     )
-    assert shown(status(costs=costs), width=30)[1] == "MACs 80.0% → 50.0% | paramete…"
+    assert render_status(status(costs=costs), width=30)[1] == "MACs 80.0% → 50.0% | paramete…"
 
 
 def test_a_target_that_is_reached_is_green():
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system="standard")
-    course = Course(lambda: 0.0)
+    tracker = RunTracker(lambda: 0.0)
     for macs in (0.8, 0.5):
-        course.show(status(macs=macs))
-        console.print(StatusView(course))
+        tracker.show(status(macs=macs))
+        console.print(StatusView(tracker))
     drawn = console.file.getvalue()
     assert "\x1b[1m80.0%\x1b[0m" in drawn
     assert "\x1b[1;32m50.0%\x1b[0m" in drawn

@@ -24,7 +24,7 @@ def ascii_file():
     return io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
 
 
-def written(file):
+def output_of(file):
     return file.buffer.getvalue().decode("ascii")
 
 
@@ -143,7 +143,7 @@ class TestBars:
             bars.show(status())
             bars._bars.refresh()
             bars.say("block b stays: Größe 3 … 4")
-        shown = written(file)
+        shown = output_of(file)
         assert "filters 3 | 2 accepted" in shown
         assert "divergence .-+#@" in shown
         assert "MACs 80.0% -> 50.0% | accuracy 0.9080 >= 0.9000 | 20% used" in shown
@@ -203,5 +203,5 @@ class TestLines:
             now = HEARTBEAT
             phase.advance()
         lines.say("Größe")
-        assert "recovery: 1/4 | MACs 80.0% -> 50.0% | " in written(file)
-        assert written(file).endswith("Gr??e\n")
+        assert "recovery: 1/4 | MACs 80.0% -> 50.0% | " in output_of(file)
+        assert output_of(file).endswith("Gr??e\n")

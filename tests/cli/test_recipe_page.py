@@ -1,4 +1,4 @@
-"""The reference of recipes in the documentation is complete and of today."""
+"""The reference of recipes in the documentation is complete and up to date."""
 
 import re
 import tomllib

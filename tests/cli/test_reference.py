@@ -1,4 +1,4 @@
-"""docs/cli.md is what the commands say, and what they say of their documents holds."""
+"""docs/cli.md agrees with the help of the commands, and that with their JSON documents."""
 
 import importlib
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from idap.cli.commands import apply, bench, evaluate, export, inspect
-from idap.cli.commands.evaluate import Measured
-from idap.cli.demo import Played
+from idap.cli.commands.evaluate import Measurement
+from idap.cli.demo import NetworkResult
 from idap.cli.main import COMMANDS
 from idap.cli.reference import page
 from idap.cli.views import Profile, StructureView
@@ -36,7 +36,7 @@ def test_every_command_says_what_its_document_holds(command):
     [
         (inspect.DOCUMENT, StructureView, ()),
         (inspect.DOCUMENT_OF_DIVERGENCE, Profile, ()),
-        (evaluate.DOCUMENT, Measured, ()),
+        (evaluate.DOCUMENT, Measurement, ()),
         (bench.DOCUMENT, Bench, ()),
         (apply.DOCUMENT, Applied, ()),
         (export.DOCUMENT, Exported, ("finalized", "pretrained")),
@@ -52,6 +52,6 @@ def test_documents_of_others(script):  # noqa: F811
 
     found = json.loads(compress(script, "--json", "--quiet").stdout)
     assert set(found) == set(compressing.DOCUMENT) == set(resume.DOCUMENT)
-    assert set(Played("net", True, "done", numbers()).to_json()) == set(demo.DOCUMENT)
+    assert set(NetworkResult("net", True, "done", numbers()).to_json()) == set(demo.DOCUMENT)
     assert set(json.loads(idap("completion", "bash", "--json").stdout)) == set(completion.DOCUMENT)
     assert set(json.loads(idap("list", "--json").stdout)[0]) == set(listing.DOCUMENT)

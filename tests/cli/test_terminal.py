@@ -1,4 +1,4 @@
-"""Readers that go away, terminals without colours, without arrows, and narrow ones."""
+"""Closed outputs, terminals without colours, without arrows, and narrow ones."""
 
 import io
 import os
@@ -38,7 +38,7 @@ def on_a_terminal(*words, width=80, answers=b"", **environment):
     return shown.decode(), process.wait()
 
 
-def bare(shown):
+def strip_codes(shown):
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "")
 
 
@@ -53,11 +53,11 @@ def test_a_reader_who_goes_away(words):
 def test_a_narrow_terminal_with_colours_and_without(words):
     shown, code = on_a_terminal(*words, width=60)
     assert code == (2 if "modles" in words else 0)
-    assert max(map(len, bare(shown).splitlines())) <= 60
+    assert max(map(len, strip_codes(shown).splitlines())) <= 60
     assert "\x1b[" in shown
     plain, _ = on_a_terminal(*words, width=60, NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", plain)
-    assert bare(plain) == bare(shown)
+    assert strip_codes(plain) == strip_codes(shown)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whose code runs: a run folder from elsewhere runs none of it unasked."""
+"""Code that a run folder from elsewhere names runs only if the user agrees."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from idap.cli import subject
 from idap.cli.failure import Outcome
 from idap.errors import TrustError
 from tests.cli.commands.test_commands import compress, idap, plain_terminal, script, text  # noqa: F401 - fixtures
-from tests.cli.test_terminal import bare, on_a_terminal
+from tests.cli.test_terminal import on_a_terminal, strip_codes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -179,7 +179,7 @@ def test_on_a_terminal_it_asks(answer, runs, run, monkeypatch, tmp_path):
     assert asked == [("Run it?", False)]
     assert done.exit_code == (0 if runs else 2)
     if not runs:
-        assert "was not run, as you said" in text(done.stderr)
+        assert "was not run, since you declined" in text(done.stderr)
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_a_real_terminal(run):
     run.rename("moved")
     shown, code = on_a_terminal("evaluate", "moved", PYTHONPATH=":".join(sys.path), answers=b"n\n")
     assert code == 2
-    assert "Run it? [y/N]" in bare(shown) and "was not run, as you said" in text(bare(shown))
+    assert "Run it? [y/N]" in strip_codes(shown) and "was not run, since you declined" in text(strip_codes(shown))
 
 
 def test_nobody_is_asked_who_cannot_answer(monkeypatch):

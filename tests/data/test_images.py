@@ -19,7 +19,7 @@ from tests.data import small_data
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
-def gathered(loader):
+def concatenate(loader):
     batches = list(loader)
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
@@ -28,19 +28,19 @@ class TestImageFolder:
     def test_parts_classes_and_pixels(self, tmp_path):
         found = imagefolder(small_data.image_folder(tmp_path), size=16, batch_size=5, augment=False, **PLAIN)
         assert (found.num_classes, found.shape, found.notes) == (2, (3, 16, 16), ())
-        images, labels = gathered(found.val)
+        images, labels = concatenate(found.val)
         assert images.shape == (24, 3, 16, 16)
         assert labels.tolist() == [0] * 12 + [1] * 12
         assert images.dtype == torch.float32
         assert images[0].mean((1, 2)).tolist() == pytest.approx([200 / 255, 40 / 255, 40 / 255], abs=0.03)
-        assert sorted(gathered(found.train)[1].tolist()) == labels.tolist()
+        assert sorted(concatenate(found.train)[1].tolist()) == labels.tolist()
 
     def test_the_middle_is_shown(self, tmp_path):
         folder = small_data.image_folder(tmp_path, count=1)
         pixels = np.zeros((32, 64, 3), dtype=np.uint8)
         pixels[2:30, 18:46] = 255  # 28 = 0.875 * 32 pixels in the middle
         Image.fromarray(pixels).save(folder / "val" / "cat" / "0.png")
-        images, _ = gathered(imagefolder(folder, size=14, **PLAIN).val)
+        images, _ = concatenate(imagefolder(folder, size=14, **PLAIN).val)
         assert images[0, :, 1:-1, 1:-1].min() == 1
         assert images[0].min() > 0.7  # the filter reaches a little beyond the border
 
@@ -48,13 +48,13 @@ class TestImageFolder:
         found = imagefolder(small_data.image_folder(tmp_path), size=16, batch_size=24)
         [(first, _)], [(second, _)] = list(found.train), list(found.train)
         assert not torch.equal(first.sort(0).values, second.sort(0).values)
-        kept = [gathered(found.calibration)[0].sort(0).values for _ in range(2)]
+        kept = [concatenate(found.calibration)[0].sort(0).values for _ in range(2)]
         assert torch.equal(*kept)
 
     def test_scaled_by_mean_and_deviation(self, tmp_path):
         folder = small_data.image_folder(tmp_path)
-        plain, _ = gathered(imagefolder(folder, size=8, **PLAIN).val)
-        scaled, _ = gathered(imagefolder(folder, size=8, mean=(0.5, 0.0, 0.0), std=(1.0, 2.0, 1.0)).val)
+        plain, _ = concatenate(imagefolder(folder, size=8, **PLAIN).val)
+        scaled, _ = concatenate(imagefolder(folder, size=8, mean=(0.5, 0.0, 0.0), std=(1.0, 2.0, 1.0)).val)
         assert torch.allclose(scaled[:, 0], plain[:, 0] - 0.5)
         assert torch.allclose(scaled[:, 1], plain[:, 1] / 2)
 
@@ -63,9 +63,10 @@ class TestImageFolder:
         found = imagefolder(folder, size=8, val_share=0.25, augment=False)
         assert found.test is None
         assert found.notes == (
-            "there is no validation data: 6 of the 24 training images, drawn by seed 0, decide and no longer train",
+            "there is no validation data: 6 of the 24 training images, drawn with seed 0, are used for validation "
+            "and not for training",
         )
-        train, val = gathered(found.train)[0], gathered(found.val)[0]
+        train, val = concatenate(found.train)[0], concatenate(found.val)[0]
         assert (len(train), len(val)) == (18, 6)
         assert not {tuple(row) for row in train.flatten(1).tolist()} & {tuple(row) for row in val.flatten(1).tolist()}
         other = imagefolder(folder, size=8, val_share=0.25, seed=1)
@@ -73,8 +74,8 @@ class TestImageFolder:
 
     def test_workers_give_the_same(self, tmp_path):
         folder = small_data.image_folder(tmp_path, count=4)
-        assert torch.equal(gathered(imagefolder(folder, size=8, workers=1).val)[0],
-                           gathered(imagefolder(folder, size=8).val)[0])  # fmt: skip
+        assert torch.equal(concatenate(imagefolder(folder, size=8, workers=1).val)[0],
+                           concatenate(imagefolder(folder, size=8).val)[0])  # fmt: skip
 
     def test_other_names_of_val_and_hidden_files(self, tmp_path):
         folder = small_data.image_folder(tmp_path)
@@ -109,14 +110,14 @@ class TestImageFolder:
     def test_a_class_may_be_missing_in_test(self, tmp_path):
         folder = small_data.image_folder(tmp_path)
         shutil.rmtree(folder / "test" / "dog")
-        assert len(gathered(imagefolder(folder, size=8).test)[1]) == 12
+        assert len(concatenate(imagefolder(folder, size=8).test)[1]) == 12
 
     def test_an_image_that_breaks_off_is_named_when_it_is_read(self, tmp_path):
         folder = small_data.image_folder(tmp_path)
         file = folder / "val" / "dog" / "3.png"
         file.write_bytes(file.read_bytes()[:200])
         with pytest.raises(TaskError, match=r"dog/3\.png can't be read as an image"):
-            gathered(imagefolder(folder, size=8).val)
+            concatenate(imagefolder(folder, size=8).val)
 
     def test_without_pillow(self, tmp_path, monkeypatch):
         real = builtins.__import__

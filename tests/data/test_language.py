@@ -45,8 +45,8 @@ class TestParts:
         blocks = {bytes(block.tolist()).decode() for (tokens,) in task.train for block in tokens}
         assert blocks == {whole[at : at + 8] for at in range(0, start - 7, 8)}
         assert task.notes == (
-            f"the first {start:,} of {total:,} tokens train, the next {end - start:,} decide, the last {total - end:,} "
-            "are for the test at the end",
+            f"the first {start:,} of {total:,} tokens are used for training, the next {end - start:,} for validation, "
+            f"the last {total - end:,} for the test at the end",
         )
 
     def test_a_folder(self, tmp_path):
@@ -60,7 +60,7 @@ class TestParts:
         small_data.text_file(tmp_path / "train.txt")
         task = language(tmp_path, length=8, **BYTES)
         assert task.test is None
-        assert "decide" in task.notes[0]
+        assert "validation" in task.notes[0]
         assert "test" not in task.notes[0]
 
     def test_tokens_of_a_tokenizer(self, tmp_path):
@@ -92,14 +92,17 @@ class TestTask:
     @pytest.mark.parametrize(
         ("keys", "text"),
         [
-            ({}, "which tokenizer is meant is not said"),
+            ({}, "no tokenizer is given"),
             ({**BYTES, "length": 5000}, r"the train part has .* tokens, fewer than one block of 5000"),
             ({**BYTES, "length": 1}, "length must be 2 or more"),
-            ({**BYTES, "val_share": 0.6, "test_share": 0.5}, "nothing is left to train"),
+            ({**BYTES, "val_share": 0.6, "test_share": 0.5}, "none is left for train"),
             ({**BYTES, "val_share": 40.0}, "val_share must lie between 0 and 1"),
             ({**BYTES, "metric": "accuracy"}, "metric must be 'perplexity' or 'token_accuracy'"),
-            ({**BYTES, "length": 8, "positions": 7}, r"8 tokens, and the model knows 7 .*data\.length = 7, or less"),
-            ({**BYTES, "vocabulary": 100}, "is none of the model's 100: the tokenizer is that of another model"),
+            ({**BYTES, "length": 8, "positions": 7}, r"8 tokens, and the model has 7 .*data\.length = 7, or less"),
+            (
+                {**BYTES, "vocabulary": 100},
+                "is not among the model's 100 tokens: the tokenizer belongs to another model",
+            ),
         ],
     )
     def test_what_can_be_wrong(self, tmp_path, keys, text):
@@ -110,7 +113,7 @@ class TestTask:
         with pytest.raises(TaskError, match="does not exist, expected a text file"):
             language(tmp_path / "none.txt", **BYTES)
         (tmp_path / "b.txt").write_bytes(b"ab\xff\xfe")
-        with pytest.raises(TaskError, match=r"is no text in UTF-8 .invalid start byte at byte 2"):
+        with pytest.raises(TaskError, match=r"is not a text in UTF-8 .invalid start byte at byte 2"):
             language(tmp_path / "b.txt", **BYTES)
 
     def test_outputs_of_another_shape(self, tmp_path):

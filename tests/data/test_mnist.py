@@ -73,7 +73,7 @@ def test_wrong_files(tmp_path):
     with pytest.raises(TaskError, match=r"bad\.npz can't be read as \.npz"):
         mnist(tmp_path / "bad.npz")
     (tmp_path / "cut").write_bytes(small_data.idx(np.zeros((3, 4)))[:-1])
-    with pytest.raises(TaskError, match="cut is truncated or no idx file"):
+    with pytest.raises(TaskError, match="cut is truncated, or not an idx file"):
         read_idx(tmp_path / "cut")
 
 

@@ -35,7 +35,7 @@ class TestForms:
             32, 16, 16,
         ]  # fmt: skip
         assert task.notes == (
-            "texts are those of column 'sentence', labels those of 'label', parts those of 'split'",
+            "the texts are in column 'sentence', the labels in 'label', the parts in 'split'",
             "labels are 0 = 'negative', 1 = 'positive'",
         )
 
@@ -78,10 +78,8 @@ class TestForms:
 
 
 class TestLabels:
-    def names(self, tmp_path, written, **keys):
-        (tmp_path / "t.jsonl").write_text(
-            "".join(json.dumps({"text": "x", "label": label}) + "\n" for label in written)
-        )
+    def names(self, tmp_path, values, **keys):
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "x", "label": label}) + "\n" for label in values))
         return label_names(tmp_path / "t.jsonl", **keys)
 
     def test_numbers_are_sorted_as_numbers(self, tmp_path):
@@ -109,9 +107,9 @@ class TestMistakes:
             (
                 "sentence,labl\nx,1\n",
                 {},
-                r"which column holds the labels is not clear; its columns are 'sentence', 'labl'",
+                r"it is not clear which column holds the labels; the columns are 'sentence', 'labl'",
             ),
-            ("a,b,label\nx,y,1\n", {}, r"which column holds the texts is not clear.*Say it: data\.text = \"a\""),
+            ("a,b,label\nx,y,1\n", {}, r"it is not clear which column holds the texts.*Set data\.text = \"a\""),
             ("sentence,label\nx,1\n", {"label": "lable"}, r"no column 'lable' \(data\.label\).*did you mean 'label'"),
             ("text,label\nx\n", {}, r"t\.csv, line 2: it has 1 values, the header 2 columns"),
             ("text,label\n", {}, "holds no rows; expected a header and rows below it"),
@@ -130,12 +128,12 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("name", "content", "text"),
         [
-            ("t.jsonl", b'{"text": "x", "label": 1}\n{"text"\n', "line 2 is no JSON"),
+            ("t.jsonl", b'{"text": "x", "label": 1}\n{"text"\n', "line 2 is not JSON"),
             ("t.jsonl", b"[1]\n", "line 1 is list, expected an object"),
             ("t.jsonl", b'{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: there is no value for 'label'"),
-            ("t.tsv", b"text\tlabel\n\xff\t1\n", "is no text in UTF-8"),
+            ("t.tsv", b"text\tlabel\n\xff\t1\n", "is not a text in UTF-8"),
             ("t.tsv.gz", b"text\tlabel\n", "can't be read: Not a gzipped file"),
-            ("t.xlsx", b"", "is no table that is known, expected .csv, .tsv, .jsonl"),
+            ("t.xlsx", b"", "is not a known kind of table, expected .csv, .tsv, .jsonl"),
         ],
     )
     def test_broken_files(self, tmp_path, words, name, content, text):
@@ -145,16 +143,18 @@ class TestMistakes:
 
     def test_no_tokenizer(self, tmp_path, words):
         file = small_data.table(tmp_path / "t.tsv")
-        with pytest.raises(ConfigError, match=r"which tokenizer is meant is not said: set data\.tokenizer"):
+        with pytest.raises(ConfigError, match=r"no tokenizer is given: set data\.tokenizer"):
             sentences(file)
         with pytest.raises(TaskError, match=r"holds no tokenizer: none of tokenizer\.json.*save_pretrained"):
             sentences(file, tokenizer=str(tmp_path))
         (tmp_path / "tokenizer.json").write_text("{")
         with pytest.raises(TaskError, match=r"can't be loaded: .*Set data\.tokenizer"):
             sentences(file, tokenizer=str(tmp_path))
-        with pytest.raises(TaskError, match=r"token 11 is none of the model's 5: the tokenizer is that of another"):
+        with pytest.raises(
+            TaskError, match=r"token 11 is not among the model's 5 tokens: the tokenizer belongs to another"
+        ):
             sentences(file, tokenizer=words, vocabulary=5)
-        with pytest.raises(TaskError, match=r"tokens, and the model knows 3 .* data\.max_length = 3, or less"):
+        with pytest.raises(TaskError, match=r"tokens, and the model has 3 .* data\.max_length = 3, or less"):
             sentences(file, tokenizer=words, positions=3)
         sentences(file, tokenizer=words, positions=3, max_length=3)
 

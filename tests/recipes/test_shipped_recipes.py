@@ -91,7 +91,7 @@ def test_cifar10_resnet20(ran, tmp_path):
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "w.pt")
     _, task = ran("cifar10_resnet20", "data.val_size=20", "data.batch_size=16", f"model.weights={tmp_path / 'w.pt'}",
                   data=f"cifar10:{tmp_path}")  # fmt: skip
-    assert task.notes == ("20 of the 40 images of test, drawn by seed 0, decide",)
+    assert task.notes == ("20 of the 40 images of test, drawn with seed 0, are for validation",)
 
 
 def test_imagefolder_resnet(ran, tmp_path):

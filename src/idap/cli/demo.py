@@ -1,4 +1,4 @@
-"""The demonstration: train two small networks on real scans, compress both, show what happened, prove the files."""
+"""The demonstration: train two small networks on real scans, compress both, show the results, check the files."""
 
 import tempfile
 from collections.abc import Callable
@@ -32,15 +32,15 @@ MAX_DROP, MACS = 0.01, 0.5
 
 
 @dataclass(frozen=True)
-class Act:
+class Network:
     """One network of the demonstration.
 
     Attributes:
-        title: for people.
+        title: the name that is shown.
         folder: name of its run folder.
-        build: makes it anew.
-        training: from scratch.
-        recovery: after each cut.
+        build: builds it with new weights.
+        training: the training from scratch.
+        recovery: the recovery after each cut.
     """
 
     title: str
@@ -51,14 +51,14 @@ class Act:
 
 
 @dataclass(frozen=True)
-class Played:
-    """What came of one network.
+class NetworkResult:
+    """The result of one network.
 
     Attributes:
-        title: of the network.
-        reached: whether every goal was.
-        message: what was reached.
-        numbers: before and after.
+        title: title of the network.
+        reached: whether every goal was reached.
+        message: what was reached, or why a goal was missed.
+        numbers: the numbers before and after.
     """
 
     title: str
@@ -72,19 +72,19 @@ class Played:
         return about | self.numbers.to_json()
 
 
-def acts(*, fast: bool, seed: int) -> tuple[Act, ...]:
+def networks(*, fast: bool, seed: int) -> tuple[Network, ...]:
     """The networks with their settings, which were tuned on the validation data."""
     short = 0.5 if fast else 1.0
     adamw = {"optimizer": "adamw", "weight_decay": 0.05, "seed": seed}
     return (
-        Act(
+        Network(
             "a residual CNN",
             "resnet",
             DigitsResNet,
             Recovery(epochs=8 * short, lr=0.05, seed=seed),
             Recovery(epochs=3 * short, lr=0.02, seed=seed),
         ),
-        Act(
+        Network(
             "a vision transformer",
             "vit",
             DigitsViT,
@@ -96,18 +96,18 @@ def acts(*, fast: bool, seed: int) -> tuple[Act, ...]:
 
 def run_demo(
     console: Console, progress: Progress, *, fast: bool = False, seed: int = 0, out: Path | None = None
-) -> list["Played"]:
+) -> list[NetworkResult]:
     """Train, compress, compare, save and reload two small networks.
 
     Args:
-        console: for the text between the bars.
-        progress: for the bars, and one line per decision.
-        fast: train for half the time; the accuracies suffer.
-        seed: of everything that is random.
-        out: where the runs are kept, a new or empty folder; None keeps them in a temporary one.
+        console: prints the text between the bars.
+        progress: shows the bars, and one line per decision.
+        fast: train for half the time; the accuracies are lower.
+        seed: seed of all random numbers.
+        out: folder for the runs, new or empty; None: they are written to a temporary folder and removed at the end.
 
     Returns:
-        What came of each network.
+        The result of each network.
 
     Raises:
         CheckpointError: a saved model did not give the same outputs after loading.
@@ -117,33 +117,36 @@ def run_demo(
     parts = (splits.train, splits.val, splits.test)
     sizes = [len(part.tensors[0]) for part in parts if isinstance(part, TensorLoader)]
     console.print(
-        f"Handwritten digits from scikit-learn, 8x8 pixels: {sizes[0]} to train on, {sizes[1]} that decide, {sizes[2]} "
-        f"looked at once, at the end.\nGoals: at most {MAX_DROP * 100:g} point of validation accuracy lost, at most "
-        f"{MACS:.0%} of the multiply-adds."
+        f"Handwritten digits from scikit-learn, 8x8 pixels: {sizes[0]} for training, {sizes[1]} for validation, "
+        f"{sizes[2]} for one test at the end.\nGoals: at most {MAX_DROP * 100:g} point of validation accuracy lost, "
+        f"at most {MACS:.0%} of the multiply-adds."
     )
     with tempfile.TemporaryDirectory(prefix="idap-demo-") as temporary:
         folder = out or Path(temporary)
-        played = [
-            _perform(act, task, folder / act.folder, console, progress, seed) for act in acts(fast=fast, seed=seed)
+        results = [
+            _run_network(network, task, folder / network.folder, console, progress, seed)
+            for network in networks(fast=fast, seed=seed)
         ]
         if out is not None:
             console.print(
                 f"\nThe runs are in {out}; idap.load(folder/'model', freshly_built) loads a model.", markup=False
             )
-    return played
+    return results
 
 
-def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Progress, seed: int) -> "Played":
+def _run_network(
+    network: Network, task: Task, folder: Path, console: Console, progress: Progress, seed: int
+) -> NetworkResult:
     console.print()
-    console.rule(Text(f"{act.title} ({act.build.__name__})", style="bold"), align="left", characters="─")
+    console.rule(Text(f"{network.title} ({network.build.__name__})", style="bold"), align="left", characters="─")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        model = act.build()
-    fit(model, task, act.training, progress=progress, title="train")
+        model = network.build()
+    fit(model, task, network.training, progress=progress, title="train")
     config = Config(
         max_drop=MAX_DROP,
         macs=MACS,
-        recovery=act.recovery,
+        recovery=network.recovery,
         filters=FilterStage(first_share=0.15, steps=8),
         layers=LayerStage(removals=3),
         seed=seed,
@@ -158,14 +161,14 @@ def _perform(act: Act, task: Task, folder: Path, console: Console, progress: Pro
         Text(f"{result.message[:1].upper()}{result.message[1:]}.", style="green" if result.reached else "yellow")
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        reloaded = load(folder / "model", act.build())
+        reloaded = load(folder / "model", network.build())
     worst = _largest_difference(result, reloaded, task)
     if worst:
         raise CheckpointError(f"the model loaded from {folder / 'model'} differs from the saved one by {worst:g}")
     console.print(
         "Saved as safetensors + plan.json and loaded into a freshly built original: the outputs are the same."
     )
-    return Played(act.title, result.reached, result.message, numbers)
+    return NetworkResult(network.title, result.reached, result.message, numbers)
 
 
 @torch.no_grad()

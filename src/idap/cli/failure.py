@@ -1,4 +1,4 @@
-"""Where commands write, and what a command does when it ends, well or not."""
+"""The consoles of the commands, and how a command reports its result or its error."""
 
 import codecs
 import errno
@@ -38,14 +38,14 @@ _PLAIN: Mapping[str, str] = {
     "─": "-",
     "│": "|",
 }
-"""What stands for a letter that an encoding lacks; one for one, so that columns stay columns."""
+"""Character -> what replaces it in an encoding that lacks it; one for one, so that columns stay aligned."""
 
 
 class Terminal(Console):
-    """A console that tells of a reader who went away, instead of ending the process by itself."""
+    """A console that raises an error when the reader has closed the output, instead of ending the process."""
 
     def on_broken_pipe(self) -> NoReturn:
-        """Hand the error on.
+        """Raise the error again.
 
         Raises:
             BrokenPipeError: always.
@@ -65,7 +65,11 @@ def null_console() -> Console:
 
 @contextmanager
 def plain_warnings(tell: Callable[[str], None]) -> Iterator[None]:
-    """Tell warnings of idap in one line each, without a place in its code; others stay as Python shows them."""
+    """Show an `UncheckedFileWarning` in one line, without a place in the code; others stay as Python shows them.
+
+    Args:
+        tell: prints a line.
+    """
     shown: Any = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -82,7 +86,7 @@ def plain_warnings(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def settle_streams() -> None:
-    """Let no letter that the encoding of the terminal lacks end a command."""
+    """Replace characters that the encoding of the terminal lacks, so that they do not end a command."""
     codecs.register_error("idap", _replace)
     for stream in (sys.stdout, sys.stderr):
         change: Any = getattr(stream, "reconfigure", None)
@@ -91,7 +95,7 @@ def settle_streams() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what is still to be written nowhere, so that Python does not complain when it ends."""
+    """Send the output that is still buffered to the null device, so that Python reports no error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -112,18 +116,18 @@ OK, GOAL_MISSED, USER_ERROR, UNEXPECTED, STOPPED, NO_READER = 0, 1, 2, 3, 130, 1
 
 @dataclass
 class Outcome:
-    """What is known about a command while it runs, and how it speaks.
+    """The state of a command while it runs, and how it reports.
 
     Attributes:
         command: as the user types it, such as "idap inspect".
         where: what it works on.
-        as_json: whether the standard output is one JSON document, of the result or of the error.
+        as_json: whether the standard output is one JSON document, with the result or with the error.
         quiet: whether only errors are shown.
-        verbose: whether the standard error tells how long each part takes.
+        verbose: whether the time that each part takes is shown on the standard error.
         debug: whether tracebacks are shown.
         run_dir: the run folder, once it is known.
-        stopped: what is said after an interruption; "" says what the run folder holds.
-        document: the result for machines; written when the command ends well and `as_json` is set.
+        stopped: message after an interruption; "": the message says what the run folder holds.
+        document: the result as JSON data; written when the command succeeds and `as_json` is set.
     """
 
     command: str
@@ -143,18 +147,18 @@ class Outcome:
         self.console = terminal(stderr=self.as_json)
         self.errors = terminal(stderr=True)
 
-    def progress(self, *, speaks: bool = True) -> "Progress":
-        """Who hears of the work: bars, lines or nobody; with `verbose` also of the seconds of every phase.
+    def progress(self, *, is_main: bool = True) -> "Progress":
+        """The listener that receives progress: bars, lines or nothing; with `verbose` also the seconds of every phase.
 
         Args:
-            speaks: False in all but the first of several processes.
+            is_main: whether this is process 0; the others of a multi-process run show nothing.
         """
         from idap.cli.progress import Timed, listener  # noqa: PLC0415 - commands that only list need neither
 
-        shown = listener(self.console, quiet=self.quiet or not speaks)
-        if not (self.verbose and speaks):
+        shown = listener(self.console, quiet=self.quiet or not is_main)
+        if not (self.verbose and is_main):
             return shown
-        # On a terminal the lines go above the bars; elsewhere the output stays what it is without them.
+        # On a terminal the lines go above the bars; elsewhere to stderr, so that the output does not change.
         return Timed(shown, shown.say if self.console.is_terminal else self._tell)
 
     def _tell(self, line: str) -> None:
@@ -166,17 +170,17 @@ class Outcome:
 
     @contextmanager
     def report(self) -> Iterator[None]:
-        """Turn every exception into something a person, or a machine, can act on; in the end write the document.
+        """Turn every exception into a message, or with `as_json` a document; at the end write the document.
 
         Raises:
-            typer.Exit: with code 2 for the user's errors, 3 for unexpected ones, 130 after Ctrl-C, 141 where nobody
-                reads any more.
+            typer.Exit: with code 2 for the user's errors, 3 for unexpected ones, 130 after Ctrl-C, 141 if the reader
+                has closed the output.
         """
         began = time.perf_counter()
         try:
             if self.quiet and self.verbose:
                 raise ConfigError("--quiet and --verbose contradict each other; leave one out.")
-            # What user code or a library prints must not come before the document.
+            # The output of user code or of a library must not come before the document.
             redirected = redirect_stdout(sys.stderr) if self.as_json else nullcontext()
             with redirected, plain_warnings(self._warn):
                 yield
@@ -190,10 +194,11 @@ class Outcome:
         except BrokenPipeError as error:
             silence(sys.stdout)
             if self.run_dir is not None:
-                self._tell(f"Nobody reads any more. {state_of(self.run_dir)}")
+                self._tell(f"The output was closed by its reader. {state_of(self.run_dir)}")
             raise typer.Exit(NO_READER) from error
         except SystemExit as error:  # of user code, which may end a script of its own but not a command
-            self._show(error, title="User code ended the process", advice="Take its exit() out of what idap calls.")
+            advice = "Remove exit() from the code that idap calls."
+            self._show(error, title="User code ended the process", advice=advice)
             raise typer.Exit(UNEXPECTED) from error
         except IdapError as error:
             full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
@@ -204,7 +209,7 @@ class Outcome:
             self._show(
                 error,
                 title="This should not have happened",
-                advice="It is a mistake in idap, or in code that idap called. Run again with --debug and report it.",
+                advice="It is a bug in idap, or in code that idap called. Run again with --debug and report it.",
             )
             raise typer.Exit(UNEXPECTED) from error
         finally:
@@ -227,7 +232,7 @@ class Outcome:
             self.errors.print(printable("".join(traceback.format_exception(error))), markup=False, soft_wrap=True)
         message = message_of(error)
         rank = os.environ.get("RANK", "0")
-        if rank != "0":  # of several processes; most errors are those of all, and the first one shows them
+        if rank != "0":  # most errors occur in all processes of a run, and process 0 shows them in full
             self.errors.print(printable(f"process {rank}: {message}"), markup=False, soft_wrap=True)
         elif self.as_json:
             _write_error(type(error).__name__, f"{message} {advice}".rstrip(), self.where)
@@ -251,7 +256,7 @@ def show_error(errors: Console, title: str, message: str, *, advice: str, where:
         message: what was found, what was expected, and the way out.
         advice: one more line; "" for none.
         where: what the command worked on.
-        help_line: where more is to be read.
+        help_line: where to read more.
     """
     facts = Table.grid(padding=(0, 2))
     facts.add_row(Text("in", style="dim"), Text(printable(where)))
@@ -261,16 +266,16 @@ def show_error(errors: Console, title: str, message: str, *, advice: str, where:
 
 
 def message_of(error: BaseException) -> str:
-    """What an error says; of one that idap did not raise on purpose, with its type."""
+    """The message of an error; with its type if idap did not raise it on purpose."""
     try:
         text = str(error)
-    except Exception as failure:  # of foreign errors anything may fail
-        text = f"it can't say what is wrong ({type(failure).__name__})"
+    except Exception as failure:  # an error of foreign code may have any fault
+        text = f"its message can't be read ({type(failure).__name__})"
     return text if isinstance(error, IdapError) else f"{type(error).__name__}: {text}"
 
 
 def printable(text: str) -> str:
-    r"""Text that every terminal can show, and that does nothing else to it: what is no letter is written as its code.
+    r"""Text that any terminal can show and that can't control it: characters that don't print are written as codes.
 
     >>> printable("a\x1b[2J\ud800\n\tb")
     'a\\x1b[2J\\ud800\n\tb'
@@ -282,11 +287,11 @@ def printable(text: str) -> str:
 
 
 def report_usage(error: Any, words: list[str]) -> None:
-    """Report words that are no command: the same panel, or the same document, as for every other error.
+    """Report a wrong command line in the same panel, or the same document, as every other error.
 
     Args:
-        error: of the parser; knows its message and, mostly, the command.
-        words: that were typed after `idap`.
+        error: error of the parser; has the message and, mostly, the command.
+        words: the words after `idap`.
     """
     context = getattr(error, "ctx", None)
     command = "idap" if context is None else context.command_path
@@ -307,8 +312,8 @@ def state_of(run_dir: Path | None) -> str:
         return "Nothing was written."
     try:
         return _describe_folder(run_dir)
-    except (OSError, ValueError) as error:  # the path itself can't be looked at
-        return f"What {run_dir} holds can't be read: {error}."
+    except (OSError, ValueError) as error:  # the path itself can't be accessed
+        return f"The contents of {run_dir} can't be read: {error}."
 
 
 def _describe_folder(run_dir: Path) -> str:
@@ -321,7 +326,7 @@ def _describe_folder(run_dir: Path) -> str:
     try:
         steps = read_progress(run_dir)
     except RunFolderError as error:
-        return f"It came in the middle of writing: {error}"
+        return f"The interruption came in the middle of writing: {error}"
     again = f"Go on with: idap resume {run_dir}"
     if not steps:
         return f"{run_dir} holds the settings of the run and no finished step. {again}"

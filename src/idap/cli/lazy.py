@@ -1,4 +1,4 @@
-"""Commands that are imported when they run: the list of all, and the group that finds them."""
+"""Commands that are imported when they run, and the group that finds them."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from idap.cli.failure import NO_READER, STOPPED, USER_ERROR, report_usage, settle_streams, silence, terminal
 
 COMPLETE = "_IDAP_COMPLETE"
-"""Environment variable by which a shell asks what may come next."""
+"""Environment variable that the completion script of a shell sets to ask for completions."""
 OUTPUT = "Output"
 """Heading of the options that every command has."""
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -41,7 +41,7 @@ class Lazy:
         """Import the command.
 
         Returns:
-            What the parser calls a command, with its options and its examples, those of the module's `EXAMPLES`.
+            A command of the parser, with its options, and with the examples in `EXAMPLES` of its module.
         """
         module = importlib.import_module(self.place.partition(":")[0])
         found = getattr(module, self.place.partition(":")[2])
@@ -72,7 +72,7 @@ def add_command(app: typer.Typer, name: str, function: Any, examples: Sequence[s
 
 
 def reflow(text: str) -> str:
-    r"""Join the lines of each paragraph, so that a terminal of any width may break them where it likes.
+    r"""Join the lines of each paragraph, so that the text can be wrapped to any width.
 
     >>> reflow("One sentence.\n\nAnother one\nin two lines.")
     'One sentence.\n\nAnother one in two lines.'
@@ -92,7 +92,7 @@ class Command(TyperCommand):
 
 
 class LazyGroup(TyperGroup):
-    """The `idap` command: subcommands by name, one way to end, and no import before it is needed."""
+    """The `idap` command: finds subcommands by name, imports only the one that runs, and reports errors in one way."""
 
     lazy: Sequence[Lazy] = ()
 
@@ -100,7 +100,7 @@ class LazyGroup(TyperGroup):
         super().__init__(**settings)
         for each in self.lazy:
             listed = TyperCommand(each.name, help=each.about, rich_help_panel=each.panel)
-            self.commands[each.name] = listed  # stands in lists; what runs is loaded
+            self.commands[each.name] = listed  # for lists; resolve_command loads the one that runs
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option --help, which takes no value."""
@@ -110,13 +110,13 @@ class LazyGroup(TyperGroup):
         return option
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that is meant, and import it."""
+        """Find the command by its name, and import it."""
         name, command, rest = super().resolve_command(ctx, args)
         known = next((each for each in self.lazy if each.name == name), None)
         return name, command if known is None else known.load(), rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; Ctrl-C before it can report for itself ends it in one line too."""
+        """Run a command; Ctrl-C before the command handles it also ends in a message of one line."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -136,13 +136,13 @@ class LazyGroup(TyperGroup):
             code = NO_READER
         except typer.Abort:
             code = STOPPED
-        except SystemExit as end:  # how rich answers a closed pipe while help is printed; or a shell was answered
+        except SystemExit as end:  # rich exits if the pipe is closed during help; completion exits too
             code = end.code if COMPLETE in os.environ else NO_READER
         except Exception as error:
-            if not hasattr(error, "format_message"):  # no error of the parser
+            if not hasattr(error, "format_message"):  # not an error of the parser
                 raise
             code = USER_ERROR
-            if type(error).__name__ != "NoArgsIsHelpError":  # that one has shown the help
+            if type(error).__name__ != "NoArgsIsHelpError":  # that error has shown the help
                 report_usage(error, list(sys.argv[1:] if args is None else args))
         if standalone:
             sys.exit(code or 0)

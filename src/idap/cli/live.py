@@ -1,4 +1,4 @@
-"""Where a run stands, in two lines that are never wrapped: its course so far, and a curve in one line of text."""
+"""The status of a run in two lines that are never wrapped, with its divergence over depth as a sparkline."""
 
 import math
 import statistics
@@ -13,15 +13,15 @@ from idap.progress import Status
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = ".:-=+*#@"
 DECADES = 4
-"""What a logarithmic scale shows at most."""
+"""How many powers of ten a logarithmic scale shows at most."""
 
 
 def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
-    """Draw values as blocks of different heights, on the scale that suits them.
+    """Draw values as blocks of different heights, on a linear or a logarithmic scale.
 
     Args:
-        values: in their order; where one is not finite there is a gap.
-        width: most characters; neighbours share one, by their mean, if there are more values.
+        values: in order; a value that is not finite leaves a gap.
+        width: largest number of characters; if there are more values, a character is the mean of several neighbours.
         ascii_only: draw with ASCII characters of rising weight.
 
     Returns:
@@ -43,7 +43,7 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
 
 
 def logarithmic(values: Sequence[float]) -> bool:
-    """Whether values are drawn by their logarithms: a linear scale would press most of them into the lowest block.
+    """Whether values are drawn on a logarithmic scale, since most of them would be in the lowest block of a linear one.
 
     Example:
         >>> logarithmic([1.0, 2.0, 8.0]), logarithmic([0.001, 0.002, 8.0]), logarithmic([-1.0, 0.0, 9.0])
@@ -75,14 +75,14 @@ def _level(levels: str, height: float, span: float) -> str:
     if not math.isfinite(height):
         return " "
     share = height / span if span else 0.0
-    return levels[min(len(levels) - 1, int(share * len(levels) + 1e-9))]  # where rounding would miss a border
+    return levels[min(len(levels) - 1, int(share * len(levels) + 1e-9))]  # 1e-9 against rounding errors
 
 
-class Course:
+class RunTracker:
     """Follows one run after another; a run lasts as long as its outermost phase.
 
     Args:
-        clock: gives the time in seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -91,7 +91,7 @@ class Course:
         self._began = clock()
         self.status: Status | None = None
         self._worked = False  # a phase was opened since the last decision
-        self._start = self._last = (0.0, 0.0, 0)  # time, way to the target, decisions
+        self._start = self._last = (0.0, 0.0, 0)  # time, share of the way to the target, decisions
 
     @property
     def is_running(self) -> bool:
@@ -99,27 +99,27 @@ class Course:
         return self._open > 0
 
     def open(self) -> None:
-        """A phase begins."""
+        """Note that a phase begins."""
         if not self.is_running:
             self._began = self._clock()
         self._open += 1
         self._worked = True
 
     def close(self) -> None:
-        """A phase ends; with the last one the run is over, and forgotten."""
+        """Note that a phase ends; when the outermost one ends, the run is over and its status is cleared."""
         self._open -= 1
         if not self.is_running:
             self.status = None
 
     def show(self, status: Status) -> None:
-        """Take in where the run stands."""
+        """Store the status of the run."""
         before, self.status = self.status, status
         way = distance_covered(status)
         here = (self._clock(), 0.0 if way is None else way, status.step)
         if before is None:
             self._start = self._last = here
         elif status.step != before.step:
-            if not self._worked:  # the decision was recalled, which says nothing about how long one takes
+            if not self._worked:  # the decision was read back, so its time is not that of a step
                 self._start = here
             self._last, self._worked = here, False
 
@@ -128,23 +128,23 @@ class Course:
         return self._clock() - self._began
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds to the target, from the way that was made with the decisions so far.
+        """Estimate the seconds to the target, from the progress that the decisions have made so far.
 
-        What comes after the target, such as a last recovery, is not counted.
+        Work after the target, such as the final recovery, is not counted.
 
         Returns:
-            Seconds, at least 0; None where there is no target, before anything was gained, and once it is reached.
+            Seconds, at least 0; None if there is no target, no progress yet, or the target is reached.
         """
         (began, behind, first), (ended, way, last) = self._start, self._last
         if self.status is None or distance_covered(self.status) is None or way <= behind or way >= 1:
             return None
         total = (ended - began) * (1 - way) / (way - behind)
-        one = (ended - began) / (last - first)  # a decision that takes longer than usual brings the end no closer
+        one = (ended - began) / (last - first)  # a decision that takes longer than usual is counted as a usual one
         return max(0.0, total - min(self._clock() - ended, one))
 
 
 def distance_covered(status: Status) -> float | None:
-    """The share of the way to the target that is made, of several the one that is furthest off; None without a target.
+    """The share of the way to the target that is covered; the smallest of several targets; None without a target.
 
     A target that is not below the original is reached from the start.
     """
@@ -153,7 +153,7 @@ def distance_covered(status: Status) -> float | None:
 
 
 def budget_used(status: Status) -> float | None:
-    """The share of the budget of the metric that is used, 0 where the metric got better; None where there is none."""
+    """The share of the metric's budget that is used; 0 if the metric improved; None if there is no budget."""
     if status.worst is None or status.worst == status.baseline:
         return None
     return max(0.0, (status.baseline - status.metric) / (status.baseline - status.worst))
@@ -161,37 +161,37 @@ def budget_used(status: Status) -> float | None:
 
 SEPARATOR = " | "
 CURVE = 8
-"""Characters that are kept for the curve."""
+"""Number of characters that are reserved for the curve."""
 
 
 Form = tuple[int, str | Text]
-"""A way to put a part of a line, and how much it matters that it is put so."""
+"""(importance, text): one form of a part of a line; the least important forms are shortened first."""
 
 
 class StatusView:
-    """Draws where a run stands as wide as the console is; nothing before it is known."""
+    """Draws the status of a run at the width of the console; draws nothing before there is a status."""
 
-    def __init__(self, course: Course) -> None:
-        self._course = course
+    def __init__(self, tracker: RunTracker) -> None:
+        self._tracker = tracker
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        status, width, ascii_only = self._course.status, options.max_width, options.ascii_only
+        status, width, ascii_only = self._tracker.status, options.max_width, options.ascii_only
         if status is None:
             return
-        first = fit_line(_status_parts(self._course, status), width - _curve_width(status))
+        first = fit_line(_status_parts(self._tracker, status), width - _curve_width(status))
         yield _crop(_with_curve(first, status, width, ascii_only=ascii_only), width, ascii_only=ascii_only)
         yield _crop(fit_line(numbers(status, ascii_only=ascii_only), width), width, ascii_only=ascii_only)
 
 
 def fit_line(parts: Sequence[Sequence[Form]], width: int) -> Text:
-    """Join parts to a line, shortening what matters least until it fits.
+    """Join parts into a line, and shorten the least important ones until it fits.
 
     Args:
-        parts: in their order on the line; the forms of each from long to short, "" leaves it out.
-        width: most characters of the line.
+        parts: in the order of the line; of each its forms, from long to short; "" leaves the part out.
+        width: largest number of characters in the line.
 
     Returns:
-        The line; wider than `width` if all the last forms together are.
+        The line; wider than `width` if even the shortest forms do not fit.
 
     Example:
         >>> parts = [[(2, "accuracy 0.9"), (0, "0.9")], [(1, "3 accepted"), (3, "3"), (0, "")]]
@@ -218,7 +218,7 @@ def _join(parts: Sequence[Sequence[Form]]) -> Text:
 
 
 def numbers(status: Status, *, ascii_only: bool = False) -> list[list[Form]]:
-    """The costs and the metric of a run, each with what is wanted of it."""
+    """The costs and the metric of a run, each with its target or its limit."""
     parts = [_cost(name, now, wanted, ascii_only=ascii_only) for name, (now, wanted) in status.costs.items()]
     found = Text.assemble(f"{status.metric_name} ", (f"{status.metric:.4f}", "bold"))
     if status.worst is None:
@@ -234,7 +234,7 @@ def numbers(status: Status, *, ascii_only: bool = False) -> list[list[Form]]:
 
 
 def in_brief(status: Status, *, ascii_only: bool = False) -> str:
-    """The costs and the metric of a run as plain text, for a line among others."""
+    """The costs and the metric of a run as plain text, to be added to a line."""
     return SEPARATOR.join(str(part[0][1]) for part in numbers(status, ascii_only=ascii_only))
 
 
@@ -246,20 +246,20 @@ def _cost(name: str, now: float, wanted: float | None, *, ascii_only: bool) -> l
     return [(9, Text.assemble(f"{name} ", share, f" {arrow} {wanted:.1%}"))]
 
 
-def _status_parts(course: Course, status: Status) -> list[list[Form]]:
+def _status_parts(tracker: RunTracker, status: Status) -> list[list[Form]]:
     parts: list[list[Form]] = [
         [(9, Text(f"{status.stage} {status.step}", style="bold"))],
         [(3, f"{status.accepted} accepted"), (0, "")],
-        [(4, duration(course.seconds())), (0, "")],
+        [(4, duration(tracker.seconds())), (0, "")],
     ]
-    left = course.seconds_left()
+    left = tracker.seconds_left()
     if left is not None:
         parts.append([(1, f"{roughly(left)} to the target"), (2, f"{roughly(left)} left"), (0, "")])
     return parts
 
 
 def duration(seconds: float) -> str:
-    """Time that went by.
+    """Elapsed time as text.
 
     >>> duration(83.4), duration(7324)
     ('1:23', '2:02:04')
@@ -270,7 +270,7 @@ def duration(seconds: float) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """An estimated time, no more precise than it is.
+    """An estimated time as text, rounded as an estimate deserves.
 
     >>> [roughly(seconds) for seconds in (20, 200, 5000, 9000)]
     ['under 1 min', 'about 3 min', 'about 83 min', 'about 2.5 h']
@@ -285,7 +285,7 @@ def _curve_width(status: Status) -> int:
 
 
 def _with_curve(line: Text, status: Status, width: int, *, ascii_only: bool) -> Text:
-    """Add the divergence over depth, with words beside it where there is room for them."""
+    """Add the divergence over depth, with a label if there is room for it."""
     profile = status.profile
     room = width - line.cell_len - len(SEPARATOR)
     scale = ", log scale" if logarithmic(profile) else ""

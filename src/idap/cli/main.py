@@ -1,4 +1,4 @@
-"""The `idap` command and its subcommands. A command's module, and with it torch, is imported when it runs."""
+"""The `idap` command and its subcommands; the module of a command, and torch, are imported only when it runs."""
 
 import os
 from typing import Annotated
@@ -13,7 +13,7 @@ EXIT_CODES = {
     2: "wrong input",
     3: "unexpected error",
     130: "stopped with Ctrl-C",
-    141: "the reader of the output went away",
+    141: "the reader closed the output",
 }
 
 START, WORK, RESULT, KNOW = "Begin here", "Compress", "Use the result", "Look up"
@@ -40,10 +40,10 @@ COMMANDS = (
     Lazy(
         "recipe",
         "idap.cli.commands.recipe:recipe_app",
-        "Write a recipe, list those that idap brings, or show one of them.",
+        "Write a recipe, list the recipes that come with idap, or show one of them.",
         WORK,
     ),
-    Lazy("resume", "idap.cli.commands.resume:resume_command", "Go on with a run that was stopped, or killed.", WORK),
+    Lazy("resume", "idap.cli.commands.resume:resume_command", "Go on with a run that was stopped or killed.", WORK),
     Lazy(
         "evaluate",
         "idap.cli.commands.evaluate:evaluate_command",
@@ -71,7 +71,7 @@ COMMANDS = (
     Lazy(
         "report",
         "idap.cli.commands.report:report_command",
-        "Draw what a run did: one HTML page that opens offline.",
+        "Draw a run as one HTML page that opens offline.",
         RESULT,
     ),
     Lazy(
@@ -105,7 +105,7 @@ app = typer.Typer(
     epilog="Begin with [bold]idap demo[/bold].  Exit codes: "
     + " · ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()),
     no_args_is_help=True,
-    add_completion=False,  # `idap completion` does it, with names that hold a colon
+    add_completion=False,  # `idap completion` does it, and completes names with a colon
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings=CONTEXT,

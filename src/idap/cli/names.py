@@ -1,11 +1,11 @@
-"""What a shell may complete an argument to; asked for by the completion script, never by a command that runs."""
+"""Completions of arguments, called by the completion script of a shell and never by a command that runs."""
 
 import ast
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 Completer = Callable[[str], list[tuple[str, str]]]
-"""What was typed so far -> values with a line about each; none leave it to the shell, which knows files."""
+"""What was typed so far -> values with a line about each; if there are none, the shell completes files."""
 
 
 def one_of(values: Iterable[str]) -> Completer:
@@ -33,7 +33,7 @@ def models(incomplete: str) -> list[tuple[str, str]]:
     scheme, colon, _ = incomplete.partition(":")
     if not colon:
         found = [(f"{name}:", about) for name, about in catalogue.SCHEMES.items() if name.startswith(incomplete)]
-        # A shell is told what it may show; so it is told of files too.
+        # If there are values, the shell shows nothing else, so the files have to be among them.
         return found + files(incomplete, ".toml") if incomplete else found
     if scheme == "python":
         return [(f"python:{name}", about) for name, about in _own(incomplete.removeprefix("python:"))]
@@ -43,7 +43,7 @@ def models(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _own(incomplete: str) -> list[tuple[str, str]]:
-    """A Python file, then what it defines; the file is read, not run."""
+    """Complete to a Python file, then to what it defines; the file is read, not run."""
     file, colon, name = incomplete.rpartition(":")
     if not colon:
         found = files(incomplete, ".py")
@@ -51,7 +51,7 @@ def _own(incomplete: str) -> list[tuple[str, str]]:
     try:
         defined = ast.parse(Path(file).read_text(encoding="utf-8")).body
     except (OSError, ValueError, SyntaxError):
-        return []  # while somebody types, a file may be missing or half-written
+        return []  # the file may be missing or half-written
     kinds = (ast.FunctionDef, ast.ClassDef)
     return [(f"{file}:{each.name}", "") for each in defined if isinstance(each, kinds) and each.name.startswith(name)]
 
@@ -73,7 +73,7 @@ def criteria(incomplete: str) -> list[tuple[str, str]]:
 
 
 def kinds(incomplete: str) -> list[tuple[str, str]]:
-    """Complete to something that `idap list` lists."""
+    """Complete to a kind that `idap list` lists."""
     from idap.recipes import catalogue  # noqa: PLC0415 - needed when a shell asks
 
     return [(name, about) for name, (_, about) in catalogue.LISTS.items() if name.startswith(incomplete)]

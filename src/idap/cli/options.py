@@ -23,7 +23,7 @@ Verbose = Annotated[
         "--verbose",
         "-v",
         metavar="",
-        help="Say how long each part takes, and with which versions.",
+        help="Show how long each part takes, and the versions of the libraries.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -56,7 +56,7 @@ TaskSpec = Annotated[
     typer.Option(
         "--task",
         metavar="SPEC",
-        help="The task, python:FILE.py:NAME: a Task, or a function.",
+        help="The task, python:FILE.py:NAME: a Task, or a function that returns one.",
         autocompletion=names.scripts,
     ),
 ]
@@ -66,19 +66,19 @@ DataPath = Annotated[
         "--data",
         metavar="NAME:PATH",
         help="The data: digits, imagefolder:PATH, csv:PATH, text:PATH, masks:PATH, cifar10:PATH, mnist:PATH, "
-        "python:FILE.py:FUNCTION, or another path for the recipe's.",
+        "python:FILE.py:FUNCTION; a path alone replaces the recipe's path.",
         show_default=False,
     ),
 ]
 WeightsPath = Annotated[
-    Path | None, typer.Option("--weights", metavar="PATH", help="The weights, instead of the recipe's.")
+    Path | None, typer.Option("--weights", metavar="PATH", help="The weights to load, instead of the recipe's.")
 ]
 MaxDrop = Annotated[
     str | None,
     typer.Option(
         "--max-drop",
         metavar="NUMBER",
-        help="Largest loss of the metric: 0.01 is a point of accuracy.",
+        help="How much worse the metric may get: 0.01 is a point of accuracy.",
         rich_help_panel=GOALS,
     ),
 ]
@@ -122,7 +122,7 @@ TensorBoardDir = Annotated[
     typer.Option(
         "--tensorboard",
         metavar="PATH",
-        help="Log the run for TensorBoard, in a new folder of this one.",
+        help="Log the run for TensorBoard, in a new folder inside this one.",
         show_default=False,
         rich_help_panel=RUN,
     ),
@@ -159,7 +159,7 @@ Contracts = Annotated[
 ]
 NoSwap = Annotated[
     bool,
-    typer.Option("--no-swap", metavar="", help="Leave whole what would need a module's code to be written anew."),
+    typer.Option("--no-swap", metavar="", help="Do not cut what would need a module's forward to be rewritten."),
 ]
 WithDivergence = Annotated[
     bool,
@@ -172,29 +172,29 @@ CriterionName = Annotated[
     typer.Option(
         "--criterion",
         metavar="NAME",
-        help="What is measured: relative, innovation, paper, ...; idap list criteria lists all.",
+        help="The criterion: relative, innovation, paper, ...; idap list criteria lists all.",
         autocompletion=names.criteria,
     ),
 ]
 ProfileFile = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Keep the divergence profile as JSON in this file.")
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the divergence profile as JSON to this file.")
 ]
 WithLatency = Annotated[
     bool,
     typer.Option(
         "--latency",
         metavar="",
-        help="Time the layers of each group on this machine, and look for steps.",
+        help="Time the layers of each group on this machine at several widths, and find the step of useful widths.",
     ),
 ]
 TableBatch = Annotated[
-    int | None, typer.Option("--batch", metavar="SAMPLES", help="Samples of a pass that is timed. [1]", min=1)
+    int | None, typer.Option("--batch", metavar="SAMPLES", help="Samples in a timed pass. [1]", min=1)
 ]
 Members = Annotated[bool, typer.Option("--members", metavar="", help="List the tensors of each group.")]
 Fast = Annotated[bool, typer.Option("--fast", metavar="", help="Train and compress for a shorter time.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything that is random.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all random numbers.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="PATH", help="Folder for the compressed models; temporary if left out.")
+    Path | None, typer.Option("--out", metavar="PATH", help="Folder for the runs; a temporary one if left out.")
 ]
 RunFolders = Annotated[
     list[Path], typer.Argument(metavar="RUN RUN...", help="Two to four run folders.", show_default=False)
@@ -209,10 +209,12 @@ PdfFile = Annotated[
     Path | None, typer.Option("--pdf", metavar="FILE", help="Print the page as PDF; needs Chromium, Chrome or Edge.")
 ]
 PngFile = Annotated[
-    Path | None, typer.Option("--png", metavar="FILE", help="The page as a picture; needs Chromium, Chrome or Edge.")
+    Path | None,
+    typer.Option("--png", metavar="FILE", help="Save the page as a picture; needs Chromium, Chrome or Edge."),
 ]
 ComparisonFile = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Draw the comparison as a page.", show_default=False)
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write the comparison as an HTML page.", show_default=False),
 ]
 RunOrModel = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="A run folder, or a folder with plan.json.", show_default=False)
@@ -241,7 +243,7 @@ ExportFile = Annotated[
     typer.Option("--out", metavar="FILE", help="The file to write; for transformers a folder.", show_default=False),
 ]
 Finalize = Annotated[
-    bool, typer.Option("--finalize", metavar="", help="Fold batch norms and take out dropout first; see idap.finalize.")
+    bool, typer.Option("--finalize", metavar="", help="Fold batch norms and remove dropout first; see idap.finalize.")
 ]
 StaticBatch = Annotated[
     bool, typer.Option("--static-batch", metavar="", help="Fix the batch size to that of the example inputs.")
@@ -251,7 +253,7 @@ Opset = Annotated[
 ]
 Batches = Annotated[
     list[int] | None,
-    typer.Option("--batch", metavar="SAMPLES", help="Samples of a pass; may be repeated; 1 if left out."),
+    typer.Option("--batch", metavar="SAMPLES", help="Samples in a pass; may be repeated; 1 if left out."),
 ]
 Engines = Annotated[
     list[str] | None,
@@ -262,7 +264,7 @@ Engines = Annotated[
         autocompletion=names.one_of(("eager", "compile", "onnxruntime")),
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", metavar="COUNT", help="Threads of the CPU.")]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="COUNT", help="Number of CPU threads.")]
 ChannelsLast = Annotated[
     bool, typer.Option("--channels-last", metavar="", help="Lay images out with their channels last.")
 ]
@@ -273,11 +275,13 @@ PlanFile = Annotated[
 Checkpoint = Annotated[
     Path,
     typer.Option(
-        "--checkpoint", metavar="PATH", help="Of the original: a safetensors file, or a folder, sharded or not."
+        "--checkpoint",
+        metavar="PATH",
+        help="Checkpoint of the original: a safetensors file or a folder, sharded or not.",
     ),
 ]
 SmallFolder = Annotated[
-    Path, typer.Option("--out", metavar="PATH", help="New or empty folder, or one that a stopped run left.")
+    Path, typer.Option("--out", metavar="PATH", help="New or empty folder, or the one that a stopped run has left.")
 ]
 ShardSize = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file: 5GB, 500MB or a number of bytes.")
@@ -288,7 +292,7 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         metavar="",
-        help="Run the code that the run's recipe names, also where the run was made elsewhere.",
+        help="Run the code that the run's recipe names, even if the run was made elsewhere.",
     ),
 ]
 RunOrModelOrNone = Annotated[
@@ -297,7 +301,7 @@ RunOrModelOrNone = Annotated[
 ]
 EvaluatedRecipe = Annotated[
     Path | None,
-    typer.Option("--recipe", metavar="FILE", help="The recipe that says model and data; the run's own if left out."),
+    typer.Option("--recipe", metavar="FILE", help="The recipe that names model and data; the run's own if left out."),
 ]
 EvaluatedModel = Annotated[
     str | None,
@@ -313,7 +317,7 @@ SplitName = Annotated[
     typer.Option(
         "--split",
         metavar="NAME",
-        help="val, the data that decided, or test.",
+        help="val (the validation data) or test.",
         autocompletion=names.one_of(("val", "test")),
     ),
 ]

@@ -16,17 +16,17 @@ from rich.table import Column, Table
 from rich.text import Text
 from rich.theme import Theme
 
-from idap.cli.live import Course, StatusView, in_brief
+from idap.cli.live import RunTracker, StatusView, in_brief
 from idap.progress import Phase, Progress, Silent, Status
 
 
 class Timed:
-    """Hands everything on to a listener, and says how long each phase took when it ends.
+    """Passes everything on to a listener, and reports at the end of each phase how long it took.
 
     Args:
         shown: the listener.
-        tell: takes a line about time.
-        clock: gives the time in seconds.
+        tell: receives a line for each phase.
+        clock: returns the time in seconds.
 
     Example:
         >>> from idap.progress import Silent
@@ -43,7 +43,7 @@ class Timed:
 
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator[Phase]:
-        """Open a phase; when it ends without an error, its seconds are printed, those inside another one indented."""
+        """Open a phase; when it ends without an error, its seconds are printed, indented if it is inside another."""
         began = self._clock()
         self._depth += 1
         try:
@@ -54,20 +54,20 @@ class Timed:
         self._tell(f"{'  ' * self._depth}{title}: {self._clock() - began:.2f} s")
 
     def say(self, line: str) -> None:
-        """Hand one line on."""
+        """Pass one line on."""
         self._shown.say(line)
 
     def show(self, status: Status) -> None:
-        """Hand on where the run stands."""
+        """Pass the status of the run on."""
         self._shown.show(status)
 
 
 HEARTBEAT = 30.0
-"""Seconds between two signs of life where there are no bars."""
+"""Seconds without output after which a line is printed, where there are no bars."""
 INDENT = 4
-"""Characters before what follows the first part of a broken line."""
+"""Spaces before the continuation of a broken line."""
 TITLE = 22
-"""Characters that the title of a phase has at least."""
+"""Smallest width of the column of titles, in characters."""
 
 
 def listener(console: Console, *, quiet: bool = False) -> Progress:
@@ -86,7 +86,7 @@ def listener(console: Console, *, quiet: bool = False) -> Progress:
 
 
 class Verdicts(RegexHighlighter):
-    """Colours what was decided, and the first words of a line."""
+    """Colours the decision and the first words of a line."""
 
     base_style = "idap."
     highlights = (r"(?P<accepted>\baccepted\b)", r"(?P<rejected>\brolled back\b|\bstays\b)", r"^(?P<step>\w+ \d+:)")
@@ -94,46 +94,46 @@ class Verdicts(RegexHighlighter):
 
 
 class Bars:
-    """Where the run stands and a bar for each open phase; lines appear above them and stay.
+    """Shows the status of the run and a bar for each open phase; lines are printed above them and stay.
 
     Args:
         console: a terminal.
-        clock: gives the time in seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         console.push_theme(Verdicts.theme)
         self._console = console
         self._verdicts = Verdicts()
-        self._course = Course(clock)
-        self._bars = _Area(console, StatusView(self._course), clock)
+        self._tracker = RunTracker(clock)
+        self._bars = _Area(console, StatusView(self._tracker), clock)
 
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator["_Bar"]:
-        """Open a phase with a bar of its own; the bar goes when the phase ends, and everything with the last one."""
-        if not self._course.is_running:
+        """Open a phase with its own bar; the bar disappears with the phase, and the status with the outermost one."""
+        if not self._tracker.is_running:
             self._bars.start()
-        self._course.open()
+        self._tracker.open()
         task = self._bars.add_task(title, total=total, note="")
         try:
             yield _Bar(self._bars, task)
         finally:
             self._bars.remove_task(task)
-            self._course.close()
-            if not self._course.is_running:
+            self._tracker.close()
+            if not self._tracker.is_running:
                 self._bars.stop()
 
     def say(self, line: str) -> None:
-        """Print one line above the bars; one that is too wide is broken after its first part, and where it must be."""
+        """Print one line above the bars; `break_line` breaks it if it is too wide."""
         self._console.print(self._verdicts(Text(break_line(_encodable(self._console, line), self._console.width))))
 
     def show(self, status: Status) -> None:
-        """Show where the run stands, until its outermost phase ends."""
-        self._course.show(status)
+        """Show the status of the run until its outermost phase ends."""
+        self._tracker.show(status)
 
 
 class _Area(RichProgress):
-    """What is redrawn: where the run stands, and the bars."""
+    """The area that is redrawn: the status of the run, and the bars."""
 
     def __init__(self, console: Console, status: StatusView, clock: Callable[[], float]) -> None:
         cut: Literal["crop", "ellipsis"] = "crop" if console.options.ascii_only else "ellipsis"
@@ -151,26 +151,26 @@ class _Area(RichProgress):
         )
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Where the run stands, then the bars."""
+        """The status of the run, then the bars."""
         yield self._status
         yield self.make_tasks_table(self.tasks)
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        """The bars; a phase of unknown length needs none while another one is open inside it."""
+        """The bars; a phase of unknown length has none while another phase is open inside it."""
         shown = list(tasks)
         self._bar.bar_width = max(8, min(24, self._target.width - TITLE - 32))
         return super().make_tasks_table([task for task in shown if task.total is not None or task is shown[-1]])
 
 
 def break_line(line: str, width: int) -> str:
-    """Break a line that is too wide after its first part, then between others, then between words.
+    """Break a line that is too wide: after its first part, then between other parts, then between words.
 
     Args:
         line: parts with " | " between them.
-        width: most characters of a line.
+        width: largest number of characters in a line.
 
     Returns:
-        The line, or lines of which all but the first are indented.
+        The line, or several lines, of which all but the first are indented.
 
     Example:
         >>> print(break_line("layers 3: removed branch b.1 | MACs 86.1% | accuracy 0.9 | accepted", 30))
@@ -202,26 +202,26 @@ class _Bar:
 
 
 class Lines:
-    """Plain lines for files and pipes: decisions, and a sign of life now and then.
+    """Prints plain lines for files and pipes: the decisions, and the progress of a phase that takes long.
 
     Args:
-        console: where lines go; they are never wrapped.
-        clock: gives the time in seconds.
+        console: where lines are printed; they are never wrapped.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
-        self._course = Course(clock)
+        self._tracker = RunTracker(clock)
         self._last = clock()
 
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator["_Count"]:
-        """Open a phase, which is heard of only if it takes long."""
-        self._course.open()
+        """Open a phase; its progress is printed only if it takes long."""
+        self._tracker.open()
         try:
             yield _Count(self, title, total)
         finally:
-            self._course.close()
+            self._tracker.close()
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -229,14 +229,14 @@ class Lines:
         self._console.print(_encodable(self._console, line), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, status: Status) -> None:
-        """Remember where the run stands for the next sign of life; the decisions' own lines say it too."""
-        self._course.show(status)
+        """Store the status of the run for the next line of progress; the lines of the decisions show it too."""
+        self._tracker.show(status)
 
     def pulse(self, line: str) -> None:
-        """Print a line, and where the run stands, if nothing was printed for a while."""
+        """Print a line with the status of the run if nothing was printed for `HEARTBEAT` seconds."""
         if self._clock() - self._last < HEARTBEAT:
             return
-        status = self._course.status
+        status = self._tracker.status
         self.say(
             line if status is None else f"{line} | {in_brief(status, ascii_only=self._console.options.ascii_only)}"
         )
@@ -255,5 +255,5 @@ class _Count:
 
 
 def _encodable(console: Console, line: str) -> str:
-    """What the console's encoding can show of a line; a letter that it lacks must not end a run."""
+    """Replace the characters of a line that the console's encoding lacks, so that they do not end a run."""
     return line.encode(console.encoding, "replace").decode(console.encoding)

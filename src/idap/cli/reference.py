@@ -1,4 +1,4 @@
-"""The pages docs/cli.md and docs/recipes.md, from the code: `python -m idap.cli.reference > docs/cli.md`."""
+"""Writes docs/cli.md and docs/recipes.md from the code: `python -m idap.cli.reference > docs/cli.md`."""
 
 import dataclasses
 import importlib
@@ -29,18 +29,18 @@ BEGIN = "<!-- Below this line: written by idap.cli.reference.write_reference. --
 WHAT: Mapping[str, tuple[str, Any]] = {
     "model": ("what is compressed", ModelSection),
     "data": ("the task, by the name of its data", DataSection),
-    "task": ("a task of one's own, instead of `[data]`", TaskSection),
-    "train": ("training before the compression; without the section there is none", Recovery),
-    "goals": ("what may be lost, and what is to be reached", Config),
-    "compress": ("how the compression goes about it", Config),
+    "task": ("a task of your own, instead of `[data]`", TaskSection),
+    "train": ("training before the compression; without this section there is none", Recovery),
+    "goals": ("the budget of the metric, and the targets of the costs", Config),
+    "compress": ("how the model is compressed", Config),
     "filters": ("stage 1, width: channels, neurons and heads", FilterStage),
     "layers": ("stage 2, depth: branches and blocks", LayerStage),
     "rebalance": ("the correction in closed form after each cut", Rebalance),
     "recovery": ("training after each step", Recovery),
-    "final": ("training of the result; what is left out is as in `[recovery]`", Recovery),
+    "final": ("training of the result; keys that are left out are as in `[recovery]`", Recovery),
     "output": ("where the run is kept", OutputSection),
 }
-"""Section -> what it is, and what says what its keys mean."""
+"""Section -> its title, and the class whose texts explain its keys."""
 
 
 def reference() -> str:
@@ -52,7 +52,7 @@ def reference() -> str:
         if name in ("recovery", "final"):
             parts.append("The keys of `[train]`.")
         elif name == "data":
-            parts += ["`name` and `path` say which data; the other keys depend on them.", _data_tables()]
+            parts += ["`name` and `path` choose the data; the other keys depend on `name`.", _data_tables()]
         elif isinstance(source, type) and dataclasses.is_dataclass(source):
             parts.append(_table(_settings(source, list(SECTIONS[name].model_fields))))
         else:
@@ -61,24 +61,24 @@ def reference() -> str:
 
 
 def write_reference(file: Path) -> None:
-    """Renew the reference in a document, below the line that says so.
+    """Rewrite the reference in a document, below the line `BEGIN`.
 
     Args:
-        file: holds the line `BEGIN`.
+        file: the document, which holds that line.
     """
     head = file.read_text(encoding="utf-8").partition(BEGIN)[0]
     write_bytes(file, f"{head}{BEGIN}\n\n{reference()}".encode())
 
 
 def argument_texts(documented: Callable[..., Any]) -> dict[str, str]:
-    """What the docstring of a function or class says of each argument, in one line each.
+    """The texts about the arguments in the docstring of a function or class, each as one line.
 
     Example:
         >>> argument_texts(argument_texts)
-        {'documented': 'has a section Args, indented by four.'}
+        {'documented': 'its docstring has a section Args, indented by four.'}
 
     Args:
-        documented: has a section Args, indented by four.
+        documented: its docstring has a section Args, indented by four.
     """
     lines = inspect.getdoc(documented) or ""
     inside = re.search(r"^Args:\n((?:    .*\n|\n)+)", lines + "\n", re.MULTILINE)
@@ -121,7 +121,7 @@ def _settings(settings: type, keys: list[str]) -> list[Row]:
 
 
 def _fields(section: Any) -> list[Row]:
-    """Rows of a section of its own."""
+    """Rows of a section that has its own model."""
     return [
         (
             name,
@@ -143,7 +143,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _kind(hint: Any, name: str) -> str:
-    """What may be written as a value; None is written "none" where a setting takes it, and left out elsewhere."""
+    """The values that a key takes, as text; None is written "none" where a setting takes it, and omitted elsewhere."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if name == "criterion":
         return "text"
@@ -187,31 +187,31 @@ _BEGIN = """\
 
 <!-- parsed here: the examples name runs and files of yours; tests/cli/ runs the commands -->
 
-`idap COMMAND --help` says the same on the terminal. `python -m idap` is the same command, also for launchers:
+`idap COMMAND --help` shows the same on the terminal. `python -m idap` is the same command, also for launchers:
 `accelerate launch -m idap compress ...`.
 """
 _ALL = """\
-## What holds for every command
+## Options of every command
 
 | option | |
 |---|---|
 | `--json` | The standard output is one JSON document and nothing else; progress goes to the standard error. |
-| `--quiet`, `-q` | Nothing but errors; `list` prints only names, `evaluate` only numbers. A `--json` document stays. |
-| `--verbose`, `-v` | Also how long each part took, and with which versions; on the standard error, or above the bars. |
-| `--debug` | An error shows its traceback; so does `IDAP_DEBUG=1` in the environment. |
+| `--quiet`, `-q` | Only errors are shown; `list` prints only names, `evaluate` only numbers. `--json` still prints. |
+| `--verbose`, `-v` | Also shows the time of each part and the versions, on the standard error or above the bars. |
+| `--debug` | Errors are shown with their traceback; `IDAP_DEBUG=1` in the environment does the same. |
 
 Results go to the standard output, errors to the standard error. Colours follow `NO_COLOR` and `FORCE_COLOR`, the width
-follows `COLUMNS`; what is no terminal gets plain lines.
+follows `COLUMNS`; output that does not go to a terminal is plain lines.
 
-An error is one panel: what is wrong and how to mend it, where, and where to read more. With `--json` it is a document
-on the standard output, also when the words of the command line are wrong:
+An error is shown in one panel: what is wrong and how to mend it, where it happened, and where to read more. With
+`--json` it is a document on the standard output, even if the command line itself is wrong:
 
 ```json
 {"error": {"kind": "ConfigError", "message": "what was found, what was expected, the way out", "where": "r.toml"}}
 ```
 
-`kind` is the name of a class of `idap.errors`, `UsageError` for wrong words, `KeyboardInterrupt` after Ctrl-C, or that
-of whatever nobody expected.
+`kind` is the name of a class of `idap.errors`, `UsageError` for a wrong command line, `KeyboardInterrupt` after Ctrl-C,
+or the class of an unexpected error.
 """
 
 

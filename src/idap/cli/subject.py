@@ -1,4 +1,4 @@
-"""What a command works on: a model and inputs for it, or a run folder: claimed, and asked for before it is believed."""
+"""What a command works on: a model with inputs, or a run folder, whose code runs only if the user agrees."""
 
 import os
 import sys
@@ -42,9 +42,9 @@ def claim_folder(wanted: Path | None, name: str, *, resume: bool) -> Iterator[Ru
 
 
 def _choose(wanted: Path | None, name: str, *, resume: bool) -> RunFolder:
-    """The run folder, claimed; without a wish the first free one of `runs/`.
+    """Choose and claim the run folder.
 
-    To go on with a run, without a wish the last one of `runs/` that has the name.
+    If no folder is given, it is the first free one in `runs/`, or with `resume` the last one that has the name.
     """
     first = Path("runs") / name
     if wanted is None and resume:
@@ -53,19 +53,19 @@ def _choose(wanted: Path | None, name: str, *, resume: bool) -> RunFolder:
         return RunFolder.claim_free(first)
     folder = RunFolder(wanted)
     if not resume:
-        folder.check()  # says what is wrong before anything is made
+        folder.check()  # reports what is wrong before anything is written
     folder.claim()
     if not resume and folder.original.exists():
         folder.release()
         raise RunFolderError(
-            f"{wanted} holds an original that was trained for a run which was stopped before it began. Go on with it: "
-            "--resume; or choose another folder."
+            f"{wanted} holds an original that was trained for a run which was stopped before it began. Go on with it "
+            "by --resume, or choose another folder."
         )
     return folder
 
 
 def _last(first: Path) -> Path | None:
-    """The last folder of NAME, NAME-2, NAME-3, ... that is there."""
+    """The last folder of NAME, NAME-2, NAME-3, ... that exists."""
     last = None
     for each in number_paths(first):
         if not each.exists():
@@ -75,13 +75,13 @@ def _last(first: Path) -> Path | None:
 
 
 def check_code(outcome: Outcome, folder: Path, replaced: Mapping[str, str | Path | None], *, trust: bool) -> None:
-    """Let nobody's code run unasked; called before any of it is imported.
+    """Ask before code that a foreign run names is run; called before any of it is imported.
 
     Args:
-        outcome: of the command.
-        folder: of the run whose recipe is followed.
-        replaced: `section.key` -> what the command line says instead of the recipe.
-        trust: whether the user said --trust.
+        outcome: reports the outcome of the command.
+        folder: folder of the run whose recipe is used.
+        replaced: `section.key` -> value from the command line, instead of the recipe's.
+        trust: whether the user gave --trust.
 
     Raises:
         TrustError: the run was not made here, its recipe names code, and the user has not agreed to run it.
@@ -103,17 +103,17 @@ def check_code(outcome: Outcome, folder: Path, replaced: Mapping[str, str | Path
     except typer.Abort as error:  # Ctrl-C, or the end of the input
         raise KeyboardInterrupt from error
     if not agreed:
-        raise TrustError(f"The code that {folder} names was not run, as you said.")
+        raise TrustError(f"The code that {folder} names was not run, since you declined.")
 
 
 def _can_ask(outcome: Outcome) -> bool:
-    """Whether somebody sits at a terminal; one of several processes has none for itself."""
+    """Whether the user can be asked on a terminal; several processes of a run can't share one."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     return alone and not outcome.as_json and sys.stdin.isatty() and outcome.errors.is_terminal
 
 
 def recipe_of(spec: str, task: str | None = None, data: Path | None = None) -> "Recipe | None":
-    """The recipe that a spec names, or that it makes together with a task or data; None for a model alone.
+    """The recipe that a spec names, or the one made from a model with a task or data; None for a model alone.
 
     Raises:
         ConfigError: the recipe is wrong.
@@ -132,16 +132,16 @@ def model_and_inputs(spec: str, recipe: "Recipe | None", shapes: list[str], *, w
     """Build a model and inputs for it.
 
     Args:
-        spec: of the model; a recipe goes before it.
-        recipe: as `recipe_of` found it.
-        shapes: of the positional inputs, as text; empty: those of the model's family, or of the task's data.
+        spec: spec of the model; not used if there is a recipe.
+        recipe: from `recipe_of`.
+        shapes: shapes of the positional inputs, as text; empty: those of the model's family, or of the task's data.
         weights: whether the recipe's weights are loaded.
 
     Returns:
         The model in evaluation mode, positional and keyword inputs.
 
     Raises:
-        ConfigError: the model can't be built, or what it takes is not known.
+        ConfigError: the model can't be built, or its inputs are not known.
     """
     from idap.models.resolve import build_model, example_inputs  # noqa: PLC0415 - imports torch
 
@@ -154,8 +154,8 @@ def model_and_inputs(spec: str, recipe: "Recipe | None", shapes: list[str], *, w
         return model, *known
     if recipe is None:
         raise ConfigError(
-            f"what {spec} takes is not known; say it: --input-shape 1,3,32,32, once per input; "
-            "or give its --task or --data."
+            f"the inputs of {spec} are not known; give --input-shape 1,3,32,32, once per input, or its --task or "
+            "--data."
         )
     args, kwargs = recipe.task().example("cpu")
     return model, args, kwargs

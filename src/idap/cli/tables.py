@@ -1,4 +1,4 @@
-"""The closing table, what a model was and what it is; and its latency table."""
+"""The closing table of a compression, before and after, and the latency table of a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +18,11 @@ class Comparison:
     Attributes:
         parameters: number of parameters.
         macs: multiply-adds for one sample.
-        metric_name: what `val` and `test` are.
-        val: metric on the data that decided.
-        test: metric on data that was looked at once; None where there is none.
-        latency: median seconds of one forward pass; None where it was not measured.
-        batch: samples of that pass.
+        metric_name: name of the metric.
+        val: metric on the validation data.
+        test: metric on the test data, which is used only once; None if there is none.
+        latency: median seconds of one forward pass; None if it was not measured.
+        batch: number of samples in that pass.
     """
 
     parameters: tuple[int, int]
@@ -34,7 +34,7 @@ class Comparison:
     batch: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers with the names before and after."""
+        """The numbers as a dict; each pair is a dict with the keys before and after."""
         return {
             name: dict(zip(("before", "after"), value, strict=True)) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -45,8 +45,8 @@ def comparison_table(numbers: Comparison, title: str = "") -> Table:
     """Draw the closing table.
 
     Args:
-        numbers: of the two models.
-        title: stands above the table.
+        numbers: numbers of the two models.
+        title: shown above the table; "" for none.
 
     Returns:
         A rich table with a row per number: before, after, change.
@@ -88,7 +88,7 @@ def change(before: float, after: float) -> str:
 
 
 def metric_cells(name: str, values: Sequence[float]) -> list[str]:
-    """Write values of a metric, and of two the change.
+    """Format values of a metric; of two values, also the change.
 
     >>> metric_cells("accuracy", [0.975, 0.97]), metric_cells("perplexity", [12.345678])
     (['97.50%', '97.00%', '−0.50 points'], ['12.35'])
@@ -102,15 +102,15 @@ def metric_cells(name: str, values: Sequence[float]) -> list[str]:
 
 
 SHARES = (0.5, 0.25)
-"""Widths that are shown, as shares of the whole group."""
+"""Widths that are shown, as shares of the group's size."""
 
 
 def latency_document(table: "LatencyTable", steps: Mapping[str, int]) -> dict[str, Any]:
-    """The table as plain data: of each group its curve and the step of its widths.
+    """The table as plain data: for each group its curve and the step of its widths.
 
     Args:
-        table: measured.
-        steps: group name -> what widths worth having are a multiple of; 1 where there are no steps.
+        table: the measured table.
+        steps: group name -> step, of which useful widths are multiples; 1 if there are no steps.
     """
     groups = {}
     for name in table.groups:
@@ -128,7 +128,7 @@ def latency_document(table: "LatencyTable", steps: Mapping[str, int]) -> dict[st
 
 
 def latency_table(table: "LatencyTable", steps: Mapping[str, int]) -> Table:
-    """Draw the table: seconds of the layers of each group, what is left of them at narrower widths, and the step."""
+    """Draw the table: for each group the time of its layers, the share of it at narrower widths, and the step."""
     title = f"Latency of layers, batch of {table.batch}, {table.device}, {table.threads} threads"
     found = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     found.add_column("group")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 MOST_SHOWN = 3
-"""How many of the dimensions are listed that can't shrink for the same reason; --json lists all."""
+"""How many dimensions that can't shrink are listed for each reason; --json lists all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class GroupView:
     """One group of coupled units.
 
     Attributes:
-        name: of the group.
+        name: name of the group.
         kind: channels, neurons, heads or head width.
         size: number of units.
         macs_share: share of all multiply-adds that scales with the number of its units.
@@ -45,10 +45,10 @@ class BlockView:
     """One branch or block that can be removed whole.
 
     Attributes:
-        name: of the part.
+        name: name of the part.
         kind: branch or block.
-        macs_share: share of all multiply-adds that goes with it.
-        contains: names of the parts that go with it.
+        macs_share: share of all multiply-adds that is removed with it.
+        contains: names of the parts that are removed with it.
     """
 
     name: str
@@ -68,8 +68,8 @@ class StructureView:
         prunable: share of the parameters that have a dimension that can shrink.
         groups: in the order of the network.
         blocks: in the order of the network.
-        blocked: dimensions that stay.
-        rewritten: paths of the modules that get new code when the groups they use are cut.
+        blocked: dimensions that can't shrink.
+        rewritten: paths of the modules whose forward is rewritten when the groups that they use are cut.
     """
 
     model: str
@@ -92,7 +92,7 @@ def survey(model: str, structure: "Structure", costs: "CostModel") -> StructureV
     Args:
         model: class of the model.
         structure: from `analyze`.
-        costs: of the same structure.
+        costs: the costs of the same structure.
 
     Returns:
         Plain names and numbers.
@@ -138,7 +138,7 @@ def structure_tree(view: StructureView, *, members: bool = False) -> Tree:
         members: list the tensors of each group.
 
     Returns:
-        A rich tree: groups, blocks with the branches in them, and what stays.
+        A rich tree: groups, blocks with the branches in them, and dimensions that can't shrink.
     """
     from idap.structure.groups import by_reason  # noqa: PLC0415 - imports torch
 
@@ -147,7 +147,7 @@ def structure_tree(view: StructureView, *, members: bool = False) -> Tree:
     _add_groups(root, view.groups, members=members)
     _add_blocks(root, view.blocks)
     if view.rewritten:
-        what = f"{_count(len(view.rewritten), 'module')} whose forward is written anew when its groups are cut"
+        what = f"{_count(len(view.rewritten), 'module')} whose forward is rewritten when its groups are cut"
         root.add(Text(what, style="bold")).add(Text(", ".join(view.rewritten), style="dim"))
     if view.blocked:
         branch = root.add(Text(f"{_count(len(view.blocked), 'dimension')} of weights can't shrink", style="bold"))
@@ -162,7 +162,9 @@ def structure_tree(view: StructureView, *, members: bool = False) -> Tree:
 
 def _add_groups(root: Tree, groups: Sequence[GroupView], *, members: bool) -> None:
     units = sum(group.size for group in groups)
-    branch = root.add(Text(f"{_count(len(groups), 'group')} with {units:,} units; units go one by one", style="bold"))
+    branch = root.add(
+        Text(f"{_count(len(groups), 'group')} with {units:,} units; each unit can be removed", style="bold")
+    )
     name = max((len(group.name) for group in groups), default=0)
     kind = max((len(group.kind) for group in groups), default=0)
     size = len(str(max((group.size for group in groups), default=0)))
@@ -180,7 +182,7 @@ def _add_groups(root: Tree, groups: Sequence[GroupView], *, members: bool) -> No
 
 
 def _add_blocks(root: Tree, blocks: Sequence[BlockView]) -> None:
-    branch = root.add(Text(f"{_count(len(blocks), 'part')} that can go whole", style="bold"))
+    branch = root.add(Text(f"{_count(len(blocks), 'part')} that can be removed whole", style="bold"))
     parents = _parents(blocks)
     depth = {block.name: _depth(block.name, parents) for block in blocks}
     width = max((len(block.name) + 4 * depth[block.name] for block in blocks), default=0)
@@ -220,8 +222,8 @@ class GroupDivergence:
     """The divergence of the units of one group.
 
     Attributes:
-        name: of the group.
-        kind: of its units.
+        name: name of the group.
+        kind: kind of its units.
         units: score of each unit.
     """
 
@@ -235,10 +237,10 @@ class PartDivergence:
     """The divergence of one branch or block.
 
     Attributes:
-        name: of the part.
+        name: name of the part.
         kind: branch or block.
-        divergence: of the whole part.
-        inside: sum over the units that it holds whole.
+        divergence: divergence of the whole part.
+        inside: sum over the units that lie entirely inside it.
     """
 
     name: str
@@ -252,12 +254,12 @@ class Profile:
     """The divergence of everything, in the order of the network.
 
     Attributes:
-        criterion: that was measured; blocks of a criterion that knows none are measured as "relative".
+        criterion: the criterion that gave the scores; if it can't score blocks, "relative" scores them.
         batches: number of calibration batches.
         groups: in the order of the network.
         parts: branches and blocks, in the order of the network.
-        unmeasured: what nothing could be seen of.
-        notes: what the scores leave out where a group is too large to be measured whole.
+        unmeasured: parts that could not be measured.
+        notes: what the scores leave out if a group is too large to be measured whole.
     """
 
     criterion: str
@@ -313,7 +315,7 @@ def profile_tree(view: Profile) -> Tree:
         shares = [part.divergence for part in view.parts]
         _add(branch, [part.name for part in view.parts], [f"{share:9.2e}" for share in shares], shares)
     if view.unmeasured:
-        root.add(Text("nothing could be seen of", style="bold")).add(Text(", ".join(view.unmeasured), style="dim"))
+        root.add(Text("could not be measured", style="bold")).add(Text(", ".join(view.unmeasured), style="dim"))
     for note in view.notes:
         root.add(Text(note, style="dim"))
     return root

@@ -1,4 +1,4 @@
-"""Images in folders, one folder per class: `PATH/train/CLASS/*.jpg`, and the same below val and test."""
+"""Loads images from folders, one folder per class: `PATH/train/CLASS/*.jpg`, and the same below val and test."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 Sample = tuple[Path, int]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CROP = 0.875
-"""Side of the middle that is seen, as a share of the shorter side; ImageNet models are judged so."""
+"""Side of the central crop, as a share of the shorter side; ImageNet models are evaluated this way."""
 LEAST_AREA = 0.35
-"""Of an image that a random crop shows: milder than for training from scratch, since recoveries are short."""
+"""Smallest share of an image in a random crop: milder than for training from scratch, since recoveries are short."""
 CHECKED = 10_000
-"""Images of a part that are opened before any work, evenly spread; opening all of a million takes minutes."""
+"""How many images of a part are opened before any work, evenly spread; opening all of a million takes minutes."""
 
 
 class FolderImages(Dataset[tuple[Tensor, int]]):
-    """Images with their labels, read when they are asked for.
+    """Images with their labels, read on access.
 
     Args:
         samples: file and label of each image.
-        change: makes a tensor of an image.
+        change: turns an image into a tensor.
     """
 
     def __init__(self, samples: Sequence[Sample], change: "Callable[[Image], Tensor]") -> None:
@@ -61,16 +61,16 @@ def imagefolder(  # noqa: PLR0913 - one argument per key of a recipe
     """Load images from folders named after their classes.
 
     Args:
-        path: a folder with `train`, and `val` and `test` where there are some; each holds one folder per class.
-        size: side of the square that the model sees, in pixels; the shorter side is made 1/0.875 as long, and the
-            middle is cut out.
-        batch_size: images of a batch.
-        workers: processes that read images; 0 reads them in this one.
-        augment: show random crops of the training images, half of them mirrored.
-        mean: of each colour, subtracted from pixels in [0, 1].
-        std: of each colour, divides.
-        val_share: share of the training images that decides, where there is no `val`.
-        seed: of that choice.
+        path: a folder with `train`, and optionally `val` and `test`; each holds one folder per class.
+        size: side of the square that the model sees, in pixels; the shorter side of an image is resized to 1/0.875 of
+            it, and the centre is cropped.
+        batch_size: images in a batch.
+        workers: processes that read images; 0: the training process reads them itself.
+        augment: train on random crops of the images, half of them mirrored.
+        mean: mean of each colour, subtracted from pixels in [0, 1].
+        std: standard deviation of each colour, by which they are then divided.
+        val_share: share of the training images that is used for validation if there is no `val`.
+        seed: seed of that choice.
 
     Returns:
         `Splits` with images of shape `(3, size, size)`; labels number the classes of train in the order of their names.
@@ -121,17 +121,17 @@ def class_names(path: str | Path) -> list[str]:
 
 
 def image_loader(data: Dataset[Any], *, batch_size: int, workers: int, shuffle: bool = False) -> DataLoader[Any]:
-    """Make a loader of a data set whose samples are read one by one."""
+    """Make a loader for a data set whose samples are read one by one."""
     check_count("batch_size", batch_size)
     check_count("workers", workers, 0)
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, num_workers=workers, persistent_workers=workers > 0)
 
 
 def check_images(files: Sequence[Path]) -> None:
-    """Open images without decoding them, so that a file that is none shows before any work; many are sampled.
+    """Open images without decoding them, to find files that are no images before any work; of many, only some.
 
     Raises:
-        TaskError: a file is no image.
+        TaskError: a file is not an image.
     """
     for file in files[:: -(-len(files) // CHECKED) or 1]:
         image_size(file)
@@ -141,7 +141,7 @@ def image_size(file: Path) -> tuple[int, int]:
     """Width and height of an image, in pixels.
 
     Raises:
-        TaskError: the file is no image.
+        TaskError: the file is not an image.
     """
     with open_image(file) as image:
         found: tuple[int, int] = image.size
@@ -149,7 +149,7 @@ def image_size(file: Path) -> tuple[int, int]:
 
 
 def read_image(file: Path) -> "Image":
-    """Read an image in red, green and blue.
+    """Read an image as red, green and blue.
 
     Raises:
         TaskError: it can't be read.
@@ -162,7 +162,7 @@ def open_image(file: Path) -> "Image":
     """Open an image.
 
     Raises:
-        TaskError: it is none, or Pillow is missing.
+        TaskError: it is not an image, or Pillow is missing.
     """
     try:
         from PIL import Image  # noqa: PLC0415 - an optional extra
@@ -172,10 +172,10 @@ def open_image(file: Path) -> "Image":
 
 
 def decode(file: Path, call: "Callable[[], Image]") -> "Image":
-    """Run what Pillow does with a file, and name the file if it fails.
+    """Run a call of Pillow on a file; if it fails, the error names the file.
 
     Raises:
-        TaskError: it fails.
+        TaskError: the call fails.
     """
     try:
         return call()
@@ -189,14 +189,14 @@ def visible_images(folder: Path) -> list[Path]:
 
 
 def to_tensor(image: "Image", mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn an image into float32 `(3, H, W)`, scaled to [0, 1], then by each colour's mean and deviation."""
+    """Turn an image into float32 `(3, H, W)`, scaled to [0, 1], then normalised by each colour's mean and deviation."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
     centre, width = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
     return ((pixels - centre) / width).contiguous()
 
 
 class _Middle:
-    """Makes the shorter side `size / CROP` long and cuts out the middle."""
+    """Resizes the shorter side to `size / CROP` and crops the centre."""
 
     def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.size, self.mean, self.std = size, mean, std
@@ -207,7 +207,7 @@ class _Middle:
 
 
 class _Crop(_Middle):
-    """Shows a random part of the image, which may be stretched a little, mirrored every second time."""
+    """Crops a random part of the image, stretches it slightly, and mirrors it with probability 1/2."""
 
     def __call__(self, image: "Image") -> Tensor:
         area = float(torch.empty(1).uniform_(LEAST_AREA, 1)) * image.width * image.height
@@ -219,7 +219,7 @@ class _Crop(_Middle):
 
 
 def _resize_crop(image: "Image", x: float, y: float, width: float, height: float, to: _Middle) -> Tensor:
-    from PIL.Image import Resampling  # noqa: PLC0415 - there, since there is an image
+    from PIL.Image import Resampling  # noqa: PLC0415 - installed, since there is an image
 
     box = (x, y, x + width, y + height)
     return to_tensor(image.resize((to.size, to.size), Resampling.BILINEAR, box=box), to.mean, to.std)
@@ -232,16 +232,16 @@ def _list_images(folder: Path, classes: Sequence[str], part: str) -> list[Sample
         if each.is_dir() and each.name not in classes:
             raise TaskError(
                 f"{each} is a class that train does not have; its classes are {', '.join(classes[:8])}"
-                f"{', ...' if len(classes) > 8 else ''}. Add it to train, or take it out."
+                f"{', ...' if len(classes) > 8 else ''}. Add it to train, or remove it."
             )
     for label, name in enumerate(classes):
         found = visible_images(folder / name) if (folder / name).is_dir() else []
-        # What decides and what trains needs every class; in test, classes may be missing.
+        # Train and val need every class; in test, classes may be missing.
         if not found and part != "test":
             what = "is empty" if (folder / name).is_dir() else "is missing"
             raise TaskError(
                 f"class {name!r} has no images in {part}: {folder / name} {what}; expected {', '.join(SUFFIXES[:4])}, "
-                "... there. Add some, or take the class out of every part."
+                "... there. Add some, or remove the class from every part."
             )
         samples += [(file, label) for file in found]
     if not samples:

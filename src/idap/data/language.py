@@ -1,4 +1,4 @@
-"""Language modelling: blocks of a text, each token named from those before it."""
+"""Language modelling: each token in a block of text is predicted from those before it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,22 +36,22 @@ def language(  # noqa: PLR0913 - one argument per key of a recipe
     vocabulary: int | None = None,
     positions: int | None = None,
 ) -> Task:
-    """Load a text, for a model that names the next token.
+    """Load a text, for a model that predicts the next token.
 
     Args:
-        path: a text file in UTF-8, packed with gzip or not, or a folder with train.txt, and val.txt and test.txt where
-            there are some.
-        tokenizer: a folder of transformers, a name on the hub, or "bytes"; a recipe takes that of the model.
-        length: tokens of a block; what is left at the end of a part is not used.
-        batch_size: blocks of a batch.
+        path: a text file in UTF-8, compressed with gzip or not, or a folder with train.txt, and optionally val.txt and
+            test.txt.
+        tokenizer: a folder of transformers, a name on the hub, or "bytes"; if left out of a recipe, the model's.
+        length: tokens in a block; a shorter rest at the end of a part is not used.
+        batch_size: blocks in a batch.
         metric: "perplexity", the exponential of the mean loss over all tokens, lower is better, or "token_accuracy",
-            the share of tokens that are named right.
-        val_share: share of the tokens that decides, where there is no val.txt: behind those that train.
-        test_share: share of the tokens that is looked at once, at the end of the text, where there is one file.
-        use_cache: passed to the model; False keeps models of transformers from returning keys and values. None passes
-            nothing.
-        vocabulary: number of tokens that the model knows.
-        positions: tokens of a text that the model can tell apart.
+            the share of tokens that are predicted correctly.
+        val_share: share of the tokens, after the training tokens, that is used for validation if there is no val.txt.
+        test_share: share of the tokens, at the end of the text, that is used for the test if there is only one file.
+        use_cache: passed to the model; False keeps models of transformers from returning keys and values. None: nothing
+            is passed.
+        vocabulary: number of tokens in the model's vocabulary.
+        positions: largest number of tokens in a text that the model can read.
 
     Returns:
         A `Task`; batches are int64 `(B, length)`, the model gives logits `(B, length, V)`.
@@ -65,8 +65,8 @@ def language(  # noqa: PLR0913 - one argument per key of a recipe
         raise ConfigError(f"metric must be 'perplexity' or 'token_accuracy', got {metric!r}.")
     if tokenizer is None:
         raise ConfigError(
-            "which tokenizer is meant is not said: set data.tokenizer to a folder of transformers, or to "
-            '"bytes" for a model of 256 tokens.'
+            'no tokenizer is given: set data.tokenizer to a folder of transformers, or to "bytes" for a model of 256 '
+            "tokens."
         )
     parts, notes = _parts(check_path(path, "a text file, or a folder with train.txt"), tokenizer, val_share, test_share)
     blocks = {part: _blocks(tokens, length, part, path) for part, tokens in parts.items()}
@@ -87,12 +87,12 @@ def language_modelling(
     use_cache: bool | None = None,
     notes: tuple[str, ...] = (),
 ) -> Task:
-    """Build the task of naming the next token.
+    """Build the task of predicting the next token.
 
     Args:
-        train: batches `(tokens,)` with tokens `(B, T)`, int64, all of which count.
-        val: batches that decide.
-        test: batches that are looked at once, at the end.
+        train: training batches `(tokens,)` with tokens `(B, T)`, int64, all of which count.
+        val: validation batches.
+        test: test batches, which are used only once, at the end.
         metric: as for `language`.
         use_cache: as for `language`.
         notes: what a reader of the run should know.
@@ -128,7 +128,7 @@ def language_modelling(
 def _parts(
     path: Path, tokenizer: str, val_share: float, test_share: float
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tokens of each part, and what is to be said of them."""
+    """The tokens of each part, and notes about them."""
     if path.is_dir():
         files = parts_in(path, lambda file: file.is_file() and file.suffix in SUFFIXES, "a .txt file")
         parts = {part: token_numbers(read_text(file), tokenizer) for part, file in files.items()}
@@ -140,7 +140,7 @@ def _parts(
         return parts, ()
     check_share("val_share", val_share)
     if val_share + test_share >= 1:
-        raise ConfigError(f"val_share and test_share are {val_share:g} and {test_share:g}; nothing is left to train.")
+        raise ConfigError(f"val_share and test_share are {val_share:g} and {test_share:g}; none is left for train.")
     tokens = parts["train"]
     total = len(tokens)
     end = total - round(test_share * total)
@@ -148,8 +148,9 @@ def _parts(
     parts["train"], parts["val"] = tokens[:start], tokens[start:end]
     if test_share:
         parts["test"] = tokens[end:]
-    kept = f", the last {total - end:,} are for the test at the end" if test_share else ""
-    return parts, (f"the first {start:,} of {total:,} tokens train, the next {end - start:,} decide{kept}",)
+    last = f", the last {total - end:,} for the test at the end" if test_share else ""
+    note = f"the first {start:,} of {total:,} tokens are used for training, the next {end - start:,} for validation"
+    return parts, (f"{note}{last}",)
 
 
 def _blocks(tokens: Tensor, length: int, part: str, path: str | Path) -> Tensor:
@@ -172,6 +173,7 @@ def _shift(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
         )
     if int(tokens.max()) >= logits.shape[-1]:
         raise TaskError(
-            f"token {int(tokens.max())} is none of the model's {logits.shape[-1]}; another model's tokenizer made it."
+            f"token {int(tokens.max())} is not among the model's {logits.shape[-1]} tokens; the tokenizer belongs to "
+            "another model."
         )
     return logits[:, :-1], torch.as_tensor(tokens[:, 1:])

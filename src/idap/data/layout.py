@@ -1,4 +1,4 @@
-"""Where the parts of a data set lie: train, validation and test, by the names that people give them."""
+"""Finds the parts of a data set (train, validation and test) by their usual names, and checks settings."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +16,23 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test",),
 }
-"""Names of the parts, as folders, as files and in a column."""
+"""Part -> its names, for folders, for files and in a column."""
 
 PACKED = (".gz",)
 
 
 def check_path(path: str | Path, what: str) -> Path:
-    """Check that a path is there.
+    """Check that a path exists.
 
     Args:
-        path: of a data set.
-        what: should be there, for the error.
+        path: path of a data set.
+        what: what is expected there, for the error.
+
+    Returns:
+        The path, with `~` expanded.
 
     Raises:
-        TaskError: it is not; names the nearest neighbour.
+        TaskError: it does not exist; the error suggests the most similar name.
     """
     path = Path(path).expanduser()
     if path.exists():
@@ -49,19 +52,19 @@ def parts_in(folder: Path, wanted: Callable[[Path], bool], what: str) -> dict[st
     """Find the parts of a data set in its folder.
 
     Args:
-        folder: that holds them.
+        folder: the folder that holds them.
         wanted: whether a path can be a part.
-        what: a part is, for the error.
+        what: what a part is, for the error.
 
     Returns:
-        "train", and "val" and "test" where they are there -> path.
+        Part -> path: "train", and "val" and "test" if they exist.
 
     Raises:
         TaskError: there is no train part, or two that could be the same part.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        part = part_named(_stem(path)) if wanted(path) else None
+        part = find_part(_stem(path)) if wanted(path) else None
         if part is not None and part in found:
             raise TaskError(f"{folder} holds both {found[part].name} and {path.name}, which are both {part}; keep one.")
         if part is not None:
@@ -72,46 +75,46 @@ def parts_in(folder: Path, wanted: Callable[[Path], bool], what: str) -> dict[st
     return found
 
 
-def part_named(name: str) -> str | None:
-    """The part that goes by a name; None if none does.
+def find_part(name: str) -> str | None:
+    """Find the part that has a name; None if no part has it.
 
     Example:
-        >>> part_named("Validation"), part_named("extra")
+        >>> find_part("Validation"), find_part("extra")
         ('val', None)
     """
     return next((part for part, names in PARTS.items() if name.strip().lower() in names), None)
 
 
 def split_off(count: int, share: float, seed: int, what: str) -> tuple[list[int], list[int], str]:
-    """Choose which samples of the training data decide, where there is no validation data.
+    """Choose the training samples that become validation data, if there is none.
 
     Args:
-        count: of training samples.
-        share: of them that decide, between 0 and 1.
-        seed: of the choice.
-        what: the samples are, in the plural.
+        count: number of training samples.
+        share: share of them that becomes validation data, between 0 and 1.
+        seed: seed of the choice.
+        what: what the samples are, in the plural.
 
     Returns:
-        Places of those that train, of those that decide, both in order, and one sentence that says so.
+        Indices of the samples that stay in train, indices of those for val, both in order, and a note that says so.
 
     Raises:
         ConfigError: the share leaves nothing on one side.
     """
     taken = round(check_share("val_share", share) * count)
     if not 0 < taken < count:
-        raise ConfigError(f"val_share is {share:g} of {count} training {what}, which leaves nothing on one side.")
+        raise ConfigError(f"val_share is {share:g} of {count} training {what}, which leaves none for train or for val.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    told = (
-        f"there is no validation data: {taken:,} of the {count:,} training {what}, drawn by seed {seed}, decide and no "
-        "longer train"
+    note = (
+        f"there is no validation data: {taken:,} of the {count:,} training {what}, drawn with seed {seed}, are used "
+        "for validation and not for training"
     )
-    return sorted(order[taken:]), sorted(order[:taken]), told
+    return sorted(order[taken:]), sorted(order[:taken]), note
 
 
 def with_val(
     parts: Mapping[str, Sequence[T]], share: float, seed: int, what: str
 ) -> tuple[dict[str, Sequence[T]], tuple[str, ...]]:
-    """Give samples by part a val part, split off train where there is none, and say so; arguments as for `split_off`.
+    """Split val off train if there is none, and return the parts and a note; arguments as for `split_off`.
 
     Example:
         >>> parts, notes = with_val({"train": ["a", "b", "c", "d"]}, 0.25, 0, "rows")
@@ -121,8 +124,8 @@ def with_val(
     if "val" in parts:
         return dict(parts), ()
     train = parts["train"]
-    rest, chosen, told = split_off(len(train), share, seed, what)
-    return {**parts, "train": [train[place] for place in rest], "val": [train[place] for place in chosen]}, (told,)
+    rest, chosen, note = split_off(len(train), share, seed, what)
+    return {**parts, "train": [train[place] for place in rest], "val": [train[place] for place in chosen]}, (note,)
 
 
 def check_share(name: str, share: float) -> float:

@@ -1,6 +1,6 @@
-"""Segmentation: images and masks in folders, `PATH/train/images` beside `PATH/train/masks`, and so below val and test.
+"""Segmentation: images in `PATH/train/images` and masks in `PATH/train/masks`, and the same below val and test.
 
-A mask is an image of one number per pixel, the class, and has the name of its image, whatever its suffix.
+A mask is an image of one number per pixel, the class. It has the name of its image; the suffix may differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from idap.data.images import decode as decoded_image
+from idap.data.images import decode as decode_image
 from idap.data.images import image_loader, image_size, open_image, read_image, to_tensor, visible_images
 from idap.data.layout import check_colours, check_count, check_path, parts_in, with_val
 from idap.data.tensors import IMAGENET_MEAN, IMAGENET_STD
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 Pair = tuple[Path, Path]
-PEEKED = 50
-"""Masks that are read before any work where the number of classes is given."""
+CHECKED = 50
+"""How many masks of a part are read and checked before any work, evenly spread."""
 
 
 class FolderMasks(Dataset[tuple[Tensor, Tensor]]):
-    """Images `(3, H, W)` with their masks `(H, W)`, read when they are asked for.
+    """Images `(3, H, W)` with their masks `(H, W)`, read on access.
 
     Args:
-        pairs: an image and its mask each.
+        pairs: pairs of an image and its mask.
         classes: number of classes; a mask that holds another number is an error.
-        size: H and W; None leaves both as they are.
-        ignore: number of the pixels that don't count.
-        mirror: mirror every second image, drawn at random, with its mask.
+        size: H and W; None: images and masks keep their size.
+        ignore: class number of pixels that don't count.
+        mirror: whether each image is mirrored, with its mask, with probability 1/2.
         scale: mean and deviation of each colour.
     """
 
@@ -84,25 +84,25 @@ def masks(  # noqa: PLR0913 - one argument per key of a recipe
     val_share: float = 0.1,
     seed: int = 0,
 ) -> Task:
-    """Load images and masks, for the task of naming the class of every pixel.
+    """Load images and masks, for the task of predicting the class of every pixel.
 
     Args:
-        path: a folder with train, and val and test where there are some; each holds `images` and `masks`.
-        size: height and width that images and masks are brought to, in pixels, or one number for both; None where all
-            have the same size.
-        classes: number of classes; None counts them in the masks of train.
-        ignore: number of the pixels that don't count.
-        batch_size: images of a batch.
-        workers: processes that read images; 0 reads them in this one.
+        path: a folder with train, and optionally val and test; each holds `images` and `masks`.
+        size: height and width to which images and masks are resized, in pixels, or one number for both; not needed if
+            all have the same size.
+        classes: number of classes; if left out, they are counted in the masks of train.
+        ignore: class number of pixels that don't count.
+        batch_size: images in a batch.
+        workers: processes that read images; 0: the training process reads them itself.
         augment: mirror half of the training images.
-        mean: of each colour, subtracted from pixels in [0, 1].
-        std: of each colour, divides.
-        val_share: share of the training images that decides, where there is no `val`.
-        seed: of that choice.
+        mean: mean of each colour, subtracted from pixels in [0, 1].
+        std: standard deviation of each colour, by which they are then divided.
+        val_share: share of the training images that is used for validation if there is no `val`.
+        seed: seed of that choice.
 
     Returns:
         A `Task` with cross-entropy, and mean intersection over union (mIoU, in [0, 1]) over all pixels of a split. The
-        model gives `(B, C, h, w)`, `.logits`, or a dict with "out"; what is smaller than the mask is made larger.
+        model gives `(B, C, h, w)`, `.logits`, or a dict with "out"; logits smaller than the mask are enlarged.
 
     Raises:
         TaskError: a folder is missing or empty, an image has no mask or one of another size, a file can't be read, or
@@ -111,11 +111,11 @@ def masks(  # noqa: PLR0913 - one argument per key of a recipe
     """
     listed = _list_pairs(path)
     count = check_count("classes", mask_classes(path, ignore=ignore) if classes is None else classes, 2)
-    told = () if classes is not None else (f"the masks of train hold {count} classes",)
+    class_notes = () if classes is not None else (f"the masks of train hold {count} classes",)
     check_colours(mean, std)
     shape = _shape(size, listed)
-    _peek(listed, count, ignore)
-    pairs, taken = with_val(listed, val_share, seed, "images")
+    _check_some(listed, count, ignore)
+    pairs, split_notes = with_val(listed, val_share, seed, "images")
     made = partial(FolderMasks, classes=count, size=shape, ignore=ignore, scale=(mean, std))
     loader = partial(image_loader, batch_size=batch_size, workers=workers)
     parts = {
@@ -124,24 +124,24 @@ def masks(  # noqa: PLR0913 - one argument per key of a recipe
         "test": loader(made(pairs["test"], mirror=False)) if "test" in pairs else None,
         "calibration": loader(made(pairs["train"], mirror=False), shuffle=True),
     }
-    return segmentation(parts, num_classes=count, ignore=ignore, notes=(*told, *taken))
+    return segmentation(parts, num_classes=count, ignore=ignore, notes=(*class_notes, *split_notes))
 
 
-def _peek(listed: Mapping[str, list[Pair]], classes: int, ignore: int) -> None:
-    """Look into some masks of each part for numbers that are no classes."""
+def _check_some(listed: Mapping[str, list[Pair]], classes: int, ignore: int) -> None:
+    """Check some masks of each part for numbers that are not classes."""
     for pairs in listed.values():
-        for _, mask in pairs[:: -(-len(pairs) // PEEKED)]:
+        for _, mask in pairs[:: -(-len(pairs) // CHECKED)]:
             _check_numbers(read_mask(mask, None), classes, ignore, mask)
 
 
 def segmentation(parts: Mapping[str, Any], *, num_classes: int, ignore: int = 255, notes: tuple[str, ...] = ()) -> Task:
-    """Build the task of naming the class of every pixel: cross-entropy and mIoU.
+    """Build the task of predicting the class of every pixel: cross-entropy and mIoU.
 
     Args:
-        parts: "train", "val", and "test" and "calibration" where there are some -> batches of images `(B, 3, H, W)` and
-            masks `(B, H, W)`, int64.
+        parts: "train" and "val", and optionally "test" and "calibration" -> batches of images `(B, 3, H, W)` and masks
+            `(B, H, W)`, int64.
         num_classes: number of classes C.
-        ignore: number of the pixels that don't count.
+        ignore: class number of pixels that don't count.
         notes: what a reader of the run should know.
     """
     from torchmetrics.classification import MulticlassJaccardIndex  # noqa: PLC0415 - slow to import
@@ -164,7 +164,7 @@ def segmentation(parts: Mapping[str, Any], *, num_classes: int, ignore: int = 25
 
 
 def mask_classes(path: str | Path, *, ignore: int = 255) -> int:
-    """Count the classes of a folder of masks: the largest number in those of train, and one.
+    """Count the classes of a folder of masks: the largest number in the masks of train, plus one.
 
     Raises:
         TaskError: as for `masks`.
@@ -186,7 +186,7 @@ def read_mask(file: Path, size: tuple[int, int] | None) -> Tensor:
 
     Args:
         file: an image of one number per pixel, grey or with a palette.
-        size: height and width wanted; each pixel takes the number of the nearest one.
+        size: height and width of the result, which takes the number of the nearest pixel; None: as in the file.
 
     Returns:
         int64 `(H, W)`.
@@ -202,7 +202,7 @@ def read_mask(file: Path, size: tuple[int, int] | None) -> Tensor:
                 f"the mask {file} has colours ({image.mode}), expected one number per pixel, the class; save it as a "
                 "grey image of class numbers."
             )
-        found = decoded_image(file, image.copy)
+        found = decode_image(file, image.copy)
     if size is not None:
         found = found.resize(size[::-1], Resampling.NEAREST)
     return torch.from_numpy(np.array(found).astype(np.int64))
@@ -232,7 +232,7 @@ def _pairs(folder: Path) -> list[Pair]:
         if image_size(image) != image_size(mask):
             raise TaskError(
                 f"the mask {mask} has {_by(image_size(mask))} pixels, its image {image} {_by(image_size(image))}; they "
-                "must be equal. data.size changes both alike."
+                "must be equal. data.size resizes both in the same way."
             )
         pairs.append((image, mask))
     if found:

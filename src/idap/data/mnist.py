@@ -1,4 +1,4 @@
-"""MNIST and sets of its form, such as Fashion-MNIST: from `.npz` files, or from the `idx` files of the original."""
+"""Loads MNIST and sets of its form, such as Fashion-MNIST, from `.npz` files or from `idx` files."""
 
 import gzip
 import math
@@ -32,10 +32,10 @@ def mnist(path: str | Path, *, batch_size: int = 128, val_share: float = 0.1, se
 
     Args:
         path: a `.npz` file with x_train, y_train, x_test and y_test, a folder that holds one, or a folder with the four
-            `idx` files, packed with gzip or not.
-        batch_size: samples of a batch.
-        val_share: share of the training images that decides.
-        seed: of that choice.
+            `idx` files, compressed with gzip or not.
+        batch_size: samples in a batch.
+        val_share: share of the training images that is used for validation.
+        seed: seed of that choice.
 
     Returns:
         `Splits` with images of shape `(1, H, W)`, scaled so that the training pixels have mean 0 and deviation 1.
@@ -51,7 +51,7 @@ def mnist(path: str | Path, *, batch_size: int = 128, val_share: float = 0.1, se
     strange = sorted(set(labels["test"].tolist()) - set(labels["train"].tolist()))
     if strange:
         raise TaskError(f"{path}: label {strange[0]} of y_test is not in y_train.")
-    rest, chosen, told = split_off(len(images["train"]), val_share, seed, "images")
+    rest, chosen, note = split_off(len(images["train"]), val_share, seed, "images")
     seen = images["train"][rest].float()
     centre, width = seen.mean(), seen.std()
 
@@ -65,7 +65,7 @@ def mnist(path: str | Path, *, batch_size: int = 128, val_share: float = 0.1, se
         test=loader("test", slice(None)),
         num_classes=classes,
         shape=tuple(images["train"].shape[1:]),
-        notes=(told,),
+        notes=(note,),
     )
 
 
@@ -80,7 +80,7 @@ def mnist_classes(path: str | Path) -> int:
 
 
 def read_idx(file: Path) -> Tensor:
-    """Read an idx file of unsigned bytes, packed with gzip or not.
+    """Read an idx file of unsigned bytes, compressed with gzip or not.
 
     Args:
         file: two zeros, the code of bytes, the number of dimensions, their sizes (big-endian), and the bytes.
@@ -89,7 +89,7 @@ def read_idx(file: Path) -> Tensor:
         uint8 of the shape that the file states.
 
     Raises:
-        TaskError: the file is truncated or none.
+        TaskError: the file is truncated, or not an idx file of bytes.
     """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
@@ -99,7 +99,7 @@ def read_idx(file: Path) -> Tensor:
     sizes = np.frombuffer(content[4 : 4 + 4 * dims], dtype=">u4") if len(content) >= 4 + 4 * dims else ()
     shape = tuple(int(size) for size in sizes)
     if zeros != b"\0\0" or kind != bytes([_BYTES]) or not shape or len(content) != 4 + 4 * dims + math.prod(shape):
-        raise TaskError(f"{file} is truncated or no idx file of bytes; copy it again.")
+        raise TaskError(f"{file} is truncated, or not an idx file of bytes; copy it again.")
     return torch.tensor(np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape))
 
 

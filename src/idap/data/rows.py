@@ -1,4 +1,4 @@
-"""Rows of tables: CSV, TSV and JSON Lines, packed with gzip or not, and which column is which."""
+"""Reads the rows of CSV, TSV and JSON Lines files, compressed with gzip or not, and finds their columns."""
 
 import csv
 import difflib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from idap.data.layout import PACKED, check_path, part_named, parts_in
+from idap.data.layout import PACKED, check_path, find_part, parts_in
 from idap.errors import ConfigError, TaskError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -21,12 +21,12 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "pair": ("text_pair", "text2", "sentence2", "hypothesis", "question2", "answer"),
     "split": ("split", "part", "set"),
 }
-"""Names of columns that need not be said, in the order in which they are looked for."""
+"""Kind of column -> names that are found without a setting, in the order of the search."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is which; None where there is none."""
+    """The names of the columns; None if there is no such column."""
 
     text: str
     label: str
@@ -34,14 +34,14 @@ class Columns:
     split: str | None
 
     def __str__(self) -> str:
-        pair = f" and {self.pair!r}" if self.pair is not None else ""
-        split = f", parts those of {self.split!r}" if self.split is not None else ""
-        return f"texts are those of column {self.text!r}{pair}, labels those of {self.label!r}{split}"
+        texts = f"column {self.text!r}" if self.pair is None else f"columns {self.text!r} and {self.pair!r}"
+        split = f", the parts in {self.split!r}" if self.split is not None else ""
+        return f"the texts are in {texts}, the labels in {self.label!r}{split}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample, and where it stands, for errors."""
+    """One sample, and its place in a file, for errors."""
 
     text: str
     pair: str | None
@@ -57,7 +57,7 @@ def read_parts(path: str | Path, wanted: Mapping[str, str | None]) -> tuple[dict
         wanted: "text", "pair", "label" and "split" -> the column's name, None to look for it.
 
     Returns:
-        Part -> its rows ("train" alone where nothing tells parts), and which column is which.
+        Part -> its rows (only "train" if neither a column nor a folder names parts), and the columns.
 
     Raises:
         TaskError: a file is missing or broken, or a row lacks a value.
@@ -78,17 +78,17 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a table row by row.
 
     Args:
-        file: CSV with quotes where they are needed, TSV without, or JSON Lines; by its suffix.
+        file: CSV with quotes where they are needed, TSV without, or JSON Lines; the suffix decides.
 
     Yields:
-        Where a row stands, such as `data.csv, line 3`, and column -> value.
+        The place of a row, such as `data.csv, line 3`, and column -> value.
 
     Raises:
         TaskError: the file has another suffix, is empty or broken, or rows differ in their columns.
     """
     suffix = _suffix(file)
     if suffix not in SUFFIXES:
-        raise TaskError(f"{file} is no table that is known, expected {', '.join(SUFFIXES)}, each with .gz or without.")
+        raise TaskError(f"{file} is not a known kind of table, expected {', '.join(SUFFIXES)}, with .gz or without.")
     text = read_text(file)
     read = (
         _json_lines(text, file)
@@ -105,7 +105,7 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_text(file: Path) -> str:
-    """Read a text in UTF-8, packed with gzip or not.
+    """Read a text in UTF-8, compressed with gzip or not.
 
     Raises:
         TaskError: it can't be read.
@@ -116,26 +116,26 @@ def read_text(file: Path) -> str:
     except (OSError, EOFError, zlib.error) as error:
         raise TaskError(f"{file} can't be read: {error}.") from error
     except UnicodeDecodeError as error:
-        raise TaskError(f"{file} is no text in UTF-8 ({error.reason} at byte {error.start}); convert it.") from error
+        raise TaskError(f"{file} is not a text in UTF-8 ({error.reason} at byte {error.start}); convert it.") from error
 
 
 def find_columns(
     header: Sequence[str], wanted: Mapping[str, str | None], where: str, *, splits: bool = True
 ) -> Columns:
-    """Find out which column is which.
+    """Find the columns of texts, pairs, labels and parts.
 
     Args:
         header: names of the columns.
         wanted: as for `read_parts`.
-        where: begins the errors.
-        splits: whether a column may tell parts.
+        where: file that the errors name.
+        splits: whether a column may name the part of each row.
 
     Raises:
         ConfigError: a column that is named does not exist, or one that is needed is not found.
 
     Example:
         >>> str(find_columns(["split", "label", "sentence"], {}, "sst2.tsv"))
-        "texts are those of column 'sentence', labels those of 'label', parts those of 'split'"
+        "the texts are in column 'sentence', the labels in 'label', the parts in 'split'"
     """
     lower = {name.strip().lower(): name for name in header}
     found: dict[str, str | None] = {}
@@ -148,7 +148,7 @@ def find_columns(
                 f"{where} has no column {named!r} (data.{kind}); its columns are {', '.join(map(repr, header))}{advice}"
             )
         guessed = next((lower[name] for name in KNOWN[kind] if name in lower), None)
-        # A pair is looked for only where the text was: who names the one column means that one.
+        # A pair is searched for only if the text is: a setting that names only the text means a single text.
         looked_for = kind != "pair" or wanted.get("text") is None
         found[kind] = named if named is not None else guessed if looked_for else None
     others = [name for name in header if name not in found.values()]
@@ -157,8 +157,9 @@ def find_columns(
     for kind in ("label", "text"):
         if found[kind] is None:
             raise ConfigError(
-                f"{where}: which column holds the {kind}s is not clear; its columns are "
-                f"{', '.join(map(repr, header))}. Say it: data.{kind} = {json.dumps((others or list(header))[0])}."
+                f"{where}: it is not clear which column holds the {kind}s; the columns are "
+                f"{', '.join(map(repr, header))}. Set data.{kind} = {json.dumps((others or list(header))[0])}, or "
+                "another of them."
             )
     text, label = found["text"], found["label"]
     assert text is not None and label is not None
@@ -171,7 +172,7 @@ def _by_split(records: Sequence[tuple[str, dict[str, Any]]], columns: Columns, f
     parts: dict[str, list[Row]] = {}
     for record in records:
         where, values = record
-        part = part_named(str(values.get(columns.split)))
+        part = find_part(str(values.get(columns.split)))
         if part is None:
             raise TaskError(
                 f"{where}: {columns.split!r} is {values.get(columns.split)!r}, expected train, val (or dev) or test."
@@ -224,7 +225,7 @@ def _json_lines(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            raise TaskError(f"{where} is no JSON: {error}.") from error
+            raise TaskError(f"{where} is not JSON: {error}.") from error
         if not isinstance(found, dict):
             raise TaskError(f"{where} is {type(found).__name__}, expected an object with the columns as keys.")
         yield where, found

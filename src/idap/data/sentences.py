@@ -19,11 +19,11 @@ from idap.training.task import Task, classification
 
 
 class Sentences(Dataset[dict[str, Any]]):
-    """Texts as numbers of tokens, with their labels.
+    """Texts as token numbers, with their labels.
 
     Args:
         encoded: name of an input of the model -> a list of numbers for each text.
-        labels: one for each.
+        labels: number of the label of each text.
     """
 
     def __init__(self, encoded: Mapping[str, Sequence[Sequence[int]]], labels: Sequence[int]) -> None:
@@ -36,19 +36,19 @@ class Sentences(Dataset[dict[str, Any]]):
         return {**{name: rows[place] for name, rows in self.encoded.items()}, "labels": self.labels[place]}
 
 
-class Padded:
+class Padding:
     """Puts texts of different lengths into one batch.
 
     Args:
-        fill: name of an input -> what stands behind the end of a text.
-        length: of every batch; None: of the longest text in it.
+        fill: name of an input -> the number that pads a text.
+        length: length of every batch; None: the length of the longest text in it.
     """
 
     def __init__(self, fill: Mapping[str, int], length: int | None) -> None:
         self.fill, self.length = fill, length
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Give inputs `(B, T)` by name, and labels `(B,)`."""
+        """Return inputs `(B, T)` by name, and labels `(B,)`."""
         batch = {"labels": torch.tensor([sample["labels"] for sample in samples])}
         for name, fill in self.fill.items():
             rows = [sample[name] for sample in samples]
@@ -79,20 +79,20 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
 
     Args:
         path: a `.csv`, `.tsv` or `.jsonl` file, with `.gz` or not, or a folder with train, val and test of that kind.
-        tokenizer: a folder of transformers, or a name on the hub; a recipe takes that of the model.
-        text: column of the texts; looked for if None, as the other columns are.
-        pair: column of second texts, where two belong together.
+        tokenizer: a folder of transformers, or a name on the hub; if left out of a recipe, the model's.
+        text: column of the texts; if left out, it is found by its name, as are the other columns.
+        pair: column of the second texts, if a row holds a pair of texts.
         label: column of the labels.
-        split: column that tells the part of a row, where there is one file: train, val (or dev) or test.
-        labels: the labels in the order of the model's outputs; None: those of train, sorted, numbers as numbers.
-        max_length: tokens of a text at most; what is longer is cut off.
-        pad_to_max: fill every batch up to `max_length`, not to its longest text.
-        batch_size: texts of a batch.
-        val_share: share of the training rows that decides, where nothing else is there to.
-        seed: of that choice.
-        labels_like: names of the model's classes; their order is taken where they are the labels of train.
-        vocabulary: tokens that the model knows.
-        positions: places of a text that it knows.
+        split: column that names the part of a row, if there is one file: train, val (or dev) or test.
+        labels: the labels in the order of the model's outputs; if left out, those of train, sorted, numbers as numbers.
+        max_length: largest number of tokens in a text; longer texts are truncated.
+        pad_to_max: pad every batch to `max_length`, not to its longest text.
+        batch_size: texts in a batch.
+        val_share: share of the training rows that is used for validation if there is no val part.
+        seed: seed of that choice.
+        labels_like: names of the model's classes; their order is used if they are the labels of train.
+        vocabulary: number of tokens in the model's vocabulary.
+        positions: largest number of tokens in a text that the model can read.
 
     Returns:
         A `Task` with cross-entropy and accuracy; batches are dicts of int64 `(B, T)`, with labels `(B,)`.
@@ -104,19 +104,19 @@ def sentences(  # noqa: PLR0913 - one argument per key of a recipe
     check_count("batch_size", batch_size)
     check_count("max_length", max_length)
     if tokenizer is None:
-        raise ConfigError("which tokenizer is meant is not said: set data.tokenizer to a folder of transformers.")
+        raise ConfigError("no tokenizer is given: set data.tokenizer to a folder of transformers.")
     rows, columns = _parts(path, text, pair, label, split)
     names = _check_labels(rows, _order_labels(rows["train"], labels, labels_like))
-    told = (str(columns), f"labels are {', '.join(f'{place} = {name!r}' for place, name in enumerate(names))}")
-    parts, taken = with_val(rows, val_share, seed, "rows")
+    notes = (str(columns), f"labels are {', '.join(f'{place} = {name!r}' for place, name in enumerate(names))}")
+    parts, split_notes = with_val(rows, val_share, seed, "rows")
     loaded = load_tokenizer(tokenizer)
     read = {part: _encode(rows, names, loaded, max_length) for part, rows in parts.items()}
     _check_read(read, vocabulary, positions)
-    padded = Padded(_fill(loaded, read["train"]), max_length if pad_to_max else None)
-    loader = partial(DataLoader, batch_size=batch_size, collate_fn=padded)
+    padding = Padding(_fill(loaded, read["train"]), max_length if pad_to_max else None)
+    loader = partial(DataLoader, batch_size=batch_size, collate_fn=padding)
     sets = {part: loader(samples, shuffle=part == "train") for part, samples in read.items()}
     task = classification(sets["train"], sets["val"], test=sets.get("test"), num_classes=len(names))
-    return replace(task, notes=(*told, *taken))
+    return replace(task, notes=(*notes, *split_notes))
 
 
 def label_names(
@@ -178,27 +178,29 @@ def _encode(rows: Sequence[Row], names: Sequence[str], tokenizer: Any, max_lengt
     encoded = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length, verbose=False)
     for row, tokens in zip(rows, encoded["input_ids"], strict=True):
         if not tokens:
-            raise TaskError(f"{row.where}: the text {row.text!r:.60} has no tokens; take the row out.")
+            raise TaskError(f"{row.where}: the text {row.text!r:.60} has no tokens; remove the row.")
     places = {name: place for place, name in enumerate(names)}
     return Sentences(dict(encoded), [places[row.label] for row in rows])
 
 
 def _check_read(read: Mapping[str, Sentences], vocabulary: int | None, positions: int | None) -> None:
-    """Refuse tokens that the model does not know, and texts that are too long for it."""
+    """Refuse tokens that are not in the model's vocabulary, and texts that are too long for it."""
     rows = [row for part in read.values() for row in part.encoded["input_ids"]]
     check_tokens(max(map(max, rows)), vocabulary)
     check_length(max(map(len, rows)), positions, "max_length")
 
 
 def _fill(tokenizer: Any, read: Sentences) -> dict[str, int]:
-    """What stands behind the end of a text, for each input."""
+    """The number that pads a text, for each input."""
     if tokenizer.pad_token_id is None:
         raise TaskError(
-            "the tokenizer has no token for padding, so texts of different lengths fit into no batch. Give it one: "
+            "the tokenizer has no token for padding, so texts of different lengths can't form a batch. Give it one: "
             "tokenizer.pad_token = tokenizer.eos_token, and save it again; the model's config needs pad_token_id too."
         )
     known = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0}
     strange = sorted(set(read.encoded) - set(known))
     if strange:
-        raise TaskError(f"the tokenizer gives {strange[0]!r}, and what fills it is not known.")
+        raise TaskError(
+            f"the tokenizer gives {strange[0]!r}, for which no padding is known; expected {', '.join(known)}."
+        )
     return {name: known[name] for name in read.encoded}

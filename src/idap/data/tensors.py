@@ -22,8 +22,8 @@ class TensorLoader:
     """Yields batches of tensors, anew at each iteration; shuffles with torch's global random state.
 
     Args:
-        tensors: of equal length N; a batch is a tuple with a part of each.
-        batch_size: samples of a batch; the last one may be smaller.
+        tensors: tensors of equal length N; a batch is a tuple with a part of each.
+        batch_size: samples in a batch; the last one may be smaller.
         shuffle: take the samples in a new order at each iteration.
         augment: changes the first tensor of each batch, for example `crop_and_flip`.
         drop_last: leave out a smaller last batch.
@@ -75,12 +75,12 @@ class Splits:
     """A data set of images `(B, *shape)` and labels `(B,)`, split into parts that share no sample.
 
     Args:
-        train: shuffled batches to learn from.
-        val: batches that decide.
-        test: batches that are looked at once, at the end; None where there are none.
+        train: training batches, shuffled.
+        val: validation batches.
+        test: test batches, which are used only once, at the end; None if there are none.
         num_classes: number of classes.
-        shape: of one image.
-        calibration: training images as they are judged, without augmentation; `train` where None.
+        shape: shape of one image.
+        calibration: training images without augmentation, as in an evaluation; None: `train` is used.
         notes: what a reader of a run should know, such as where validation data were taken from.
     """
 
@@ -97,8 +97,8 @@ def digits(seed: int = 0, batch_size: int = 64) -> Splits:
     """Load the 1,797 handwritten digits that come with scikit-learn, 8×8 pixels.
 
     Args:
-        seed: of the split into 60 % train, 20 % val and 20 % test, each with the same share of every class.
-        batch_size: samples of a batch.
+        seed: seed of the split into 60 % train, 20 % val and 20 % test, each with the same share of every class.
+        batch_size: samples in a batch.
 
     Returns:
         `Splits` with images of shape `(1, 8, 8)`, scaled so that the training pixels have mean 0 and deviation 1.
@@ -141,15 +141,15 @@ def cifar10(
 
     Args:
         path: the folder of the two files.
-        batch_size: samples of a batch.
-        val_size: images set aside for val.
-        val_from: which set they are taken from. Weights that were trained on the whole training set know any image of
-            it, so that a loss would not show there: "test" decides on images of the test set, and leaves the rest of it
-            to be reported.
-        seed: of the choice of the val images.
+        batch_size: samples in a batch.
+        val_size: number of images that are used for validation.
+        val_from: the set from which they are taken. Weights that were trained on the whole training set have memorised
+            it, so that a loss of accuracy would not show there: "test" takes the validation images from the test set
+            and leaves the rest of it for the test.
+        seed: seed of the choice of the validation images.
         augment: crop and flip the training images at random.
-        mean: of each colour, subtracted from pixels in [0, 1].
-        std: of each colour, divides.
+        mean: mean of each colour, subtracted from pixels in [0, 1].
+        std: standard deviation of each colour, by which they are then divided.
 
     Returns:
         `Splits` with images of shape `(3, 32, 32)`.
@@ -169,7 +169,7 @@ def cifar10(
     sets[val_from] = _take(sets[val_from], order[val_size:])
     scale = partial(normalise, mean=mean, std=std)
     images, labels = sets["train"]
-    # Augmented images stay bytes until they are cropped, so that the border is black and memory a quarter.
+    # Augmented images stay bytes until they are cropped: the border is black, and they take a quarter of the memory.
     learn = images if augment else scale(images)
     change = (lambda pixels: scale(crop_and_flip(pixels))) if augment else None
     return Splits(
@@ -178,7 +178,7 @@ def cifar10(
         test=TensorLoader((scale(sets["test"][0]), sets["test"][1]), batch_size),
         num_classes=10,
         shape=(3, 32, 32),
-        notes=(f"{val_size:,} of the {available:,} images of {val_from}, drawn by seed {seed}, decide",),
+        notes=(f"{val_size:,} of the {available:,} images of {val_from}, drawn with seed {seed}, are for validation",),
     )
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers by name: of transformers, from a folder or the hub, or the bytes of a text."""
+"""Loads tokenizers of transformers, from a folder or the hub, and turns texts into token numbers."""
 
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +11,7 @@ from idap.errors import TaskError
 
 BYTES = "bytes"
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-"""One of them lies in a folder that holds a tokenizer."""
+"""A folder with a tokenizer holds at least one of these files."""
 
 
 def load_tokenizer(name: str) -> Any:
@@ -24,7 +24,7 @@ def load_tokenizer(name: str) -> Any:
         The tokenizer.
 
     Raises:
-        TaskError: there is none, or transformers is missing.
+        TaskError: there is no such tokenizer, or transformers is missing.
     """
     library = _transformers(name)
     folder = Path(name).expanduser()
@@ -43,11 +43,11 @@ def load_tokenizer(name: str) -> Any:
 
 
 def token_numbers(text: str, tokenizer: str) -> Tensor:
-    """Turn a text into the numbers of its tokens, without any that the text does not hold.
+    """Turn a text into the numbers of its tokens, without special tokens.
 
     Args:
-        text: as long as it is.
-        tokenizer: as for `load_tokenizer`, or "bytes": each byte of the text in UTF-8.
+        text: a text of any length.
+        tokenizer: as for `load_tokenizer`, or "bytes": each byte of the text in UTF-8 is a token.
 
     Returns:
         int64 `(T,)`.
@@ -66,19 +66,19 @@ def token_numbers(text: str, tokenizer: str) -> Tensor:
 
 
 def check_tokens(largest: int, vocabulary: int | None) -> None:
-    """Refuse tokens that the model does not know.
+    """Refuse tokens that are not in the model's vocabulary.
 
     Args:
-        largest: number of a token.
-        vocabulary: number of tokens that the model knows; None: not known here.
+        largest: the largest token number.
+        vocabulary: number of tokens in the model's vocabulary; None: not known here.
 
     Raises:
         TaskError: there are such tokens.
     """
     if vocabulary is not None and largest >= vocabulary:
         raise TaskError(
-            f"token {largest} is none of the model's {vocabulary}: the tokenizer is that of another model. Set "
-            "data.tokenizer to the model's own."
+            f"token {largest} is not among the model's {vocabulary} tokens: the tokenizer belongs to another model. "
+            "Set data.tokenizer to the model's own."
         )
 
 
@@ -86,16 +86,16 @@ def check_length(longest: int, positions: int | None, key: str) -> None:
     """Refuse texts that are longer than the model can read.
 
     Args:
-        longest: tokens of the longest text.
-        positions: that the model knows; None, or less than 1: any number, or not known here.
-        key: of `[data]`, that says how long texts may be.
+        longest: number of tokens in the longest text.
+        positions: largest number of tokens that the model can read; None, or less than 1: any number, or not known.
+        key: the key of `[data]` that says how long texts may be.
 
     Raises:
         TaskError: there are such texts.
     """
     if positions is not None and 0 < positions < longest:
         raise TaskError(
-            f"the longest text has {longest} tokens, and the model knows {positions} positions. Cut texts off there: "
+            f"the longest text has {longest} tokens, and the model has {positions} positions. Truncate the texts: "
             f"data.{key} = {positions}, or less."
         )
 

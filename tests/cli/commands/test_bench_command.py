@@ -26,14 +26,14 @@ FOUND = Bench(
 )
 
 
-def shown(width):
+def render_table(width):
     console = Console(width=width, force_terminal=True, no_color=True, file=io.StringIO())
     _show(console, FOUND)
     return re.sub(r"\x1b\[\d*m", "", console.file.getvalue())
 
 
 def test_everything_on_a_wide_terminal():
-    text = shown(100)
+    text = render_table(100)
     assert "200 (150 to 250)" in text and "100 (90.00 to 110)" in text
     assert "0.50" in text and "4.0 → 2.0" in text
     assert "Medians (and quartiles) of one forward pass on cpu, 1 thread. Weights: 4.00 MB → 2.00 MB." in text
@@ -41,6 +41,6 @@ def test_everything_on_a_wide_terminal():
 
 
 def test_the_medians_on_a_narrow_one():
-    text = shown(60)
+    text = render_table(60)
     assert max(map(len, text.splitlines())) <= 60
     assert "…" not in text and "0.50" in text and "onnxruntime" in text and "quartiles" not in text

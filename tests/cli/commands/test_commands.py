@@ -150,7 +150,7 @@ class TestInspect:
         )
         words = ["inspect", "python:heads.py:Heads", "--input-shape", "1,4,8"]
         found = idap(*words, "--contract", "logits").stdout
-        assert "1 module whose forward is written anew when its groups are cut" in found
+        assert "1 module whose forward is rewritten when its groups are cut" in found
         assert re.search(r"attention:heads +2 heads", found) and re.search(r"attention\.out_proj +8 neurons", found)
         found = idap(*words, "--no-swap").stdout
         assert "written anew" not in found and "2 heads" not in found and "0 groups" in found
@@ -202,7 +202,7 @@ class TestInspect:
             (["idap:digits_vit", "--input-shape", "1x3"], "'1x3' is not a shape; write sizes with commas"),
             (["idap:digits_vit", "--input-shape", "1,0"], "write sizes above 0"),
             (["idap:digits_vit", "--input-shape", "1,3,8,8"], "does not accept the example inputs"),
-            (["SCRIPT:build_model"], "is not known; say it: --input-shape 1,3,32,32"),
+            (["SCRIPT:build_model"], "are not known; give --input-shape 1,3,32,32"),
             (["SCRIPT:build_mode", "--input-shape", "1,4"], "Did you mean 'build_model'?"),
             (["nowhere.toml"], "there is no recipe nowhere.toml"),
         ],
@@ -233,7 +233,7 @@ class TestInspect:
         ("words", "expected"),
         [
             (["--latency", "--divergence"], "--divergence and --latency are two views"),
-            (["--batch", "4"], "it goes with --latency"),
+            (["--batch", "4"], "it needs --latency"),
         ],
     )
     def test_views_that_don_t_go_together(self, words, expected):
@@ -286,7 +286,9 @@ class TestCompress:
         words = ["--model", "idap:digits_resnet", "--data", "digits", "--macs", "90%", "--max-drop", "90%"]
         quick = ["filters.schedule=one-shot", "filters.streams=keep", "layers.removals=0", "recovery.epochs=0"]
         result = idap("compress", *words, *(word for each in quick for word in ("--set", each)))
-        assert "idap:digits_resnet has random weights: none are named (--weights FILE)" in text(result.stdout)
+        assert "idap:digits_resnet has random weights: no file of weights is given (--weights FILE)" in text(
+            result.stdout
+        )
 
     def test_every_goal_is_an_option(self, script):
         result = compress(script, "--parameters", "70%", "--size", "0.75", "--latency", "2")
@@ -504,7 +506,7 @@ class TestDemo:
         def fake(console, progress, **options):
             seen.update(options)
             console.print("the demo")
-            return [demo.Played("net", reached, "done", numbers())]
+            return [demo.NetworkResult("net", reached, "done", numbers())]
 
         monkeypatch.setattr(demo, "run_demo", fake)
         result = idap("demo", "--fast", "--seed", "3", "--out", "here")

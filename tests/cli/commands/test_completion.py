@@ -64,7 +64,7 @@ def test_bash(shell):
         "idap inspect x --criterion tay": ["taylor"],
         "idap list ": ["models", "data", "criteria", "recipes"],
         "idap evaluate run --split ": ["val", "test"],
-        "idap evaluate ru": [],  # left to the shell, which knows files
+        "idap evaluate ru": [],  # left to the shell, which completes files
     }
     assert dict(zip(asked, shell(*asked), strict=True)) == asked
 
@@ -101,7 +101,7 @@ def test_a_shell_that_is_not_known(words, found, monkeypatch):
     monkeypatch.delenv("SHELL", raising=False)
     result = idap("completion", *words)
     assert result.exit_code == 2
-    assert f"there is completion for bash, zsh, fish, found {found}." in text(result.stderr)
+    assert f"there is no completion script for {found}; name one of bash, zsh, fish." in text(result.stderr)
 
 
 def test_files_and_folders():

@@ -75,7 +75,7 @@ def test_a_run_knows_everything(small):
     found = json.loads(command("evaluate", "run", "--trust", "--json").stdout)
     assert found["original"] is None and found["compressed"] == small[1]
     shown = text(command("evaluate", "run", "--trust").stdout)
-    assert "The original was trained by its recipe, and its weights are not there" in shown and "points" not in shown
+    assert "The recipe trains the original, and the trained weights are missing" in shown and "points" not in shown
     save_file(
         {
             "0.weight": torch.ones(16, 4),
@@ -109,9 +109,9 @@ def test_the_original_has_as_many_outputs_as_in_the_run(small, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "the command line does not say what model and data are; say it: --recipe FILE"),
-        (["small"], "small does not say what model and data are"),
-        (["small", *TASK, "--split", "train"], "--split is val or test, found 'train'"),
+        ([], "the command line does not name a model and data; give --recipe FILE"),
+        (["small"], "small does not name a model and data"),
+        (["small", *TASK, "--split", "train"], "--split must be val or test, found 'train'"),
         (["nowhere"], "nowhere holds neither a run (run.json) nor a compressed model"),
         (["nowhere", *TASK], "nowhere holds neither a run (run.json) nor a compressed model"),
         (["small", "--model", "idap:digits_vit", *TASK[2:]], "the plan does not fit this model"),

@@ -1,4 +1,4 @@
-"""What holds for every command: help that teaches, switches that all have, one way to end."""
+"""Properties of every command: help with examples, the common options, and the same exit codes."""
 
 import importlib
 import json
@@ -48,7 +48,7 @@ def module_of(name: str):
     return importlib.import_module(COMMANDS[name.split(maxsplit=1)[0]].place.partition(":")[0])
 
 
-def loaded(name: str):
+def load_command(name: str):
     """The command that runs, also one of a group."""
     first, _, inner = name.partition(" ")
     command = COMMANDS[first].load()
@@ -56,7 +56,7 @@ def loaded(name: str):
 
 
 @pytest.fixture
-def failing(monkeypatch, tmp_path):
+def fail_in(monkeypatch, tmp_path):
     """A call of a command that ends with an error in the middle of its work."""
     Path("run").mkdir()
     Path("run/run.json").write_text("{}")
@@ -96,7 +96,9 @@ def test_every_example_of_the_help_is_a_command_line(name):
         rest = shlex.split(example)[1 + len(words) :]
         assert shlex.split(example)[0] == "idap"
         with typer.Context(GROUP, info_name="idap") as context:
-            loaded(name).make_context(words[-1], rest, parent=context)  # an unknown option or a wrong value raises
+            load_command(name).make_context(
+                words[-1], rest, parent=context
+            )  # an unknown option or a wrong value raises
 
 
 def test_an_example_with_an_unknown_option_would_be_seen():
@@ -107,7 +109,7 @@ def test_an_example_with_an_unknown_option_would_be_seen():
 
 @SHOWN
 def test_all_have_the_same_switches(name):
-    options = {option for parameter in loaded(name).params for option in parameter.opts}
+    options = {option for parameter in load_command(name).params for option in parameter.opts}
     expected = {"--json", "--debug"} | ({"--quiet", "-q", "--verbose", "-v"} if name not in PLAIN else set())
     assert expected <= options
 
@@ -118,18 +120,18 @@ def test_every_command_is_tried_here(name):
 
 
 @SHOWN
-def test_an_error_of_the_user(name, failing):
-    result = failing(name, RunFolderError("the run is gone; bring it back."))
+def test_an_error_of_the_user(name, fail_in):
+    result = fail_in(name, RunFolderError("the run is gone; bring it back."))
     assert (result.exit_code, result.stdout) == (2, "")
     assert "the run is gone; bring it back. in " in text(result.stderr)
     assert f"help idap {name} --help" in text(result.stderr)
     assert "Traceback" not in result.stderr
-    assert "Traceback" in failing(name, RunFolderError("gone"), "--debug").stderr
+    assert "Traceback" in fail_in(name, RunFolderError("gone"), "--debug").stderr
 
 
 @SHOWN
-def test_an_error_for_machines(name, failing):
-    result = failing(name, RunFolderError("the run is gone"), "--json")
+def test_an_error_for_machines(name, fail_in):
+    result = fail_in(name, RunFolderError("the run is gone"), "--json")
     assert (result.exit_code, result.stderr) == (2, "")
     assert json.loads(result.stdout)["error"]["kind"] == "RunFolderError"
     assert json.loads(result.stdout)["error"]["message"] == "the run is gone"
@@ -137,25 +139,25 @@ def test_an_error_for_machines(name, failing):
 
 @SHOWN
 @pytest.mark.parametrize("error", [KeyError("boo"), SystemExit(0)], ids=["KeyError", "SystemExit"])
-def test_what_nobody_expected(name, failing, error):
-    result = failing(name, error)
+def test_what_nobody_expected(name, fail_in, error):
+    result = fail_in(name, error)
     assert (result.exit_code, result.stdout) == (3, "")
     assert type(error).__name__ in result.stderr
 
 
 @SHOWN
-def test_interrupted(name, failing):
-    result = failing(name, KeyboardInterrupt())
+def test_interrupted(name, fail_in):
+    result = fail_in(name, KeyboardInterrupt())
     assert (result.exit_code, result.stdout) == (130, "")
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("\nStopped. ")
-    found = json.loads(failing(name, KeyboardInterrupt(), "--json").stdout)
+    found = json.loads(fail_in(name, KeyboardInterrupt(), "--json").stdout)
     assert found["error"]["kind"] == "KeyboardInterrupt" and found["error"]["message"].startswith("Stopped. ")
 
 
 @SHOWN
-def test_the_traceback_by_environment(name, failing, monkeypatch):
+def test_the_traceback_by_environment(name, fail_in, monkeypatch):
     monkeypatch.setenv("IDAP_DEBUG", "1")
-    assert "Traceback" in failing(name, RunFolderError("gone")).stderr
+    assert "Traceback" in fail_in(name, RunFolderError("gone")).stderr
 
 
 @SHOWN

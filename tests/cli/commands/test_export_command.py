@@ -83,10 +83,10 @@ def test_the_original_from_a_recipe_or_the_run(run, tmp_path):
         (["nowhere", *MODEL, "--out", "a.onnx"], "nowhere holds neither a run (run.json) nor a compressed model"),
         (
             ["run", *MODEL, "--to", "tflite", "--out", "a"],
-            "--to is onnx, pt2, safetensors or transformers, found 'tflite'",
+            "--to must be onnx, pt2, safetensors or transformers, found 'tflite'",
         ),
         (["run", *MODEL, "--to", "pt2", "--out", "a.onnx"], "a.onnx should end in .pt2"),
-        (["run", *MODEL[:2], "--to", "pt2", "--out", "a.pt2"], "is not known; say it: --input-shape"),
+        (["run", *MODEL[:2], "--to", "pt2", "--out", "a.pt2"], "are not known; give --input-shape"),
         (["run", *MODEL[:3], "2,5", "--to", "pt2", "--out", "a.pt2"], "does not accept the example inputs"),
         (["run", "--model", "idap:digits_vit", "--to", "pt2", "--out", "a.pt2"], "the plan does not fit this model"),
     ],
@@ -138,7 +138,7 @@ def test_a_plain_folder_of_transformers(bert):
     assert result.exit_code == 0, result.stderr
     told = text(result.stdout)
     assert "small is a plain folder (intermediate_size 32 -> 16); it loads with Bert" in told
-    assert "beside it lies " in told and "Tokenizer" in told
+    assert "saved with " in told and "Tokenizer" in told
     small = BertForSequenceClassification.from_pretrained("small")
     assert small.config.intermediate_size == 16
     assert len(AutoTokenizer.from_pretrained("small")) == 12

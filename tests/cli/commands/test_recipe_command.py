@@ -1,4 +1,4 @@
-"""`idap recipe` writes a recipe that loads and runs, by asking or from options, and shows those that idap brings."""
+"""`idap recipe` writes a recipe that loads and runs, from answers or options, and shows those that come with idap."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_by_five_questions_and_then_it_runs(tmp_path):
         (["--data", "python:mine.py:data"], "which model is meant for python:mine.py:data is not known"),
         (["--data", "digits", "--macs", "40"], 'for 40 percent write 0.4 or "40%"'),
         (["--data", "csv"], "data.path is missing"),
-        ([], "nobody answers: say it with --data"),
+        ([], "no answer was given; use --data"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(tmp_path, words, text):
@@ -61,7 +61,7 @@ def test_a_file_is_not_overwritten(tmp_path):
     (tmp_path / "r.toml").write_text("mine")
     result = run("new", "--data", "digits", "--out", tmp_path / "r.toml", "--json")
     assert result.exit_code == 2
-    assert "is there already; name another file with --out" in result.output
+    assert "exists already; name another file with --out" in result.output
     assert (tmp_path / "r.toml").read_text() == "mine"
 
 
@@ -99,4 +99,4 @@ def test_list_and_show(tmp_path):
     shown = run("show", "digits_resnet").stdout
     (tmp_path / "copy.toml").write_text(shown)
     assert read_recipe(tmp_path / "copy.toml").config() == read_recipe("digits_resnet").config()
-    assert "idap brings no recipe 'nothing'; it brings cifar10_resnet20" in run("show", "nothing", "--json").output
+    assert "idap has no recipe 'nothing'; its recipes are cifar10_resnet20" in run("show", "nothing", "--json").output

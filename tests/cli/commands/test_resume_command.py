@@ -12,7 +12,7 @@ from tests.cli.commands.test_commands import compress, idap, plain_terminal, scr
     ("content", "expected"),
     [
         (None, "run holds no run (run.json), so there is nothing to go on with"),
-        ("{}", "was begun from Python and knows no recipe; go on there: idap.compress(model, task, config,"),
+        ("{}", "was begun from Python and has no recipe; go on there: idap.compress(model, task, config,"),
         ("{", "run.json can't be read"),
         ('{"recipe": {"model": {"build": "idap:digits_vit"}}}', "there is no task"),
     ],

@@ -18,12 +18,12 @@ EXAMPLES = ("idap apply runs/resnet/model/plan.json --checkpoint original/ --out
 DOCUMENT = {
     "folder": "where the result is",
     "files": "names of the files with weights",
-    "tensors": "how many they hold",
-    "dropped": "names of the tensors that were left out",
+    "tensors": "number of tensors in these files",
+    "dropped": "names of the tensors that were removed",
     "size": "`before` and `after`: bytes of the weights",
     "subnormal": "tensor -> subnormal numbers that were written as zeros",
     "copied": "other files that were copied",
-    "left_out": "other files that were not",
+    "left_out": "other files that were not copied",
 }
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -42,7 +42,7 @@ def apply_command(
     """Cut a checkpoint on disk as a plan says, without building the model.
 
     Files are read and written a piece of a tensor at a time, so a model of any size fits into memory.
-    The result is read by idap.load and a freshly built original. Layers that the plan removes become stand-ins without
+    Load the result with idap.load and a freshly built original. Layers that the plan removes become stand-ins without
     weights; the others keep their names and numbers, so nothing is renumbered. Small files beside the weights
     (config.json, tokenizer) are copied as they are and describe the original. A run that was stopped leaves no
     half-written file: run the same command again.

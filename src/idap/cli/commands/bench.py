@@ -1,4 +1,4 @@
-"""`idap bench`: latency, memory and size of a compressed model beside the original, on this machine."""
+"""`idap bench`: measure latency, memory and size of a compressed model and its original, on this machine."""
 
 import os
 from dataclasses import asdict
@@ -38,14 +38,15 @@ EXAMPLES = (
     "idap bench small --model idap:digits_vit --engine eager --engine onnxruntime",
 )
 NARROW = 80
-"""Characters of a terminal below which quartiles and memory are left to --json."""
+"""Width of a terminal, in characters, below which the table leaves out quartiles and memory; --json has them."""
 DOCUMENT = {
     "rows": "for each engine and batch size: `engine`, `batch`, `latency` and `memory` of both models, and `ratio`: "
     "the latency of the compressed model as a share of the original's",
-    "size": "bytes of the tensors in a saved file: of the original, of the compressed model",
-    "subnormal": "weights of both so near to 0 that processors compute with them slowly",
-    "threads": "of the CPU",
-    "device": "where they ran",
+    "size": "bytes of the tensors in a saved file: of the original, then of the compressed model",
+    "subnormal": "number of weights so near to 0 that processors compute slowly with them: of the original, then of "
+    "the compressed model",
+    "threads": "number of CPU threads",
+    "device": "device on which both models ran",
     "channels_last": "whether images were laid out with their channels last",
 }
 
@@ -70,13 +71,13 @@ def bench_command(  # noqa: PLR0913 - one argument per option
 ) -> None:
     """Time a compressed model and its original in turn, on this machine.
 
-    Both run in one process and take turns, so that both see the same machine: compare the ratios, not the seconds.
-    Where the run was made elsewhere and its recipe names Python code, the command asks before it runs that.
+    Both run alternately in one process, under the same conditions: compare the ratios, not the seconds. If the run was
+    made elsewhere and its recipe names Python code, the command asks before it runs that code.
     """
     outcome = Outcome(
         command="idap bench", where=str(folder), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug
     )
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says on the standard error that it stopped
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences torch's profiler on stderr
     with outcome.report():
         from idap.deploy.bench import bench  # noqa: PLC0415 - torch is slow to import
         from idap.recipes.runs import model_folder, recipe_of_run  # noqa: PLC0415 - as above
@@ -145,5 +146,5 @@ def _time(latency: "Latency", *, spread: bool) -> str:
 
 
 def _digits(seconds: float) -> str:
-    """Milliseconds with three digits that count."""
+    """Format seconds as milliseconds, without decimals from 100 ms on."""
     return f"{1000 * seconds:.2f}" if seconds < 0.1 else f"{1000 * seconds:.0f}"

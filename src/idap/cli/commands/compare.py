@@ -1,4 +1,4 @@
-"""`idap compare`: several runs side by side."""
+"""`idap compare`: show several runs side by side."""
 
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 EXAMPLES = ("idap compare runs/net runs/net-2 --html both.html",)
 DOCUMENT = {
     "comparable": "whether the numbers can be compared",
-    "obstacles": "why not, a sentence each",
-    "runs": "of each its `folder`, `name`, whether its goals were `reached`, and its numbers `before` and `after`",
-    "settings": "those that differ: key, and the value of each run",
+    "obstacles": "the reasons why they can't be compared, one sentence each",
+    "runs": "for each run its `folder`, `name`, whether its goals were `reached`, and its numbers `before` and `after`",
+    "settings": "the settings that differ: the key, and its value in each run",
 }
 
 
@@ -35,7 +35,7 @@ def compare_command(
 ) -> None:
     """Show several runs side by side, and say where they can't be compared.
 
-    Runs of other models, data or metrics are shown, but their numbers don't compare.
+    Runs with different models, data or metrics are shown, but their numbers can't be compared.
     """
     where = ", ".join(map(str, runs))
     outcome = Outcome(command="idap compare", where=where, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)

@@ -1,4 +1,4 @@
-"""`idap completion`: a script for the shell, and what answers when the script asks."""
+"""`idap completion`: print the completion script of a shell, and prepare the parser for its requests."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,11 @@ from idap.cli.options import Debug, Json, ShellName
 from idap.errors import ConfigError
 
 EXAMPLES = ("idap completion bash", "idap completion zsh")
-DOCUMENT = {"shell": "which one", "script": "its script"}
+DOCUMENT = {"shell": "name of the shell", "script": "its completion script"}
 SHELLS = ("bash", "zsh", "fish")
 BASH = """\
 _idap_completion() {
-    # What was typed, up to the cursor, taken apart at spaces alone: bash itself would break idap:digits_vit in three.
+    # Split what was typed up to the cursor at spaces only: bash itself would split idap:digits_vit into three words.
     local IFS=$' \\t\\n' line=${COMP_LINE:0:COMP_POINT} words index reply
     read -ra words <<< "$line"
     [[ $line == *[[:space:]] ]] && index=${#words[@]} || index=$((${#words[@]} - 1))
@@ -34,21 +34,23 @@ def completion_command(shell: ShellName = None, *, as_json: Json = False, debug:
     """Print the script that completes commands, options and names in a shell.
 
     For bash, add to ~/.bashrc: eval "$(idap completion bash)". For zsh, add to ~/.zshrc, below compinit:
-    eval "$(idap completion zsh)". For fish: idap completion fish > ~/.config/fish/completions/idap.fish. Without a
-    shell, the one that $SHELL names is meant.
+    eval "$(idap completion zsh)". For fish: idap completion fish > ~/.config/fish/completions/idap.fish. If no shell
+    is given, the one in $SHELL is used.
     """
     outcome = Outcome(command="idap completion", where=shell or "$SHELL", as_json=as_json, debug=debug)
     with outcome.report():
         chosen = shell or Path(os.environ.get("SHELL", "")).name
         if chosen not in SHELLS:
-            raise ConfigError(f"there is completion for {', '.join(SHELLS)}, found {chosen or 'no shell'!r}.")
+            raise ConfigError(
+                f"there is no completion script for {chosen or 'no shell'!r}; name one of {', '.join(SHELLS)}."
+            )
         outcome.document = {"shell": chosen, "script": script(chosen)}
         if not as_json:
             typer.echo(script(chosen))
 
 
 def script(shell: str) -> str:
-    """The script of a shell."""
+    """The completion script of a shell."""
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # noqa: PLC0415 - seldom needed
 
     if shell == "bash":
@@ -57,7 +59,7 @@ def script(shell: str) -> str:
 
 
 def prepare() -> None:
-    """Make the parser understand what the scripts ask."""
+    """Make the parser answer the requests of the completion scripts."""
     from typer.completion import completion_init  # type: ignore[attr-defined]  # noqa: PLC0415 - seldom needed
 
     completion_init()

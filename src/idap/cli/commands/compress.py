@@ -1,4 +1,4 @@
-"""`idap compress`: both stages, from a recipe or from a model and a task."""
+"""`idap compress`: run both stages, from a recipe or from a model and a task."""
 
 import json
 from contextlib import nullcontext
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from idap.training.task import Task
 
 MADE_BY = "idap.recipe"
-"""Under what the weights of a trained original note the recipe that trained them."""
+"""Key of the note in a trained original's file of weights that holds the recipe that trained them."""
 
 _MAKES = ("model", "data", "task", "train")
-"""Sections of a recipe that make the original."""
+"""Sections of a recipe that determine the weights of the original."""
 
 EXAMPLES = (
     "idap compress recipes/digits_resnet.toml --set goals.macs=40%",
@@ -61,14 +61,14 @@ EXAMPLES = (
 )
 DOCUMENT = {
     "reached": "whether every goal was reached",
-    "message": "what was reached, or why not",
+    "message": "what was reached, or why a goal was missed",
     "parameters": "`before` and `after`: number of parameters",
     "macs": "`before` and `after`: multiply-adds for one sample",
-    "metric_name": "what `val` and `test` are",
-    "val": "`before` and `after`: the metric on the data that decided",
-    "test": "`before` and `after`: the metric on data that was looked at once; null where there is none",
+    "metric_name": "name of the metric",
+    "val": "`before` and `after`: the metric on the validation data",
+    "test": "`before` and `after`: the metric on the test data, which is used only once; null if there is none",
     "latency": "`before` and `after`: median seconds of one forward pass",
-    "batch": "samples of that pass",
+    "batch": "number of samples in that pass",
     "output_error": "squared difference of the outputs over the original's squared outputs, on the validation data",
     "run_dir": "folder of the run",
     "model": "folder of the result, for `idap.load`",
@@ -100,8 +100,8 @@ def compress_command(  # noqa: PLR0913 - one argument per option
 ) -> None:
     """Compress a trained model: remove filters, then layers, within a budget of accuracy.
 
-    The run folder keeps every decision, the accepted models and the result, which idap.load reads. A run that was
-    stopped, even killed, goes on with `idap resume`, to the same result.
+    The run folder holds every decision, the accepted models and the result, which idap.load reads. If a run is stopped,
+    or even killed, `idap resume` continues it and comes to the same result.
     """
     where = str(recipe) if recipe is not None else model or "the command line"
     outcome = Outcome(command="idap compress", where=where, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
@@ -110,7 +110,7 @@ def compress_command(  # noqa: PLR0913 - one argument per option
     replaced = {"model.build": model, "task.build": task, "data.path": data, "model.weights": weights}
     with outcome.report():
         if recipe is None and (model is None or (task is None and data is None)):
-            raise ConfigError("say what is compressed: a recipe, or --model and either --data or --task.")
+            raise ConfigError("nothing to compress was given; give a recipe, or --model and either --data or --task.")
         from idap.recipes.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
 
         read = read_recipe(recipe, settings, replaced=replaced)
@@ -122,14 +122,14 @@ def compress_command(  # noqa: PLR0913 - one argument per option
 def compress_recipe(
     outcome: Outcome, recipe: "Recipe", wanted: Path | None, *, resume: bool, tensorboard: Path | None
 ) -> bool:
-    """Compress as a recipe says, and show what came of it; several processes work together if they were launched.
+    """Compress as a recipe says, and show the result; if several processes were launched, they share the work.
 
     Args:
-        outcome: of the command.
-        recipe: says everything.
-        wanted: the run folder; None takes one in `runs/`.
-        resume: go on with the run in it.
-        tensorboard: folder of logs; None writes none.
+        outcome: reports the outcome of the command.
+        recipe: names model, data, goals and settings.
+        wanted: the run folder; None: a folder in `runs/` is chosen.
+        resume: whether to continue the run in that folder.
+        tensorboard: folder for the logs; None: no logs are written.
 
     Returns:
         Whether every goal was reached.
@@ -137,22 +137,22 @@ def compress_recipe(
     from idap.training.processes import is_main, join_processes  # noqa: PLC0415 - torch is slow to import
 
     with join_processes() as device:
-        speaks = is_main()
+        main = is_main()
         with claim_folder(wanted, recipe.name, resume=resume) as folder:
             outcome.run_dir = run_dir = folder.path
-            progress = outcome.progress(speaks=speaks)
-            board = tensorboard if speaks else None
+            progress = outcome.progress(is_main=main)
+            board = tensorboard if main else None
             with nullcontext(progress) if board is None else _board(board, run_dir, progress) as listening:
                 result, numbers = _run(recipe, folder, listening, device, resume=resume)
-            if speaks:
+            if main:
                 outcome.document = _document(result, numbers, run_dir)
-            if speaks and not (outcome.as_json or outcome.quiet):
+            if main and not (outcome.as_json or outcome.quiet):
                 _show(outcome.console, result, numbers, run_dir)
     return result.reached
 
 
 def _board(folder: Path, run_dir: Path, progress: Progress) -> TensorBoard:
-    """Log beside whoever listens; each start has a folder of its own, since a run that goes on would be mixed up."""
+    """Pass progress on and log it; each start gets its own folder, so that the logs of a resumed run stay apart."""
     free = next(each for each in number_paths(folder / run_dir.resolve().name) if not each.exists())
     return TensorBoard(free, progress)
 
@@ -175,8 +175,8 @@ def _run(
         _train(model, task, training, made_by, folder, progress, resume=resume)
     if _has_random_weights(recipe):
         progress.say(
-            f"{recipe.network.build} has random weights: none are named (--weights FILE), and it is not trained first "
-            "(--set train.epochs=10). What it loses says nothing about a trained model."
+            f"{recipe.network.build} has random weights: no file of weights is given (--weights FILE), and it is not "
+            "trained first (--set train.epochs=10). The result says nothing about a trained model."
         )
     progress.say(f"Compressing {recipe.network.build} into {folder.path}: {_goals(config, task.metric_name)}.")
     with progress.phase("compress", None):
@@ -185,7 +185,7 @@ def _run(
 
 
 def _measure(model: "nn.Module", result: "Result", task: "Task", folder: RunFolder, progress: Progress) -> Comparison:
-    """Measure original and result side by side and keep the numbers; what fails is said, the result stays."""
+    """Measure the original and the result and write the numbers; if that fails, report it and keep the result."""
     from idap.compress.folder import tolerable_errors  # noqa: PLC0415 - torch is slow to import
     from idap.training.processes import on_main  # noqa: PLC0415 - as above
 
@@ -195,14 +195,14 @@ def _measure(model: "nn.Module", result: "Result", task: "Task", folder: RunFold
         on_main(lambda: folder.keep(MEASURED, numbers.to_json()))
     except tolerable_errors() as error:
         progress.say(
-            f"The run is finished, and {folder.path / MEASURED}, with latency and test data, is not written: {error}. "
-            f"To try again: idap resume {folder.path}"
+            f"The run is finished, but {folder.path / MEASURED}, with the latency and the metric on the test data, was "
+            f"not written: {error}. To try again: idap resume {folder.path}"
         )
     return numbers
 
 
 def _basic_numbers(result: "Result", task: "Task") -> Comparison:
-    """What is known of the original and the result without another measurement."""
+    """The numbers of the original and the result that need no further measurement."""
     return Comparison(
         parameters=result.parameters,
         macs=result.macs,
@@ -221,7 +221,7 @@ def _train(
     *,
     resume: bool,
 ) -> None:
-    """Train the original first and keep its weights, so that a run that goes on has them."""
+    """Train the original first and save its weights, so that a resumed run can load them."""
     from idap.compress.folder import run_size  # noqa: PLC0415 - torch is slow to import
     from idap.models.weights import check_keepable, keep_weights, load_weights, notes_in  # noqa: PLC0415 - as above
     from idap.training.fit import fit  # noqa: PLC0415 - as above
@@ -232,10 +232,10 @@ def _train(
         if on_main(lambda: notes_in(file).get(MADE_BY)) != made_by:
             raise RunFolderError(
                 f"{file} was trained with another [model], [data], [task] or [train] than the recipe has now. Go on "
-                "with the recipe that it was trained by, or choose another folder."
+                "with the recipe that trained it, or choose another folder."
             )
         load_weights(model, file)
-        progress.say(f"The original was trained before: its weights are those of {file}.")
+        progress.say(f"The original was trained before: its weights are loaded from {file}.")
         return
     check_keepable(model)
     if resume:
@@ -245,7 +245,7 @@ def _train(
 
 
 def _has_random_weights(recipe: "Recipe") -> bool:
-    """Whether the model's weights are random numbers: nothing brings them, and it is not trained first."""
+    """Whether the model's weights are random numbers: none are loaded, and it is not trained first."""
     network = recipe.network
     bare = network.build.partition(":")[0] in ("idap", "torchvision", "timm")
     return bare and network.weights is None and recipe.training() is None
@@ -256,9 +256,9 @@ def compare(model: "nn.Module", result: "Result", task: "Task", progress: Progre
 
     Args:
         model: the original.
-        result: of its compression.
-        task: of both; the test data is looked at here, for the first time.
-        progress: hears of it.
+        result: the result of its compression.
+        task: the task of both; its test data is used here for the first time.
+        progress: receives the progress.
 
     Returns:
         The numbers of the closing table.

@@ -1,4 +1,4 @@
-"""`idap evaluate`: the metric of a compressed model, of its original, or of both."""
+"""`idap evaluate`: measure the metric of a compressed model, of its original, or of both."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,31 +42,31 @@ EXAMPLES = (
 )
 DOCUMENT = {
     "split": "the data: val or test",
-    "metric": "name of what was measured",
-    "higher_is_better": "how to read it",
-    "original": "its value; null where the original was not measured",
-    "compressed": "its value; null where no compressed model was named",
-    "folder": "that held the compressed model; null where none was named",
-    "note": "why the original was not measured; empty where it was",
+    "metric": "name of the metric",
+    "higher_is_better": "whether a higher value is better",
+    "original": "the metric of the original; null if it was not measured",
+    "compressed": "the metric of the compressed model; null if none was named",
+    "folder": "folder of the compressed model; null if none was named",
+    "note": "why the original was not measured; empty if it was",
 }
 _SPLITS = ("val", "test")
 _TRAINED = (
-    "The original was trained by its recipe, and its weights are not there; give weights with --weights to measure it."
+    "The recipe trains the original, and the trained weights are missing; give weights with --weights to measure it."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What was measured.
+class Measurement:
+    """The metric of the original and of the compressed model.
 
     Attributes:
-        split: the data.
-        metric: name of what was measured.
-        higher_is_better: how to read it.
-        original: its value; None where the original was not measured.
-        compressed: its value; None where no compressed model was named.
-        folder: that held the compressed model.
-        note: why the original was not measured; "" where it was.
+        split: the data: "val" or "test".
+        metric: name of the metric.
+        higher_is_better: whether a higher value is better.
+        original: the metric of the original; None if it was not measured.
+        compressed: the metric of the compressed model; None if none was named.
+        folder: folder of the compressed model; None if none was named.
+        note: why the original was not measured; "" if it was.
     """
 
     split: str
@@ -95,16 +95,16 @@ def evaluate_command(  # noqa: PLR0913 - one argument per option
 ) -> None:
     """Measure the metric of a compressed model and of its original.
 
-    A run knows its model and its data; for a folder with a plan, name a recipe, or a model and a task. Without a
-    folder, the original alone is measured. The test data is for the end: what is chosen by looking at it is
-    no longer honest. Where the run was made elsewhere and its recipe names Python code, the command asks before it runs
-    that.
+    A run folder names its model and its data; for a folder that holds only a plan, name a recipe, or a model and a
+    task. Without a folder, only the original is measured. Use the test data only at the end: once it has guided a
+    choice, its metric is biased. If the run was made elsewhere and its recipe names Python code, the command asks
+    before it runs that code.
     """
     where = str(folder or recipe or model or "the command line")
     outcome = Outcome(command="idap evaluate", where=where, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with outcome.report():
         if split not in _SPLITS:
-            raise ConfigError(f"--split is {' or '.join(_SPLITS)}, found {split!r}.")
+            raise ConfigError(f"--split must be {' or '.join(_SPLITS)}, found {split!r}.")
         from idap.training.processes import is_main, join_processes, on_main  # noqa: PLC0415 - torch is slow to import
 
         replaced = {"model.build": model, "task.build": task, "data.path": data, "model.weights": weights}
@@ -112,7 +112,8 @@ def evaluate_command(  # noqa: PLR0913 - one argument per option
         with join_processes() as device:
             if folder is not None and not own:
                 on_main(lambda: check_code(outcome, folder, replaced, trust=trust))
-            found = _measure(read, folder, split, device, outcome.progress(speaks=is_main()), given=weights is not None)
+            progress = outcome.progress(is_main=is_main())
+            found = _measure(read, folder, split, device, progress, given=weights is not None)
             if is_main():
                 outcome.document = asdict(found)
                 if not as_json:
@@ -122,7 +123,7 @@ def evaluate_command(  # noqa: PLR0913 - one argument per option
 def _recipe(
     folder: Path | None, recipe: Path | None, replaced: "dict[str, str | Path | None]"
 ) -> "tuple[Recipe, bool]":
-    """The recipe, and whether it is the user's own: not that of the run."""
+    """The recipe, and whether the user named it: False if it is the run's."""
     from idap.recipes.recipe import read_recipe  # noqa: PLC0415 - torch is slow to import
     from idap.recipes.runs import model_folder, recipe_of_run, settings_of_run  # noqa: PLC0415 - as above
 
@@ -132,15 +133,15 @@ def _recipe(
         model_folder(folder)
     if folder is None or "recipe" not in settings_of_run(folder):
         raise ConfigError(
-            f"{folder or 'the command line'} does not say what model and data are; say it: --recipe FILE, or both "
-            "--model and --task."
+            f"{folder or 'the command line'} does not name a model and data; give --recipe FILE, or both --model and "
+            "--task."
         )
     return recipe_of_run(folder, replaced), False
 
 
 def _measure(
     recipe: "Recipe", folder: Path | None, split: Any, device: "torch.device", progress: "Progress", *, given: bool
-) -> Measured:
+) -> Measurement:
     from idap.models.weights import load_weights  # noqa: PLC0415 - as above
     from idap.recipes.runs import model_folder  # noqa: PLC0415 - as above
     from idap.saving.checkpoint import load  # noqa: PLC0415 - torch is slow to import
@@ -149,7 +150,7 @@ def _measure(
     place = None if folder is None else model_folder(folder)
     small = None if place is None else load(place, recipe.model(weights=False)).to(device)
     task = recipe.task()
-    # Where the recipe trains its model first, a freshly built one would say nothing.
+    # If the recipe trains its model first, a freshly built one is untrained and not worth measuring.
     trained = None if folder is None or given or recipe.training() is None else RunFolder(folder).original
     known = recipe.training() is None or given or (trained is not None and trained.exists())
     original = None
@@ -162,7 +163,7 @@ def _measure(
     if original is None and compressed is None:
         raise ConfigError(f"{recipe.where} trains its model first ([train]), so there is nothing to measure yet; "
                           "name a run, or give weights with --weights.")  # fmt: skip
-    return Measured(
+    return Measurement(
         split=split,
         metric=task.metric_name,
         higher_is_better=task.higher_is_better,
@@ -173,7 +174,7 @@ def _measure(
     )
 
 
-def _show(console: Console, found: Measured, *, quiet: bool) -> None:
+def _show(console: Console, found: Measurement, *, quiet: bool) -> None:
     values = {"original": found.original, "compressed": found.compressed}
     known = {name: value for name, value in values.items() if value is not None}
     if quiet:

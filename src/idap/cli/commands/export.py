@@ -1,4 +1,4 @@
-"""`idap export`: a compressed model in a form that others read: ONNX, a program, weights, a folder of transformers."""
+"""`idap export`: write a compressed model as ONNX, a torch.export program, weights or a folder of transformers."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -44,14 +44,15 @@ DOCUMENT = {
     "file": "what was written",
     "to": "onnx, pt2, safetensors or transformers",
     "bytes": "its size",
-    "difference": "the largest difference from the model over the model's largest output; null for transformers",
+    "difference": "largest difference from the model's outputs, over the largest of them; null for transformers",
     "batches": "batch sizes at which the file was run; empty for weights, which are compared bit by bit",
     "dynamic_batch": "whether the file takes batches of any size",
-    "inputs": "the file's own names of its inputs",
-    "outputs": "the file's own names of its outputs",
-    "opset": "of an ONNX file; null for others",
+    "inputs": "names of the inputs in the file",
+    "outputs": "names of the outputs in the file",
+    "opset": "version of the operators in an ONNX file; null for other forms",
     "finalized": "`folded`, `kept`, `silenced`, `gone` and `difference` with --finalize; null without",
-    "pretrained": "`plain` (for `from_pretrained`), `changed`, `reason`, `loads_with` and `tokenizer`; null for others",
+    "pretrained": "for transformers `plain` (for `from_pretrained`), `changed`, `reason`, `loads_with` and "
+    "`tokenizer`; null for other forms",
 }
 _FORMS = ("onnx", "pt2", "safetensors", "transformers")
 
@@ -76,9 +77,9 @@ def export_command(  # noqa: PLR0913 - one argument per option
 ) -> None:
     """Write a compressed model as ONNX, as a torch.export program, as plain weights or as a folder of transformers.
 
-    What was written is read back and compared with the model on fresh inputs; on a mismatch there is no file. A folder
-    of transformers is a plain one, for `from_pretrained`, where its configuration can say what is left. Where the run
-    was made elsewhere and its recipe names Python code, the command asks before it runs that.
+    The file is read back and compared with the model on new inputs; on a mismatch, no file is left. A folder of
+    transformers is a plain one, for `from_pretrained`, if its configuration can describe the compressed model. If the
+    run was made elsewhere and its recipe names Python code, the command asks before it runs that code.
     """
     outcome = Outcome(
         command="idap export", where=str(folder), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug
@@ -105,11 +106,14 @@ def export_command(  # noqa: PLR0913 - one argument per option
 
 
 def _check(to: str, *, finalize: bool, static_batch: bool, opset: int | None) -> None:
-    """Refuse a form that there is not, and options that it does not have."""
+    """Refuse an unknown form, and options that the form does not have."""
     if to not in _FORMS:
-        raise ConfigError(f"--to is {', '.join(_FORMS[:-1])} or {_FORMS[-1]}, found {to!r}.")
+        raise ConfigError(f"--to must be {', '.join(_FORMS[:-1])} or {_FORMS[-1]}, found {to!r}.")
     if to == "transformers" and finalize:
-        raise ConfigError("--finalize changes modules, which transformers builds anew; leave one of the two out.")
+        raise ConfigError(
+            "--finalize changes modules, but transformers rebuilds them from its configuration; leave out --finalize "
+            "or --to transformers."
+        )
     if static_batch and to not in ("onnx", "pt2"):
         raise ConfigError(f"--static-batch is for onnx and pt2; {to} takes batches of any size.")
     if opset is not None and to != "onnx":
@@ -119,7 +123,7 @@ def _check(to: str, *, finalize: bool, static_batch: bool, opset: int | None) ->
 def _load(
     folder: Path, spec: str, recipe: "Recipe | None", shapes: list[str], *, finalized: bool
 ) -> "tuple[nn.Module, tuple[Any, ...], dict[str, Any], Finalized | None]":
-    """The compressed model, inputs for it, and what finalizing did."""
+    """The compressed model, inputs for it, and the report of finalizing it."""
     from idap.saving.checkpoint import load  # noqa: PLC0415 - torch is slow to import
     from idap.surgery.finalize import finalize  # noqa: PLC0415 - as above
 
@@ -143,7 +147,7 @@ def _write(
 
 
 def _random_like(example: "Tensor") -> "Tensor":
-    """Random numbers in place of the zeros that stand for a shape."""
+    """Random numbers with the shape and type of an example, which holds only zeros."""
     import torch  # noqa: PLC0415 - slow to import
 
     return torch.randn_like(example) if example.is_floating_point() else torch.randint_like(example, 2)
@@ -152,9 +156,9 @@ def _random_like(example: "Tensor") -> "Tensor":
 def _as_folder(
     model: "nn.Module", inputs: "Inputs | None", out: Path, spec: str, console: Console | None
 ) -> dict[str, Any]:
-    """Save as a folder of transformers, with the tokenizer that lies beside the original.
+    """Save as a folder of transformers, with the tokenizer of the original.
 
-    The example inputs of other forms would not do to compare on: equal tokens hide how heads are divided.
+    The model is not compared on the example inputs of the other forms: equal tokens hide how heads are divided.
     """
     from idap.hugging_face.folder import save_pretrained  # noqa: PLC0415 - torch is slow to import
     from idap.models.pretrained import generate_as, processor_of  # noqa: PLC0415 - as above
@@ -165,7 +169,7 @@ def _as_folder(
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     kind = None if tokenizer is None else type(tokenizer).__name__
     if console is not None:
-        beside = f"beside it lies {kind}" if kind else "there is no tokenizer or image processor beside it"
+        beside = f"saved with {kind}" if kind else "saved without a tokenizer or image processor"
         console.print(f"{saved}; {beside}. {size / 1e6:.2f} MB.", markup=False, soft_wrap=not console.is_terminal)
     told = {name: value for name, value in asdict(saved).items() if name != "folder"}
     empty = dict.fromkeys(DOCUMENT) | {"batches": [], "inputs": [], "outputs": [], "dynamic_batch": True}
@@ -176,7 +180,7 @@ def _show(console: Console, done: "Exported", report: "Finalized | None") -> Non
     if report is not None:
         console.print(
             f"Finalized: {len(report.folded)} batch norms folded, {len(report.kept)} kept; {len(report.silenced)} "
-            f"dropouts and stand-ins silenced; {len(report.gone)} modules taken out.",
+            f"dropouts and stand-ins silenced; {len(report.gone)} modules removed.",
             soft_wrap=not console.is_terminal,
         )
     facts = [f"{done.bytes / 1e6:.2f} MB"]

@@ -1,4 +1,4 @@
-"""`idap inspect`: what may be removed from a model, what can't, and what it all costs."""
+"""`idap inspect`: show what can be removed from a model, what can't, and what each part costs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,25 +49,25 @@ DOCUMENT = {
     "macs": "multiply-adds for one sample",
     "parameters": "number of parameters",
     "prunable": "share of the parameters that have a dimension that can shrink",
-    "groups": "of units: `name`, `kind`, `size`, `macs_share`, `members`, `crosses`",
-    "blocks": "that can go whole: `name`, `kind`, `macs_share`, `contains`",
+    "groups": "groups of units: `name`, `kind`, `size`, `macs_share`, `members`, `crosses`",
+    "blocks": "branches and blocks that can be removed whole: `name`, `kind`, `macs_share`, `contains`",
     "blocked": "dimensions that can't shrink: `tensor`, `dim`, `size`, `reason`",
-    "rewritten": "modules whose forward is written anew when their groups are cut",
+    "rewritten": "modules whose forward is rewritten when their groups are cut",
 }
 DOCUMENT_OF_DIVERGENCE = {
-    "criterion": "what was measured",
+    "criterion": "the criterion that gave the scores",
     "batches": "number of calibration batches",
     "groups": "`name`, `kind`, and `units`: the score of each",
     "parts": "branches and blocks: `name`, `kind`, `divergence`, and `inside`: the sum over their units",
-    "unmeasured": "what nothing could be seen of",
-    "notes": "what the scores leave out where a group is too large to be measured whole",
+    "unmeasured": "parts that could not be measured",
+    "notes": "what the scores leave out if a group is too large to be measured whole",
 }
 DOCUMENT_OF_LATENCY = {
-    "batch": "samples of a timed pass",
-    "device": "where it was measured",
-    "threads": "of the CPU",
+    "batch": "number of samples in a timed pass",
+    "device": "device on which the layers were timed",
+    "threads": "number of CPU threads",
     "unmeasured": "operators that were not timed",
-    "groups": "by name: `step` (widths worth having are multiples of it; 1: any), `widths`, `seconds`, `spread`",
+    "groups": "by name: `step` (useful widths are multiples of it; 1: all are), `widths`, `seconds`, `spread`",
 }
 
 
@@ -93,11 +93,11 @@ def inspect_command(  # noqa: PLR0913 - one argument per option
 ) -> None:
     """Show what can be removed from a model, what can't and why, and what each part costs.
 
-    Groups are units that go one by one; branches and blocks go whole; a dimension that can't shrink is listed with the
-    reason, often a line of the model's code. Costs are multiply-adds (MACs) for one sample.
+    The units of a group can be removed one by one, branches and blocks only whole. A dimension that can't shrink is
+    listed with the reason, often a line of the model's code. Costs are multiply-adds (MACs) for one sample.
 
-    With --divergence also how much each part changes the flow of information on the calibration data; with --latency,
-    what the layers of each group take on this machine at several widths.
+    With --divergence, the command shows instead how much each part changes the flow of information on the calibration
+    data; with --latency, how long the layers of each group take on this machine at several widths.
     """
     outcome = Outcome(command="idap inspect", where=spec, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with outcome.report():
@@ -139,7 +139,7 @@ def _check_views(*, divergence: bool, latency: bool, batch: int | None) -> None:
     if divergence and latency:
         raise ConfigError("--divergence and --latency are two views; ask for one at a time.")
     if batch is not None and not latency:
-        raise ConfigError("--batch says how many samples are timed; it goes with --latency.")
+        raise ConfigError("--batch says how many samples are timed; it needs --latency.")
 
 
 def _latency(
@@ -154,7 +154,7 @@ def _latency(
 
     model, args, kwargs = model_and_inputs(spec, recipe, shapes)
     if any(tensor.is_meta for tensor in model.parameters()):
-        raise ConfigError(f"{spec} is built on the meta device, without numbers, so it can't be timed.")
+        raise ConfigError(f"{spec} is built on the meta device, without weights, so it can't be timed.")
     structure = analyze(trace(model, args, kwargs), contracts=contracts, swap=swap)
     table = measure_table(model, structure, resize_inputs(args, kwargs, batch), probes)
     return table, {name: step_of(table.curve(name)) for name in table.groups}
@@ -168,8 +168,8 @@ def _profile(
     *,
     swap: bool,
 ) -> Profile:
-    """Measure the divergence of a recipe's model, or of a model beside a task, on its calibration data."""
-    from idap.compress.prepare import profile as measured  # noqa: PLC0415 - torch is slow to import
+    """Measure the divergence of a recipe's model, or of a model with a task, on its calibration data."""
+    from idap.compress.prepare import profile as measure  # noqa: PLC0415 - torch is slow to import
     from idap.recipes.recipe import read_recipe  # noqa: PLC0415 - as above
 
     recipe_file = spec if spec.endswith(".toml") else None
@@ -179,5 +179,5 @@ def _profile(
     fields = replaced if recipe_file is not None else {**replaced, "model.build": spec}
     recipe = read_recipe(recipe_file, changes, replaced=fields)
     config = replace(recipe.config(), swap=swap, contracts=None if contract is None else tuple(contract))
-    structure, found = measured(recipe.model(), recipe.task(), config)
+    structure, found = measure(recipe.model(), recipe.task(), config)
     return profile(structure, found, config.calibration_batches)

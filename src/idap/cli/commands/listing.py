@@ -1,4 +1,4 @@
-"""`idap list`: what has a name."""
+"""`idap list`: list models, data sets, criteria and recipes by name."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("idap list", "idap list models timm resnet", "idap list criteria --json")
 DOCUMENT = {
-    "name": "as it is written; the document is a list with an item for each name",
-    "about": "a line about it",
-    "count": "without a kind: how many names the kind has",
+    "name": "the name; the document is a list with one item per name",
+    "about": "one line about it",
+    "count": "number of names of the kind; only in the list of kinds",
 }
 
 
@@ -34,8 +34,8 @@ def list_command(
 ) -> None:
     """List models, data sets, criteria and recipes by name.
 
-    Words after the kind choose: all of them must stand in the name, or in the line about it. Without a kind, the kinds
-    are listed, with how many names each has. Models of packages that are not installed are not listed.
+    Words after the kind filter the list: each must occur in the name or in the line about it. Without a kind, the kinds
+    are listed, each with its number of names. Models of packages that are not installed are not listed.
     """
     where = " ".join([kind or "everything", *(words or [])])
     outcome = Outcome(command="idap list", where=where, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)

@@ -1,4 +1,4 @@
-"""`idap recipe`: list the recipes that idap brings, show one, write a new one."""
+"""`idap recipe`: list the recipes that come with idap, show one, or write a new one."""
 
 import sys
 from pathlib import Path
@@ -23,13 +23,16 @@ NewModel = Annotated[
     typer.Option("--model", metavar="SPEC", help="Such as torchvision:NAME, hf:FOLDER, python:FILE.py:NAME."),
 ]
 NewDrop = Annotated[
-    str | None, typer.Option("--max-drop", metavar="NUMBER", help="Largest loss of the metric: 0.02, 2% or none.")
+    str | None,
+    typer.Option("--max-drop", metavar="NUMBER", help="How much worse the metric may get: 0.02, 2% or none."),
 ]
 NewMacs = Annotated[
     str | None, typer.Option("--macs", metavar="SHARE", help="Share of the multiply-adds that may stay: 0.5 or 50%.")
 ]
 NewFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write; it must not exist.")]
-RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="As idap recipe list shows it.", show_default=False)]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="NAME", help="A name that idap recipe list shows.", show_default=False)
+]
 
 EXAMPLES = (
     "idap recipe new",
@@ -39,8 +42,8 @@ EXAMPLES = (
 )
 DOCUMENT = {
     "recipe": "`new`: the file that was written",
-    "NAME": "`list`: one line about each recipe, by its name",
-    "name, text": "`show`: the name, and the file as it is",
+    "NAME": "`list`: the name of each recipe, with one line about it",
+    "name, text": "`show`: the name, and the text of the file",
 }
 
 
@@ -55,7 +58,7 @@ def new_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a commented recipe: by asking five questions, or from the options if one of them is given."""
+    """Write a commented recipe: from the answers to five questions, or from the options if any is given."""
     outcome = Outcome(command="idap recipe new", where=str(out), as_json=as_json, debug=debug)
     given = {
         "data": data,
@@ -67,7 +70,7 @@ def new_command(
     given = {name: value for name, value in given.items() if value is not None}
     with outcome.report():
         if out.exists():
-            raise ConfigError(f"{out} is there already; name another file with --out.")
+            raise ConfigError(f"{out} exists already; name another file with --out.")
         from idap.recipes.new import Answers, compose_recipe  # noqa: PLC0415 - imports torch
 
         if given and data is None:
@@ -80,7 +83,7 @@ def new_command(
 
 
 def list_command(*, as_json: Json = False, debug: Debug = False) -> None:
-    """List the recipes that idap brings; `idap compress NAME` runs one."""
+    """List the recipes that come with idap; `idap compress NAME` runs one."""
     outcome = Outcome(command="idap recipe list", where="idap", as_json=as_json, debug=debug)
     with outcome.report():
         found = {name: summary(file) for name, file in shipped_recipes().items()}
@@ -93,12 +96,12 @@ def list_command(*, as_json: Json = False, debug: Debug = False) -> None:
 
 
 def show_command(name: RecipeName, *, as_json: Json = False, debug: Debug = False) -> None:
-    """Print a recipe that idap brings, to begin one's own with."""
+    """Print a recipe that comes with idap, as a start for your own."""
     outcome = Outcome(command="idap recipe show", where=name, as_json=as_json, debug=debug)
     with outcome.report():
         found = shipped_recipes()
         if name not in found:
-            raise ConfigError(f"idap brings no recipe {name!r}; it brings {', '.join(found)}.")
+            raise ConfigError(f"idap has no recipe {name!r}; its recipes are {', '.join(found)}.")
         text = found[name].read_text(encoding="utf-8")
         outcome.document = {"name": name, "text": text}
         if not as_json:
@@ -112,7 +115,7 @@ def _ask() -> dict[str, str]:
 
     usual = Answers()
     listed = "\n".join(f"  {name}{':PATH' if source.path else '':<6} {source.what}" for name, source in SOURCES.items())
-    typer.echo(f"Data by name:\n{listed}\n  python:FILE.py:FUNCTION   of your own")
+    typer.echo(f"Data by name:\n{listed}\n  python:FILE.py:FUNCTION   data of your own")
     try:
         data = str(typer.prompt("1. Which data", default=usual.data))
         kind = str((parse_data(data) or {}).get("name"))
@@ -123,7 +126,7 @@ def _ask() -> dict[str, str]:
     except typer.Abort as error:
         if sys.stdin.isatty():
             raise
-        raise ConfigError("nobody answers: say it with --data, --model, --weights, --max-drop and --macs.") from error
+        raise ConfigError("no answer was given; use --data, --model, --weights, --max-drop and --macs.") from error
     answers = {"data": data, "model": model, "weights": weights, "max_drop": drop, "macs": macs}
     return {name: value for name, value in answers.items() if value}
 

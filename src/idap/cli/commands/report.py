@@ -1,4 +1,4 @@
-"""`idap report`: what a run did, as one HTML page."""
+"""`idap report`: draw a run as one HTML page."""
 
 import webbrowser
 from dataclasses import asdict
@@ -19,14 +19,14 @@ EXAMPLES = (
 )
 DOCUMENT = {
     "state": "reached, missed or unfinished",
-    "message": "the same in a sentence",
-    "goals": "of each goal what was `wanted`, what was `found`, and its `state`: good, bad or open",
-    "numbers": "of each number its `name`, `before`, `after`, `change` and, of a cost, the share that is `left`",
-    "decisions": "how many were taken",
-    "accepted": "how many of them were kept",
-    "widths": "of each group the units of the original and those that are left",
-    "removed": "branches and blocks that are gone, and how: removed, projection or inside",
-    "files": "what was written",
+    "message": "the state in one sentence",
+    "goals": "for each goal what was `wanted`, what was `found`, and its `state`: good, bad or open",
+    "numbers": "for each number its `name`, `before`, `after`, `change` and, for a cost, the share that is `left`",
+    "decisions": "number of decisions",
+    "accepted": "number of steps that were accepted",
+    "widths": "for each group the number of units in the original and now",
+    "removed": "branches and blocks that were removed, and how: removed, projection or inside",
+    "files": "the files that were written",
 }
 PAGE = "report.html"
 
@@ -43,10 +43,10 @@ def report_command(  # noqa: PLR0913 - one argument per option
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw what a run did: one HTML page that opens offline.
+    """Draw a run as one HTML page that opens offline.
 
-    It shows what was reached, the trade-off of all steps, the divergence over depth, the widths of the network, each
-    decision, where the time went, and the commands that reproduce it. A run under way can be looked at, too.
+    The page shows the result, the trade-off of all steps, the divergence over depth, the widths of the network, each
+    decision, how the time was spent, and the commands that reproduce the run. It can also show an unfinished run.
     """
     outcome = Outcome(command="idap report", where=str(run), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with outcome.report():
@@ -72,7 +72,7 @@ def write_page(file: Path, text: str) -> Path:
     """Write a page whole or not at all.
 
     Raises:
-        ReportError: it can't be written.
+        ReportError: the page can't be written.
     """
     try:
         write_bytes(file, text.encode())

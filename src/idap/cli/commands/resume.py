@@ -1,4 +1,4 @@
-"""`idap resume`: go on with a run that was stopped, knowing everything from its folder."""
+"""`idap resume`: go on with a run that was stopped, from what its folder holds."""
 
 import typer
 
@@ -24,12 +24,11 @@ def resume_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a run that was stopped, or killed.
+    """Go on with a run that was stopped or killed.
 
-    The folder knows the recipe it was begun with: model, data, goals and settings. Decisions that were taken are
-    recalled, not taken again, and the result is that of a run that was not stopped. A run that is finished shows its
-    result again. Where the run was made elsewhere and its recipe names Python code, the command asks before it runs
-    that.
+    The folder holds the recipe of the run: model, data, goals and settings. Decisions that were taken are read back,
+    not taken again, and the result is that of a run that was not stopped. For a finished run, the result is shown
+    again. If the run was made elsewhere and its recipe names Python code, the command asks before it runs that code.
     """
     outcome = Outcome(
         command="idap resume", where=str(run), as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, run_dir=run
@@ -40,12 +39,12 @@ def resume_command(
             what = "only an original that was trained for it" if trained else "so there is nothing to go on with"
             begin = f"idap compress RECIPE --run-dir {run}{' --resume' if trained else ''}"
             raise RunFolderError(f"{run} holds no run ({RUN}), {what}; begin one with {begin}.")
-        from idap.recipes.runs import recipe_of_run, settings_of_run  # noqa: PLC0415 - as above
-        from idap.training.processes import join_processes, on_main  # noqa: PLC0415 - torch is slow to import
+        from idap.recipes.runs import recipe_of_run, settings_of_run  # noqa: PLC0415 - torch is slow to import
+        from idap.training.processes import join_processes, on_main  # noqa: PLC0415 - as above
 
         if "recipe" not in settings_of_run(run):
             raise ConfigError(
-                f"{run} was begun from Python and knows no recipe; go on there: idap.compress(model, task, config, "
+                f"{run} was begun from Python and has no recipe; go on there: idap.compress(model, task, config, "
                 f"run_dir={str(run)!r}, resume=True)."
             )
         recipe = recipe_of_run(run)
