@@ -63,7 +63,7 @@ def test_a_run_from_elsewhere_is_refused_without_a_terminal(name, run):
     assert done.exit_code == 2
     said = text(done.stderr).replace(" ", "")
     for part in (
-        "theirs was not made here, as far as is known: it was made in",
+        "theirs was not made here, as far as idap can tell: it was made in",
         "Its recipe names code, which would run with your rights:",
         f"model.build: build_model in {Path('theirs/evil.py').absolute()}",
         f"task.build: task in {Path('theirs/evil.py').absolute()}",

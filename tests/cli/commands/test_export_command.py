@@ -79,7 +79,7 @@ def test_the_original_from_a_recipe_or_the_run(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["run", "--to", "pt2", "--out", "a.pt2"], "does not say how its original is built; say it: --model"),
+        (["run", "--to", "pt2", "--out", "a.pt2"], "does not say how its original is built. Pass --model"),
         (["nowhere", *MODEL, "--out", "a.onnx"], "nowhere holds neither a run (run.json) nor a compressed model"),
         (
             ["run", *MODEL, "--to", "tflite", "--out", "a"],
