@@ -17,7 +17,7 @@ from idap.compress.run import compress
 from idap.errors import IdapError, RunFolderError
 from idap.recipes.runs import model_folder, recipe_of_run
 from idap.record import AFTER, BEFORE, MEASURED, RESULT, RUN, STEPS
-from idap.report.comparing import check_runs, compare_page, document_of
+from idap.report.comparing import check_runs, compare_page, comparison_data
 from idap.report.page import run_page
 from idap.report.reading import read_run
 from idap.saving.checkpoint import load
@@ -82,7 +82,7 @@ def compare(run, whole):
     found = [read_run(run), whole]
     check_runs(found)
     compare_page(found).encode()
-    json.dumps(document_of(found)).encode()
+    json.dumps(comparison_data(found)).encode()
 
 
 def evaluate(run, _):

@@ -97,7 +97,7 @@ def compose_recipe(answers: Answers, out: Path) -> str:
         _head(answers, model, out),
         _model(model, answers.weights, out),
         _data(kind, named["path"], out),
-        *([_TRAIN[_family(kind, model)]] if _trains(model, answers.weights) else []),
+        *([_TRAIN[_family(kind, model)]] if _needs_training(model, answers.weights) else []),
         _goals(kind, answers),
         _stages(_family(kind, model)),
     ]
@@ -190,7 +190,7 @@ def _stages(family: str) -> str:
     )
 
 
-def _trains(model: str, weights: str | None) -> bool:
+def _needs_training(model: str, weights: str | None) -> bool:
     """Whether the model is trained first: it has no weights. A model of the user's own code may have some."""
     return weights is None and not model.startswith("hf:") and not is_script(model)
 

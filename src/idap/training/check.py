@@ -71,7 +71,7 @@ def _split_loader(loader: DataLoader[Batch], seed: int) -> tuple[Iterable[Batch]
         )
     total = len(data)  # type: ignore[arg-type]
     count = _validation_count(total)
-    if _leaves_one(loader, total - count) and not _leaves_one(loader, total):
+    if _has_last_batch_of_one(loader, total - count) and not _has_last_batch_of_one(loader, total):
         count += 1 if total - count > 1 else 0
     chosen = _choose(total, count, seed)
     rest = [place for place in range(total) if place not in chosen]
@@ -97,7 +97,7 @@ def _split_loader(loader: DataLoader[Batch], seed: int) -> tuple[Iterable[Batch]
     return make_loader(rest, training=True), make_loader(sorted(chosen), training=False), counts
 
 
-def _leaves_one(loader: DataLoader[Batch], samples: int) -> bool:
+def _has_last_batch_of_one(loader: DataLoader[Batch], samples: int) -> bool:
     """Whether the last batch would hold a single sample, on which a batch norm can't train."""
     size = loader.batch_size or 1
     return not loader.drop_last and size > 1 and samples % size == 1

@@ -14,7 +14,7 @@ from idap.errors import DivergedError, IdapError, TaskError
 from idap.progress import Progress, Silent
 from idap.training.batch import Batch, Outputs, describe, device_of, move, nan_in, seed_loader
 from idap.training.processes import Draw, process_count, process_rank, raise_everywhere, totals, work_locally
-from idap.training.task import Split, Task, empty_split, from_torchmetrics
+from idap.training.task import Split, Task, empty_split, is_torchmetrics
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -97,7 +97,7 @@ def score(model: nn.Module, task: Task, *, split: Split = "val", progress: Progr
                         meter.add(outputs, batch)
             meter.seen += 1
             phase.advance()
-    if from_torchmetrics(task.metric) and meter.seen < process_count():
+    if is_torchmetrics(task.metric) and meter.seen < process_count():
         with work_locally():  # torchmetrics can't compute a result in a process without batches
             return score(model, task, split=split)
     (count,) = totals(sum(any(map(bool, flags)) for flags in broken))
@@ -198,11 +198,11 @@ class Meter:
         self._task = task
         self._split = split
         self._metric: Metric | None = None
-        if from_torchmetrics(task.metric):
+        if is_torchmetrics(task.metric):
             self._metric = task.metric.clone().to(device)
             self._metric.reset()
             for part in self._metric.modules():  # computing it sums over all processes
-                if from_torchmetrics(part):
+                if is_torchmetrics(part):
                     part.sync_on_compute = process_count() > 1
         self.seen = 0
         self._batches = 0
@@ -222,7 +222,7 @@ class Meter:
         """
         if self._metric is not None and self._task.update is not None:
             self._task.update(self._metric, outputs, batch)
-        elif not from_torchmetrics(self._task.metric):
+        elif not is_torchmetrics(self._task.metric):
             size = self._task.size(batch)
             where = f"batch {self.seen} of the {self._split!r} split"
             self._sum += size * self._number(self._task.metric(outputs, batch), where)

@@ -75,12 +75,12 @@ class Task:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if from_torchmetrics(self.metric) and self.update is None:
+        if is_torchmetrics(self.metric) and self.update is None:
             raise TaskError(
                 f"metric {self.metric_name!r} is a torchmetrics {type(self.metric).__name__}, and nothing updates it. "
                 "Pass update=lambda metric, outputs, batch: metric.update(predictions, targets) to the task."
             )
-        if not from_torchmetrics(self.metric) and self.update is not None:
+        if not is_torchmetrics(self.metric) and self.update is not None:
             raise TaskError(
                 f"update= is for a torchmetrics metric, but metric {self.metric_name!r} is {describe(self.metric)}, "
                 "which is called as metric(outputs, batch). Leave update= out."
@@ -140,12 +140,12 @@ class Task:
         raise empty_split("calibration" if self.calibration is not None else "train")
 
 
-def from_torchmetrics(value: object) -> "TypeIs[Metric]":
+def is_torchmetrics(value: object) -> "TypeIs[Metric]":
     """Whether something is a metric of torchmetrics.
 
     The library is not imported for this: if it is not imported yet, nothing can be one of its metrics.
 
-    >>> from_torchmetrics(lambda outputs, batch: 0.5)
+    >>> is_torchmetrics(lambda outputs, batch: 0.5)
     False
     """
     library = sys.modules.get("torchmetrics")

@@ -106,7 +106,7 @@ class TestCompare:
     def test_one_run_is_none_to_compare(self, run):
         result = idap("compare", "net")
         assert result.exit_code == 2
-        assert "to compare, name 2 to 4 run folders; found 1." in text(result.stderr)
+        assert "a comparison needs 2 to 4 run folders, got 1." in text(result.stderr)
 
 
 def test_a_report_does_not_wait_for_torch(run):
