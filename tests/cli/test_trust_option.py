@@ -95,7 +95,7 @@ def test_trust_says_what_runs(run):
 def test_code_that_is_not_there_is_said_to_be_missing(run):
     run.rename("moved")
     Path("mine.py").unlink()
-    assert "(there is no such file now)" in text(idap("evaluate", "moved").stderr)
+    assert "(this file does not exist now)" in text(idap("evaluate", "moved").stderr)
 
 
 def test_what_the_user_says_instead_is_the_users_own(run):

@@ -125,7 +125,7 @@ def test_no_damage_ends_in_a_raw_error(runs, tmp_path):
             r"line 1 of .*steps\.jsonl is not what .*: stage: .*Delete the line and all behind it",
         ),
         (STEPS, ("index", 7), r"line 1 of .*: it has the index 7, expected 0; .*Delete the line and all behind it"),
-        (STEPS, ("seconds", -1.0), r"line 1 of .*: seconds are numbers from 0 on; "),
+        (STEPS, ("seconds", -1.0), r"line 1 of .*: seconds must be 0 or more; "),
         (STEPS, ("shares", {}), r"line 1 of .*: it does not say which share of the macs is left; "),
         (STEPS, ("accepted", "yes"), r"line 1 of .*: accepted: Input should be a valid boolean"),
         (STEPS, ("metric", float("nan")), r"line 1 of .*steps\.jsonl is broken: NaN is no JSON\. Delete the line"),

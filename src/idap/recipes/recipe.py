@@ -40,7 +40,7 @@ class Recipe:
 
     Attributes:
         where: the name of the recipe in errors.
-        name: a short name, for a folder.
+        name: a short name, used for the run folder.
         network: section `[model]`.
         data: section `[data]`; None if there is a `[task]`.
         purpose: section `[task]`; None if there is `[data]`.

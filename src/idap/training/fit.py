@@ -57,8 +57,7 @@ def fit(  # noqa: PLR0913 - the public function of this module has one argument 
         optimizer: an optimiser of the model's parameters; None: the one that `recovery` describes. The learning rate of
             each of its groups is the highest rate of the schedule, and is restored at the end.
         judge: scores the model, higher is better: before training, after each epoch, and the average of the first and
-            last weights. The best state is kept, the later one of equal states; the average is kept only if it is
-            better.
+            last weights. The best state is kept, the later one of equal states; the average only if it is better.
         salvage: if a loss or gradient is not finite, stop there, keep the judge's best state, and report the cause.
         progress: the listener that receives each step.
         title: title of the progress bar.

@@ -21,7 +21,7 @@ class Recovery:
             on the speed of the machine.
         optimizer: 'sgd' or 'adamw'.
         lr: the highest learning rate.
-        momentum: of SGD; the first beta of AdamW.
+        momentum: momentum of SGD, or the first beta of AdamW.
         weight_decay: for parameters with two or more dimensions; biases and norms are never decayed.
         warmup: share of the training during which the learning rate rises, in [0, 1); then it falls to 0 as a cosine.
         temperature: softens the logits for distillation, above 0.

@@ -56,7 +56,7 @@ def test_printing_without_a_browser_is_an_error_but_the_page_is_there(run, monke
     monkeypatch.setattr(printing, "PLACES", ())
     result = idap("report", "net", "--pdf", "net.pdf")
     assert result.exit_code == 2
-    assert "Install Chromium, Chrome or Edge; or open the page in any browser" in text(result.stderr)
+    assert "Install Chromium, Chrome or Edge, or open the page in any browser" in text(result.stderr)
     assert (run / "report.html").exists() and not Path("net.pdf").exists()
 
 
