@@ -284,8 +284,8 @@ def _removal_fault(removal: Removal, settings: Settings) -> str:
     if group is None:
         return f"there is no group {removal.name!r:.60}"
     if not (min(removal.units) >= 0 and max(removal.units) < group.size and 0 <= removal.left <= group.size):
-        return f"group {removal.name!r:.60} has {group.size} units; the units or the number left do not fit"
+        return f"group {removal.name!r:.60} has {group.size} units, which do not fit those that the step names"
     per_unit = (removal.scores, removal.ranks)
     if any(values and len(values) != len(removal.units) for values in per_unit):
-        return f"group {removal.name!r:.60} has not as many scores or ranks as units"
+        return f"group {removal.name!r:.60} has a different number of scores or ranks than of units"
     return ""

@@ -105,7 +105,7 @@ def test_a_run_without_a_result(run, tmp_path):
     (tmp_path / "run/checkpoints/step-004").mkdir(parents=True)
     Path("run/plan").rename("run/checkpoints/step-004/plan.json")
     found = text(command("export", "run", *MODEL, "--out", "a.onnx").stderr)
-    assert "name an accepted state of it, such as run/checkpoints/step-004" in found
+    assert "use an accepted state of it, such as run/checkpoints/step-004" in found
 
 
 # ---------------------------------------------------------------------------------------------- folders of transformers
