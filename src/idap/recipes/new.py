@@ -181,7 +181,7 @@ _RATES: Mapping[str, tuple[str, str]] = {
 def _stages(family: str) -> str:
     after, final = _RATES[family]
     return (
-        "[filters]                      # stage 1: each step removes a share of the channels, neurons and heads that are left\n"
+        "[filters]                      # stage 1: each step removes a share of the channels, neurons and heads left\n"
         'steps = 6\nfirst_share = "15%"\n\n'
         "[layers]                       # stage 2: each step removes one residual branch or whole block\n"
         "removals = 2\n\n"
