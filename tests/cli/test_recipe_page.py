@@ -35,7 +35,7 @@ def test_every_key_of_every_section_is_explained():
 
 
 def test_every_data_set_has_its_keys_and_every_key_a_data_set():
-    keys = {key for source in SOURCES.values() for key in source.takes()}
+    keys = {key for source in SOURCES.values() for key in source.key_names()}
     assert keys | {"name"} == set(DataSection.model_fields)
     text = reference()
     for name in SOURCES:

@@ -63,7 +63,7 @@ def test_a_run_from_elsewhere_is_refused_without_a_terminal(name, run):
     assert done.exit_code == 2
     said = text(done.stderr).replace(" ", "")
     for part in (
-        "theirs was not made here, as far as is known: it was made in",
+        "theirs was not made here, as far as idap can tell: it was made in",
         "Its recipe names code, which would run with your rights:",
         f"model.build: build_model in {Path('theirs/evil.py').absolute()}",
         f"task.build: task in {Path('theirs/evil.py').absolute()}",
@@ -95,7 +95,7 @@ def test_trust_says_what_runs(run):
 def test_code_that_is_not_there_is_said_to_be_missing(run):
     run.rename("moved")
     Path("mine.py").unlink()
-    assert "(there is no such file now)" in text(idap("evaluate", "moved").stderr)
+    assert "(this file does not exist now)" in text(idap("evaluate", "moved").stderr)
 
 
 def test_what_the_user_says_instead_is_the_users_own(run):

@@ -17,7 +17,7 @@ from idap.compress.run import compress
 from idap.errors import IdapError, RunFolderError
 from idap.recipes.runs import model_folder, recipe_of_run
 from idap.record import AFTER, BEFORE, MEASURED, RESULT, RUN, STEPS
-from idap.report.comparing import check_runs, compare_page, document_of
+from idap.report.comparing import check_runs, compare_page, comparison_data
 from idap.report.page import run_page
 from idap.report.reading import read_run
 from idap.saving.checkpoint import load
@@ -82,7 +82,7 @@ def compare(run, whole):
     found = [read_run(run), whole]
     check_runs(found)
     compare_page(found).encode()
-    json.dumps(document_of(found)).encode()
+    json.dumps(comparison_data(found)).encode()
 
 
 def evaluate(run, _):
@@ -125,7 +125,7 @@ def test_no_damage_ends_in_a_raw_error(runs, tmp_path):
             r"line 1 of .*steps\.jsonl is not what .*: stage: .*Delete the line and all behind it",
         ),
         (STEPS, ("index", 7), r"line 1 of .*: it has the index 7, expected 0; .*Delete the line and all behind it"),
-        (STEPS, ("seconds", -1.0), r"line 1 of .*: seconds are numbers from 0 on; "),
+        (STEPS, ("seconds", -1.0), r"line 1 of .*: seconds must be 0 or more; "),
         (STEPS, ("shares", {}), r"line 1 of .*: it does not say which share of the macs is left; "),
         (STEPS, ("accepted", "yes"), r"line 1 of .*: accepted: Input should be a valid boolean"),
         (STEPS, ("metric", float("nan")), r"line 1 of .*steps\.jsonl is broken: NaN is no JSON\. Delete the line"),

@@ -386,7 +386,7 @@ def test_without_validation_data_some_training_data_decide():
     result = compress(NET, task(val=None), config(**FREE), progress=listener)
     assert result.reached
     assert listener.lines[0] == (
-        "The task has no validation data: 1 of its 8 training batches decide, the others train."
+        "The task has no validation data: 1 of its 8 training batches are used for validation."
     )
 
 
@@ -401,7 +401,7 @@ def test_a_loader_is_split_by_samples(shuffle):
     rows = {tuple(row) for row in samples.tolist()}
     assert {tuple(row) for row in [*train.tolist(), *val.tolist()]} <= rows
     assert not {tuple(row) for row in train.tolist()} & {tuple(row) for row in val.tolist()}
-    assert "10 of its 100 training samples decide" in told
+    assert "10 of its 100 training samples are used for validation" in told
     assert_close(torch.cat([x for x, _ in split.val]), val, rtol=0, atol=0)  # the same each time
     again = torch.cat([x for x, _ in split.train])
     assert torch.equal(again, train) != shuffle
@@ -414,7 +414,7 @@ class Endless(IterableDataset):
 
 @pytest.mark.parametrize("train", [DataLoader(Endless()), iter(()), [(torch.zeros(1, 6), torch.zeros(1))]])
 def test_what_can_not_be_split_is_refused(train):
-    with pytest.raises(TaskError, match=r"^the task has no validation data, and its training .*pass val=batches\.$"):
+    with pytest.raises(TaskError, match=r"^the task has no validation data, and its training .*[Pp]ass val=batches\.$"):
         with_validation(classification(train, num_classes=3))
 
 

@@ -20,7 +20,7 @@ def test_names_and_what_can_be_built():
 
 
 @pytest.mark.parametrize("name", criteria.WITH_BLOCKS)
-def test_which_criteria_know_blocks_is_said(name):
+def test_criteria_for_whole_blocks_say_so(name):
     assert "also for whole blocks" in catalogue.CRITERIA[name]
     assert {each for each, about in catalogue.CRITERIA.items() if "blocks" in about} == set(criteria.WITH_BLOCKS)
     assert {each for each, about in catalogue.CRITERIA.items() if "labels" in about} == set(criteria.OF_THE_LOSS)
@@ -59,7 +59,7 @@ def test_words_choose():
     assert catalogue.find_entries("data", ["nothing like this"]) == []
     with pytest.raises(ConfigError, match=r"no list of 'criterion'; did you mean criteria\?"):
         catalogue.find_entries("criterion")
-    with pytest.raises(ConfigError, match="no list of 'x'; there are models, data, criteria, recipes"):
+    with pytest.raises(ConfigError, match="no list of 'x'; the lists are models, data, criteria, recipes"):
         catalogue.find_entries("x")
 
 

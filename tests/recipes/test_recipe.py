@@ -1,4 +1,4 @@
-"""A recipe becomes a model, a task and a config; every mistake in it is named, with what was meant."""
+"""A recipe becomes a model, a task and a config; every mistake in it is named, with the nearest valid name."""
 
 import sys
 from dataclasses import fields, replace
@@ -213,7 +213,7 @@ class TestDataByName:
             Path(file).touch()
         with pytest.raises(ConfigError) as caught:
             read_recipe(None, replaced={"model.build": "idap:digits_vit", "data.path": given})
-        assert f"--data {given!r} does not say what data it is; {expected}" in str(caught.value)
+        assert f"--data {given!r} names no data set; {expected}" in str(caught.value)
 
     def test_a_folder_called_like_data_is_a_path(self, recipe, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -225,8 +225,8 @@ class TestDataByName:
         ("overrides", "text"),
         [
             (["data.name=imagefolders:x"], "did you mean imagefolder?"),
-            (["data.name=digits:x"], "data.path does not suit digits, which takes seed, batch_size"),
-            (["data.name=csv:x", "data.size=3"], "data.size does not suit csv, which takes path, tokenizer, text,"),
+            (["data.name=digits:x"], "data.path is not a key of digits, which takes seed, batch_size"),
+            (["data.name=csv:x", "data.size=3"], "data.size is not a key of csv, which takes path, tokenizer, text,"),
             (
                 ["data.name=text"],
                 "data.path is missing: give a text file, or a folder of them, or pass --data text:",
@@ -273,7 +273,7 @@ class TestMistakes:
         [
             ("filters.stpes=3", "r.toml: there is no key filters.stpes; the nearest is filters.steps."),
             ("compress.macs=0.5", "there is no key compress.macs; the nearest is goals.macs."),
-            ("compress.finals=1", "there is no key compress.finals; [compress] knows latency_batch, order, criterion,"),
+            ("compress.finals=1", "no key compress.finals; the keys of [compress] are latency_batch, order,"),
             ("filter.steps=3", "there is no section [filter]; the nearest is [filters]."),
             ("zzz.steps=3", "there is no section [zzz]; sections are model, data, task,"),
             ("filters.steps=ten", "filters.steps is the text 'ten', expected a whole number."),
@@ -295,8 +295,8 @@ class TestMistakes:
                 "data.name=cifar10",
                 "data.path is missing: give the folder of the two files, or pass --data cifar10:PATH.",
             ),
-            ("task.build=python:a:b", "[task] brings its own data; leave [data], and --data, out"),
-            ("goals.max_drop=1", 'it would allow anything; for 1 points write 0.01 or "1%".'),
+            ("task.build=python:a:b", "[task] brings its own data; leave out [data] and --data"),
+            ("goals.max_drop=1", 'it would allow any result; for 1 points write 0.01 or "1%".'),
             ("recovery.lr=-1", "r.toml: [recovery] lr must be above 0 and finite, got -1.0."),
             ("train.lr=-1", "r.toml: [train] lr must be above 0 and finite, got -1.0."),
             ("filters.first_share=1.0", "r.toml: filters.first_share must lie in (0, 1), found 1.0."),
@@ -323,7 +323,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            ("macs = 0.5\n" + PLAIN, "macs stands outside every section; the nearest is goals.macs."),
+            ("macs = 0.5\n" + PLAIN, "macs is outside every section; the nearest is goals.macs."),
             ("goals = 1\n", "goals is the number 1, expected a section: write [goals] and its keys below."),
             ("[model]\nweights = 'x'\n[data]\nname='digits'", "model.build is missing."),
             ("[data]\nname = 'digits'", "there is no model: write [model] with build ="),
@@ -383,7 +383,7 @@ class TestBuilding:
         assert recipe(PLAIN, "train.epochs=3").training() == Recovery(epochs=3.0)
 
     def test_keys_that_a_data_set_does_not_know(self, recipe):
-        with pytest.raises(ConfigError, match=r"data\.val_size does not suit digits, which takes seed, batch_size"):
+        with pytest.raises(ConfigError, match=r"data\.val_size is not a key of digits, which takes seed, batch_size"):
             recipe(PLAIN, "data.val_size=3").task()
 
     @pytest.mark.parametrize("name", ["task", "build_task"])
@@ -398,10 +398,10 @@ class TestBuilding:
         text = '[model]\nbuild="python:mine.py:build_model"\n[data]\nname="python:mine.py:splits"\npath="x"\n'
         images, _ = next(iter(recipe(text).task().batches("val")))
         assert images.shape == (2, 3)
-        with pytest.raises(ConfigError, match=r"data\.seed does not suit python:.*, which takes path, batch_size"):
+        with pytest.raises(ConfigError, match=r"data\.seed is not a key of python:.*, which takes path, batch_size"):
             recipe(text + "seed = 3").task()
         with pytest.raises(
-            ConfigError, match=r"gave list without 'train'; expected an idap\.Task, or train, val, test"
+            ConfigError, match=r"gave list without 'train'; expected an idap\.Task, or an object with train, val"
         ):
             recipe(text.replace("splits", "no_splits")).task()
 

@@ -46,7 +46,7 @@ def data(path, batch_size=4):
 
 
 @pytest.fixture
-def ran(tmp_path):
+def run_recipe(tmp_path):
     """Run a recipe, or a table of one, and check what it leaves."""
     (tmp_path / "net.py").write_text(SCRIPT)
 
@@ -78,32 +78,36 @@ def test_each_has_a_test_here_and_says_what_it_does():
     assert all(len(summary(file)) > 30 for file in shipped_recipes().values())
 
 
-def test_digits_resnet(ran):
-    ran("digits_resnet", "train.epochs=0.5", "final.epochs=0.1")
+def test_digits_resnet(run_recipe):
+    run_recipe("digits_resnet", "train.epochs=0.5", "final.epochs=0.1")
 
 
-def test_cifar10_resnet20(ran, tmp_path):
+def test_cifar10_resnet20(run_recipe, tmp_path):
     dice = np.random.default_rng(0)
     for name, count in (("train", 32), ("test", 40)):
         images = dice.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         write_delta(tmp_path / f"cifar10_{name}.npz", images, np.arange(count) % 10)
     weights = {f"module.{name}": value for name, value in cifar_resnet20().state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "w.pt")
-    _, task = ran("cifar10_resnet20", "data.val_size=20", "data.batch_size=16", f"model.weights={tmp_path / 'w.pt'}",
-                  data=f"cifar10:{tmp_path}")  # fmt: skip
+    _, task = run_recipe(
+        "cifar10_resnet20", "data.val_size=20", "data.batch_size=16", f"model.weights={tmp_path / 'w.pt'}",
+        data=f"cifar10:{tmp_path}",
+    )  # fmt: skip
     assert task.notes == ("20 of the 40 images of test, drawn with seed 0, are for validation",)
 
 
-def test_imagefolder_resnet(ran, tmp_path):
+def test_imagefolder_resnet(run_recipe, tmp_path):
     images = small_data.image_folder(tmp_path / "images", count=8)
-    result, _ = ran("imagefolder_resnet", "data.size=16", "data.batch_size=8", "data.workers=0", "train.epochs=1",
-        model="timm:test_resnet", data=f"imagefolder:{images}")  # fmt: skip
+    result, _ = run_recipe(
+        "imagefolder_resnet", "data.size=16", "data.batch_size=8", "data.workers=0", "train.epochs=1",
+        model="timm:test_resnet", data=f"imagefolder:{images}",
+    )  # fmt: skip
     assert result.model.fc.out_features == 2
 
 
-def test_texts_transformers(ran, tmp_path):
+def test_texts_transformers(run_recipe, tmp_path):
     folder = small_data.classifier_folder(tmp_path / "bert")
-    result, task = ran(
+    result, task = run_recipe(
         "texts_transformers", "data.batch_size=8", "train.epochs=12", "train.lr=0.01", "train.optimizer=adamw",
         model=f"hf:{folder}", data=small_data.table(tmp_path / "t.tsv"),
     )  # fmt: skip
@@ -111,9 +115,9 @@ def test_texts_transformers(ran, tmp_path):
     assert result.baseline > 0.9
 
 
-def test_language_transformers(ran, tmp_path):
+def test_language_transformers(run_recipe, tmp_path):
     folder = small_data.language_folder(tmp_path / "gpt")
-    result, task = ran(
+    result, task = run_recipe(
         "language_transformers", "data.length=16", "data.tokenizer=bytes", "train.epochs=3", "train.lr=0.01",
         "train.optimizer=adamw", "goals.max_relative_drop=none",
         model=f"hf:{folder}", data=f"text:{small_data.text_file(tmp_path / 't.txt')}",
@@ -122,25 +126,31 @@ def test_language_transformers(ran, tmp_path):
     assert result.baseline < 20  # 256 without training
 
 
-def test_segmentation_torchvision(ran, tmp_path):
-    result, task = ran(
+def test_segmentation_torchvision(run_recipe, tmp_path):
+    result, task = run_recipe(
         "segmentation_torchvision", "data.size=16", "data.workers=0", "train.epochs=20", "train.lr=0.01",
-        model=f"{ran.script}:pixels", data=small_data.mask_folder(tmp_path / "masks"),
+        model=f"{run_recipe.script}:pixels", data=small_data.mask_folder(tmp_path / "masks"),
     )  # fmt: skip
     assert task.metric_name == "mIoU"
     assert result.baseline > 0.8
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_mnist_files(ran, tmp_path, name):
+def test_mnist_files(run_recipe, tmp_path, name):
     arrays = (*small_data.grey_images(64), *small_data.grey_images(16, 1))
     np.savez(tmp_path / "m.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays, strict=True)))
-    ran(None, "train.epochs=4", "data.batch_size=16", model=f"{ran.script}:grey", data=f"{name}:{tmp_path / 'm.npz'}")
+    run_recipe(
+        None,
+        "train.epochs=4",
+        "data.batch_size=16",
+        model=f"{run_recipe.script}:grey",
+        data=f"{name}:{tmp_path / 'm.npz'}",
+    )
 
 
-def test_data_of_a_function(ran):
-    ran(None, "train.epochs=1", "data.batch_size=4", "data.path=x", model=f"{ran.script}:colours",
-        data=f"{ran.script}:data")  # fmt: skip
+def test_data_of_a_function(run_recipe):
+    run_recipe(None, "train.epochs=1", "data.batch_size=4", "data.path=x", model=f"{run_recipe.script}:colours",
+        data=f"{run_recipe.script}:data")  # fmt: skip
 
 
 def test_every_name_is_tried_in_this_file():

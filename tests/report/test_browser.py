@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "net")
 
 
-def opened(browser, file, text, *, width=DESK, dark=False):
-    """Show a page in a window of some width."""
+def show_page(browser, file, text, *, width=DESK, dark=False):
+    """Show a page in a window of the given width."""
     file.write_text(text, encoding="utf-8")
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
@@ -81,7 +81,7 @@ def head(browser, name):
 @needs_driver
 @pytest.mark.parametrize("page", [run_page, lambda run: compare_page([run, run])], ids=["run", "two"])
 def test_it_opens_without_an_error_and_asks_for_nothing(browser, folder, tmp_path, page):
-    opened(browser, tmp_path / "page.html", page(read_run(folder)))
+    show_page(browser, tmp_path / "page.html", page(read_run(folder)))
     assert browser.title.endswith("idap")
     assert browser.get_log("browser") == []
     assert [url for url in requests(browser) if not url.startswith(("file:", "data:"))] == []
@@ -91,7 +91,7 @@ def test_it_opens_without_an_error_and_asks_for_nothing(browser, folder, tmp_pat
 def test_what_a_run_is_called_runs_nothing(browser, tmp_path):
     hostile = settings(prefix=HOSTILE) | {"model": HOSTILE, "recipe": {HOSTILE: {HOSTILE: HOSTILE}}}
     run = read_run(write_run(tmp_path / "net", prefix=HOSTILE, **hostile))
-    opened(browser, tmp_path / "page.html", run_page(run))
+    show_page(browser, tmp_path / "page.html", run_page(run))
     assert browser.execute_script("return window.broken") is None
     assert browser.find_elements("css selector", "img") == []
     assert '"><img src=x onerror=' in browser.find_element("css selector", "h1").text
@@ -101,7 +101,7 @@ def test_what_a_run_is_called_runs_nothing(browser, tmp_path):
 @needs_driver
 def test_a_script_that_is_not_ours_would_not_run(browser, folder, tmp_path):
     text = run_page(read_run(folder)).replace("</main>", "<script>window.broken = true</script></main>")
-    opened(browser, tmp_path / "page.html", text)
+    show_page(browser, tmp_path / "page.html", text)
     assert browser.execute_script("return window.broken") is None
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
 
@@ -110,7 +110,7 @@ def test_a_script_that_is_not_ours_would_not_run(browser, folder, tmp_path):
 def test_the_table_is_sorted_by_click_and_by_keyboard(browser, folder, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
-    opened(browser, tmp_path / "page.html", run_page(read_run(folder)))
+    show_page(browser, tmp_path / "page.html", run_page(read_run(folder)))
     assert column(browser, 0) == ["0", "1", "2", "3", "4"]
     head(browser, "accuracy").click()
     assert column(browser, 0) == ["1", "3", "2", "4", "0"]
@@ -125,17 +125,17 @@ def test_the_table_is_sorted_by_click_and_by_keyboard(browser, folder, tmp_path)
 
 
 @needs_driver
-def test_it_is_dark_where_that_is_wished_and_by_its_button(browser, folder, tmp_path):
+def test_it_is_dark_by_setting_and_by_its_button(browser, folder, tmp_path):
     def ground():
         colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 3
 
     text = run_page(read_run(folder))
-    opened(browser, tmp_path / "page.html", text, dark=True)
+    show_page(browser, tmp_path / "page.html", text, dark=True)
     assert ground() < 40
     browser.find_element("id", "theme").click()
     assert ground() > 240
-    opened(browser, tmp_path / "page.html", text)
+    show_page(browser, tmp_path / "page.html", text)
     assert ground() > 240
     browser.find_element("id", "theme").click()
     assert ground() < 40
@@ -145,7 +145,7 @@ def test_it_is_dark_where_that_is_wished_and_by_its_button(browser, folder, tmp_
 @needs_driver
 @pytest.mark.parametrize("width", [PHONE, 800, DESK])
 def test_it_fits_and_its_labels_do_not_overlap(browser, folder, tmp_path, width):
-    opened(browser, tmp_path / "page.html", run_page(read_run(folder)), width=width)
+    show_page(browser, tmp_path / "page.html", run_page(read_run(folder)), width=width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     boxes = browser.execute_script(
         """return [...document.querySelectorAll('.plot')].map(plot => [...plot.querySelectorAll('text')]
@@ -178,7 +178,7 @@ def test_text_stands_out_from_its_ground(browser, folder, tmp_path):
         return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.textContent.slice(0, 40)]; })
       .filter(([ratio]) => ratio < 4.5)"""
     for dark in (False, True):
-        opened(browser, tmp_path / "page.html", run_page(read_run(folder)), dark=dark)
+        show_page(browser, tmp_path / "page.html", run_page(read_run(folder)), dark=dark)
         assert browser.execute_script(script) == []
 
 

@@ -1,9 +1,9 @@
-"""Several runs side by side: the table, the page, and what can't be compared."""
+"""Several runs side by side: the table, the page, and runs that can't be compared."""
 
 import pytest
 
 from idap.errors import ConfigError
-from idap.report.comparing import compare_page, different, document_of, names, obstacles, rows
+from idap.report.comparing import compare_page, comparison_data, names, obstacles, rows, setting_differences
 from idap.report.reading import read_run
 from tests.report.runs import HOSTILE, settings, steps, write_run
 from tests.report.test_page import Page
@@ -22,8 +22,8 @@ def test_two_runs_of_one_model(tmp_path):
     assert table["latency, batch of 64"][1] == "not measured"
     assert table["decisions kept"] == ["4 of 5", "2 of 3"]
     assert rows(runs)[0] == ["", "net-0", "net-1"]
-    assert different(runs) == [["macs", "0.5", "0.4"]]
-    said = document_of(runs)
+    assert setting_differences(runs) == [["macs", "0.5", "0.4"]]
+    said = comparison_data(runs)
     assert said["comparable"] and said["runs"][1]["reached"] is None and said["settings"] == {"macs": ["0.5", "0.4"]}
 
 
@@ -31,8 +31,8 @@ def test_a_setting_is_the_same_whether_a_recipe_says_it_or_leaves_it_out(tmp_pat
     recipe = settings()["recipe"]
     said = {**recipe, "recovery": {"lr": 0.02}, "goals": {"macs": "50%"}, "output": {"run_dir": "elsewhere"}}
     longer = {**recipe, "train": {"epochs": 3}}
-    assert different(runs_of(tmp_path, {}, {"recipe": said})) == []
-    assert different(runs_of(tmp_path / "longer", {}, {"recipe": longer})) == [["train.epochs", "", "3"]]
+    assert setting_differences(runs_of(tmp_path, {}, {"recipe": said})) == []
+    assert setting_differences(runs_of(tmp_path / "longer", {}, {"recipe": longer})) == [["train.epochs", "", "3"]]
 
 
 @pytest.mark.parametrize(
@@ -40,19 +40,22 @@ def test_a_setting_is_the_same_whether_a_recipe_says_it_or_leaves_it_out(tmp_pat
     [
         ({"model": "other.Net", "fingerprint": "0"}, r"compress different models: mine\.Net and other\.Net"),
         ({"fingerprint": "0"}, r"compress different models of another size: mine\.Net and mine\.Net"),
-        ({"recipe": {"data": {"name": "cifar10"}}}, r"judged on different data: data\.name is 'digits' and 'cifar10'"),
-        ({"recipe": None}, "judged on different data: one of them has no recipe that says which"),
+        (
+            {"recipe": {"data": {"name": "cifar10"}}},
+            r"on different data: data\.name is 'digits' and 'cifar10'",
+        ),
+        ({"recipe": None}, "evaluated on different data: one of them has no recipe, so its data are unknown"),
         (
             {"task": {"metric": "f1", "higher_is_better": True, "worst": None}},
             "have different metrics: accuracy and f1",
         ),
         (
             {"baseline": {"metric": 0.98, "macs": 2_000_000, "parameters": 40_000, "size": 161_000}},
-            r"begin with different originals: their accuracy is 97\.00.% and 98\.00.%, so the weights",
+            r"start from different originals: their accuracy is 97\.00.% and 98\.00.%, so the weights",
         ),
         (
             {"environment": settings()["environment"] | {"threads": 8}},
-            "were timed on different machines or with other threads",
+            "were timed on different machines or threads",
         ),
     ],
 )
@@ -63,7 +66,7 @@ def test_what_can_not_be_compared(tmp_path, change, why):
     with pytest.raises(AssertionError, match=why):
         raise AssertionError(found[0])
     assert "Not comparable:" in Page(compare_page(runs)).said
-    assert not document_of(runs)["comparable"]
+    assert not comparison_data(runs)["comparable"]
 
 
 def test_the_page_overlays_the_runs(tmp_path):
@@ -72,12 +75,12 @@ def test_the_page_overlays_the_runs(tmp_path):
     for place in range(4):
         assert text.count(f"line run-{place}") == 2
     assert len(page.all("id")) == len(set(page.all("id")))
-    assert "None: the runs were begun with the same settings." in page.said
+    assert "The runs have the same settings." in page.said
 
 
-def test_other_groups_have_no_common_depth(tmp_path):
+def test_other_groups_are_not_drawn_in_one_chart(tmp_path):
     runs = runs_of(tmp_path, {}, {"prefix": "net.", "fingerprint": "0"})
-    assert "their profiles have no common depth" in Page(compare_page(runs)).said
+    assert "one chart can't show their divergence" in Page(compare_page(runs)).said
 
 
 def test_nothing_of_a_run_becomes_markup(tmp_path):
@@ -95,5 +98,5 @@ def test_names_tell_the_runs_apart(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_too_few_and_too_many(tmp_path, count):
-    with pytest.raises(ConfigError, match=f"to compare, name 2 to 4 run folders; found {count}"):
+    with pytest.raises(ConfigError, match=f"a comparison needs 2 to 4 run folders, got {count}"):
         compare_page(runs_of(tmp_path, *({} for _ in range(count))))

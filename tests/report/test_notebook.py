@@ -70,5 +70,5 @@ def test_structures_measurements_and_plans_show_themselves():
 
 def test_a_long_table_is_cut():
     said = Page(table_display("long", ["a"], [[str(row)] for row in range(MOST + 5)], bars=[0.5] * (MOST + 5))).said
-    assert "5 more lines are not shown." in said
+    assert "5 more rows are not shown." in said
     assert f" {MOST - 1} " in said and f" {MOST} " not in said

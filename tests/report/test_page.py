@@ -1,4 +1,4 @@
-"""The page of a run as text: it says everything, loads nothing, and lets nothing of the run become markup."""
+"""The page of a run as text: it says everything, loads nothing, and never turns data of the run into markup."""
 
 import re
 from dataclasses import replace
@@ -10,7 +10,7 @@ from idap.record import RESULT, RunFolder
 from idap.report.contents import Block
 from idap.report.flow import Section, sections_of
 from idap.report.markup import VOID
-from idap.report.page import run_page, words
+from idap.report.page import run_page, shell_command
 from idap.report.reading import read_run
 from idap.report.timeline import stretches
 from idap.steps import Curve
@@ -76,7 +76,7 @@ def test_every_decision_is_in_the_table(tmp_path):
     assert said.count("rolled back") >= 1
     assert "outside the budget; next step 5.0% of the units" in said
     assert "12 neurons, of 2 groups blocks.0.fc: −8, 12 left" in said
-    assert "nothing; the last accepted state was trained on" in said
+    assert "nothing; the last accepted state was trained further" in said
     assert "block blocks.1" in said
 
 
@@ -91,7 +91,7 @@ def test_a_run_under_way_says_so(tmp_path):
 
 def test_a_run_without_any_decision_has_a_page(tmp_path):
     said = page_of(tmp_path / "net", finished=False, decided=[]).said
-    assert "0 decisions so far" in said and "No decision was taken yet." in said
+    assert "0 decisions so far" in said and "There is no decision yet." in said
     assert "Trade-off" not in said
 
 
@@ -193,4 +193,4 @@ def test_the_time_adds_up(tmp_path):
     ],
 )
 def test_the_command_as_it_was_typed(arguments, typed):
-    assert words(arguments) == typed
+    assert shell_command(arguments) == typed

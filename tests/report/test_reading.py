@@ -20,7 +20,7 @@ def test_a_finished_run(tmp_path):
     assert run.removed == {"blocks.1": "removed"}
     assert run.widths == {"stem": 16, "blocks.0.fc": 9, "blocks.1.fc": 0, "blocks.2.fc": 20}
     assert run.targets == {"macs": 0.5}
-    assert run.keeps_budget()
+    assert run.is_within_budget()
     assert run.before is not None and run.after is not None
     assert run.before.units["stem"].mean == 0.01
     assert run.measured is not None and run.measured.latency is not None
@@ -111,7 +111,7 @@ def test_blocks_inside_others_go_with_them_and_take_their_groups(tmp_path):
 
 def test_where_lower_is_better_the_budget_is_a_ceiling(tmp_path):
     task = {"metric": "perplexity", "higher_is_better": False, "worst": 0.965}
-    assert not read_run(write_run(tmp_path / "net", task=task)).keeps_budget()
+    assert not read_run(write_run(tmp_path / "net", task=task)).is_within_budget()
 
 
 def test_the_picture_shows_a_goal_that_every_decision_tells_of(tmp_path):

@@ -69,21 +69,21 @@ def test_buffers_that_a_pass_changes_are_put_back():
 
 
 @pytest.mark.parametrize(
-    ("wrap", "told"),
+    ("wrap", "message"),
     [
         (
             lambda model: torch.compile(model, backend="eager"),
-            r"^the model went through torch\.compile, .* Give .*, model\._orig_mod, and",
+            r"^the model was compiled by torch\.compile, .* Pass .*, model\._orig_mod, and",
         ),
         (
             lambda model: nn.Sequential(torch.compile(model, backend="eager")),
-            r"^module '0' went .*, model\.0\._orig_mod, and compile the",
+            r"^module '0' was compiled .*, model\.0\._orig_mod, and compile the",
         ),
         (lambda model: model.forward, r"^the model is a method; expected a torch\.nn\.Module\.$"),
     ],
 )
-def test_what_can_not_be_traced_is_refused_at_once(wrap, told):
-    with pytest.raises(TaskError, match=told):
+def test_what_can_not_be_traced_is_refused_at_once(wrap, message):
+    with pytest.raises(TaskError, match=message):
         check_task(wrap(net()), custom())
 
 
@@ -214,7 +214,7 @@ def test_a_dead_model_is_told_from_a_loss_that_looks_away():
     nn.init.constant_(dead[0].bias, -1.0)
     with pytest.raises(TaskError, match=r"Sequential gives the same outputs for each of the 4 samples .* it is dead, "):
         check_task(dead, custom())
-    with pytest.raises(TaskError, match=r"the loss does not depend on the model: .*Let loss= use the outputs"):
+    with pytest.raises(TaskError, match=r"the loss does not depend on the model: .*Make loss= use the outputs"):
         check_task(net(), custom(loss=lambda outputs, batch: 0 * outputs.sum()))
 
 
@@ -222,7 +222,7 @@ def test_bad_logits_are_named():
     with pytest.raises(TaskError, match=r"logits= of the task failed on the first batch of 'val': KeyError: 'x'"):
         check_task(net(), custom(logits=lambda outputs: {}["x"]))
     with pytest.raises(
-        TaskError, match=r"logits= of the task gave a list of .* on the first batch of 'val'; not a tens"
+        TaskError, match=r"logits= of the task gave a list of .* on the first batch of 'val'; expected a ten"
     ):
         check_task(net(), custom(logits=lambda outputs: [outputs]))
 

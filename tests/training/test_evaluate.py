@@ -142,7 +142,7 @@ def test_a_metric_that_can_not_take_nan_says_what_the_model_did():
         return 1.0
 
     with pytest.raises(
-        DivergedError, match=r"^the model's outputs hold NaN, and the metric says ValueError: Input con"
+        DivergedError, match=r"^the model's outputs hold NaN, and the metric raised ValueError: Input con"
     ):
         score(nn.Identity(), custom(strict, val=[(X * math.nan, torch.tensor([0, 0, 0]))]))
 
@@ -208,7 +208,7 @@ def test_an_error_on_a_later_batch_names_it(fails):
     batches = [*BATCHES[:1], (torch.eye(2), BATCHES[1][1])] if fails == "model" else BATCHES
     task = custom(metric if fails == "metric" else lambda outputs, batch: 1.0, val=batches)
     why = "ValueError: too few" if fails == "metric" else "RuntimeError: mat1 and mat2"
-    with pytest.raises(TaskError, match=f"^batch 1 of the 'val' split, counted from 0, can't be judged .*{why}"):
+    with pytest.raises(TaskError, match=f"^batch 1 of the 'val' split, counted from 0, can't be measured .*{why}"):
         evaluate(nn.Linear(3, 3), task)
 
 

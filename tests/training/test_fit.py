@@ -152,8 +152,8 @@ class TestTeacher:
 
 
 class TestJudge:
-    def judged(self, task, values, **settings):
-        """Fit with a judge that gives the values in turn; return the report, the states it saw, and the last state."""
+    def fit_with_scores(self, task, values, **settings):
+        """Fit with a judge that returns these values; gives the report, the states it scored, and the last state."""
         settings = {"average": False, **settings}
         model, seen, answers = net(), [], iter(values)
 
@@ -166,7 +166,7 @@ class TestJudge:
         return report, seen, model.state_dict()
 
     def test_it_is_asked_before_and_after_each_epoch(self, task):
-        report, seen, _ = self.judged(task, [0.1, 0.2, 0.3, 0.4])
+        report, seen, _ = self.fit_with_scores(task, [0.1, 0.2, 0.3, 0.4])
         assert len(seen) == 4
         assert report.best == 0.4
 
@@ -174,12 +174,12 @@ class TestJudge:
         ("values", "best"), [([9, 1, 2, 3], 0), ([0, 9, 2, 3], 1), ([0, 1, 2, 3], 3), ([5, 5, 5, 4], 2)]
     )
     def test_the_best_state_is_the_last(self, task, values, best):
-        report, seen, final = self.judged(task, values)
+        report, seen, final = self.fit_with_scores(task, values)
         assert same(seen[best], final)
         assert report.best == max(values)
 
     def test_buffers_come_back_too(self, task):
-        _, seen, final = self.judged(task, [9, 1, 2, 3])
+        _, seen, final = self.fit_with_scores(task, [9, 1, 2, 3])
         assert torch.equal(final["1.running_mean"], seen[0]["1.running_mean"])
         assert final["1.num_batches_tracked"] == 0
 
@@ -193,7 +193,7 @@ class TestJudge:
         ],
     )
     def test_the_average_of_the_first_and_the_last_state_is_tried(self, task, values, best):
-        report, seen, final = self.judged(task, values, average=True)
+        report, seen, final = self.fit_with_scores(task, values, average=True)
         assert len(seen) == 5
         assert same(seen[best], final)
         assert (report.best, report.averaged) == (max(values), best == 4)
@@ -214,13 +214,13 @@ class TestJudge:
         assert seen == [[0.0, -math.inf]] * 3
 
     def test_an_average_that_can_not_be_judged_is_not_kept(self, task):
-        report, seen, final = self.judged(task, [1, 2, 3, 4, math.nan], average=True)
+        report, seen, final = self.fit_with_scores(task, [1, 2, 3, 4, math.nan], average=True)
         assert same(seen[3], final)
         assert (report.best, report.averaged) == (4, False)
 
     def test_nan_is_refused(self, task):
         with pytest.raises(TaskError, match="the judge gave nan; expected a number that is higher for a better model"):
-            self.judged(task, [0.1, math.nan])
+            self.fit_with_scores(task, [0.1, math.nan])
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate(task):
@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(task):
 def test_a_batch_that_holds_nan_is_named_as_the_cause(task):
     (images, labels), *others = task.train
     broken = classification([*others, (images * math.nan, labels)], task.val, num_classes=2)
-    with pytest.raises(TaskError, match=r"the loss is nan at step .*\. This training batch itself holds NaN: look at"):
+    with pytest.raises(TaskError, match=r"the loss is nan at step .*\. This training batch itself holds NaN: check"):
         fit(net(), broken, Recovery())
 
 

@@ -79,8 +79,8 @@ def test_gradients_are_on_while_it_trains_whatever_the_caller_switched_off() -> 
 def test_a_batch_that_can_not_be_learned_from_is_named() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     loader = DataLoader(TensorDataset(X[:17], Y[:17]), 8)
-    told = (
+    message = (
         r"^Sequential failed in training at step 2.*, on a batch with 1 sample: ValueError: .* drop_last=True leaves it"
     )
-    with pytest.raises(TaskError, match=told):
+    with pytest.raises(TaskError, match=message):
         fit(model, classification(loader, num_classes=3), Recovery(epochs=1))

@@ -1,4 +1,4 @@
-"""What one process computes, two compute together: sums, gradients, metrics, whole trainings."""
+"""Two processes compute what one process computes: sums, gradients, metrics, whole trainings."""
 
 from collections import namedtuple
 
@@ -16,17 +16,17 @@ from idap.training.fit import fit
 from idap.training.processes import (
     Draw,
     align_,
-    alone,
     from_main,
     is_main,
-    mine,
+    local_items,
     on_main,
     process_count,
     process_rank,
+    raise_everywhere,
     share,
     sum_gradients_,
-    together,
     totals,
+    work_locally,
 )
 from idap.training.recovery import Recovery
 from idap.training.task import Task, classification
@@ -80,7 +80,7 @@ def task(size=16, **changes):
     return classification(**({"train": shuffled, "val": batches(20), "num_classes": 3} | changes))
 
 
-def trained(size):
+def train_beside_teacher(size):
     """Train beside a teacher with everything that is summed: uneven last batches, features, a judge."""
     model, teacher, own = Net(process_rank()), Net(1), task(size)
     if process_count() == 1:
@@ -91,7 +91,7 @@ def trained(size):
     return dict(model.state_dict()), (report.steps, report.first_loss, report.last_loss, report.best)
 
 
-def measured():
+def measure_splits():
     model, reference = Net(0), Net(1)
     accuracy = task()
     own = {"train": [], "loss": lambda outputs, batch: outputs.sum(), "metric_name": "score"}
@@ -109,7 +109,7 @@ def measured():
     return [*found, output_error(model, reference, accuracy), output_error(model, reference, task(val=batches(75)))]
 
 
-def shuffled_val():
+def sum_shuffled_samples():
     """The order of a loader that shuffles is the same in both, whatever else they draw."""
     torch.manual_seed(process_rank())
     own = task(val=DataLoader(TensorDataset(SAMPLES, LABELS), 7, shuffle=True))
@@ -124,10 +124,10 @@ def tools():
     found["who"] = (process_count(), process_rank(), is_main())
     found["totals"] = totals(1.5, process_rank())
     found["from main"] = from_main(float(process_rank()))
-    found["mine"] = mine([0, 1, 2, 3, 4])
+    found["local items"] = local_items([0, 1, 2, 3, 4])
     found["on main"] = on_main(lambda: {"rank": process_rank()})
-    with alone():
-        found["alone"] = (process_count(), process_rank(), totals(2.0), on_main(process_rank), mine([1, 2]))
+    with work_locally():
+        found["locally"] = (process_count(), process_rank(), totals(2.0), on_main(process_rank), local_items([1, 2]))
     model = Net(process_rank())
     align_(model)
     found["aligned"] = float(model.head.weight[0, 0].detach())
@@ -145,8 +145,8 @@ def tools():
     return found
 
 
-def failing(where, kind):
-    """Fail in one process; the other hears of it."""
+def fail_in(where, kind):
+    """Fail in one process; the other raises the same error."""
 
     def fail():
         if process_rank() == where:
@@ -154,7 +154,7 @@ def failing(where, kind):
 
     if where == 0:
         on_main(fail)
-    with together():
+    with raise_everywhere():
         fail()
 
 
@@ -163,8 +163,8 @@ class Foreign(Exception):  # noqa: N818 - it is no error
         super().__init__(one)
 
 
-def failing_strangely():
-    with together():
+def fail_strangely():
+    with raise_everywhere():
         if process_rank() == 1:
             raise Foreign("a", "b")
 
@@ -181,12 +181,12 @@ def failure(call, *args):
 
 def everything():
     return {
-        "trained": {size: trained(size) for size in SIZES},
-        "measured": measured(),
-        "shuffled": shuffled_val(),
+        "trained": {size: train_beside_teacher(size) for size in SIZES},
+        "measured": measure_splits(),
+        "shuffled": sum_shuffled_samples(),
         "tools": tools(),
-        "failed": [failure(failing, where, kind) for where, kind in FAILURES],
-        "failed strangely": failure(failing_strangely),
+        "failed": [failure(fail_in, where, kind) for where, kind in FAILURES],
+        "failed strangely": failure(fail_strangely),
     }
 
 
@@ -202,7 +202,7 @@ def both(tmp_path_factory):
 
 @pytest.mark.slow
 class TestTwo:
-    """Two processes come to one result."""
+    """Two processes give the result of one."""
 
     @pytest.mark.parametrize("size", SIZES)
     def test_they_train_what_one_trains(self, both, size):
@@ -210,16 +210,16 @@ class TestTwo:
         (first, reported), (second, other) = (each["trained"][size] for each in both)
         assert_close(first, second, rtol=0, atol=0)
         assert reported == other
-        expected, alone_reported = trained(size)
+        expected, expected_report = train_beside_teacher(size)
         counted = {"seen"}
         for name in expected.keys() - counted:
             assert_close(first[name], expected[name], rtol=1e-4, atol=1e-5)
-        assert reported == pytest.approx(alone_reported, rel=1e-4)
+        assert reported == pytest.approx(expected_report, rel=1e-4)
 
     def test_they_measure_what_one_measures(self, both):
         first, second = (each["measured"] for each in both)
         assert first == second
-        assert first == pytest.approx(measured(), rel=1e-6)
+        assert first == pytest.approx(measure_splits(), rel=1e-6)
 
     def test_loaders_that_shuffle_give_both_the_same(self, both):
         first, second = (each["shuffled"] for each in both)
@@ -228,12 +228,12 @@ class TestTwo:
     def test_their_tools(self, both):
         first, second = (dict(each["tools"]) for each in both)
         assert (first.pop("who"), second.pop("who")) == ((2, 0, True), (2, 1, False))
-        assert (first.pop("mine"), second.pop("mine")) == ([0, 2, 4], [1, 3])
+        assert (first.pop("local items"), second.pop("local items")) == ([0, 2, 4], [1, 3])
         assert first == second
         assert first["totals"] == (3.0, 1.0)
         assert first["from main"] == 0
         assert first["on main"] == {"rank": 0}
-        assert first["alone"] == (1, 0, (2.0,), 0, [1, 2])
+        assert first["locally"] == (1, 0, (2.0,), 0, [1, 2])
         assert first["aligned"] == float(Net(0).head.weight[0, 0].detach())
         assert first["gradients"] == [12.0, 4.0, None]
         assert len(first["drawn"]) == 4
@@ -288,5 +288,5 @@ def test_one_process_is_all_there_is():
     assert share(batch, default_size) == (batch, 1.0)
     assert (process_count(), process_rank(), is_main(), totals(1.0, 2.0)) == (1, 0, True, (1.0, 2.0))
     assert on_main(lambda: 5) == 5
-    with pytest.raises(ValueError, match="no"), together():
+    with pytest.raises(ValueError, match="no"), raise_everywhere():
         raise ValueError("no")

@@ -44,7 +44,7 @@ def test_unknown_split_lists_the_known():
 
 
 def test_torchmetrics_metric_needs_update():
-    with pytest.raises(TaskError, match=r"metric 'score' is a torchmetrics MulticlassAccuracy and nothing feeds it"):
+    with pytest.raises(TaskError, match=r"metric 'score' is a torchmetrics MulticlassAccuracy, and nothing updates it"):
         custom(metric=MulticlassAccuracy(3))
 
 

@@ -27,7 +27,7 @@ def test_steps_and_minutes_win_over_epochs(setting, trains):
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ({"steps": 1, "minutes": 2.0}, "steps=1 and minutes=2 are both given; give one of them"),
+        ({"steps": 1, "minutes": 2.0}, "steps=1 and minutes=2 are both given; give only one"),
         ({"steps": -1}, "steps must be 0 or more and finite, got -1"),
         ({"epochs": "1"}, "epochs must be a number, got '1'"),
         ({"epochs": None}, "epochs must be a number, got None"),

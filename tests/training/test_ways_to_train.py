@@ -162,7 +162,7 @@ class TestChannelsLast:
     def test_code_that_asks_for_views_trains_in_the_usual_order(self):
         found = weights(Recovery(), model=net(flatten="view"))
         assert_close(found, weights(Recovery(channels_last=False)), rtol=0, atol=0)
-        with pytest.raises(TaskError, match="channels_last=True, but the model does not run that way: view size"):
+        with pytest.raises(TaskError, match="channels_last=True, but the model can't run in that format: view size"):
             fit(net(flatten="view"), task(), Recovery(channels_last=True))
 
     @pytest.mark.parametrize(
@@ -290,10 +290,10 @@ class TestOptimizer:
         assert not torch.equal(model.head.weight, before["head.weight"])
 
     def test_one_of_another_model_is_refused(self):
-        with pytest.raises(TaskError, match=r"the SGD holds a parameter of shape \(6, 3, 3, 3\) that Net has"):
+        with pytest.raises(TaskError, match=r"SGD holds a parameter of shape \(6, 3, 3, 3\) that Net does not have"):
             fit(net(), task(), Recovery(), optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
 
 
-def test_features_that_nobody_sees_are_refused():
-    with pytest.raises(ConfigError, match=r"features=0\.5 compares a model with its teacher from the inside"):
+def test_features_that_nothing_collects_are_refused():
+    with pytest.raises(ConfigError, match=r"features=0\.5 compares the features of a model with those of its teacher"):
         fit(net(), task(), Recovery(features=0.5), teacher=net(1))

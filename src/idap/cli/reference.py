@@ -99,7 +99,7 @@ def _data_tables() -> str:
         parts.append(f"### `{name}{path}: {source.what}")
         rows = [
             (key, _kind(_without_none(hints[key]), key), _default(parameters[key].default), texts[key])
-            for key in source.takes()
+            for key in source.key_names()
             if key != "path"
         ]
         parts.append(_table(rows))

@@ -26,7 +26,7 @@ from idap.errors import IdapError, RunFolderError
 from idap.ownership import seal_place
 from idap.progress import Progress
 from idap.record import AFTER, RESULT, RUN, RunFolder, read_object
-from idap.report.contents import Reached
+from idap.report.contents import RunEnd
 from idap.report.reading import read_decisions, read_end, read_settings
 from idap.saving.checkpoint import fingerprint
 from idap.steps import Step
@@ -189,7 +189,7 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
     }
 
 
-def past_result(folder: RunFolder | None) -> Reached | None:
+def past_result(folder: RunFolder | None) -> RunEnd | None:
     """What a run that is finished came to, as it was written down; None for one that is not.
 
     Raises:

@@ -20,7 +20,7 @@ from idap.selection.rounding import probes, step_of
 from idap.structure.analysis import Structure
 from idap.surgery.apply import apply_plan
 from idap.training.batch import Inputs, device_name, device_of
-from idap.training.processes import by_itself, on_main
+from idap.training.processes import call_locally, on_main
 
 REPEATS = 15
 """Timed passes where a block is taken out."""
@@ -173,7 +173,7 @@ class LayerTimes:
             RunFolderError: the table can't be written.
         """
         if self._table is None:
-            self._table = on_main(partial(by_itself, self._measure))
+            self._table = on_main(partial(call_locally, self._measure))
             if self._file is not None:
                 on_main(partial(_write, self._file, self.least, self._table))
         return self._table

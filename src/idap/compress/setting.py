@@ -28,7 +28,7 @@ from idap.structure.analysis import Structure
 from idap.structure.plan import Plan
 from idap.training.batch import Inputs, device_of, move
 from idap.training.evaluate import Score, score
-from idap.training.processes import by_itself, mine, on_main, process_count, together
+from idap.training.processes import call_locally, local_items, on_main, process_count, raise_everywhere
 from idap.training.task import Task
 
 
@@ -178,7 +178,7 @@ class Setting:
             removed=state.removed,
         )
         with self.services.clock.on("measurement"):
-            return by_itself(fit_all)  # alike in every process
+            return call_locally(fit_all)  # alike in every process
 
     def _once(self, state: State, criteria: Sequence[Criterion], title: str) -> dict[str, Divergence]:
         """Measure what was not measured of this very state before."""
@@ -198,7 +198,7 @@ class Setting:
             return measure_all(
                 state.model,
                 self.subject.structure,
-                self.passes(mine(self.subject.calibration)),
+                self.passes(local_items(self.subject.calibration)),
                 criteria=criteria,
                 keep=state.keep,
                 removed=state.removed,
@@ -208,8 +208,8 @@ class Setting:
             )
 
         if len(self.subject.calibration) < process_count():
-            return on_main(lambda: by_itself(measure_here))
-        with together():
+            return on_main(lambda: call_locally(measure_here))
+        with raise_everywhere():
             return measure_here()
 
     @property

@@ -1,1 +1,1 @@
-"""Recipes: the file, its sections, what it names, and those that idap brings."""
+"""Recipes: files, sections, names of models and data, and the recipes that come with idap."""

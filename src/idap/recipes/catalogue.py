@@ -1,4 +1,4 @@
-"""Names that idap knows: models, data sets, criteria, and its own recipes. Imports none of the libraries."""
+"""Lists of the models, data sets, criteria and recipes that have names; imports none of the libraries."""
 
 import difflib
 import importlib.util
@@ -27,16 +27,16 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def summary(file: Path) -> str:
-    """The first sentence of a recipe, from its first comment."""
+    """The first line of a recipe's first comment."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip()
 
 
 def recipe_path(path: str | Path) -> Path:
-    """Find a recipe: a file, or the name of one that comes with the package.
+    """Find a recipe by its file, or by the name of one that comes with the package.
 
     Args:
-        path: as it was given; a file goes before a name.
+        path: a path or a name; a file is preferred to a recipe of that name.
 
     Returns:
         The path of the file, which need not exist.
@@ -48,11 +48,11 @@ def recipe_path(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that has a name.
+    """One model, data set, criterion or recipe.
 
     Attributes:
-        name: as it is written in a recipe or after an option.
-        about: a line for people; "" where none is known.
+        name: as it is written in a recipe or on the command line.
+        about: a description of one line; "" if there is none.
     """
 
     name: str
@@ -69,17 +69,17 @@ DATA_SETS: Mapping[str, str] = {
     "digits": "1,797 handwritten digits of 8x8 pixels, part of scikit-learn",
     "cifar10": "CIFAR-10 in two .npz files",
     "mnist": "MNIST in a .npz file, or in the four idx files",
-    "fashion_mnist": "Fashion-MNIST likewise",
+    "fashion_mnist": "Fashion-MNIST in a .npz file, or in the four idx files",
     "imagefolder": "images in one folder per class",
     "csv": "texts with labels in CSV, TSV or JSON Lines",
-    "text": "a text, to name the next token",
-    "masks": "images with masks, to name the class of each pixel",
+    "text": "a text, to predict the next token",
+    "masks": "images with masks, to predict the class of each pixel",
 }
 CRITERIA: Mapping[str, str] = {
-    "innovation": "what the next layers would lose that the other units can't replace; the default",
-    "relative": "squared change of the flow behind a part, as a share of its energy; also for whole blocks",
-    "fluctuation": "the same for what changes from sample to sample; also for whole blocks",
-    "paper": "the formulas of IDAP++ as they are printed; also for whole blocks",
+    "innovation": "flow that the next layers would lose even after a refit on the other units; the default",
+    "relative": "squared change of the flow behind a part, relative to its squared size; also for whole blocks",
+    "fluctuation": "like relative, for the variation from sample to sample; also for whole blocks",
+    "paper": "the formulas of the IDAP++ paper; also for whole blocks",
     "share": "share of the flow that passes a unit; also for whole blocks",
     "activation": "mean size of a unit's output",
     "taylor": "first-order change of the loss; needs labels",
@@ -88,23 +88,23 @@ CRITERIA: Mapping[str, str] = {
     "magnitude_l1": "sum of the sizes of the weights",
     "bn_scale": "scale of the batch norm behind a unit",
     "fpgm": "distance of a filter from the others of its layer",
-    "random": "by chance, to compare with",
+    "random": "random scores, as a baseline",
 }
 SCHEMES: Mapping[str, str] = {
-    "idap": "small networks of idap's own",
+    "idap": "small networks that come with idap",
     "torchvision": "torchvision's models",
     "timm": "timm's models",
-    "hf": "models of transformers with weights: hf:FOLDER, or hf:NAME of the hub",
-    "transformers": "model types of transformers, in their default configuration and without weights: for inspection",
-    "python": "your own: python:FILE.py:NAME of a class, a function without arguments, or a module",
+    "hf": "models of transformers with weights: hf:FOLDER, or hf:NAME on the hub",
+    "transformers": "model types of transformers, in their default configuration, without weights: for inspection",
+    "python": "your own model: python:FILE.py:NAME of a class, a function without arguments, or a module",
 }
 
 
 def models(schemes: Sequence[str] = ("idap", "torchvision", "timm", "transformers")) -> list[Entry]:
-    """List the models that have a name, in the order of the schemes, then of the alphabet.
+    """List the models that have a name, in the order of the schemes, then alphabetically.
 
     Args:
-        schemes: where to look; packages that are not installed have none.
+        schemes: the schemes to list; packages that are not installed have no models.
 
     Returns:
         An entry per model, named `scheme:name`.
@@ -118,7 +118,8 @@ def models(schemes: Sequence[str] = ("idap", "torchvision", "timm", "transformer
 
 def data_sets() -> list[Entry]:
     """List the data sets that have a name."""
-    own = Entry("python:FILE.py:NAME", "your own: a function that returns something like idap.data.tensors.Splits")
+    about = "your own data: a function that returns a Task, or an object like idap.data.tensors.Splits"
+    own = Entry("python:FILE.py:NAME", about)
     return [*_entries(DATA_SETS), own]
 
 
@@ -128,13 +129,13 @@ def criteria() -> list[Entry]:
 
 
 def recipes(folder: Path = Path()) -> list[Entry]:
-    """List recipes: those that come with idap, and the TOML files of a folder and its `recipes/`.
+    """List the recipes that come with idap, and those in a folder and its `recipes/`.
 
     Args:
-        folder: where one's own are looked for; the working folder.
+        folder: folder with recipes of the user; by default the working folder.
 
     Returns:
-        An entry per file; what it is about is its first comment.
+        An entry per file, described by its first comment.
     """
     files = [*folder.glob("*.toml"), *folder.glob("recipes/*.toml"), *shipped_recipes().values()]
     found = {file.resolve(): file for file in reversed(files)}
@@ -145,7 +146,7 @@ def recipes(folder: Path = Path()) -> list[Entry]:
 LISTS: Mapping[str, tuple[Callable[[], list[Entry]], str]] = {
     "models": (models, "networks by name, for --model and model.build"),
     "data": (data_sets, "data sets by name, for data.name"),
-    "criteria": (criteria, "what divergence is measured by, for --criterion and compress.criterion"),
+    "criteria": (criteria, "criteria of divergence, for --criterion and compress.criterion"),
     "recipes": (recipes, "TOML files for idap compress"),
 }
 
@@ -155,10 +156,10 @@ def find_entries(kind: str, words: Sequence[str] = ()) -> list[Entry]:
 
     Args:
         kind: models, data, criteria or recipes.
-        words: that all stand in the name or in the line about it, in whatever case.
+        words: words that the name or its description must contain, in upper or lower case.
 
     Returns:
-        The entries that are left.
+        The entries that contain all words.
 
     Raises:
         ConfigError: there is no such kind.
@@ -169,7 +170,7 @@ def find_entries(kind: str, words: Sequence[str] = ()) -> list[Entry]:
     """
     if kind not in LISTS:
         near = difflib.get_close_matches(kind, LISTS, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(LISTS)}."
+        advice = f"did you mean {near[0]}?" if near else f"the lists are {', '.join(LISTS)}."
         raise ConfigError(f"there is no list of {kind!r}; {advice}")
     low = [word.lower() for word in words]
     return [entry for entry in LISTS[kind][0]() if all(word in f"{entry.name} {entry.about}".lower() for word in low)]
@@ -189,7 +190,7 @@ def _first_comment(file: Path) -> str:
 
 
 _REGISTERED = re.compile(
-    r"^@register_model\b(?:\((?:name=[\"'](?P<name>[^\"']+)[\"'])?\))?\s*\n"  # what names a model
+    r"^@register_model\b(?:\((?:name=[\"'](?P<name>[^\"']+)[\"'])?\))?\s*\n"  # the decorator, with or without a name
     r"(?:@[^\n]*(?:\([^)]*\))?[^\n]*\n|[ )][^\n]*\n)*"  # further decorators
     r"def (?P<function>\w+)\(.*?\)(?:\s*->\s*[^\n]*?)?:[ \t]*(?:#[^\n]*)?\n"
     r"(?:\s+r?\"\"\"\s*(?P<about>[^\n]*))?",
@@ -198,7 +199,7 @@ _REGISTERED = re.compile(
 
 
 def _registry_models(package: str, folder: str) -> dict[str, str]:
-    """Functions of a package that its registry of models names, and the first line about each."""
+    """The models in the registry of a package: name -> first line of the docstring."""
     return {
         found["name"] or found["function"]: _plain(found["about"] or "")
         for text in _sources(package, f"{folder}/**/*.py")
@@ -207,7 +208,7 @@ def _registry_models(package: str, folder: str) -> dict[str, str]:
 
 
 def _model_types() -> dict[str, str]:
-    """Model types of transformers, and their configuration."""
+    """The model types of transformers: name -> class of the configuration."""
     found: dict[str, str] = {}
     for text in _sources("transformers", "models/auto/*.py"):
         if "\nCONFIG_MAPPING_NAMES" in text:
@@ -216,7 +217,7 @@ def _model_types() -> dict[str, str]:
 
 
 def _sources(package: str, pattern: str) -> Iterator[str]:
-    # Where packages usually lie first: other finders may import things, and an answer is wanted at once.
+    # Look in the usual places first: other finders may import packages, which takes time.
     spec = PathFinder.find_spec(package) or importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return
@@ -225,7 +226,7 @@ def _sources(package: str, pattern: str) -> Iterator[str]:
 
 
 def _plain(line: str) -> str:
-    """A docstring's first line without its markup.
+    """The first line of a docstring without its markup.
 
     >>> _plain('ResNet-50 from `Deep Residual Learning <https://arxiv.org>`__.')
     'ResNet-50 from Deep Residual Learning'

@@ -1,4 +1,4 @@
-"""From a TOML file, overrides and environment variables to one plain table."""
+"""Read a TOML file, overrides and environment variables into one plain table."""
 
 import os
 import re
@@ -26,19 +26,19 @@ _OPTIONS = {
     "output.run_dir": "--run-dir PATH",
 }
 _FOLDERS = ("data.tokenizer",)
-"""Folders, or names on the hub."""
+"""Keys whose value is a folder or a name on the hub."""
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def read_changes(overrides: Sequence[str], replaced: Mapping[str, str | Path | None]) -> Changes:
-    """Read what the command line says beside the file.
+    """Read the changes that the command line makes to a file.
 
     Args:
-        overrides: `section.key=value`, with the value as in TOML; text may go without quotes.
-        replaced: `section.key` -> text taken as it is; None says nothing. `data.path` may name the data too.
+        overrides: `section.key=value`, with the value as in TOML; text needs no quotes.
+        replaced: `section.key` -> text that is taken as it is; None: no change. `data.path` may also name the data.
 
     Returns:
-        (section, key) -> value; None where the key goes.
+        (section, key) -> value; None: the key is removed.
 
     Raises:
         ConfigError: an override has another form.
@@ -47,28 +47,28 @@ def read_changes(overrides: Sequence[str], replaced: Mapping[str, str | Path | N
         >>> read_changes(["goals.macs=0.5", "compress.criterion=paper"], {"data.path": None})
         {('goals', 'macs'): 0.5, ('compress', 'criterion'): 'paper'}
     """
-    changes = dict(_override(text) for text in overrides)
+    changes = dict(_parse_override(text) for text in overrides)
     changes |= {("data", key): value for key, value in split_name(_section(changes, "data"), "--set").items()}
     given: dict[tuple[str, str], str | None] = {
         _key(name): str(value) for name, value in replaced.items() if value is not None
     }
     named = parse_data(str(replaced.get("data.path") or ""))
     if named is not None:
-        # What names data without a path takes away the file's, not one that is said beside it.
-        said = {key: value for key, value in named.items() if value is not None or ("data", key) not in changes}
-        given |= {("data", key): value for key, value in said.items()}
+        # A name without a path removes the path of the file, but not a path among the overrides.
+        kept = {key: value for key, value in named.items() if value is not None or ("data", key) not in changes}
+        given |= {("data", key): value for key, value in kept.items()}
     return changes | given
 
 
 def split_name(values: Mapping[str, Any], where: str) -> Table:
-    """Take apart what names data together with a path.
+    """Split a `data.name` of the form NAME:PATH into `name` and `path`.
 
     Args:
-        values: of the section `[data]`.
-        where: begins the error.
+        values: keys and values of the section `[data]`.
+        where: name of the recipe, with which the error begins.
 
     Raises:
-        ConfigError: the path is there twice.
+        ConfigError: the path is given twice.
 
     Example:
         >>> split_name({"name": "csv:reviews.tsv", "seed": 3}, "here")
@@ -88,11 +88,11 @@ def _section(changes: Changes, wanted: str) -> Table:
 
 
 def read_table(path: Path, without: Collection[tuple[str, str]] = ()) -> Table:
-    """Read a file; its paths are made independent of the working folder, variables are filled in.
+    """Read a file; resolves its paths against its folder, and fills in environment variables.
 
     Args:
         path: a TOML file.
-        without: (section, key) that are left out, for they will be replaced; their variables need not be set.
+        without: (section, key) pairs that are left out because they will be replaced; their variables need not be set.
 
     Returns:
         Section -> key -> value, not checked.
@@ -110,11 +110,11 @@ def read_table(path: Path, without: Collection[tuple[str, str]] = ()) -> Table:
     return table
 
 
-def with_changes(table: Table, changes: Changes) -> Table:
-    """Put changes into a table; sections that it lacks are added.
+def apply_changes(table: Table, changes: Changes) -> Table:
+    """Apply changes to a copy of a table; missing sections are added.
 
     Raises:
-        ConfigError: data are only a path, and nothing says what they are.
+        ConfigError: `data.path` is given without a name of the data.
     """
     changed = {section: dict(values) if isinstance(values, dict) else values for section, values in table.items()}
     for (section, key), value in changes.items():
@@ -129,11 +129,11 @@ def with_changes(table: Table, changes: Changes) -> Table:
     return changed
 
 
-def absolute(table: Table) -> Table:
-    """The same table with paths that hold in any working folder.
+def make_paths_absolute(table: Table) -> Table:
+    """Make the paths of a table absolute, so that they are valid in any working folder.
 
     Example:
-        >>> absolute({"model": {"build": "idap:digits_vit", "weights": "/tmp/digits.safetensors"}})
+        >>> make_paths_absolute({"model": {"build": "idap:digits_vit", "weights": "/tmp/digits.safetensors"}})
         {'model': {'build': 'idap:digits_vit', 'weights': '/tmp/digits.safetensors'}}
     """
 
@@ -142,7 +142,7 @@ def absolute(table: Table) -> Table:
             return str(Path(value).absolute())
         if name in _SPECS and is_script(value) and ".py:" in value:
             return f"{PREFIX}{Path(value.removeprefix(PREFIX)).absolute()}"
-        return _below(name, value, Path())
+        return _resolve_folder(name, value, Path())
 
     return {
         section: {key: make_absolute(f"{section}.{key}", value) for key, value in values.items()}
@@ -155,7 +155,7 @@ def _key(name: str) -> tuple[str, str]:
     return section, key
 
 
-def _override(text: str) -> tuple[tuple[str, str], Any]:
+def _parse_override(text: str) -> tuple[tuple[str, str], Any]:
     name, equals, written = text.partition("=")
     section, key = _key(name)
     if not equals or not section or not key:
@@ -164,9 +164,9 @@ def _override(text: str) -> tuple[tuple[str, str], Any]:
     try:
         return (section, key), tomllib.loads(f"value = {written.strip()}")["value"]
     except RecursionError as error:
-        raise ConfigError(f"--set {name} is nested too deep; no setting is.") from error
+        raise ConfigError(f"--set {name} is nested too deep; no setting is nested.") from error
     except ValueError:
-        # A shell eats quotes, so what is no TOML value is text.
+        # A shell removes quotes, so a value that is not valid TOML is text.
         return (section, key), written.strip()
 
 
@@ -176,16 +176,16 @@ def _parse(path: Path) -> Table:
     except FileNotFoundError as error:
         raise ConfigError(
             f"there is no recipe {path}. Recipes are TOML files; idap brings {', '.join(shipped_recipes())}, and "
-            "writes one: idap recipe new."
+            "`idap recipe new` writes one."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} can't be read: {error}.") from error
     except RecursionError as error:
         raise ConfigError(
-            f"the recipe {path} is nested too deep; sections, keys and lists of values suffice."
+            f"the recipe {path} is nested too deep; a recipe has sections, keys, and lists of values."
         ) from error
-    except ValueError as error:  # of the syntax, or a number of thousands of digits
-        raise ConfigError(f"{path} is not valid TOML: {error}. Text needs quotes, and each key stands once.") from error
+    except ValueError as error:  # wrong syntax, or a number with thousands of digits
+        raise ConfigError(f"{path} is not valid TOML: {error}. Text needs quotes; keys must differ.") from error
 
 
 def _resolve(name: str, value: Any, path: Path) -> Any:
@@ -203,11 +203,11 @@ def _resolve(name: str, value: Any, path: Path) -> Any:
         return str(path.parent / Path(value).expanduser())
     if name in _SPECS and is_script(value) and ".py:" in value:
         return f"{PREFIX}{path.parent / Path(value.removeprefix(PREFIX)).expanduser()}"
-    return _below(name, value, path.parent)
+    return _resolve_folder(name, value, path.parent)
 
 
-def _below(name: str, value: Any, folder: Path) -> Any:
-    """A folder of transformers, below another folder; what is no folder there stays a name on the hub."""
+def _resolve_folder(name: str, value: Any, folder: Path) -> Any:
+    """The absolute path of a folder of transformers; a value that is not a folder is a name on the hub, and stays."""
     prefix = pretrained.PREFIX if name in _SPECS else ""
     if not isinstance(value, str) or not (name in _FOLDERS or (prefix and value.startswith(prefix))):
         return value

@@ -1,4 +1,4 @@
-"""A recipe written from five answers: which data, which model, whose weights, and to which goals."""
+"""Write a recipe from five answers: the data, the model, its weights, and two goals."""
 
 import json
 import tomllib
@@ -21,7 +21,7 @@ MODELS: Mapping[str, str] = {
     "text": "hf:distilbert/distilgpt2",
     "masks": "torchvision:lraspp_mobilenet_v3_large",
 }
-"""Data -> a model for it, where none is named."""
+"""Data -> the model that is used if none is named."""
 
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "cifar10": ("batch_size = 128", "augment = true                 # crop and mirror the training images"),
@@ -31,9 +31,9 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
         "workers = 2                    # processes that read images",
     ),
     "csv": (
-        "max_length = 128               # tokens of a text; what is longer is cut off",
+        "max_length = 128               # tokens of a text; longer texts are truncated",
         "batch_size = 32",
-        '# text = "sentence"            # columns are found by their usual names; say them if they are not',
+        '# text = "sentence"            # columns with unusual names must be given',
         '# label = "label"',
     ),
     "text": (
@@ -42,23 +42,23 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
         'metric = "perplexity"          # lower is better; or "token_accuracy"',
     ),
     "masks": (
-        "size = [180, 240]              # height and width that images and masks are brought to",
+        "size = [180, 240]              # height and width to which images and masks are resized",
         "batch_size = 8",
         "workers = 2                    # processes that read images",
     ),
 }
-"""Data -> lines of its section that are often changed."""
+"""Data -> the lines of its section that are often changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a recipe is written from.
+    """The answers from which a recipe is written.
 
     Attributes:
         data: NAME, NAME:PATH or python:FILE.py:FUNCTION.
-        model: a spec; None: a usual one for the data.
-        weights: a file; None: the model brings its own, or is trained first.
-        max_drop: how much worse the metric may get, as a recipe writes it: "2%", "0.02" or "none".
+        model: a spec; None: the usual model for the data.
+        weights: a file; None: the model comes with weights, or is trained first.
+        max_drop: how much worse the metric may get, as in a recipe: "2%", "0.02" or "none".
         macs: share of the multiply-adds that may stay: "50%" or "0.5".
     """
 
@@ -73,12 +73,12 @@ def compose_recipe(answers: Answers, out: Path) -> str:
     """Write the text of a recipe.
 
     Args:
-        answers: what it says; paths are relative to the working folder.
-        out: the file that it is for; paths below its folder are written relative to it, so that both can be moved
-            together, and others absolute.
+        answers: the content; paths are relative to the working folder.
+        out: the file of the recipe; paths below its folder are written relative to it, so that both can be moved
+            together, and other paths are absolute.
 
     Returns:
-        TOML with comments, checked as `read_recipe` checks it.
+        TOML with comments, checked like a recipe that is read.
 
     Raises:
         ConfigError: an answer is wrong.
@@ -86,26 +86,26 @@ def compose_recipe(answers: Answers, out: Path) -> str:
     named = parse_data(answers.data)
     if named is None:
         raise ConfigError(
-            f"--data {answers.data} names no data; write NAME or NAME:PATH with one of {', '.join(SOURCES)}, or "
+            f"--data {answers.data} names no data set; write NAME or NAME:PATH with one of {', '.join(SOURCES)}, or "
             "python:FILE.py:FUNCTION."
         )
     kind = str(named["name"])
     if answers.model is None and kind not in MODELS:
-        raise ConfigError(f"--model is missing: which model is meant for {kind} is not known.")
+        raise ConfigError(f"--model is missing: there is no usual model for {kind}.")
     model = answers.model or MODELS[kind]
     sections = [
         _head(answers, model, out),
         _model(model, answers.weights, out),
         _data(kind, named["path"], out),
-        *([_TRAIN[_family(kind, model)]] if _trains(model, answers.weights) else []),
+        *([_TRAIN[_family(kind, model)]] if _needs_training(model, answers.weights) else []),
         _goals(kind, answers),
-        _way(_family(kind, model)),
+        _stages(_family(kind, model)),
     ]
     text = "\n\n".join(sections) + "\n"
     try:
         make_recipe(tomllib.loads(text), str(out))
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"an answer can't stand in a recipe: {error}.") from error
+        raise ConfigError(f"an answer is not valid in TOML: {error}.") from error
     return text
 
 
@@ -116,7 +116,7 @@ def _head(answers: Answers, model: str, out: Path) -> str:
         f"#   idap compress {out}\n"
         f"#   idap compress {out} --set goals.macs=40% --run-dir runs/smaller\n"
         "#\n"
-        "# A key that is left out takes its default; docs/recipes.md has all of them. Paths are relative to this file."
+        "# A key that is left out has its default; docs/recipes.md lists all keys. Paths are relative to this file."
     )
 
 
@@ -125,9 +125,9 @@ def _model(model: str, weights: str | None, out: Path) -> str:
     if weights is not None:
         lines.append(f"weights = {_text(_place(weights, out))}   # tensors, without code")
     elif model.startswith("hf:"):
-        lines.append("# a folder of transformers brings its weights")
+        lines.append("# a model of transformers comes with its weights")
     else:
-        lines.append('# weights = "my_model.safetensors"   # or a checkpoint without code; then [train] can go')
+        lines.append('# weights = "my_model.safetensors"   # or a checkpoint without code; then remove [train]')
     return "\n".join(lines)
 
 
@@ -143,13 +143,13 @@ def _data(kind: str, path: str | None, out: Path) -> str:
 
 
 def _goals(kind: str, answers: Answers) -> str:
-    # Perplexity has no natural scale, so what is allowed is a share of the original's.
+    # Perplexity has no natural scale, so the budget is a share of the original's.
     goal = "max_relative_drop" if kind == "text" else "max_drop"
-    said = "share by which perplexity may rise" if kind == "text" else "how much worse the metric may get"
+    meaning = "share by which perplexity may rise" if kind == "text" else "how much worse the metric may get"
     return "\n".join(
         [
             "[goals]",
-            f'{goal} = {_number(answers.max_drop)}   # {said}; 0.02 and "2%" are the same, and "none" allows anything',
+            f'{goal} = {_number(answers.max_drop)}   # {meaning}; 0.02 and "2%" are the same; "none" allows anything',
             f"macs = {_number(answers.macs)}   # multiply-adds that may stay; also parameters, size and latency",
         ]
     )
@@ -157,15 +157,15 @@ def _goals(kind: str, answers: Answers) -> str:
 
 _TRAIN: Mapping[str, str] = {
     "small": (
-        "[train]                        # without weights, the model is trained first; leave this out if it has some\n"
+        "[train]                        # a model without weights is trained first; remove this if it has some\n"
         "epochs = 8\nlr = 0.05"
     ),
     "images": (
-        "[train]                        # without weights, the model is trained first; leave this out if it has some\n"
+        "[train]                        # a model without weights is trained first; remove this if it has some\n"
         "epochs = 30\nlr = 0.05"
     ),
     "attention": (
-        "[train]                        # without weights, the model is trained first; leave this out if it has some\n"
+        "[train]                        # a model without weights is trained first; remove this if it has some\n"
         'epochs = 20\nlr = 0.003\noptimizer = "adamw"'
     ),
 }
@@ -178,25 +178,25 @@ _RATES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def _way(family: str) -> str:
+def _stages(family: str) -> str:
     after, final = _RATES[family]
     return (
-        "[filters]                      # stage 1: channels, neurons and heads, a share of what is left in each step\n"
+        "[filters]                      # stage 1: each step removes a share of the channels, neurons and heads left\n"
         'steps = 6\nfirst_share = "15%"\n\n'
-        "[layers]                       # stage 2: residual branches and whole blocks, one in each step\n"
+        "[layers]                       # stage 2: each step removes one residual branch or whole block\n"
         "removals = 2\n\n"
         f"[recovery]                     # training after each step, with the original network as teacher\n{after}\n\n"
-        f"[final]                        # training of the result; what is left out here is as in [recovery]\n{final}"
+        f"[final]                        # training of the result; other keys are as in [recovery]\n{final}"
     )
 
 
-def _trains(model: str, weights: str | None) -> bool:
-    """A model that brings nothing that it has learned is trained first; of one's own code nothing is known."""
+def _needs_training(model: str, weights: str | None) -> bool:
+    """Whether the model is trained first: it has no weights. A model of the user's own code may have some."""
     return weights is None and not model.startswith("hf:") and not is_script(model)
 
 
 def _family(kind: str, model: str) -> str:
-    """How a model is trained."""
+    """The family of models that are trained alike."""
     if model.startswith("hf:"):
         return "pretrained"
     if "vit" in model or kind in ("text", "masks"):
@@ -205,7 +205,7 @@ def _family(kind: str, model: str) -> str:
 
 
 def _relative_spec(spec: str, out: Path) -> str:
-    """A spec whose files are found from the recipe."""
+    """A spec whose paths are relative to the recipe."""
     if is_script(spec) and ".py:" in spec:
         return f"python:{_place(spec.removeprefix('python:'), out)}"
     folder = spec.removeprefix("hf:")
@@ -213,7 +213,7 @@ def _relative_spec(spec: str, out: Path) -> str:
 
 
 def _place(path: str, out: Path) -> str:
-    """A path as it is read in the recipe: relative if it lies below the recipe's folder."""
+    """A path as it is written in the recipe: relative if it lies below the recipe's folder."""
     place, folder = Path(path).expanduser().absolute(), out.expanduser().absolute().parent
     return place.relative_to(folder).as_posix() if place.is_relative_to(folder) else str(place)
 

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that say what is compressed, on which data, to which goals, and how."""
+"""Recipes: TOML files that describe what is compressed, on which data, to which goals, and how."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from idap.models.pretrained import context_of
 from idap.models.resolve import COUNTED, Inputs, build_model, example_inputs
 from idap.rebalance.run import Rebalance
 from idap.recipes.catalogue import recipe_path
-from idap.recipes.file import Table, absolute, read_changes, read_table, split_name, with_changes
+from idap.recipes.file import Table, apply_changes, make_paths_absolute, read_changes, read_table, split_name
 from idap.recipes.sections import (
     DataSection,
     ModelSection,
     OutputSection,
     Section,
     TaskSection,
-    in_recipe,
+    describe_problems,
     read_sections,
 )
 from idap.recipes.sources import SOURCES, Source, call_with, data_problems
@@ -36,16 +36,16 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; nothing is loaded before it is asked for.
+    """A checked recipe; the model and the data are loaded only on request.
 
     Attributes:
-        where: what errors call it.
-        name: a short name, for a folder.
+        where: the name of the recipe in errors.
+        name: a short name, used for the run folder.
         network: section `[model]`.
-        data: section `[data]`; None where there is a `[task]`.
-        purpose: section `[task]`; None where there is `[data]`.
+        data: section `[data]`; None if there is a `[task]`.
+        purpose: section `[task]`; None if there is `[data]`.
         settings: the sections that fill dataclasses, by name.
-        run_dir: folder of the run; None where the recipe names none.
+        run_dir: folder of the run; None if the recipe names none.
     """
 
     where: str
@@ -57,16 +57,16 @@ class Recipe:
     run_dir: Path | None
 
     def model(self, *, weights: bool = True) -> nn.Module:
-        """Build the model; random weights follow `compress.seed`.
+        """Build the model; its random weights are drawn with `compress.seed`.
 
         Args:
-            weights: whether weights are read, from the recipe's file or the model's folder; False builds the
-                architecture alone.
+            weights: whether weights are read from the recipe's file or the model's folder; False: the model keeps its
+                random weights.
 
         Raises:
             ConfigError: the model can't be built.
-            CheckpointError: the weights don't fit.
-            TaskError: the classes are to be counted, and the data is missing.
+            CheckpointError: the weights do not fit the model.
+            TaskError: the classes must be counted, and the data are missing.
         """
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.config().seed)
@@ -80,22 +80,22 @@ class Recipe:
             )
 
     def classes(self) -> int | None:
-        """Count the model's outputs: those that the recipe says, or the classes of its data; None: the model's own.
+        """The number of the model's outputs, from the recipe or the classes of its data; None: the model's own.
 
         Raises:
-            TaskError: the data is missing.
+            TaskError: the classes must be counted, and the data are missing.
         """
         counts = self.network.build.partition(":")[0] in COUNTED
         return self._class_count if counts and self.network.classes is None else self.network.classes
 
     @cached_property
     def _class_count(self) -> int | None:
-        """The classes of the data, counted once: every mask may have to be read for it."""
+        """The number of classes of the data, counted only once, because that may read every mask."""
         source = self._source
         return None if source is None or source.classes is None else int(call_with(source.classes, self._keys()))
 
     def example_inputs(self, model: nn.Module) -> Inputs | None:
-        """Make one example batch without the data; None where only the data tell what the model takes."""
+        """Make one example batch without the data; None if the shape of the inputs is known only from the data."""
         source = self._source
         shape = None if source is None or source.shape is None else call_with(source.shape, self._keys())
         return ((torch.zeros(1, *shape),), {}) if shape is not None else example_inputs(self.network.build, model)
@@ -104,34 +104,34 @@ class Recipe:
         """Load the data and build the task.
 
         Raises:
-            ConfigError: the user's code fails or gives something else.
-            TaskError: the data is missing or broken.
+            ConfigError: the user's code fails or returns something else.
+            TaskError: the data are missing or broken.
         """
         if self.purpose is not None:
             return call_object(self.purpose.build, task_of)
-        assert self.data is not None  # `make_recipe` saw to it
+        assert self.data is not None  # `make_recipe` checked it
         if self._source is not None:
             return task_from(self._source.build(**self._keys()), self.where)
         return call_object(self.data.name, lambda build: task_from(self._from_script(build), self.where))
 
     def table(self) -> Table:
-        """Everything that the recipe says, as section -> key -> value, with paths that hold in any working folder.
+        """The whole recipe as section -> key -> value, with absolute paths.
 
-        `make_recipe` makes the same recipe of it; a run keeps it, so that `idap resume` needs nothing else, and
+        `make_recipe` makes the same recipe from it. A run keeps it, so that `idap resume` needs nothing else, and
         `idap export` builds the model again without the data.
 
         Raises:
-            TaskError: the classes are to be counted, and the data is missing.
+            TaskError: the classes must be counted, and the data are missing.
         """
         sections = {"model": self.network, "data": self.data, "task": self.purpose, **self.settings}
-        told = {name: section.as_table() for name, section in sections.items() if section is not None}
+        table = {name: section.as_table() for name, section in sections.items() if section is not None}
         classes = self.classes()
         if classes is not None:
-            told["model"]["classes"] = classes
-        return absolute(told)
+            table["model"]["classes"] = classes
+        return make_paths_absolute(table)
 
     def config(self) -> Config:
-        """Fill the goals and settings of the compression.
+        """Build the goals and settings of the compression.
 
         Raises:
             ConfigError: a setting is out of range.
@@ -147,12 +147,12 @@ class Recipe:
             )
         }
         if "final" in self.settings:
-            # What [final] leaves out is as in [recovery].
+            # [final] takes the keys that it leaves out from [recovery].
             nested["final"] = self._fill("final", Recovery, self._table("recovery"))
         return self._build("", Config, {**self._table("goals"), **self._table("compress"), **nested})
 
     def training(self) -> Recovery | None:
-        """Say how the model is trained before it is compressed; None where the recipe has no `[train]`.
+        """The settings for training the model before it is compressed; None if the recipe has no `[train]`.
 
         Raises:
             ConfigError: a setting is out of range.
@@ -177,14 +177,14 @@ class Recipe:
         return None if self.data is None else SOURCES.get(self.data.name)
 
     def _keys(self) -> Table:
-        """What the data set is called with: the keys of `[data]`, and what the model says where they don't."""
-        assert self.data is not None  # asked where there is data
+        """The arguments of the data set: the keys of `[data]`, and values from the model for keys that are left out."""
+        assert self.data is not None  # called only for a recipe with data
         keys = {key: value for key, value in self.data.as_table().items() if key != "name"}
         if self._source is None:
             return keys
         known = inspect.signature(self._source.build).parameters
-        said = context_of(self.network.build) if {"tokenizer"} & set(known) else {}
-        return {key: value for key, value in said.items() if key in known} | keys
+        context = context_of(self.network.build) if "tokenizer" in known else {}
+        return {key: value for key, value in context.items() if key in known} | keys
 
     def _from_script(self, build: Any) -> Any:
         assert self.data is not None  # as above
@@ -201,26 +201,26 @@ def read_recipe(
 ) -> Recipe:
     """Read and check a recipe; loads neither data nor model.
 
-    Paths in the file are relative to the file's folder and may hold `${VARIABLES}`; those given as arguments are
+    Paths in the file are relative to the file's folder and may contain `${VARIABLES}`; paths in the arguments are
     relative to the working folder.
 
     Args:
-        path: a TOML file, or the name of a recipe that idap brings; None: the arguments say everything.
-        overrides: `section.key=value`, with the value as in TOML; text may go without quotes.
-        replaced: `section.key` -> text taken as it is, such as the path of `data.path`, which may name the data too
-            (`csv:reviews.tsv`); None leaves what the file says.
+        path: a TOML file, or the name of a recipe that comes with idap; None: the arguments are the whole recipe.
+        overrides: `section.key=value`, with the value as in TOML; text needs no quotes.
+        replaced: `section.key` -> text that is taken as it is; `data.path` may also name the data (`csv:reviews.tsv`).
+            None: the value of the file stays.
 
     Returns:
         The recipe.
 
     Raises:
-        ConfigError: names every unknown key with the nearest valid one, every value of a wrong type, unset variables.
+        ConfigError: a key is unknown, a value has a wrong type, or a variable is not set; lists every mistake.
         BudgetError: a goal is impossible.
     """
     changes = read_changes(overrides, replaced or {})
     path = None if path is None else recipe_path(path)
     table = {} if path is None else read_table(path, without=changes.keys())
-    return make_recipe(with_changes(table, changes), "the command line" if path is None else str(path))
+    return make_recipe(apply_changes(table, changes), "the command line" if path is None else str(path))
 
 
 def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
@@ -228,7 +228,7 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
 
     Args:
         table: section -> key -> value.
-        where: the recipe's name, begins every error.
+        where: name of the recipe, with which every error begins.
 
     Returns:
         The recipe.
@@ -245,12 +245,12 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
         0.5
     """
     if "task" in table and "data" in table:
-        clash = "[task] brings its own data; leave [data], and --data, out, or leave [task] out"
-        raise ConfigError(in_recipe(where, [clash]))
+        clash = "[task] brings its own data; leave out [data] and --data, or leave out [task]"
+        raise ConfigError(describe_problems(where, [clash]))
     if isinstance(table.get("data"), dict):
         table = {**table, "data": split_name(table["data"], where)}
-    found = read_sections(table, where)
-    network, data, purpose, output = (found.pop(name, None) for name in ("model", "data", "task", "output"))
+    sections = read_sections(table, where)
+    network, data, purpose, output = (sections.pop(name, None) for name in ("model", "data", "task", "output"))
     problems = []
     if not isinstance(network, ModelSection):
         problems.append('there is no model: write [model] with build = "idap:digits_resnet", or another spec')
@@ -259,7 +259,7 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     if isinstance(data, DataSection):
         problems += data_problems(data)
     if problems:
-        raise ConfigError(in_recipe(where, problems))
+        raise ConfigError(describe_problems(where, problems))
     assert isinstance(network, ModelSection)
     recipe = Recipe(
         where=where,
@@ -267,7 +267,7 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
         network=network,
         data=data if isinstance(data, DataSection) else None,
         purpose=purpose if isinstance(purpose, TaskSection) else None,
-        settings=found,
+        settings=sections,
         run_dir=Path(output.run_dir) if isinstance(output, OutputSection) else None,
     )
     _check_goals(recipe, table.get("goals", {}).get("max_drop"))
@@ -275,11 +275,11 @@ def make_recipe(table: Mapping[str, Any], where: str) -> Recipe:
 
 
 def _check_goals(recipe: Recipe, written: object) -> None:
-    """Refuse a budget that can't be meant, such as percentages of what has no whole.
+    """Refuse a budget that can't be intended, such as a percentage of a metric without a highest value.
 
     Args:
-        recipe: that was read.
-        written: its goals.max_drop, as it stands there.
+        recipe: a recipe.
+        written: its `goals.max_drop`, as it is written.
     """
     config = recipe.config()
     recipe.training()
@@ -289,11 +289,11 @@ def _check_goals(recipe: Recipe, written: object) -> None:
     if bounded and drop is not None and drop >= 1:
         raise ConfigError(
             f"{recipe.where}: goals.max_drop is {drop:g}, but the metric lies between 0 and 1, so it would allow "
-            f'anything; for {drop:g} points write {drop / 100:g} or "{drop:g}%".'
+            f'any result; for {drop:g} points write {drop / 100:g} or "{drop:g}%".'
         )
     if source is not None and not bounded and isinstance(written, str) and "%" in written:
         raise ConfigError(
-            f'{recipe.where}: goals.max_drop is "{written}", but it counts in units of the metric, and this one has '
-            f'no highest value; write goals.max_relative_drop = "{written}" for a share of the original\'s, or '
-            "max_drop as a number."
+            f'{recipe.where}: goals.max_drop is "{written}", but it is measured in units of the metric, and this '
+            f'metric has no highest value; write goals.max_relative_drop = "{written}" for a share of the original\'s '
+            "metric, or max_drop as a number."
         )

@@ -1,7 +1,7 @@
-"""The sections of a recipe: which keys there are, what may stand behind them, and errors that say so.
+"""The sections of a recipe: their keys, the types of the values, and the errors for wrong ones.
 
-Sections that hold settings take their keys and types from the dataclass that they fill, so that a new setting is at
-once a new key. Defaults stay there too: a key that is left out is not passed on.
+Sections of settings take their keys and types from the dataclass that they fill, so that a new setting is a new key as
+well. The dataclass also holds the defaults: a key that is left out is not passed to it.
 """
 
 import datetime
@@ -41,7 +41,7 @@ _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
 def _parse_value(value: object, *, name: str, hint: Any) -> object:
-    """Turn how a setting may be written into its value."""
+    """Convert a setting as it may be written in a recipe to its value."""
     kinds = get_args(hint) or (hint,)
     if isinstance(value, list):
         return tuple(value)
@@ -55,17 +55,17 @@ def _parse_value(value: object, *, name: str, hint: Any) -> object:
 
 
 def share_of(name: str) -> BeforeValidator:
-    """Let a share be written as a percentage."""
+    """A validator that also accepts a share written as a percentage."""
     return BeforeValidator(partial(_parse_value, name=name, hint=float | None))
 
 
 class Section(BaseModel):
-    """One section; keys that are not written stay unset."""
+    """One section of a recipe; keys that are not written stay unset."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     def as_table(self) -> dict[str, Any]:
-        """The keys that were written, with their values."""
+        """The keys that are written in the recipe, with their values."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
 
@@ -75,19 +75,19 @@ class ModelSection(Section):
     build: str
     """The model by name: `idap:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:FOLDER_OR_NAME` or `python:FILE.py:NAME`."""
     weights: str | None = None
-    """A `.safetensors` file, or a checkpoint without code; `hf:` brings its own."""
+    """A `.safetensors` file, or a checkpoint without code; a model of `hf:` comes with its weights."""
     classes: int | None = None
-    """Number of outputs; as many as the data have classes if left out. `python:` builds what it builds."""
+    """Number of outputs; if left out, the number of classes of the data. `python:` models ignore it."""
 
 
 class DataSection(Section):
-    """`[data]`: a task by the name of its data; each takes the keys that it knows."""
+    """`[data]`: a task by the name of its data; each data set has its own keys."""
 
     name: str
-    """`NAME`, `NAME:PATH`, or `python:FILE.py:FUNCTION`, which returns an `idap.Task` or something like
+    """`NAME`, `NAME:PATH`, or `python:FILE.py:FUNCTION`, which returns an `idap.Task` or an object like
     `idap.data.tensors.Splits`."""
     path: str | None = None
-    """The file or folder, where `name` does not hold it."""
+    """The file or folder, unless `name` contains it."""
     batch_size: int | None = None
     workers: int | None = None
     val_size: int | None = None
@@ -121,27 +121,27 @@ class TaskSection(Section):
 
 
 class OutputSection(Section):
-    """`[output]`: where the run is kept."""
+    """`[output]`: where the run is written."""
 
     run_dir: str
-    """A new folder; `runs/NAME` if left out."""
+    """A new folder; if left out, `runs/NAME`."""
 
 
 def mirror(settings: type, *, only: Collection[str]) -> type[Section]:
     """Make a section whose keys are fields of a dataclass, with their types, all optional.
 
-    Numbers may be written as a percentage, "40%" for 0.4, and "none" stands for None where the field allows it.
+    Numbers may be written as a percentage, "40%" for 0.4, and "none" means None if the field allows it.
 
     Args:
         settings: the dataclass.
-        only: names of the fields taken.
+        only: names of the fields.
 
     Example:
         >>> mirror(LayerStage, only=("removals", "patience"))(removals=3).as_table()
         {'removals': 3}
     """
     hints = get_type_hints(settings)
-    # What only Python can say, such as a function of one's own, is no value of a recipe.
+    # A recipe can't contain values of Python, such as a criterion that is a function.
     hints = {name: str if name == "criterion" else hint for name, hint in hints.items()}
     keys: dict[str, Any] = {
         name: (Annotated[hints[name], BeforeValidator(partial(_parse_value, name=name, hint=hints[name]))], None)
@@ -175,16 +175,17 @@ def read_sections(table: Mapping[str, Any], where: str) -> dict[str, Section]:
 
     Args:
         table: section -> key -> value.
-        where: the recipe's name, begins every error.
+        where: name of the recipe, with which every error begins.
 
     Returns:
-        The sections that the recipe has.
+        The sections of the recipe, by name.
 
     Raises:
-        ConfigError: lists every unknown section and key, with the nearest valid one, and every value of a wrong type.
+        ConfigError: a section or key is unknown, or a value has a wrong type; lists every mistake with the nearest
+            valid name.
     """
     problems: list[str] = []
-    found: dict[str, Section] = {}
+    sections: dict[str, Section] = {}
     for name, values in table.items():
         if name not in SECTIONS:
             problems.append(_unknown_section(name, values))
@@ -192,23 +193,23 @@ def read_sections(table: Mapping[str, Any], where: str) -> dict[str, Section]:
             problems.append(f"{name} is {describe(values)}, expected a section: write [{name}] and its keys below")
         else:
             try:
-                found[name] = SECTIONS[name].model_validate(values)
+                sections[name] = SECTIONS[name].model_validate(values)
             except ValidationError as error:
                 problems += _problems(name, error.errors(include_url=False))
     if problems:
-        raise ConfigError(in_recipe(where, problems))
-    return found
+        raise ConfigError(describe_problems(where, problems))
+    return sections
 
 
-def in_recipe(where: str, problems: Sequence[str]) -> str:
-    """Word what is wrong with a recipe: one sentence, or a list."""
+def describe_problems(where: str, problems: Sequence[str]) -> str:
+    """Describe the problems of a recipe, as one sentence or as a list."""
     if len(problems) == 1:
         return f"{where}: {problems[0]}."
     return "\n".join([f"{where}: {len(problems)} mistakes:", *(f"  {problem}." for problem in problems)])
 
 
 def nearest_key(section: str, key: str) -> str:
-    """Advise what may have been meant by an unknown key."""
+    """Advise which valid key is nearest to an unknown one."""
     known = list(SECTIONS[section].model_fields) if section in SECTIONS else []
     elsewhere = [other for other in SECTIONS if key in SECTIONS[other].model_fields]
     near = difflib.get_close_matches(key, known, n=1)
@@ -220,11 +221,11 @@ def nearest_key(section: str, key: str) -> str:
     near = difflib.get_close_matches(key, everything, n=1)
     if near:
         return f"the nearest is {everything[near[0]]}.{near[0]}"
-    return f"[{section}] knows {', '.join(known)}" if known else f"sections are {', '.join(SECTIONS)}"
+    return f"the keys of [{section}] are {', '.join(known)}" if known else f"sections are {', '.join(SECTIONS)}"
 
 
 def describe(value: object) -> str:
-    """Say what a TOML value is."""
+    """Describe a TOML value."""
     match value:
         case bool():
             return str(value).lower()
@@ -243,26 +244,26 @@ def describe(value: object) -> str:
 
 def _unknown_section(name: str, values: object) -> str:
     if not isinstance(values, dict):
-        return f"{name} stands outside every section; {nearest_key('', name)}"
+        return f"{name} is outside every section; {nearest_key('', name)}"
     near = difflib.get_close_matches(name, SECTIONS, n=1)
     advice = f"the nearest is [{near[0]}]" if near else f"sections are {', '.join(SECTIONS)}"
     return f"there is no section [{name}]; {advice}"
 
 
 def _problems(section: str, items: Sequence[Any]) -> list[str]:
-    """What is wrong with a section; a value that suits none of several types has an error for each of them."""
+    """Describe the problems of a section; pydantic lists one for each type that a value does not match."""
     expected: dict[str, dict[str, None]] = {}
     for item in items:
-        wrong, kind = _problem(section, item)
-        expected.setdefault(wrong, {}).update({kind: None} if kind else {})
-    return [f"{wrong}, expected {' or '.join(kinds)}" if kinds else wrong for wrong, kinds in expected.items()]
+        problem, kind = _problem(section, item)
+        expected.setdefault(problem, {}).update({kind: None} if kind else {})
+    return [f"{problem}, expected {' or '.join(kinds)}" if kinds else problem for problem, kinds in expected.items()]
 
 
 _TYPES = ("int", "float", "str", "bool", "none")
 
 
 def _problem(section: str, item: Any) -> tuple[str, str]:
-    """What is wrong, and what was expected in its place; "" where that is said with it."""
+    """Describe one problem, and what was expected; the latter is "" if the description contains it."""
     *outer, last = map(str, item["loc"])
     place = outer if outer and (last in _TYPES or last.startswith("literal[")) else [*outer, last]
     key = f"{section}.{'.'.join(place)}"
@@ -279,7 +280,7 @@ def _problem(section: str, item: Any) -> tuple[str, str]:
 
 
 def _plain(expected: str) -> str:
-    """Say what pydantic expects in words of a recipe."""
+    """Translate what pydantic expects to the words of a recipe."""
     words = {
         "a valid number": "a number",
         "a valid number, unable to parse string as a number": "a number",

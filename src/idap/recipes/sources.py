@@ -1,4 +1,4 @@
-"""Data sets by name: what each takes, and what a model for it looks like."""
+"""Data sets by name, with their keys, classes and shapes."""
 
 import difflib
 import inspect
@@ -25,13 +25,13 @@ class Source:
     """A data set by name.
 
     Attributes:
-        build: gives a `Task`, or splits with train, val, test and num_classes, of images to classify; its arguments are
-            keys of `[data]`.
-        what: one line for lists.
-        head: what a model of transformers for it ends in.
-        path: what PATH is; "" where it takes none.
-        classes: counts the classes, of the same arguments; None where outputs are no classes.
-        shape: of one sample, of the same arguments; None where it is not known before the data are read.
+        build: returns a `Task`, or splits of images to classify, with train, val, test and num_classes; its arguments
+            are keys of `[data]`.
+        what: a description of one line.
+        head: the kind of head that a model of transformers needs for it.
+        path: what PATH is; "" if the data set has no path.
+        classes: counts the classes, from the same arguments; None if outputs are not classes.
+        shape: returns the shape of one sample, from the same arguments; None if it is known only from the data.
         bounded: whether the metric lies between 0 and 1, so that a drop above 1 is a mistake.
     """
 
@@ -43,13 +43,13 @@ class Source:
     shape: Callable[..., Shape | None] | None = None
     bounded: bool = True
 
-    def takes(self) -> list[str]:
-        """The keys of `[data]` that suit it, in order."""
-        hidden = {"labels_like", "vocabulary", "positions", "use_cache"}  # what the model says
+    def key_names(self) -> list[str]:
+        """The keys of `[data]` that this data set has, in order."""
+        hidden = {"labels_like", "vocabulary", "positions", "use_cache"}  # these values come from the model
         return [name for name in inspect.signature(self.build).parameters if name not in hidden]
 
 
-def _ten() -> int:
+def _ten_classes() -> int:
     return 10
 
 
@@ -65,18 +65,18 @@ def _mask_shape(size: Any = None) -> Shape | None:
 
 _MNIST = Source(
     mnist,
-    "grey images in the form of MNIST",
+    "grey images in the format of MNIST",
     "image",
     path="a .npz file, or a folder with the four idx files",
     classes=mnist_classes,
 )
 SOURCES: Mapping[str, Source] = {
     "digits": Source(
-        digits, "1,797 handwritten digits of 8x8 pixels, part of scikit-learn", "image", classes=_ten,
+        digits, "1,797 handwritten digits of 8x8 pixels, part of scikit-learn", "image", classes=_ten_classes,
         shape=lambda: (1, 8, 8),
     ),
     "cifar10": Source(
-        cifar10, "CIFAR-10 in two .npz files", "image", path="the folder of the two files", classes=_ten,
+        cifar10, "CIFAR-10 in two .npz files", "image", path="the folder of the two files", classes=_ten_classes,
         shape=lambda: (3, 32, 32),
     ),
     "mnist": _MNIST,
@@ -93,10 +93,11 @@ SOURCES: Mapping[str, Source] = {
         ),
     ),
     "text": Source(
-        language, "a text, to name the next token", "language", path="a text file, or a folder of them", bounded=False
+        language, "a text, to predict the next token", "language",
+        path="a text file, or a folder of them", bounded=False,
     ),
     "masks": Source(
-        masks, "images with masks, to name the class of each pixel", "segmentation",
+        masks, "images with masks, to predict the class of each pixel", "segmentation",
         path="a folder with train/images and train/masks",
         classes=lambda path, classes=None, ignore=255: classes or mask_classes(path, ignore=ignore), shape=_mask_shape,
     ),
@@ -104,13 +105,13 @@ SOURCES: Mapping[str, Source] = {
 
 
 def parse_data(text: str) -> dict[str, str | None] | None:
-    """Read what names data on the command line: NAME, NAME:PATH or python:FILE:FUNCTION.
+    """Parse the name of data on the command line: NAME, NAME:PATH or python:FILE:FUNCTION.
 
     Args:
-        text: what stands behind `--data`.
+        text: the value of `--data`.
 
     Returns:
-        "name" and "path" (None: none); None where the text is a path alone.
+        "name" and "path" (None: there is no path); None if the text is only a path.
 
     Example:
         >>> parse_data("csv:reviews.tsv"), parse_data("digits"), parse_data("/data/images")
@@ -125,14 +126,14 @@ def parse_data(text: str) -> dict[str, str | None] | None:
 
 
 def advise_name(text: str) -> str:
-    """What to write where data is given by something that is no name.
+    """Advise what to write instead of a value that does not name data.
 
     Args:
-        text: what stands behind `--data`, where nothing else names the data.
+        text: the value of `--data`, if nothing else names the data.
 
     Example:
         >>> advise_name("imagefolders:pets")
-        "--data 'imagefolders:pets' does not say what data it is; did you mean imagefolder:pets?"
+        "--data 'imagefolders:pets' names no data set; did you mean imagefolder:pets?"
     """
     name, colon, path = text.partition(":")
     near = difflib.get_close_matches(name, SOURCES, n=1) if colon or not Path(text).exists() else []
@@ -143,11 +144,11 @@ def advise_name(text: str) -> str:
     else:
         forms = [f"{key}:PATH" if source.path else key for key, source in SOURCES.items()]
         advice = f"write NAME:PATH, one of {', '.join(forms)}, or {PREFIX}FILE.py:FUNCTION."
-    return f"--data {text!r} does not say what data it is; {advice}"
+    return f"--data {text!r} names no data set; {advice}"
 
 
 def _kind(path: Path) -> str | None:
-    """The data that a path probably holds, by the names in it."""
+    """The data set that a path probably holds, guessed from the names of its files; None if that is unclear."""
     names = [path.name] if path.is_file() else [inner.name for inner in path.iterdir()] if path.is_dir() else []
     if any(name.removesuffix(".gz").endswith((".csv", ".tsv", ".jsonl")) for name in names):
         return "csv"
@@ -159,13 +160,13 @@ def _kind(path: Path) -> str | None:
 
 
 def call_with(function: Callable[..., Any], keys: Mapping[str, Any]) -> Any:
-    """Call a function with those keys that it takes."""
+    """Call a function with those keys that it has as parameters."""
     known = inspect.signature(function).parameters
     return function(**{key: value for key, value in keys.items() if key in known})
 
 
 def data_problems(data: DataSection) -> list[str]:
-    """Say what is wrong with `[data]`, before anything is read."""
+    """Describe the problems of `[data]`, before the data are read."""
     if is_script(data.name):
         return []
     if data.name not in SOURCES:
@@ -173,14 +174,14 @@ def data_problems(data: DataSection) -> list[str]:
         advice = f"; did you mean {near[0]}?" if near else ""
         return [f"data.name is {data.name!r}, expected {', '.join(SOURCES)} or {PREFIX}file.py:function{advice}"]
     source = SOURCES[data.name]
-    known = source.takes()
+    known = source.key_names()
     problems = [
-        f"data.{key} does not suit {data.name}, which takes {', '.join(known)}"
+        f"data.{key} is not a key of {data.name}, which takes {', '.join(known)}"
         for key in data.as_table()
         if key not in ("name", "path", *known)
     ]
     if source.path and data.path is None:
         problems.append(f"data.path is missing: give {source.path}, or pass --data {data.name}:PATH")
     if not source.path and data.path is not None:
-        problems.append(f"data.path does not suit {data.name}, which takes {', '.join(known)}")
+        problems.append(f"data.path is not a key of {data.name}, which takes {', '.join(known)}")
     return problems

@@ -1,1 +1,1 @@
-"""What a run did, for people: one HTML page, a comparison of runs, small displays for notebooks."""
+"""Show runs to people: the HTML page of a run, a comparison of runs, and displays for notebooks."""

@@ -1,4 +1,4 @@
-"""Several runs side by side: a table, trade-off curves and profiles in one picture, and what can't be compared."""
+"""Compare runs: a table, one chart of trade-offs and one of divergence, and reasons why they can't be compared."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from idap.errors import ConfigError
 from idap.report import numbers
 from idap.report.contents import Spread
-from idap.report.decisions import COSTS, metric_labels, tell
+from idap.report.decisions import COSTS, describe_step, metric_labels
 from idap.report.flow import section_names
 from idap.report.headline import Fact, facts, verdict
 from idap.report.markup import Html, Plot, join, legend, table, tag
-from idap.report.page import document, flat, section
+from idap.report.page import document, flatten, section
 from idap.report.reading import Run
 
 SIGNS = ("circle", "square", "diamond", "triangle")
 MOST = len(SIGNS)
-"""Runs that can be told apart in one picture; forms differ as well as colours."""
+"""The most runs that one chart can show; they differ in shape as well as in colour."""
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: that of its folder, with its parents where they are the same.
+    """A name for each run: the name of its folder, with parent folders if names are equal.
 
     Args:
         runs: at least one.
@@ -33,61 +33,62 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 
 def check_runs(runs: Sequence[Run]) -> None:
-    """Refuse what can't be drawn.
+    """Refuse a number of runs that can't be drawn.
 
     Raises:
-        ConfigError: there are fewer than two runs, or more than forms to tell them apart.
+        ConfigError: there are fewer than two runs, or more than `MOST`.
     """
     if not 2 <= len(runs) <= MOST:
-        raise ConfigError(f"to compare, name 2 to {MOST} run folders; found {len(runs)}.")
+        raise ConfigError(f"a comparison needs 2 to {MOST} run folders, got {len(runs)}.")
 
 
 def obstacles(runs: Sequence[Run]) -> list[str]:
-    """Why the numbers of some runs can't be compared, one sentence each; none if they can."""
+    """The reasons why the numbers of runs can't be compared, as sentences; empty if they can."""
     first, found = runs[0], []
-    called = names(runs)
-    for name, run in zip(called[1:], runs[1:], strict=True):
+    labels = names(runs)
+    for name, run in zip(labels[1:], runs[1:], strict=True):
         ours, theirs = first.settings, run.settings
-        pair = f"{called[0]} and {name}"
+        pair = f"{labels[0]} and {name}"
         if (ours.model, ours.fingerprint) != (theirs.model, theirs.fingerprint):
             same = " of another size" if ours.model == theirs.model else ""
             found.append(f"{pair} compress different models{same}: {ours.model} and {theirs.model}.")
-        if _data(first) != _data(run):
-            found.append(f"{pair} were judged on different data: {_difference(_data(first), _data(run))}.")
+        if _data_settings(first) != _data_settings(run):
+            difference = _describe_difference(_data_settings(first), _data_settings(run))
+            found.append(f"{pair} were evaluated on different data: {difference}.")
         if (ours.task.metric, ours.task.higher_is_better) != (theirs.task.metric, theirs.task.higher_is_better):
             found.append(f"{pair} have different metrics: {ours.task.metric} and {theirs.task.metric}.")
         elif ours.fingerprint == theirs.fingerprint and ours.baseline.metric != theirs.baseline.metric:
             metric = ours.task.metric
             before, after = (numbers.metric(metric, each.baseline.metric) for each in (ours, theirs))
             found.append(
-                f"{pair} begin with different originals: their {metric} is {before} and {after}, so the weights or the "
+                f"{pair} start from different originals: their {metric} is {before} and {after}, so the weights or the "
                 "validation data differ."
             )
-        if first.measured and run.measured and _place(first) != _place(run):
-            found.append(f"{pair} were timed on different machines or with other threads: latencies don't compare.")
+        if first.measured and run.measured and _machine(first) != _machine(run):
+            found.append(f"{pair} were timed on different machines or threads, so their latencies can't be compared.")
     return found
 
 
-def _data(run: Run) -> dict[str, Any]:
-    """What a recipe says about the data; where there is none, nothing is known."""
+def _data_settings(run: Run) -> dict[str, Any]:
+    """The settings of the data in the recipe; empty if there is no recipe."""
     recipe = run.settings.recipe or {}
-    return dict(flat({key: recipe[key] for key in ("data", "task") if key in recipe}))
+    return dict(flatten({key: recipe[key] for key in ("data", "task") if key in recipe}))
 
 
-def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+def _describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     if not ours or not theirs:
-        return "one of them has no recipe that says which"
+        return "one of them has no recipe, so its data are unknown"
     key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
     return f"{key} is {ours.get(key)!r} and {theirs.get(key)!r}"
 
 
-def _place(run: Run) -> tuple[Any, ...]:
+def _machine(run: Run) -> tuple[Any, ...]:
     environment = run.settings.environment
     return tuple(environment.get(key) for key in ("platform", "device", "threads"))
 
 
 def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The table of a comparison: a line for each number, a cell for each run."""
+    """The table of a comparison: a row for each number, a column for each run."""
     columns = [{fact.name: fact for fact in facts(run)} for run in runs]
     lines = [["", *names(runs)], ["", *(verdict(run)[1].lower() for run in runs)]]
     order = dict.fromkeys(name for column in columns for name in column)
@@ -105,9 +106,9 @@ def _cell(fact: Fact | None) -> str:
     return f"{fact.after} ({fact.change})" if fact.change else fact.after
 
 
-def different(runs: Sequence[Run]) -> list[list[str]]:
-    """The settings that are not the same in all runs: key, and the value of each run."""
-    flats = [dict(flat({**run.settings.config, **_recipe_settings(run)})) for run in runs]
+def setting_differences(runs: Sequence[Run]) -> list[list[str]]:
+    """The settings that differ between the runs: the key, and the value in each run."""
+    flats = [dict(flatten({**run.settings.config, **_recipe_settings(run)})) for run in runs]
     keys = dict.fromkeys(key for each in flats for key in each)
     return [
         [key, *(str(each.get(key, "")) for each in flats)]
@@ -117,13 +118,13 @@ def different(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _recipe_settings(run: Run) -> dict[str, Any]:
-    """What only a recipe says; its other sections fill the settings, which say besides what it left out."""
+    """The sections of a recipe that are not among the settings; the settings hold the others, with their defaults."""
     recipe = run.settings.recipe or {}
     return {name: recipe[name] for name in ("model", "data", "task", "train") if name in recipe}
 
 
-def document_of(runs: Sequence[Run]) -> dict[str, Any]:
-    """A comparison for machines."""
+def comparison_data(runs: Sequence[Run]) -> dict[str, Any]:
+    """A comparison as plain data, for JSON."""
     return {
         "comparable": not obstacles(runs),
         "obstacles": obstacles(runs),
@@ -140,7 +141,7 @@ def document_of(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for name, run in zip(names(runs), runs, strict=True)
         ],
-        "settings": {key: values for key, *values in different(runs)},
+        "settings": {key: values for key, *values in setting_differences(runs)},
     }
 
 
@@ -151,29 +152,29 @@ def compare_page(runs: Sequence[Run]) -> str:
     """A comparison as one HTML page.
 
     Args:
-        runs: 2 to `MOST` of them.
+        runs: 2 to `MOST` runs.
 
     Raises:
-        ConfigError: there are fewer or more.
+        ConfigError: there are fewer or more runs.
     """
     check_runs(runs)
-    called, why = names(runs), obstacles(runs)
-    warned = tag(
-        "section", [tag("p", tag("b", "Not comparable: "), line) for line in why], class_="warning", role="note"
+    labels, reasons = names(runs), obstacles(runs)
+    warning = tag(
+        "section", [tag("p", tag("b", "Not comparable: "), line) for line in reasons], class_="warning", role="note"
     )
-    changed = different(runs)
+    changed = setting_differences(runs)
     metric = runs[0].settings.task.metric
     parts = [
-        warned if why else None,
-        section("numbers", "Numbers", _numbers(runs)),
-        section("tradeoff", f"Trade-off: {metric} over {COSTS[runs[0].cost]}", _tradeoffs(runs)),
-        section("flow", "Flow: divergence of the results over depth", _flows(runs)),
-        section("settings", "Settings that differ", _settings(changed, called)),
+        warning if reasons else None,
+        section("numbers", "Numbers", _number_table(runs)),
+        section("tradeoff", f"Trade-off: {metric} over {COSTS[runs[0].cost]}", _tradeoff_plot(runs)),
+        section("flow", "Flow: divergence of the results over depth", _flow_plot(runs)),
+        section("settings", "Settings that differ", _settings_table(changed, labels)),
     ]
-    return document(" · ".join(called), tag("h1", f"{len(runs)} runs compared"), [", ".join(called)], parts)
+    return document(" · ".join(labels), tag("h1", f"{len(runs)} runs compared"), [", ".join(labels)], parts)
 
 
-def _numbers(runs: Sequence[Run]) -> Html:
+def _number_table(runs: Sequence[Run]) -> Html:
     head, *lines = rows(runs)
     return tag(
         "div",
@@ -189,23 +190,23 @@ def _numbers(runs: Sequence[Run]) -> Html:
     )
 
 
-def _settings(changed: Sequence[Sequence[str]], called: Sequence[str]) -> Html:
+def _settings_table(changed: Sequence[Sequence[str]], labels: Sequence[str]) -> Html:
     if not changed:
-        return tag("p", "None: the runs were begun with the same settings.", class_="quiet")
+        return tag("p", "The runs have the same settings.", class_="quiet")
     body = [
         tag("tr", tag("th", tag("code", key), scope="row"), [tag("td", tag("code", value)) for value in values])
         for key, *values in changed
     ]
-    head = tag("tr", [tag("th", text, scope="col") for text in ("setting", *called)])
+    head = tag("tr", [tag("th", text, scope="col") for text in ("setting", *labels)])
     return tag("div", tag("table", tag("thead", head), tag("tbody", body)), class_="scroll")
 
 
-def _key(runs: Sequence[Run]) -> Html:
+def _legend(runs: Sequence[Run]) -> Html:
     return legend([(SIGNS[place], f"run-{place}", name) for place, name in enumerate(names(runs))])
 
 
-def _tradeoffs(runs: Sequence[Run]) -> Html:
-    """The accepted path of every run, by the cost that the first one shows."""
+def _tradeoff_plot(runs: Sequence[Run]) -> Html:
+    """Draw the accepted states of every run, by the cost in the charts of the first run."""
     cost, metric = runs[0].cost, runs[0].settings.task.metric
     paths = [
         [(1.0, run.settings.baseline.metric), *((run.share(step, cost), step.metric) for step in run.accepted)]
@@ -218,7 +219,7 @@ def _tradeoffs(runs: Sequence[Run]) -> Html:
     for place, (run, path) in enumerate(zip(runs, paths, strict=True)):
         marks.append(field.line(path, f"run-{place}"))
         marks += [
-            field.mark(at, SIGNS[place], f"run-{place}", f"{run.name}: {tell(step, at, metric, cost)}")
+            field.mark(at, SIGNS[place], f"run-{place}", f"{run.name}: {describe_step(step, at, metric, cost)}")
             for step, at in zip(run.accepted, path[1:], strict=True)
         ]
     ends = "; ".join(
@@ -239,22 +240,22 @@ def _tradeoffs(runs: Sequence[Run]) -> Html:
         for name, path in zip(names(runs), paths, strict=True)
         for at in path
     ]
-    told = table("The accepted states of all runs", ["run", COSTS[cost], metric], lines)
-    return join([_key(runs), tag("p", metric, class_="over"), drawn, below, told])
+    listing = table("The accepted states of all runs", ["run", COSTS[cost], metric], lines)
+    return join([_legend(runs), tag("p", metric, class_="over"), drawn, below, listing])
 
 
-def _flows(runs: Sequence[Run]) -> Html:
-    """The mean divergence of each group in the result of every run; groups that are gone leave a gap."""
+def _flow_plot(runs: Sequence[Run]) -> Html:
+    """Draw the mean divergence of each group in the result of every run; removed groups leave a gap."""
     groups = list(runs[0].settings.groups)
     if any(list(run.settings.groups) != groups for run in runs):
-        return tag("p", "The runs have different groups, so their profiles have no common depth.", class_="quiet")
-    found: list[dict[str, Spread]] = [{} if run.after is None else dict(run.after.units) for run in runs]
-    if not any(found):
-        return tag("p", "No result was measured.", class_="quiet")
-    y = numbers.logarithmic([spread.mean for units in found for spread in units.values()])
+        return tag("p", "The runs have different groups, so one chart can't show their divergence.", class_="quiet")
+    spreads: list[dict[str, Spread]] = [{} if run.after is None else dict(run.after.units) for run in runs]
+    if not any(spreads):
+        return tag("p", "The divergence of no result was measured.", class_="quiet")
+    y = numbers.logarithmic([spread.mean for units in spreads for spread in units.values()])
     field = Plot(numbers.Axis(-0.6, len(groups) - 0.4, ()), y, 260)
     marks: list[Html] = []
-    for place, (run, units) in enumerate(zip(runs, found, strict=True)):
+    for place, (run, units) in enumerate(zip(runs, spreads, strict=True)):
         shift = 0.12 * (place - (len(runs) - 1) / 2)
         line = [(at + shift, units[name].mean) for at, name in enumerate(groups) if name in units]
         marks.append(field.line(line, f"run-{place} thin"))
@@ -271,12 +272,13 @@ def _flows(runs: Sequence[Run]) -> Html:
     drawn = field.draw(
         "flows",
         "Mean divergence of each group in the results, over depth",
-        "Groups that are gone have no sign.",
+        "Removed groups have no mark.",
         [*marks, section_names(field, groups)],
         x_labels=[],
         y_labels=[(tick, numbers.small(tick)) for tick in y.ticks],
     )
     lines = [
-        [name, *(numbers.small(units[name].mean) if name in units else "gone" for units in found)] for name in groups
+        [name, *(numbers.small(units[name].mean) if name in units else "removed" for units in spreads)]
+        for name in groups
     ]
-    return join([_key(runs), drawn, table("Mean divergence of each group", ["group", *names(runs)], lines)])
+    return join([_legend(runs), drawn, table("Mean divergence of each group", ["group", *names(runs)], lines)])

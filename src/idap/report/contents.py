@@ -1,4 +1,4 @@
-"""What the files of a run folder hold, as types that a reader checks them by."""
+"""The contents of the files of a run folder, as types that are checked when the files are read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 LARGEST = 2**63
-"""No count of a model reaches it."""
+"""Every count of a model is below this number."""
 
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
@@ -17,7 +17,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a model is worth and what it costs, for one sample."""
+    """The metric of a model and its costs for one sample; `size` is in bytes."""
 
     metric: Number
     macs: Count
@@ -26,8 +26,8 @@ class Costs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """How models are judged: name of the metric, how to read it, and the worst value allowed (None: any)."""
+class TaskInfo:
+    """The metric of the task: its name, whether higher is better, and the worst value allowed (None: any)."""
 
     metric: str
     higher_is_better: bool
@@ -36,7 +36,7 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One width of the original: kind of its units, how many, and whether a residual stream carries them."""
+    """One group of the original: kind and number of its units, and whether they belong to a residual stream."""
 
     kind: str
     size: Count
@@ -45,7 +45,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A branch or block of the original: the parts that vanish with it, and the groups that it holds whole."""
+    """A branch or block of the original: the parts that are removed with it, and the groups that lie inside it."""
 
     kind: str
     contains: tuple[str, ...]
@@ -54,7 +54,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Divergence of the units of one group."""
+    """The lowest, mean and highest divergence of the units of one group."""
 
     low: Number
     mean: Number
@@ -63,7 +63,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The divergence of one model, part by part."""
+    """The divergence of the groups and blocks of one model."""
 
     criterion: str
     units: Mapping[str, Spread]
@@ -74,12 +74,12 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was written before any decision; `preparation` is seconds by kind of work; the last two may lack."""
+    """What a run wrote before its first decision; `preparation` maps kinds of work to seconds."""
 
     model: str
     fingerprint: str
     config: Mapping[str, Any]
-    task: Judged
+    task: TaskInfo
     baseline: Costs
     environment: Mapping[str, Any]
     groups: Mapping[str, Group]
@@ -90,8 +90,8 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reached(Costs):
-    """What a finished run came to; `latency` as a share of the original's, where it was a goal."""
+class RunEnd(Costs):
+    """The end of a finished run; `latency` is a share of the original's, None if it was no goal."""
 
     reached: bool
     message: str
@@ -104,15 +104,15 @@ class Reached(Costs):
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A number of the original and of the result."""
+    """A number of the original, and of the result."""
 
     before: Number
     after: Number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Original and result side by side: the metric on the test data, and the median seconds of one forward pass."""
+class Measurement:
+    """The metric on the test data and the median seconds of one forward pass, of the original and of the result."""
 
     test: Pair | None
     latency: Pair | None
@@ -120,15 +120,15 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
-    """The recipe that a run was begun with, as sections; empty where it was begun from Python."""
+class RunRecipe:
+    """The recipe of a run, as sections; empty if the run was started from Python."""
 
     recipe: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decided:
-    """The number of a decision, and whether it was kept."""
+class Verdict:
+    """The number of a decision, and whether it was accepted."""
 
     index: Count
     accepted: bool

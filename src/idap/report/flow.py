@@ -1,4 +1,4 @@
-"""The network from input to output: the map of its groups, and divergence over depth, before and after."""
+"""Draw the network from input to output: a map of its groups, and the divergence over depth, before and after."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from idap.steps import numbers_of
 
 @dataclass(frozen=True)
 class Section:
-    """Groups in a row that lie in the same outermost part; the part is "" where they lie in none.
+    """Consecutive groups that lie in the same outermost branch or block, or in none.
 
     Attributes:
-        part: name of the branch or block.
-        groups: that it holds whole.
+        part: name of the branch or block; "" if the groups lie in none.
+        groups: the groups inside it.
     """
 
     part: str
@@ -24,9 +24,9 @@ class Section:
 
 
 def sections_of(groups: Sequence[str], blocks: Mapping[str, Block]) -> list[Section]:
-    """Put the groups of a network into its outermost branches and blocks; both come in the order of the network.
+    """Divide the groups of a network by its outermost branches and blocks; both are in the order of the network.
 
-    A part that holds no group stands where it begins: behind the part before it.
+    A part without groups has a section of its own, behind the part before it.
     """
     inner = {name for block in blocks.values() for name in block.contains}
     home = {group: name for name, block in blocks.items() if name not in inner for group in block.groups}
@@ -58,11 +58,11 @@ def network_map(run: Run) -> Html:
     for section in sections_of(list(groups), run.settings.blocks):
         lines = [_group(run, name, widest) for name in section.groups]
         rows.append(_part(run, section.part, lines) if section.part else tag("ul", lines, class_="groups"))
-    explained = (
-        "Each bar is a group of units that go one by one: its full length is the width of the original, the solid part "
-        "is what is left. Frames are branches and blocks, which can go whole."
+    explanation = (
+        "Each bar is a group, whose units are removed one by one: the full bar is the width in the original, the solid "
+        "part is the width that is left. Each frame is a branch or block, which can be removed as a whole."
     )
-    return tag("div", tag("p", explained, class_="quiet"), tag("div", rows, class_="map"))
+    return tag("div", tag("p", explanation, class_="quiet"), tag("div", rows, class_="map"))
 
 
 def _part(run: Run, name: str, lines: Sequence[Html]) -> Html:
@@ -83,7 +83,7 @@ def _group(run: Run, name: str, widest: int) -> Html:
     group, left = run.settings.groups[name], run.widths[name]
     kind = numbers_of(group.kind, group.size)
     lost = group.size - left
-    # A root makes 16 beside 2048 visible; the share that is left is true to scale within each bar.
+    # The length is a square root, so that 16 beside 2048 is visible; within a bar the scale is linear.
     full = 100 * (group.size / widest) ** 0.5
     bar = tag(
         "span",
@@ -94,7 +94,7 @@ def _group(run: Run, name: str, widest: int) -> Html:
     )
     change = tag("b", f"{group.size} → {left}") if lost else tag("span", str(group.size))
     share = f" ({numbers.share(-lost / group.size, 0)})" if lost else ""
-    stream = tag("span", "stream", class_="kind", title="a residual stream carries these units") if group.stream else ""
+    stream = tag("span", "stream", class_="kind", title="the units of a residual stream") if group.stream else ""
     return tag(
         "li",
         tag("span", tag("code", name), stream, class_="name"),
@@ -105,34 +105,36 @@ def _group(run: Run, name: str, widest: int) -> Html:
 
 
 LETTER = 7
-"""Pixels of a letter, about."""
+"""The approximate width of a letter, in pixels."""
 SCREENS = {"narrow": 270, "medium": 600, "wide": 900}
-"""Screens, as the style sheet tells them apart -> pixels that a chart has there at least."""
+"""Class of screens in the style sheet -> the smallest width of a chart there, in pixels."""
+NOTES = {"removed": "removed", "projection": "became a projection", "inside": "removed with a larger block"}
+"""How a block was removed, see `Run.removed` -> in words."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One place in the depth of the network.
+    """One position on the axis of depth.
 
     Attributes:
-        name: of the group, branch or block.
-        before: its divergence in the original; None where nothing was seen.
-        after: in the result.
-        gone: whether it is there no more.
-        told: what happened to it.
+        name: name of the group, branch or block.
+        before: its divergence in the original; None if it was not measured.
+        after: its divergence in the result; None if it was not measured.
+        gone: whether it was removed.
+        note: a description of what happened to it.
     """
 
     name: str
     before: Spread | None
     after: Spread | None
     gone: bool
-    told: str
+    note: str
 
 
 def flow(run: Run) -> Html:
-    """Draw the divergence of all groups, and of all branches and blocks, in the order of the network."""
+    """Draw the divergence of all groups, branches and blocks, in the order of the network."""
     if run.before is None:
-        return tag("p", "The divergence of the original was not measured yet.", class_="quiet")
+        return tag("p", "The divergence of the original is not measured yet.", class_="quiet")
     criterion = run.before.criterion
     units = [
         Part(
@@ -140,29 +142,27 @@ def flow(run: Run) -> Html:
             run.before.units.get(name),
             None if run.after is None else run.after.units.get(name),
             gone=run.widths[name] == 0,
-            told=f"{group.size} {numbers_of(group.kind, group.size)}, {run.widths[name]} left",
+            note=f"{group.size} {numbers_of(group.kind, group.size)}, {run.widths[name]} left",
         )
         for name, group in run.settings.groups.items()
     ]
     parts = [
         Part(
             name,
-            _alone(run.before, name),
-            _alone(run.after, name),
+            _block_spread(run.before, name),
+            _block_spread(run.after, name),
             gone=name in run.removed,
-            told={"removed": "removed", "projection": "became a projection", "inside": "went with a larger block"}.get(
-                run.removed.get(name, ""), block.kind
-            ),
+            note=NOTES.get(run.removed.get(name, ""), block.kind),
         )
         for name, block in run.settings.blocks.items()
     ]
     found = [_picture("flow", "Units: mean divergence of each group, with its range", units, criterion)]
     if parts:
         found.append(_picture("flow-blocks", "Branches and blocks", parts, criterion))
-    return join([_key(run), *found])
+    return join([_legend(run), *found])
 
 
-def _alone(profile: Profile | None, name: str) -> Spread | None:
+def _block_spread(profile: Profile | None, name: str) -> Spread | None:
     score = None if profile is None else profile.blocks.get(name)
     return None if score is None else Spread(low=score, mean=score, high=score)
 
@@ -170,7 +170,7 @@ def _alone(profile: Profile | None, name: str) -> Spread | None:
 def _picture(name: str, title: str, parts: Sequence[Part], criterion: str) -> Html:
     seen = [spread for part in parts for spread in (part.before, part.after) if spread is not None]
     values = [value for spread in seen for value in (spread.low, spread.mean, spread.high)]
-    # Few units of hardly any divergence would stretch the axis over many decades.
+    # A few units with almost no divergence would stretch the axis over many decades.
     y = numbers.logarithmic([*(spread.mean for spread in seen), *(spread.high for spread in seen)])
     low = min((value for value in values if value > 0), default=y.low)
     y = numbers.logarithmic([max(low, y.low / 30), *(spread.high for spread in seen)])
@@ -178,7 +178,7 @@ def _picture(name: str, title: str, parts: Sequence[Part], criterion: str) -> Ht
     marks: list[Html] = []
     for place, part in enumerate(parts):
         if part.gone:
-            marks.append(field.area((place - 0.42, place + 0.42), (y.low, y.high), "gone", f"{part.name}: {part.told}"))
+            marks.append(field.area((place - 0.42, place + 0.42), (y.low, y.high), "gone", f"{part.name}: {part.note}"))
     for spread_of, style, shift in ((_before, "before", -0.12), (_after, "after", 0.12)):
         line = [(place + shift, spread.mean) for place, part in enumerate(parts) if (spread := spread_of(part))]
         marks.append(field.line(line, f"{style} thin"))
@@ -188,19 +188,19 @@ def _picture(name: str, title: str, parts: Sequence[Part], criterion: str) -> Ht
                 continue
             if spread.high > spread.low:
                 marks.append(_range(field, place + shift, spread, style))
-            said = f"{part.name}, {'original' if style == 'before' else 'result'}: {numbers.small(spread.mean)}"
+            label = f"{part.name}, {'original' if style == 'before' else 'result'}: {numbers.small(spread.mean)}"
             shape = "square" if style == "before" else "circle"
-            marks.append(field.mark((place + shift, max(spread.mean, y.low)), shape, style, f"{said}; {part.told}"))
-    lost = [part.name for part in parts if part.gone]
+            marks.append(field.mark((place + shift, max(spread.mean, y.low)), shape, style, f"{label}; {part.note}"))
+    removed = [part.name for part in parts if part.gone]
     drawn = field.draw(
         name,
         f"{title} ({criterion}), over depth",
-        f"{len(parts)} places; gone are {', '.join(lost) or 'none'}.",
+        f"{len(parts)} positions; removed: {', '.join(removed) or 'none'}.",
         [*marks, section_names(field, [part.name for part in parts])],
         x_labels=[],
         y_labels=[(tick, numbers.small(tick)) for tick in y.ticks],
     )
-    return tag("div", tag("h3", title), drawn, _rows(title, parts), class_="chart")
+    return tag("div", tag("h3", title), drawn, _part_table(title, parts), class_="chart")
 
 
 def _before(part: Part) -> Spread | None:
@@ -217,7 +217,7 @@ def _range(field: Plot, place: float, spread: Spread, style: str) -> Html:
 
 
 def section_names(field: Plot, names: Sequence[str]) -> Html:
-    """Names along the axis: what successive places have in common, as closely as each screen has room for."""
+    """Names along the axis: the common prefix of consecutive names, as long as each screen has room for."""
     marks = []
     for screen, pixels in SCREENS.items():
         found = sections(names, _depth(names, pixels))
@@ -231,7 +231,7 @@ def section_names(field: Plot, names: Sequence[str]) -> Html:
 
 
 def _depth(names: Sequence[str], pixels: int) -> int:
-    """How much of the names is written, so that all fit; the least where none does."""
+    """The number of parts of the names that are written so that all fit; 1 if nothing fits."""
 
     def fits(depth: int) -> bool:
         found = sections(names, depth)
@@ -241,12 +241,12 @@ def _depth(names: Sequence[str], pixels: int) -> int:
 
 
 def _room(word: str, share: float) -> float:
-    """Pixels that a chart needs for a word to fit into a share of it."""
+    """The width that a chart needs, in pixels, so that a word fits into a share of it."""
     return (len(word) + 1) * LETTER / share
 
 
 def sections(names: Sequence[str], depth: int) -> list[tuple[str, int, int]]:
-    """Successive names with the same beginning: (beginning, first place, last place).
+    """Consecutive names with the same prefix: (prefix, first place, last place).
 
     >>> sections(["stem.0", "layer1.0.conv1", "layer1.1.conv1", "fc"], 1)
     [('stem', 0, 0), ('layer1', 1, 2), ('fc', 3, 3)]
@@ -261,7 +261,7 @@ def sections(names: Sequence[str], depth: int) -> list[tuple[str, int, int]]:
     return found
 
 
-def _key(run: Run) -> Html:
+def _legend(run: Run) -> Html:
     entries = [("square", "before", "original")]
     if run.after is not None:
         entries.append(("circle", "after", "result"))
@@ -270,7 +270,7 @@ def _key(run: Run) -> Html:
     return legend(entries)
 
 
-def _rows(title: str, parts: Sequence[Part]) -> Html:
+def _part_table(title: str, parts: Sequence[Part]) -> Html:
     def describe(spread: Spread | None) -> str:
         if spread is None:
             return ""
@@ -279,6 +279,7 @@ def _rows(title: str, parts: Sequence[Part]) -> Html:
         return f"{numbers.small(spread.mean)} ({numbers.small(spread.low)} to {numbers.small(spread.high)})"
 
     rows = [
-        [part.name, describe(part.before), "gone" if part.gone else describe(part.after), part.told] for part in parts
+        [part.name, describe(part.before), "removed" if part.gone else describe(part.after), part.note]
+        for part in parts
     ]
     return table(title, ["part", "original", "result", ""], rows)

@@ -1,4 +1,4 @@
-"""What a run came to, at a glance: verdict, goals, and the numbers before and after."""
+"""The headline of a run: verdict, goals, and the numbers before and after."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ SIGNS = {"good": "✓", "bad": "✗", "open": "…"}
 
 @dataclass(frozen=True)
 class Fact:
-    """One number of the headline, written out.
+    """One number of the headline, as text.
 
     Attributes:
-        name: what it is.
-        before: of the original.
-        after: of the result.
-        change: from one to the other.
-        left: share of the original, drawn as a bar; None for what is no cost.
+        name: name of the number.
+        before: value of the original.
+        after: value of the result.
+        change: the change from `before` to `after`.
+        left: share of the original that is left, drawn as a bar; None if the number is not a cost.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal: what was wanted, what came of it, and whether that is "good", "bad" or still "open"."""
+    """One goal: what was wanted, what was found, and the state of the goal: "good", "bad" or "open"."""
 
     wanted: str
     found: str
@@ -41,7 +41,7 @@ class Goal:
 
 
 def facts(run: Run) -> list[Fact]:
-    """The numbers of the original and of what the run came to."""
+    """The numbers of the original, and of the result or the last accepted state."""
     old, new, metric = run.settings.baseline, run.now, run.settings.task.metric
     found = [
         cost_fact("multiply-adds", old.macs, new.macs, numbers.count),
@@ -60,25 +60,25 @@ def facts(run: Run) -> list[Fact]:
     return found
 
 
-def cost_fact(name: str, before: float, after: float, said: Callable[[float], str]) -> Fact:
-    """A cost before and after."""
-    return Fact(name, said(before), said(after), numbers.change(before, after), after / before if before else None)
+def cost_fact(name: str, before: float, after: float, write: Callable[[float], str]) -> Fact:
+    """A cost before and after a run."""
+    return Fact(name, write(before), write(after), numbers.change(before, after), after / before if before else None)
 
 
 def metric_fact(name: str, split: str, before: float, after: float) -> Fact:
-    """A metric before and after."""
+    """A metric before and after a run."""
     change = numbers.metric_change(name, before, after)
     return Fact(f"{name} ({split})", numbers.metric(name, before), numbers.metric(name, after), change)
 
 
 def goals(run: Run) -> list[Goal]:
-    """Every goal of a run with what came of it."""
-    judged, now, found = run.settings.task, run.now, []
-    if judged.worst is not None:
-        sign = "≥" if judged.higher_is_better else "≤"
-        wanted = f"{judged.metric} {sign} {numbers.metric(judged.metric, judged.worst)}"
-        value = f"{numbers.metric(judged.metric, now.metric)}, budget {'kept' if run.keeps_budget() else 'not kept'}"
-        found.append(Goal(wanted, value, "good" if run.keeps_budget() else "bad"))
+    """Every goal of a run, with its state."""
+    task, now, found = run.settings.task, run.now, []
+    if task.worst is not None:
+        sign = "≥" if task.higher_is_better else "≤"
+        wanted = f"{task.metric} {sign} {numbers.metric(task.metric, task.worst)}"
+        value = f"{numbers.metric(task.metric, now.metric)}, budget {'kept' if run.is_within_budget() else 'not kept'}"
+        found.append(Goal(wanted, value, "good" if run.is_within_budget() else "bad"))
     for cost, target in run.targets.items():
         left = _left(run, cost)
         good = left is not None and is_met(cost, left, target)
@@ -98,7 +98,7 @@ def _left(run: Run, cost: str) -> float | None:
 
 
 def verdict(run: Run) -> tuple[str, str, str]:
-    """How the run stands: state ("good", "bad" or "open"), in few words, and in a sentence."""
+    """The verdict on a run: its state ("good", "bad" or "open"), a heading, and a sentence."""
     if run.reached is None:
         decided = f"{len(run.steps)} decision{'' if len(run.steps) == 1 else 's'} so far, {len(run.accepted)} kept"
         return "open", "Not finished", f"The run is under way or was stopped: {decided}. It can be resumed."
@@ -109,9 +109,9 @@ def verdict(run: Run) -> tuple[str, str, str]:
 
 
 def headline(run: Run) -> Html:
-    """The first thing on the page."""
-    state, words, sentence = verdict(run)
-    chip = tag("span", tag("span", SIGNS[state], aria_hidden="true"), f" {words}", class_=f"chip {state}")
+    """Draw the first section of the page."""
+    state, heading, sentence = verdict(run)
+    chip = tag("span", tag("span", SIGNS[state], aria_hidden="true"), f" {heading}", class_=f"chip {state}")
     lines = [
         tag(
             "li",
@@ -131,7 +131,7 @@ def headline(run: Run) -> Html:
 
 
 def card(fact: Fact) -> Html:
-    """One number in a frame of a `dl`."""
+    """Draw one number as an entry of a `dl`."""
     share = None if fact.left is None else f"width:{100 * min(1.0, max(0.0, fact.left)):.1f}%"
     bar = None if share is None else tag("span", tag("span", style=share), class_="meter", aria_hidden="true")
     return tag(

@@ -1,4 +1,4 @@
-"""HTML and SVG without a template engine: all text is escaped. A chart keeps its letters' size at every width."""
+"""Write HTML and SVG with escaped text; the letters of a chart have the same size at every width."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from typing import TypeAlias
 from idap.report.numbers import Axis
 
 VOID = frozenset(("br", "col", "input", "link", "meta"))
-"""Elements of HTML that have no end tag."""
+"""Elements of HTML without an end tag."""
 
 
 class Html(str):
-    """Text that is markup already; made by `tag`, `raw` and `join` only."""
+    """Markup; only `tag`, `raw` and `join` make it."""
 
     __slots__ = ()
 
 
 Child: TypeAlias = "Html | str | float | Iterable[Child] | None"
-"""What may stand inside of an element: markup, text (escaped), a number, nothing, or several of these."""
+"""What an element may contain: markup, text (which is escaped), a number, nothing, or several of these."""
 Attribute: TypeAlias = "str | float | bool | None"
 
 
@@ -27,9 +27,9 @@ def tag(element: str, *children: Child, **attributes: Attribute) -> Html:
 
     Args:
         element: its name.
-        children: what stands inside; text is escaped.
-        attributes: `class_` is class, other underscores are hyphens (`aria_sort`); None and False leave one out, True
-            gives it no value.
+        children: its content; text is escaped.
+        attributes: `class_` becomes class, other underscores become hyphens (`aria_sort`). An attribute that is None or
+            False is left out; one that is True has no value.
 
     Returns:
         The markup.
@@ -45,7 +45,7 @@ def tag(element: str, *children: Child, **attributes: Attribute) -> Html:
 
 
 def join(children: Child) -> Html:
-    """Several children in a row, as they would stand in an element.
+    """Join children, as in an element.
 
     >>> join(["<i>", tag("b", "x"), None, 2])
     '&lt;i&gt;<b>x</b>2'
@@ -62,7 +62,7 @@ def join(children: Child) -> Html:
 
 
 def raw(text: str) -> Html:
-    """Markup of our own: style sheets and scripts that come with the package; never anything of a run."""
+    """Trust text as markup: only for style sheets and scripts of the package, never for data of a run."""
     return Html(text)
 
 
@@ -74,7 +74,7 @@ def _attribute(name: str, value: Attribute) -> str:
 
 
 TOP, BOTTOM = 8, 26
-"""Pixels above the plot, and below it for the numbers of the axis."""
+"""Margins of the plot in pixels; the labels of the axis are at the bottom."""
 SHAPES = {
     "square": "M-4.5 -4.5h9v9h-9z",
     "diamond": "M0 -6.5l6.5 6.5l-6.5 6.5l-6.5 -6.5z",
@@ -87,12 +87,12 @@ ROUND = {"circle": 4.5, "dot": 2.5}
 
 @dataclass(frozen=True)
 class Plot:
-    """The field of a chart.
+    """A chart with two axes.
 
     Attributes:
-        x: across.
-        y: upwards.
-        height: in pixels, with the numbers of the axis.
+        x: the horizontal axis.
+        y: the vertical axis, upwards.
+        height: height in pixels, including the labels of the axis.
     """
 
     x: Axis
@@ -100,23 +100,23 @@ class Plot:
     height: int = 260
 
     def across(self, value: float) -> str:
-        """The place of a number across."""
+        """The horizontal position of a number, in percent."""
         return f"{self.x.place(value) * 100:.2f}%"
 
     def down(self, value: float) -> float:
-        """The place of a number in pixels from above."""
+        """The vertical position of a number, in pixels from the top."""
         return round(self.height - BOTTOM - self.y.place(value) * (self.height - TOP - BOTTOM), 1)
 
     def mark(self, at: tuple[float, float], shape: str, style: str, title: str) -> Html:
-        """A sign at a point; its title, if it has one, is shown when the pointer rests on it."""
-        x, y, told = self.across(at[0]), self.down(at[1]), tag("title", title) if title else None
+        """A mark at a point; its title, if it has one, is shown when the pointer rests on it."""
+        x, y, name = self.across(at[0]), self.down(at[1]), tag("title", title) if title else None
         if shape in ROUND:
-            return tag("circle", told, cx=x, cy=y, r=ROUND[shape], class_=f"mark {style}")
+            return tag("circle", name, cx=x, cy=y, r=ROUND[shape], class_=f"mark {style}")
         path = tag("path", d=SHAPES[shape], class_=f"mark {style}")
-        return tag("svg", told, path, x=x, y=y, overflow="visible")
+        return tag("svg", name, path, x=x, y=y, overflow="visible")
 
     def text(self, at: tuple[float, float], words: str, *, anchor: str = "start", dx: int = 0, dy: int = 0) -> Html:
-        """A label beside a point."""
+        """A label next to a point."""
         x, y = self.across(at[0]), self.down(at[1])
         return tag("svg", tag("text", words, x=dx, y=dy, text_anchor=anchor), x=x, y=y, overflow="visible")
 
@@ -137,12 +137,12 @@ class Plot:
         return tag("svg", drawn, **box)
 
     def upright(self, at: float, style: str) -> Html:
-        """A line across all the height."""
+        """A vertical line over the whole height."""
         x = self.across(at)
         return tag("line", x1=x, x2=x, y1=TOP, y2=self.height - BOTTOM, class_=f"line {style}")
 
     def level(self, at: float, style: str) -> Html:
-        """A line across all the width."""
+        """A horizontal line over the whole width."""
         return tag("line", x1="0%", x2="100%", y1=self.down(at), y2=self.down(at), class_=f"line {style}")
 
     def area(self, x: tuple[float, float], y: tuple[float, float], style: str, title: str = "") -> Html:
@@ -163,21 +163,21 @@ class Plot:
         self,
         name: str,
         title: str,
-        said: str,
+        description: str,
         marks: Iterable[Html],
         *,
         x_labels: Sequence[tuple[float, str]],
         y_labels: Sequence[tuple[float, str]],
     ) -> Html:
-        """The whole chart.
+        """Draw the whole chart.
 
         Args:
-            name: of the element, by which its title and description are found.
-            title: what it shows, for screen readers.
-            said: what is to be seen in it, for screen readers.
-            marks: what lies in the field.
-            x_labels: (number, text) along the axis across.
-            y_labels: the same upwards.
+            name: name of the element; the ids of its title and description begin with it.
+            title: what the chart shows, for screen readers.
+            description: what can be seen in it, for screen readers.
+            marks: the marks of the chart.
+            x_labels: (number, text) along the horizontal axis.
+            y_labels: (number, text) along the vertical axis.
         """
         ground = self.height - BOTTOM
         grid = [self.level(value, "grid") for value, _ in y_labels]
@@ -193,7 +193,7 @@ class Plot:
         picture = tag(
             "svg",
             tag("title", title, id=f"{name}-title"),
-            tag("desc", said, id=f"{name}-desc"),
+            tag("desc", description, id=f"{name}-desc"),
             tag("g", grid, aria_hidden="true"),
             join(marks),
             tag("g", numbers, class_="numbers", aria_hidden="true"),
@@ -207,10 +207,10 @@ class Plot:
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> Html:
-    """What the signs mean.
+    """The legend of a chart.
 
     Args:
-        entries: (shape, style, meaning); the shape "line" is a stroke, "area" a filled field.
+        entries: (shape, style, meaning); the shape "line" is a stroke, "area" a filled rectangle.
     """
     return tag("ul", [tag("li", _sign(shape, style), meaning) for shape, style, meaning in entries], class_="legend")
 
@@ -228,7 +228,7 @@ def _sign(shape: str, style: str) -> Html:
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Html | str]], *, class_: str = "") -> Html:
-    """The numbers behind a chart, folded away: for screen readers, and for whoever wants to copy them."""
+    """A collapsed table with the numbers of a chart, for screen readers and for copying."""
     head = tag("tr", [tag("th", text, scope="col") for text in heads])
     body = [tag("tr", tag("th", row[0], scope="row"), [tag("td", cell) for cell in row[1:]]) for row in rows]
     inner = tag(

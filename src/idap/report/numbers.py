@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the marks of an axis."""
+"""Format numbers for people, and compute the axes of charts."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ SPACE = "\N{NO-BREAK SPACE}"
 
 
 def count(number: float) -> str:
-    r"""A large count with three digits and a letter.
+    r"""Format a large count with three digits and a letter.
 
     >>> count(40_813_184), count(999), count(1_000_000_000)
     ('40.8\xa0M', '999', '1.00\xa0G')
@@ -21,7 +21,7 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    r"""Bytes.
+    r"""Format a number of bytes.
 
     >>> size(1_081_000), size(512)
     ('1.08\xa0MB', '512\xa0bytes')
@@ -33,7 +33,7 @@ def size(number: float) -> str:
 
 
 def time(seconds: float) -> str:
-    r"""A stretch of time.
+    r"""Format a duration in seconds.
 
     >>> time(0.0042), time(0.5), time(12.34), time(125), time(7260)
     ('4.20\xa0ms', '0.50\xa0s', '12.3\xa0s', '2\xa0min 05\xa0s', '2\xa0h 01\xa0min')
@@ -52,7 +52,7 @@ def time(seconds: float) -> str:
 
 
 def share(value: float, digits: int = 1) -> str:
-    r"""A share of one as percent.
+    r"""Format a share as percent.
 
     >>> share(0.5032), share(-0.25, 0)
     ('50.3\xa0%', '−25\xa0%')
@@ -61,7 +61,7 @@ def share(value: float, digits: int = 1) -> str:
 
 
 def change(before: float, after: float) -> str:
-    r"""How much a number fell or rose.
+    r"""Format the relative change of a number.
 
     >>> change(100, 49.8), change(0, 1)
     ('−50.2\xa0%', '')
@@ -73,18 +73,18 @@ def change(before: float, after: float) -> str:
 
 
 def metric(name: str, value: float) -> str:
-    r"""A metric: an accuracy as percent, anything else with four digits.
+    r"""Format a metric: an accuracy as percent, anything else with four digits.
 
     >>> metric("accuracy", 0.9722), metric("perplexity", 20.1234), metric("val_accuracy", 97.2)
     ('97.22\xa0%', '20.12', '97.2')
     """
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else str(value).replace("-", MINUS)
-    return share(value, 2) if percent(name, value) else f"{value:.4g}".replace("-", MINUS)
+    return share(value, 2) if is_percent(name, value) else f"{value:.4g}".replace("-", MINUS)
 
 
 def metric_change(name: str, before: float, after: float) -> str:
-    """How a metric changed: an accuracy in points.
+    """Format the change of a metric: of an accuracy in points.
 
     >>> metric_change("accuracy", 0.97, 0.96), metric_change("loss", 1.0, 1.5)
     ('−1.00 points', '+0.5')
@@ -92,17 +92,17 @@ def metric_change(name: str, before: float, after: float) -> str:
     by = after - before
     if not by:
         return "unchanged"
-    text = f"{by * 100:+.2f} points" if percent(name, before) else f"{by:+.3g}"
+    text = f"{by * 100:+.2f} points" if is_percent(name, before) else f"{by:+.3g}"
     return text.replace("-", MINUS)
 
 
-def percent(name: str, value: float) -> bool:
+def is_percent(name: str, value: float) -> bool:
     """Whether a metric is shown as percent."""
     return "accuracy" in name.lower() and 0 <= value <= 1
 
 
 def small(value: float) -> str:
-    """A score, of whatever magnitude.
+    """Format a score of any magnitude.
 
     >>> small(0.0312), small(3.1e-7), small(0)
     ('0.0312', '3.1e−7', '0')
@@ -116,19 +116,19 @@ def small(value: float) -> str:
 
 
 def _digits(number: float) -> str:
-    """Three digits, however large a number is."""
+    """Format a number with three digits."""
     return f"{number:.{max(0, 2 - int(math.log10(max(number, 1e-9))) if number >= 1 else 2)}f}"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where numbers lie.
+    """One axis of a chart.
 
     Attributes:
-        low: at the start.
-        high: at the end; above `low`.
-        ticks: what is marked, between them.
-        logarithmic: whether equal ratios are equal stretches.
+        low: the number at the start.
+        high: the number at the end, above `low`.
+        ticks: the numbers that are marked, between `low` and `high`.
+        logarithmic: whether the scale is logarithmic.
     """
 
     low: float
@@ -137,7 +137,7 @@ class Axis:
     logarithmic: bool = False
 
     def place(self, value: float) -> float:
-        """Where a number lies, 0 at the start and 1 at the end; what lies outside is at the edge."""
+        """The position of a number, 0 at the start and 1 at the end; numbers outside are at the edge."""
         if self.logarithmic:
             low, high, value = math.log(self.low), math.log(self.high), math.log(max(value, self.low))
         else:
@@ -146,13 +146,13 @@ class Axis:
 
 
 def linear(values: Sequence[float], *, most: int = 5, room: float = 0.0, whole: bool = False) -> Axis:
-    """An axis that holds all values, marked at round numbers.
+    """An axis that contains all values, with ticks at round numbers.
 
     Args:
-        values: what must lie on it; what is not finite does not count.
-        most: marks at most, about.
-        room: share of the span that is left free at either end.
-        whole: mark whole numbers only.
+        values: values on the axis; those that are not finite are ignored.
+        most: the approximate maximum of ticks.
+        room: margin at either end, as a share of the span.
+        whole: whether only whole numbers are marked.
 
     Example:
         >>> linear([0, 97]).ticks
@@ -171,7 +171,7 @@ def linear(values: Sequence[float], *, most: int = 5, room: float = 0.0, whole: 
 
 
 def logarithmic(values: Sequence[float], *, most_decades: int = 6) -> Axis:
-    """An axis for positive values of different magnitudes, marked at powers of ten; the lowest decades may be cut.
+    """An axis for positive values of different magnitudes, with ticks at powers of ten; the lowest decades may be cut.
 
     >>> logarithmic([0.002, 3.0]).ticks
     (0.01, 0.1, 1.0)
@@ -186,6 +186,7 @@ def logarithmic(values: Sequence[float], *, most_decades: int = 6) -> Axis:
     return Axis(low, high, tuple(float(f"{tick:.12g}") for tick in ticks), logarithmic=True)
 
 
-def _round_step(least: float) -> float:
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
+def _round_step(smallest: float) -> float:
+    """The smallest round number that is not below a number."""
+    power = 10.0 ** math.floor(math.log10(smallest))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= smallest * (1 - 1e-9))

@@ -49,7 +49,7 @@ for (const box of document.querySelectorAll(".copied")) {
   });
   box.append(button);
 }
-// As a picture, the page has no buttons, and says how long it is.
+// For a picture, hide the buttons, and write the height of the page into the document.
 if (location.hash === "#picture") document.documentElement.dataset.picture = "";
 const measure = () => (document.documentElement.dataset.height = document.documentElement.scrollHeight);
 addEventListener("load", measure);

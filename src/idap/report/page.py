@@ -1,4 +1,4 @@
-"""The page of one run, what the run was made of, and the same small displays for notebooks."""
+"""The page of one run, and displays of results and tables for notebooks."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
-from idap.report.decisions import COSTS, Story, curve, curve_points, decisions, tradeoff
+from idap.report.decisions import COSTS, Tradeoff, curve, curve_points, decisions, tradeoff
 from idap.report.flow import flow, network_map
 from idap.report.headline import SIGNS, Fact, card, headline
 from idap.report.markup import Html, raw, tag
@@ -25,25 +25,25 @@ WORDS = {
     "device": "device",
     "threads": "threads",
     "processes": "processes",
-    "begun": "begun (UTC)",
+    "begun": "started (UTC)",
     "folder": "working folder",
 }
 
 
 def command(run: Run) -> str:
-    """The command that began the run, as it is typed: `idap compress ...`, or `python script.py`.
+    """The command that started the run, as the user typed it: `idap compress ...`, or `python script.py`.
 
     Example:
-        >>> words(["/usr/bin/idap", "compress", "my recipe.toml"])
+        >>> shell_command(["/usr/bin/idap", "compress", "my recipe.toml"])
         "idap compress 'my recipe.toml'"
-        >>> words(["/lib/idap/__main__.py", "demo"]), words(["/home/me/train.py"]), words([""])
+        >>> shell_command(["/lib/idap/__main__.py", "demo"]), shell_command(["/home/me/train.py"]), shell_command([""])
         ('idap demo', 'python /home/me/train.py', 'python')
     """
-    return words(run.settings.environment.get("command", []))
+    return shell_command(run.settings.environment.get("command", []))
 
 
-def words(arguments: list[str]) -> str:
-    """The words of a command, quoted for a shell."""
+def shell_command(arguments: list[str]) -> str:
+    """The line for a shell that runs a command with these arguments."""
     first, rest = (arguments or [""])[0], (arguments or [""])[1:]
     path = PurePath(first)
     if path.stem == "idap" or (path.name == "__main__.py" and path.parent.name == "idap"):
@@ -51,8 +51,8 @@ def words(arguments: list[str]) -> str:
     return shlex.join(["python", *([first] if first not in ("", "-c") else []), *rest])
 
 
-def reproduce(run: Run) -> Html:
-    """The commands that make the run again, and that use its result."""
+def reproduction(run: Run) -> Html:
+    """The commands that repeat the run, and those that use its result."""
     environment, folder = run.settings.environment, str(run.folder)
     versions = [f"{name} {environment[name]}" for name in ("idap", "torch", "python") if name in environment]
     lines = [f"# {', '.join(versions)}"]
@@ -67,15 +67,15 @@ def reproduce(run: Run) -> Html:
         use.append(f"idap bench {shlex.quote(folder)}")
     return tag(
         "div",
-        tag("p", "Begun with:"),
+        tag("p", "Started with:"),
         _code("\n".join(lines)),
-        [tag("p", "And then:" if run.reached is not None else "To go on:"), _code("\n".join(use))] if use else None,
+        [tag("p", "Resume with:" if run.reached is None else "Use with:"), _code("\n".join(use))] if use else None,
         [tag("p", "In Python:"), _code(_load_code(run))] if run.reached is not None else None,
     )
 
 
 def _resume_code(run: Run) -> str:
-    """What goes on with a run; one that was begun from Python has to say it there."""
+    """The command that resumes a run; a run that was started from Python is resumed in Python."""
     if run.settings.recipe is not None:
         return f"idap resume {shlex.quote(str(run.folder))}"
     return f"{command(run)}  # with idap.compress(..., run_dir={str(run.folder)!r}, resume=True)"
@@ -91,7 +91,7 @@ def _code(text: str) -> Html:
 
 
 def environment(run: Run) -> Html:
-    """Where the run took place."""
+    """The environment of the run: versions, machine, times."""
     found = run.settings.environment
     rows = [(WORDS[name], found[name]) for name in WORDS if name in found]
     if run.reached is not None:
@@ -102,20 +102,16 @@ def environment(run: Run) -> Html:
 
 
 def settings(run: Run) -> Html:
-    """Every setting of the run, in the notation of recipes."""
+    """All settings of the run, written as in recipes."""
     parts = [("settings", run.settings.config)]
     if run.settings.recipe:
         parts.insert(0, ("model and data", run.settings.recipe))
     if run.settings.optimizer:
         parts.append(("optimiser", {"optimizer": run.settings.optimizer}))
-    tables = [
-        tag(
-            "details",
-            tag("summary", title),
-            tag("div", tag("table", tag("tbody", [_line(key, value) for key, value in flat(found)])), class_="scroll"),
-        )
-        for title, found in parts
-    ]
+    tables = []
+    for title, values in parts:
+        lines = tag("tbody", [_line(key, value) for key, value in flatten(values)])
+        tables.append(tag("details", tag("summary", title), tag("div", tag("table", lines), class_="scroll")))
     return tag("div", tables)
 
 
@@ -124,15 +120,15 @@ def _line(key: str, value: Any) -> Html:
     return tag("tr", tag("th", tag("code", key), scope="row"), tag("td", tag("code", text)))
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested tables.
 
-    >>> list(flat({"a": 1, "b": {"c": 2, "d": {}}}))
+    >>> list(flatten({"a": 1, "b": {"c": 2, "d": {}}}))
     [('a', 1), ('b.c', 2), ('b.d', {})]
     """
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -150,19 +146,19 @@ def run_page(run: Run) -> str:
         run: from `read_run`.
 
     Returns:
-        A whole HTML document.
+        A complete HTML document.
     """
     model = run.settings.model.rpartition(".")[2]
     metric = run.settings.task.metric
     parts = [
         headline(run),
-        section("tradeoff", f"Trade-off: {metric} over {COSTS[run.cost]}", tradeoff(run), run.steps != ()),
+        section("tradeoff", f"Trade-off: {metric} over {COSTS[run.cost]}", tradeoff(run), shown=run.steps != ()),
         section("flow", "Flow: divergence over depth", flow(run)),
         section("map", "Network: widths before and after", network_map(run)),
         section("recoveries", "Recovery", recoveries(run)),
         section("time", "Time", timeline(run)),
         section("decisions", "Decisions", decisions(run)),
-        section("reproduce", "Reproduce", tag("div", reproduce(run), class_="half")),
+        section("reproduce", "Reproduce", tag("div", reproduction(run), class_="half")),
         section("environment", "Environment and settings", tag("div", environment(run), settings(run))),
     ]
     title = f"{model}: {run.name}"
@@ -170,21 +166,21 @@ def run_page(run: Run) -> str:
     return document(title, tag("h1", model, ", compressed" if run.accepted else ""), about, parts)
 
 
-def section(name: str, title: str, inside: Html, there: bool = True) -> Html | None:
-    """A part of a page under its heading; None where there is nothing to show."""
-    if not there:
+def section(name: str, title: str, content: Html, *, shown: bool = True) -> Html | None:
+    """A part of a page under its heading; None if it is not shown."""
+    if not shown:
         return None
-    return tag("section", tag("h2", title, id=f"{name}-heading"), inside, id=name, aria_labelledby=f"{name}-heading")
+    return tag("section", tag("h2", title, id=f"{name}-heading"), content, id=name, aria_labelledby=f"{name}-heading")
 
 
 def document(title: str, heading: Html, about: Sequence[Html | str], parts: Sequence[Html | None]) -> str:
-    """A whole page.
+    """A complete page.
 
     Args:
-        title: of the window.
+        title: title of the window.
         heading: the first line.
-        about: the line below it.
-        parts: what follows.
+        about: the line below the heading.
+        parts: the sections of the page.
     """
     style, script = asset("page.css"), asset("page.js")
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src '{_digest(script)}'"
@@ -201,17 +197,17 @@ def document(title: str, heading: Html, about: Sequence[Html | str], parts: Sequ
     toggle = tag("button", "Dark", type="button", id="theme", hidden=True)
     body = tag(
         "body",
-        tag("a", "To the content", href="#content", class_="skip"),
+        tag("a", "Skip to content", href="#content", class_="skip"),
         tag("header", tag("div", heading, tag("p", about, class_="about")), toggle),
         tag("main", parts, id="content"),
-        tag("footer", tag("p", "Made by idap. This file needs no other one, and no network.")),
+        tag("footer", tag("p", "Made by idap. This file needs no other file and no network.")),
         tag("script", raw(script)),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
 def asset(name: str) -> str:
-    """A file that comes with the package."""
+    """The text of a file that comes with the package."""
     return files("idap.report").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -220,7 +216,7 @@ def _digest(script: str) -> str:
 
 
 MOST = 60
-"""Lines of a table that are shown at most."""
+"""The most rows of a table that are shown."""
 
 
 def result_display(
@@ -233,31 +229,31 @@ def result_display(
     baseline: float,
     steps: Sequence[Step],
 ) -> str:
-    """A compression at a glance: what was reached, the numbers, the curve of all steps.
+    """A compression for a notebook: whether its goals were reached, the numbers, and the curve of all steps.
 
     Args:
-        title: such as the class of the model.
-        reached: whether every goal was.
-        message: one sentence about it.
+        title: for example the class of the model.
+        reached: whether every goal was reached.
+        message: one sentence about the goals.
         facts: the numbers before and after.
-        metric: its name.
+        metric: name of the metric.
         baseline: metric of the original.
         steps: every decision.
 
     Returns:
-        HTML without any script.
+        HTML without scripts.
     """
-    state, words = ("good", "Goals reached") if reached else ("bad", "Goals not reached")
-    chip = tag("span", f"{SIGNS[state]} {words}", class_=f"chip {state}")
+    state, verdict = ("good", "Goals reached") if reached else ("bad", "Goals not reached")
+    chip = tag("span", f"{SIGNS[state]} {verdict}", class_=f"chip {state}")
     parts = [
         tag("p", tag("b", title), " ", chip, " ", f"{message[:1].upper()}{message[1:]}.", class_="verdict"),
         tag("dl", [card(fact) for fact in facts], class_="cards"),
     ]
-    told = curve_points([step for step in steps if "macs" in step.shares], lambda step: step.shares["macs"])
-    if told:
-        story = Story(metric=metric, baseline=baseline, cost="macs", told=told)
-        unique = hashlib.sha256(repr((title, message, told)).encode()).hexdigest()[:12]
-        parts.append(curve(story, name=f"idap-{unique}", height=200))
+    points = curve_points([step for step in steps if "macs" in step.shares], lambda step: step.shares["macs"])
+    if points:
+        data = Tradeoff(metric=metric, baseline=baseline, cost="macs", points=points)
+        unique = hashlib.sha256(repr((title, message, points)).encode()).hexdigest()[:12]
+        parts.append(curve(data, name=f"idap-{unique}", height=200))
     return _frame(parts)
 
 
@@ -268,13 +264,13 @@ def table_display(
 
     Args:
         title: one line.
-        heads: of the columns.
-        rows: beyond `MOST` they are counted only.
-        note: a line below.
-        bars: for each row, where they are given, the length of a bar in [0, 1].
+        heads: headings of the columns.
+        rows: rows of the table; those beyond `MOST` are only counted.
+        note: a line below the table.
+        bars: length of a bar for each row, in [0, 1]; empty: there are no bars.
 
     Returns:
-        HTML without any script.
+        HTML without scripts.
     """
     lines = []
     for place, row in enumerate(rows[:MOST]):
@@ -283,13 +279,13 @@ def table_display(
             inner = tag("span", style=f"width:{100 * bars[place]:.1f}%")
             cells.append(tag("td", tag("span", inner, class_="meter"), class_="wide"))
         lines.append(tag("tr", cells))
-    more = [f"{len(rows) - MOST:,} more lines are not shown."] if len(rows) > MOST else []
-    said = " ".join([*more, *([note] if note else [])])
+    more = [f"{len(rows) - MOST:,} more rows are not shown."] if len(rows) > MOST else []
+    footnote = " ".join([*more, *([note] if note else [])])
     head = tag("tr", [tag("th", text, scope="col") for text in (*heads, *([""] if bars else []))])
     parts = [
         tag("p", tag("b", title)),
         tag("table", tag("thead", head), tag("tbody", lines)) if rows else None,
-        tag("p", said, class_="quiet") if said else None,
+        tag("p", footnote, class_="quiet") if footnote else None,
     ]
     return _frame(parts)
 

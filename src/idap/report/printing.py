@@ -1,7 +1,7 @@
-"""Print a page as PDF or picture, by a browser of the Chromium family that is installed.
+"""Print a page as a PDF or a picture, with an installed browser of the Chromium family.
 
-The browser draws the very page that people see, with vectors in the PDF; a plotting library would draw each chart a
-second time, and differently.
+The browser prints the page as people see it, with vectors in the PDF. With a plotting library, every chart would have a
+second, different implementation.
 """
 
 import os
@@ -42,13 +42,16 @@ QUIET = (
     "--disable-sync",
 )
 WIDTH, TALLEST = 1100, 16000
-"""Pixels of a picture across, and down at most."""
+"""Width and largest height of a picture, in pixels."""
 SECONDS = 120
-"""That a browser may take."""
+"""The time that a browser may take, in seconds."""
 
 
 def find_browser() -> str:
-    """The program of an installed browser that can print.
+    """Find an installed browser that can print.
+
+    Returns:
+        The path of its program.
 
     Raises:
         ReportError: there is none.
@@ -61,17 +64,17 @@ def find_browser() -> str:
         if Path(place).is_file():
             return place
     raise ReportError(
-        f"to print a page, a browser is needed, and none of {', '.join(NAMES)} was found. Install Chromium, Chrome or "
-        "Edge; or open the page in any browser and print it there."
+        f"printing a page needs a browser, and none of {', '.join(NAMES)} was found. Install Chromium, Chrome or Edge, "
+        "or open the page in any browser and print it there."
     )
 
 
 def print_pdf(page: Path, file: Path) -> None:
-    """Print a page as PDF: A4, vectors, text that can be searched.
+    """Print a page as an A4 PDF with vector graphics and searchable text.
 
     Args:
         page: an HTML file.
-        file: to write; one that is there is replaced.
+        file: the PDF; an existing file is replaced.
 
     Raises:
         ReportError: there is no browser, it failed, or the file can't be written.
@@ -80,22 +83,22 @@ def print_pdf(page: Path, file: Path) -> None:
 
 
 def print_png(page: Path, file: Path) -> None:
-    """Draw a whole page as one picture, at twice the usual number of pixels where it is not too long.
+    """Print a whole page as one picture, with twice the usual resolution if it is not too long.
 
     Args:
         page: an HTML file.
-        file: to write; one that is there is replaced.
+        file: the PNG; an existing file is replaced.
 
     Raises:
         ReportError: there is no browser, it failed, the file can't be written, or the page is too long.
     """
-    told = _run(page, [f"--window-size={WIDTH},1000", "--dump-dom"]).stdout.decode(errors="replace")
-    found = re.search(r'<html[^>]* data-height="(\d+)"', told)
-    if found is None:
-        raise ReportError(f"the browser did not say how long {page} is; print it as PDF instead.")
-    height = int(found[1])
+    html = _run(page, [f"--window-size={WIDTH},1000", "--dump-dom"]).stdout.decode(errors="replace")
+    measured = re.search(r'<html[^>]* data-height="(\d+)"', html)
+    if measured is None:
+        raise ReportError(f"the browser did not measure the height of {page}; print it as a PDF instead.")
+    height = int(measured[1])
     if height > TALLEST:
-        raise ReportError(f"{page} is {height:,} pixels long, and a picture {TALLEST:,} at most; print it as PDF.")
+        raise ReportError(f"{page} is {height:,} pixels high, the limit is {TALLEST:,}; print it as a PDF instead.")
     scale = 2 if 2 * height <= TALLEST else 1
     size = [f"--window-size={WIDTH},{height}", f"--force-device-scale-factor={scale}"]
     _print(page, file, size, "--screenshot")
@@ -106,8 +109,10 @@ def _print(page: Path, file: Path, options: Sequence[str], what: str) -> None:
         made = Path(folder) / file.name
         done = _run(page, [*options, f"{what}={made}"])
         if not made.is_file() or not made.stat().st_size:
-            said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-            raise ReportError(f"the browser wrote no {file.name}: it ended with {done.returncode}; {' '.join(said)}")
+            last_line = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            raise ReportError(
+                f"the browser wrote no {file.name}: it ended with {done.returncode}; {' '.join(last_line)}"
+            )
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(made, file)
@@ -116,9 +121,9 @@ def _print(page: Path, file: Path, options: Sequence[str], what: str) -> None:
 
 
 def _run(page: Path, options: Sequence[str]) -> "subprocess.CompletedProcess[bytes]":
-    """Let a browser with a profile of its own look at a page."""
+    """Open a page in a browser with a temporary profile."""
     browser = find_browser()
-    # The page is our own and loads nothing; as root, the browser does not start with its sandbox.
+    # As root, the browser does not start with its sandbox. The page is our own and loads nothing.
     root = ["--no-sandbox"] if sys.platform == "linux" and os.geteuid() == 0 else []
     with tempfile.TemporaryDirectory(prefix="idap-browser-", ignore_cleanup_errors=True) as profile:
         words = [browser, *QUIET, *root, f"--user-data-dir={profile}", *options, f"{page.resolve().as_uri()}#picture"]

@@ -1,4 +1,4 @@
-"""The run over time: where the seconds went, and the curves of the recoveries."""
+"""Draw the run over time: the time by kind of work, and the curves of the recoveries."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,24 +14,26 @@ from idap.steps import Curve, Step
 
 def recoveries(run: Run) -> Html:
     """Draw all recoveries of a run."""
-    found = [(step, step.curve) for step in run.steps if step.curve is not None and step.curve.losses]
-    if not found:
-        said = "Nothing was trained: what lies behind a cut was refitted in closed form." if run.steps else "None yet."
-        return tag("p", said, class_="quiet")
-    begun = [0, *accumulate(curve.steps for _, curve in found)]
-    x = numbers.linear([0, begun[-1]], whole=True)
-    hint = tag("p", "One recovery behind the other, on changing ground.", class_="quiet") if len(found) > 1 else None
-    return join([hint, _losses(found, begun, x), _metrics(run, found, begun, x), _table_rows(run, found)])
+    curves = [(step, step.curve) for step in run.steps if step.curve is not None and step.curve.losses]
+    if not curves:
+        refit = "Nothing was trained: the layers behind each cut were refitted in closed form."
+        return tag("p", refit if run.steps else "There is no recovery yet.", class_="quiet")
+    starts = [0, *accumulate(curve.steps for _, curve in curves)]
+    x = numbers.linear([0, starts[-1]], whole=True)
+    hint = tag("p", "The recoveries in order, on alternating grounds.", class_="quiet") if len(curves) > 1 else None
+    return join(
+        [hint, _loss_chart(curves, starts, x), _metric_chart(run, curves, starts, x), _recovery_table(run, curves)]
+    )
 
 
-def _losses(found: list[tuple[Step, Curve]], begun: list[int], x: numbers.Axis) -> Html:
-    values = [loss for _, curve in found for loss in curve.losses]
+def _loss_chart(curves: list[tuple[Step, Curve]], starts: list[int], x: numbers.Axis) -> Html:
+    values = [loss for _, curve in curves for loss in curve.losses]
     positive = min(values) > 0
     wide = positive and max(values) > 30 * min(values)
     y = numbers.logarithmic(values) if wide else numbers.linear([*values, *([0.0] if positive else [])], room=0.02)
     field = Plot(x, y, 200)
-    marks = _grounds(field, found, begun)
-    for start, (step, curve) in zip(begun, found, strict=False):
+    marks = _backgrounds(field, curves, starts)
+    for start, (step, curve) in zip(starts, curves, strict=False):
         width = curve.steps / len(curve.losses)
         line = [(start + (place + 0.5) * width, loss) for place, loss in enumerate(curve.losses)]
         marks.append(field.line(line, "accepted" if step.accepted else "rejected"))
@@ -40,59 +42,59 @@ def _losses(found: list[tuple[Step, Curve]], begun: list[int], x: numbers.Axis) 
     drawn = field.draw(
         "losses",
         "Training loss of the recoveries, over optimiser steps",
-        f"{len(found)} recoveries; the loss of the last one went from {found[-1][1].losses[0]:.4g} to "
-        f"{found[-1][1].losses[-1]:.4g}.",
+        f"{len(curves)} recoveries; the loss of the last one went from {curves[-1][1].losses[0]:.4g} to "
+        f"{curves[-1][1].losses[-1]:.4g}.",
         marks,
         x_labels=[(tick, numbers.count(tick)) for tick in x.ticks],
         y_labels=[(tick, f"{tick:g}") for tick in y.ticks],
     )
     entries = [("line", "accepted", "step kept")]
-    if any(not step.accepted for step, _ in found):
+    if any(not step.accepted for step, _ in curves):
         entries.append(("line", "rejected", "rolled back"))
     return tag("div", tag("h3", "Training loss"), legend(entries), drawn, class_="chart")
 
 
-def _metrics(run: Run, found: list[tuple[Step, Curve]], begun: list[int], x: numbers.Axis) -> Html:
-    judged = run.settings.task
-    values = [value for _, curve in found for _, value in curve.metrics]
+def _metric_chart(run: Run, curves: list[tuple[Step, Curve]], starts: list[int], x: numbers.Axis) -> Html:
+    task = run.settings.task
+    values = [value for _, curve in curves for _, value in curve.metrics]
     if not values:
         return Html("")
-    worst = [] if judged.worst is None else [judged.worst]
+    worst = [] if task.worst is None else [task.worst]
     field = Plot(x, numbers.linear([*values, run.settings.baseline.metric, *worst], room=0.08), 200)
-    marks = [*_grounds(field, found, begun), *(field.level(value, "limit") for value in worst)]
+    marks = [*_backgrounds(field, curves, starts), *(field.level(value, "limit") for value in worst)]
     marks.append(field.level(run.settings.baseline.metric, "before thin"))
-    for start, (step, curve) in zip(begun, found, strict=False):
+    for start, (step, curve) in zip(starts, curves, strict=False):
         style = "accepted" if step.accepted else "rejected"
         line = [(start + steps, value) for steps, value in curve.metrics]
         marks.append(field.line(line, style))
         marks += [field.mark(at, "dot", style, "") for at in line]
     drawn = field.draw(
         "recovered",
-        f"{judged.metric} on the validation data while recovering, over optimiser steps",
-        f"From {numbers.metric(judged.metric, values[0])} to {numbers.metric(judged.metric, values[-1])}.",
+        f"{task.metric} on the validation data while recovering, over optimiser steps",
+        f"From {numbers.metric(task.metric, values[0])} to {numbers.metric(task.metric, values[-1])}.",
         marks,
         x_labels=[(tick, numbers.count(tick)) for tick in x.ticks],
-        y_labels=metric_labels(judged.metric, field.y.ticks),
+        y_labels=metric_labels(task.metric, field.y.ticks),
     )
     entries = [("line", "before thin", "original")]
     if worst:
         entries.append(("line", "limit", "worst allowed"))
-    title = f"{judged.metric[:1].upper()}{judged.metric[1:]} on the validation data"
+    title = f"{task.metric[:1].upper()}{task.metric[1:]} on the validation data"
     return tag(
         "div", tag("h3", title), legend(entries), drawn, tag("p", "optimiser steps", class_="under"), class_="chart"
     )
 
 
-def _grounds(field: Plot, found: list[tuple[Step, Curve]], begun: list[int]) -> list[Html]:
-    """Every other recovery stands on a darker ground."""
+def _backgrounds(field: Plot, curves: list[tuple[Step, Curve]], starts: list[int]) -> list[Html]:
+    """The backgrounds of the recoveries; every other one is darker."""
     y = (field.y.low, field.y.high)
     return [
         field.area((start, start + curve.steps), y, "ground odd" if place % 2 else "ground", curve.title)
-        for place, (start, (_, curve)) in enumerate(zip(begun, found, strict=False))
+        for place, (start, (_, curve)) in enumerate(zip(starts, curves, strict=False))
     ]
 
 
-def _table_rows(run: Run, found: list[tuple[Step, Curve]]) -> Html:
+def _recovery_table(run: Run, curves: list[tuple[Step, Curve]]) -> Html:
     name = run.settings.task.metric
     rows = [
         [
@@ -103,15 +105,15 @@ def _table_rows(run: Run, found: list[tuple[Step, Curve]]) -> Html:
             "" if curve.average is None else numbers.metric(name, curve.average),
             curve.diverged,
         ]
-        for _, curve in found
+        for _, curve in curves
     ]
     return table("The recoveries", ["recovery", "steps", "loss", name, "average kept", "ended early"], rows)
 
 
 KINDS = {
-    "structure": "looking at the model",
-    "proof": "proof of cuts",
-    "measurement": "measuring divergence",
+    "structure": "analysis of the model",
+    "proof": "verification",
+    "measurement": "measurement of divergence",
     "selection": "selection",
     "trial": "trials of layers",
     "cut": "cutting",
@@ -121,33 +123,33 @@ KINDS = {
     "latency": "latency",
     "other": "other",
 }
-"""Kind of work, as the record names it -> in words; also the order in which they are drawn."""
+"""Kind of work in the record -> its name on the page, in the order of drawing."""
 LABELLED = 40
-"""Lines that have room for a label."""
+"""The most rows that are drawn with labels."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of the run.
+    """A part of the run, such as one decision.
 
     Attributes:
-        label: short.
-        told: what came of it.
-        seconds: by kind of work.
+        label: a short name.
+        outcome: what was decided.
+        seconds: kind of work -> seconds.
     """
 
     label: str
-    told: str
+    outcome: str
     seconds: Mapping[str, float]
 
     @property
     def length(self) -> float:
-        """Seconds in all."""
+        """The sum of the seconds."""
         return sum(self.seconds.values())
 
 
 def stretches(run: Run) -> list[Stretch]:
-    """What lay before the first decision, the decisions, and what lay behind the last one."""
+    """Divide a run: the preparation, each decision, and the end."""
     found = [Stretch("start", "preparation", run.settings.preparation)]
     found += [
         Stretch(f"{step.stage} {step.index}", "kept" if step.accepted else "rolled back", step.phases)
@@ -160,30 +162,30 @@ def stretches(run: Run) -> list[Stretch]:
         rest = {kind: seconds - spent[kind] for kind, seconds in run.reached.seconds.items()}
         rest = {kind: seconds for kind, seconds in rest.items() if seconds > 1e-3}
         if rest:
-            found.append(Stretch("end", "last measurements", rest))
+            found.append(Stretch("end", "final measurements", rest))
     return found
 
 
 def timeline(run: Run) -> Html:
-    """Draw where the time of a run went."""
-    found = stretches(run)
-    whole = sum(stretch.length for stretch in found)
-    totals = {kind: sum(stretch.seconds.get(kind, 0.0) for stretch in found) for kind in _kinds(found)}
-    begun, rows = 0.0, []
-    for stretch in found:
-        rows.append(_row(stretch, begun / whole, whole, labelled=len(found) <= LABELLED))
-        begun += stretch.length
-    bars = tag("div", rows, class_="gantt" if len(found) <= LABELLED else "gantt dense", aria_hidden="true")
+    """Draw how much time each kind of work took."""
+    parts = stretches(run)
+    whole = sum(stretch.length for stretch in parts)
+    totals = {kind: sum(stretch.seconds.get(kind, 0.0) for stretch in parts) for kind in _kinds(parts)}
+    elapsed, rows = 0.0, []
+    for stretch in parts:
+        rows.append(_lane(stretch, elapsed / whole, whole, labelled=len(parts) <= LABELLED))
+        elapsed += stretch.length
+    bars = tag("div", rows, class_="gantt" if len(parts) <= LABELLED else "gantt dense", aria_hidden="true")
     line = tag("p", f"0{numbers.SPACE}s", tag("span", numbers.time(whole)), class_="ends", aria_hidden="true")
-    return join([_key(totals, whole), bars, line, _rows(run, found, totals)])
+    return join([_legend(totals, whole), bars, line, _time_table(run, parts, totals)])
 
 
-def _kinds(found: list[Stretch]) -> list[str]:
-    known = {kind for stretch in found for kind in stretch.seconds}
+def _kinds(parts: list[Stretch]) -> list[str]:
+    known = {kind for stretch in parts for kind in stretch.seconds}
     return [kind for kind in KINDS if kind in known] + sorted(known - set(KINDS))
 
 
-def _row(stretch: Stretch, begun: float, whole: float, *, labelled: bool) -> Html:
+def _lane(stretch: Stretch, start: float, whole: float, *, labelled: bool) -> Html:
     parts = [
         tag(
             "span",
@@ -194,19 +196,19 @@ def _row(stretch: Stretch, begun: float, whole: float, *, labelled: bool) -> Htm
         for kind in _kinds([stretch])
         if stretch.seconds[kind] / whole > 5e-5
     ]
-    space = tag("span", style=f"width:{100 * begun:.2f}%", class_="space")
+    space = tag("span", style=f"width:{100 * start:.2f}%", class_="space")
     label = tag("span", stretch.label, class_="label") if labelled else None
     length = tag("span", numbers.time(stretch.length), class_="length") if labelled else None
-    style = "row rejected" if stretch.told == "rolled back" else "row"
+    style = "row rejected" if stretch.outcome == "rolled back" else "row"
     return tag("div", label, tag("span", space, parts, class_="lane"), length, class_=style)
 
 
 def _style(kind: str) -> str:
-    """The class of a kind of work; one that is not known is drawn as "other"."""
+    """The CSS class of a kind of work; an unknown one is drawn as "other"."""
     return f"work-{kind}" if kind in KINDS else "work-other"
 
 
-def _key(totals: Mapping[str, float], whole: float) -> Html:
+def _legend(totals: Mapping[str, float], whole: float) -> Html:
     items = [
         tag(
             "li",
@@ -221,16 +223,16 @@ def _key(totals: Mapping[str, float], whole: float) -> Html:
     return tag("ul", items, class_="legend")
 
 
-def _rows(run: Run, found: list[Stretch], totals: Mapping[str, float]) -> Html:
+def _time_table(run: Run, parts: list[Stretch], totals: Mapping[str, float]) -> Html:
     kinds = list(totals)
     rows = [
         [
             stretch.label,
-            stretch.told,
+            stretch.outcome,
             numbers.time(stretch.length),
             *(numbers.time(stretch.seconds[kind]) if kind in stretch.seconds else "" for kind in kinds),
         ]
-        for stretch in found
+        for stretch in parts
     ]
     rows.append(["all", "", numbers.time(sum(totals.values())), *(numbers.time(totals[kind]) for kind in kinds)])
     heads = ["", "decision", "time", *(KINDS.get(kind, kind) for kind in kinds)]

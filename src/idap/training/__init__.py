@@ -1,1 +1,1 @@
-"""Data, loss and metric of a purpose; training, distillation and evaluation. Knows nothing of pruning."""
+"""Tasks (data, loss and metric), training, distillation and evaluation; independent of pruning."""

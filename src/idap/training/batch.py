@@ -1,4 +1,4 @@
-"""Batches of the usual layouts, how to move and describe them, and the random numbers that loaders draw."""
+"""Read, merge, move and describe batches of the usual layouts, and seed the loaders that make them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,10 +99,10 @@ def default_labels(batch: Batch) -> Tensor:
 
 
 def default_padding(batch: Batch) -> Tensor | None:
-    """Which positions of a batch of padded sequences count: its ``attention_mask`` of shape (samples, positions).
+    """Find which positions of a batch of padded sequences count: its ``attention_mask``, (samples, positions).
 
     Args:
-        batch: anything; only a mapping, alone or first in a tuple, can hold a mask.
+        batch: any batch; only a mapping can hold a mask, by itself or first in a tuple or list.
     """
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     mask = first.get("attention_mask") if isinstance(first, Mapping) else None
@@ -110,18 +110,18 @@ def default_padding(batch: Batch) -> Tensor | None:
 
 
 MERGED_BYTES = 256 * 2**20
-"""Batches that are larger together are not made one: their activations would fill the memory."""
+"""Batches that are larger in sum are not merged: their activations would fill the memory."""
 
 
 def merge_batches(batches: Sequence[Batch]) -> Batch | None:
-    """Make one batch of several, sample after sample.
+    """Merge several batches into one, with their samples one after another.
 
     Args:
         batches: tensors, nested in tuples, lists and dicts.
 
     Returns:
-        The batch; None if the batches do not fit together, such as sentences padded to different lengths, or are
-        too large for one.
+        The batch; None if the batches can't be merged, because their shapes differ (such as sentences padded to
+        different lengths) or they are too large.
 
     Example:
         >>> merge_batches([(torch.zeros(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.ones(1))])[0].shape
@@ -152,7 +152,7 @@ def default_size(batch: Batch) -> int:
         The number of samples.
 
     Raises:
-        TaskError: the batch holds no tensor with a dimension.
+        TaskError: no tensor of the batch has a dimension.
     """
     for tensor in tensors_of(batch):
         if tensor.ndim:
@@ -161,14 +161,14 @@ def default_size(batch: Batch) -> int:
 
 
 def move(batch: Batch, device: torch.device | str) -> Batch:
-    """Bring every tensor of a batch to a device.
+    """Move every tensor of a batch to a device.
 
     Args:
         batch: tensors, or objects with `.to(device)`, nested in tuples, lists and dicts.
-        device: where they are wanted.
+        device: the target.
 
     Returns:
-        The same nesting; what is not a tensor is passed on as it is.
+        The same nesting; other values are unchanged.
     """
     if hasattr(batch, "to"):
         return batch.to(device)
@@ -188,7 +188,7 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
         batch: tensors nested in tuples, lists and dicts.
 
     Returns:
-        The tensors, in order; what is no tensor is left out.
+        The tensors, in order; other values are left out.
     """
     if isinstance(batch, Tensor):
         yield batch
@@ -201,21 +201,22 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
 
 
 def nan_in(values: Batch | Outputs) -> list[Tensor]:
-    """Look for NaN in the numbers of a batch or of a model's outputs.
+    """Check which tensors of a batch or of a model's outputs hold NaN.
 
     Args:
         values: as `tensors_of` takes them, or an object with `.logits`.
 
     Returns:
-        For each dense tensor of real or complex numbers whether it holds NaN, without waiting for its device.
+        For each dense tensor of floating-point or complex numbers, a bool tensor that says whether it holds NaN; does
+        not wait for the device.
     """
-    found = list(tensors_of(values)) or list(tensors_of(getattr(values, "logits", None)))
-    dense = (each for each in found if each.layout is torch.strided and not (each.is_nested or each.is_quantized))
+    tensors = list(tensors_of(values)) or list(tensors_of(getattr(values, "logits", None)))
+    dense = (each for each in tensors if each.layout is torch.strided and not (each.is_nested or each.is_quantized))
     return [each.isnan().any() for each in dense if each.is_floating_point() or each.is_complex()]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Name the device where a model expects its inputs.
+    """Return the device on which a model expects its inputs.
 
     Args:
         model: any module.
@@ -229,12 +230,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called: a GPU by its make."""
+    """The name of a device; for a GPU, its model name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def describe(value: object) -> str:
-    """Say in a few words what a value is, for the text of an error.
+    """Describe a value in a few words, for an error message.
 
     Args:
         value: a batch, the outputs of a model, or a part of them.
@@ -260,11 +261,11 @@ def describe(value: object) -> str:
 
 @contextmanager
 def seed_loader(loader: Iterable[Batch], seed: int) -> Iterator[None]:
-    """Let all that a loader draws begin at a seed, and put torch's random state and the loader's own back afterwards.
+    """Seed everything that a loader draws, and restore torch's random state and the loader's own afterwards.
 
     Args:
-        loader: any batches.
-        seed: of what is drawn within the context.
+        loader: any iterable of batches.
+        seed: seed of the draws within the context.
     """
     cuda = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=cuda), seed_generators(loader, seed):
@@ -274,18 +275,18 @@ def seed_loader(loader: Iterable[Batch], seed: int) -> Iterator[None]:
 
 @contextmanager
 def seed_generators(loader: Iterable[Batch], seed: int) -> Iterator[None]:
-    """Let the generators of a loader and its samplers begin at a seed, and give each its own state back.
+    """Seed the generators of a loader and its samplers, and restore the state of each afterwards.
 
-    Without it, a run that is stopped and goes on would read other batches than one that is not.
+    Without it, a run that is stopped and resumed would read other batches than an uninterrupted one.
 
     Args:
-        loader: any batches; those without a generator are left alone.
-        seed: of what is drawn within the context.
+        loader: any iterable of batches; without a generator, nothing is seeded.
+        seed: seed of the draws within the context.
     """
     batch_sampler = getattr(loader, "batch_sampler", None)
     holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    own = {id(each): each for each in found if isinstance(each, torch.Generator)}
+    generators = [getattr(holder, "generator", None) for holder in holders]
+    own = {id(each): each for each in generators if isinstance(each, torch.Generator)}
     states = [(each, each.get_state()) for each in own.values()]
     for each in own.values():
         each.manual_seed(seed)

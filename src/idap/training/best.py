@@ -1,4 +1,4 @@
-"""Keep the best state of a model; last, try an average of states, and whether batch norms can be estimated better."""
+"""Keep the best state of a model during training; at the end, try averaged weights and re-estimated batch norms."""
 
 import copy
 import math
@@ -28,12 +28,12 @@ class Best:
     """Keeps the best state of a model so far, on the CPU; does nothing without a judge.
 
     Args:
-        model: judged at once.
-        judge: scores it; of several processes the first one's score counts.
+        model: its current state is scored at once.
+        judge: scores the model; with several processes, the score of process 0 counts.
 
     Attributes:
         value: the highest score; None without a judge.
-        scores: (steps taken, score then), in the order of judging; the average is left out.
+        scores: (steps taken, score at that step), in order; the score of the average is not among them.
         averaged: whether the best state is the average.
     """
 
@@ -43,11 +43,11 @@ class Best:
         self.value: float | None = None
         self.scores: list[tuple[int, float]] = []
         self.averaged = False
-        self.look(0)
+        self.consider(0)
         self._first = self._state
 
-    def look(self, steps: int) -> None:
-        """Judge the model as it is now, after so many steps; of equals, the later state is the better one."""
+    def consider(self, steps: int) -> None:
+        """Score the model as it is after a number of steps; of equal scores, the later state is the best."""
         if self._judge is None:
             return
         value = self._score(self._judge)
@@ -63,13 +63,14 @@ class Best:
         return value
 
     def try_average(self) -> None:
-        """Judge the average of the first state and that of the model as it is now; it is kept only if it is better.
+        """Score the average of the first and the current state of the model; it is kept only if it is better.
 
-        The model is left as the average; `restore` brings the best state back.
+        The model is left in the averaged state; `restore` loads the best state.
 
-        The weights and all statistics are averaged. Training from a good state wanders about it, and what is half-way
-        back has less of the noise (Wortsman et al., Robust fine-tuning of zero-shot models, arXiv 2109.01903, who find
-        the middle to be good everywhere). Other shares are not tried: choosing among them fits the validation data.
+        The weights and all statistics are averaged. Training from a good state moves around it at random, and the
+        average has less of this noise (Wortsman et al., Robust fine-tuning of zero-shot models, arXiv 2109.01903, who
+        find equal weights to be good everywhere). Other weights are not tried: choosing among them would overfit the
+        validation data.
         """
         if self._judge is None or self.value is None:
             return
@@ -77,21 +78,21 @@ class Best:
         self._model.load_state_dict(middle)
         try:
             value = self._score(self._judge)
-        except DivergedError:  # between two states far apart, a metric such as the perplexity may not be finite
+        except DivergedError:  # half-way between two distant states, a metric such as the perplexity may not be finite
             return
         if value > self.value:
             self.value, self._state, self.averaged = value, middle, True
 
     def restore(self) -> None:
-        """Bring the model back to its best state."""
+        """Load the best state into the model."""
         if self._judge is not None:
             self._model.load_state_dict(self._state)
 
     def try_norms(self, task: Task, batches: int, draw: Draw) -> None:
-        """Estimate the batch norms of the best state anew, and keep that if it is no worse; see `reestimate_norms_`."""
+        """Re-estimate the batch norms of the best state, and keep that if it is no worse; see `reestimate_norms_`."""
         if self._judge is not None and reestimate_norms_(self._model, task, batches, draw):
-            with suppress(DivergedError):  # no better, then
-                self.look(self.scores[-1][0])
+            with suppress(DivergedError):  # then the best state stays
+                self.consider(self.scores[-1][0])
             self.restore()
 
 
@@ -104,26 +105,26 @@ def _copy(kept: Any) -> Any:
 
 
 def _middle(first: Any, last: Any) -> Any:
-    """The average of two values, on the CPU; what is no floating-point number is a copy of the last one."""
+    """The average of two values, on the CPU; for values that are not floating-point, a copy of the last one."""
     if not isinstance(last, Tensor) or not last.is_floating_point():
         return _copy(last)
     last = last.detach().cpu()
-    return torch.where(first == last, last, torch.lerp(first, last, 0.5))  # infinite values, as in masks, stay
+    return torch.where(first == last, last, torch.lerp(first, last, 0.5))  # infinite values, as in masks, stay infinite
 
 
 def reestimate_norms_(model: nn.Module, task: Task, batches: int, draw: Draw) -> bool:
-    """Estimate the statistics of batch norms anew, as plain averages over training batches, in place.
+    """Re-estimate the statistics of batch norms, as plain averages over training batches, in place.
 
-    Training leaves them behind as averages over weights that have moved on since.
+    After training, the statistics are averages over passes with weights that have changed since.
 
     Args:
-        model: run in evaluation mode, but for its batch norms.
+        model: run in evaluation mode, except for its batch norms.
         task: gives the training batches.
-        batches: how many, at most one pass.
-        draw: of the training batches.
+        batches: how many batches are used; at most one pass.
+        draw: iterates the training batches.
 
     Returns:
-        Whether there is a batch norm that keeps statistics.
+        Whether the statistics of any batch norm were re-estimated.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     norms = [norm for norm in norms if norm.running_mean is not None]

@@ -1,4 +1,4 @@
-"""Learn from the outputs of another model, and from what happens inside it."""
+"""The losses of distillation: from the outputs of a teacher, and from its features."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from idap.training.processes import totals
 def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """Measure how far the student's softened class probabilities are from the teacher's.
 
-    KL(teacher ‖ student) of the softmax of logits / T, times T², which keeps the gradient's size independent of T.
+    KL(teacher ‖ student) of softmax(logits / T), times T², so that the size of the gradient does not depend on T.
 
     Args:
         student: logits of shape `(..., C)`.
         teacher: logits of the same shape; no gradient flows into them.
-        temperature: T, above 0; the larger, the more the small probabilities count.
+        temperature: T, above 0; the larger it is, the more the small probabilities count.
 
     Returns:
         A scalar: the mean over all dimensions but the last, in float32 or wider.
@@ -43,7 +43,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -
     if student.shape != teacher.shape:
         raise TaskError(
             f"the student's logits have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; "
-            "they must be equal. Let logits= of the task pick the same tensor from both."
+            "they must be equal. Make logits= of the task return the same tensor of both."
         )
     classes = student.shape[-1]
     ours, theirs = _wide(student), _wide(teacher.detach())
@@ -57,29 +57,29 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -
 
 
 class Features(Protocol):
-    """Sees the features of a student and of its teacher while they run: pairs of tensors that should be alike."""
+    """Collects features of a student and of its teacher while they run: pairs of tensors that should be equal."""
 
     def student(self, run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
-        """Run the student, and give its outputs and its features in order."""
+        """Run the student, and return its outputs and its features in order."""
 
     def teacher(self, run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
-        """Run the teacher, and give its outputs and its features, in the order and in the shapes of the student's."""
+        """Run the teacher, and return its outputs and its features, in the order and shapes of the student's."""
 
 
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Measure how far a student's features are from its teacher's, relative to the size of the latter.
+    """Measure how far a student's features are from its teacher's, relative to the size of the teacher's.
 
-    The mean over all pairs of E‖s − t‖² / E‖t‖², with s and t taken over the batch; 0 where the teacher is silent.
+    The mean over all pairs of E‖s − t‖² / E‖t‖², with expectations over the batch; a pair counts 0 if t is 0.
 
     Args:
         student: features, at least one.
         teacher: features of the same shapes; no gradient flows into them.
 
     Returns:
-        A scalar in float32 or wider; of several processes each has its part, and the whole is their sum.
+        A scalar in float32 or wider; with several processes, the distance is the sum of what they return.
 
     Raises:
-        TaskError: there are none, or the shapes differ.
+        TaskError: there are no features, or the shapes differ.
 
     Example:
         >>> feature_distance([torch.ones(2, 3)], [torch.full((2, 3), 2.0)]).item()
@@ -98,5 +98,5 @@ def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Te
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Half precision has too few digits for logarithms of small probabilities and for sums of squares."""
+    """Widen half precision, which has too few digits for logarithms of small probabilities and for sums."""
     return tensor if tensor.dtype.itemsize > 2 else tensor.float()

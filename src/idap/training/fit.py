@@ -1,11 +1,11 @@
-"""Train a model for a while, alone or beside a teacher, in one process or several, and keep its best state.
+"""Train a model, with or without a teacher, in one process or several, and keep its best state.
 
-A plain loop that never wraps the user's model. Of several processes each computes the gradient of its samples, and the
-sum, which is the gradient of the whole batch, moves the same weights everywhere.
+The loop never wraps the user's model. With several processes, each computes the gradient of its samples; the sum is the
+gradient of the whole batch, and updates the same weights in every process.
 
-In a distributed run (`torch.distributed` initialised) every process is given the same task, with whole batches; each
-trains on its share of every batch, and all end with the same weights. The loss is taken for a mean over the samples.
-Batch norms see their own process's share, and keep the statistics of process 0.
+In a distributed run (`torch.distributed` is initialised) every process gets the same task, with whole batches. Each
+process trains on its share of every batch, and all end with the same weights. The loss is assumed to be a mean over the
+samples. Batch norms see the share of their own process, and keep the statistics of process 0.
 """
 
 import operator
@@ -29,7 +29,7 @@ from idap.training.recovery import Pace, Recovery
 from idap.training.task import Task, empty_split
 
 
-def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
+def fit(  # noqa: PLR0913 - the public function of this module has one argument per option
     model: nn.Module,
     task: Task,
     recovery: Recovery,
@@ -45,57 +45,58 @@ def fit(  # noqa: PLR0913 - one argument for each thing that a caller may bring
     """Train a model in place.
 
     The same seed on the same device gives the same weights if the loader draws from torch's global random state or from
-    its generators (`DataLoader(generator=...)`), and the end is not set in minutes. These states are put back.
+    its generators (`DataLoader(generator=...)`), and the length is not set in minutes. Random states are restored.
 
     Args:
-        model: trained in place, in training mode; every module gets its mode back, gradients are cleared.
+        model: trained in place, in training mode; the mode of every module is restored, and gradients are cleared.
         task: gives the training batches, the loss and the logits.
         recovery: how to train.
-        teacher: its logits are learned too, with weight `recovery.distil`; stays as it is, on the model's device.
-        features: sees what is compared with weight `recovery.features`; needs a teacher.
-        optimizer: of the model's parameters, instead of the one that `recovery` describes; the learning rate that each
-            of its groups has is the highest one, and is put back at the end.
-        judge: scores the model, higher is better, before training and after each epoch, and the average of both ends;
-            the best state is kept, the later one of equals, and the average only where it is better.
-        salvage: where a loss or gradient is not finite, end there with the judge's best state, and report it.
-        progress: told of each step.
-        title: what the progress bar is called.
+        teacher: a model on the same device, whose logits are learned with weight `recovery.distil`; it is not changed.
+        features: collects the features of both models, which are compared with weight `recovery.features`; needs a
+            teacher.
+        optimizer: an optimiser of the model's parameters; None: the one that `recovery` describes. The learning rate of
+            each of its groups is the highest rate of the schedule, and is restored at the end.
+        judge: scores the model, higher is better: before training, after each epoch, and the average of the first and
+            last weights. The best state is kept, the later one of equal states; the average only if it is better.
+        salvage: if a loss or gradient is not finite, stop there, keep the judge's best state, and report the cause.
+        progress: the listener that receives each step.
+        title: title of the progress bar.
 
     Returns:
-        What was done.
+        A report of the training.
 
     Raises:
-        TaskError: nothing to train or train on, a teacher elsewhere, an epoch of another length, a model that can't be
-            compiled, or a loss, gradient or score that is not finite.
-        ConfigError: features are wanted and nobody sees them.
+        TaskError: there is nothing to train or to train on, the teacher is on another device, epochs differ in length,
+            the model can't be compiled, or a loss, gradient or score is not finite.
+        ConfigError: `recovery.features` is set, and `features` or `teacher` is missing.
     """
     started = time.perf_counter()
     _check_features(recovery, teacher, features)
-    with _training(model, teacher, task, seed=recovery.seed) as (draw, lasting):
-        steps, batches = _length(task, recovery, draw)
+    with _training(model, teacher, task, seed=recovery.seed) as (draw, contexts):
+        steps, batches = _count_steps(task, recovery, draw)
         best = Best(model, judge)
-        phase = lasting.enter_context((progress or Silent()).phase(title, steps))
+        phase = contexts.enter_context((progress or Silent()).phase(title, steps))
         pace = Pace(steps=steps, seconds=None if recovery.minutes is None else 60 * recovery.minutes)
         loop = Loop(model, task, recovery, pace, phase, optimizer=optimizer)
         loop.learn_from(teacher, features)
-        lasting.callback(loop.put_back_rates)
-        epoch = partial(loop.epoch, draw, lasting, expected=batches)
+        contexts.callback(loop.restore_rates)
+        epoch = partial(loop.train_epoch, draw, contexts, expected=batches)
         diverged = _train(epoch, best, pace if recovery.trains else None, salvage=salvage and judge is not None)
         if recovery.trains and recovery.average and not diverged:
             best.try_average()
         best.restore()
         if recovery.trains:
             best.try_norms(task, recovery.norm_batches, draw)
-        align_(model)  # a model may change buffers while it is judged
+        align_(model)  # a model may change its buffers while it is scored
     return loop.report(best, time.perf_counter() - started, diverged)
 
 
 def _train(epoch: Callable[[], None], best: Best, pace: Pace | None, *, salvage: bool) -> str:
-    """Train to the end, if there is anything to do; what ended it early."""
+    """Train to the end, if there is anything to train; returns what ended it early, or ""."""
     try:
         while pace is not None and not pace.over:
             epoch()
-            best.look(pace.done)
+            best.consider(pace.done)
     except DivergedError as error:
         if not salvage:
             raise
@@ -107,12 +108,12 @@ def _train(epoch: Callable[[], None], best: Best, pace: Pace | None, *, salvage:
 def _training(
     model: nn.Module, teacher: nn.Module | None, task: Task, *, seed: int
 ) -> Iterator[tuple[Draw, ExitStack]]:
-    """Fork and seed the random state, set the modes, and put everything back but the weights.
+    """Fork and seed the random state, set the modes, and restore everything but the weights afterwards.
 
-    Gradients are on, whatever the caller switched off around the call.
+    Gradients are on, even if the caller switched them off around the call.
 
     Yields:
-        What draws batches, and a stack for what lasts as long as the training.
+        The drawer of batches, and a stack for contexts that stay open during the training.
     """
     if teacher is not None:
         _check_teacher(model, teacher)
@@ -122,14 +123,14 @@ def _training(
         seed_loader(task.train, seed),
         teacher_modes,
         keep_modes(model, training=True),
-        ExitStack() as lasting,
+        ExitStack() as contexts,
     ):
         draw = Draw()
         if process_rank() > 0:
             torch.manual_seed(seed + process_rank())  # so that dropout differs
         align_(model)
         try:
-            yield draw, lasting
+            yield draw, contexts
         finally:
             model.zero_grad()
 
@@ -137,26 +138,26 @@ def _training(
 def _check_features(recovery: Recovery, teacher: nn.Module | None, features: Features | None) -> None:
     if recovery.features > 0 and (features is None or teacher is None):
         raise ConfigError(
-            f"features={recovery.features:g} compares a model with its teacher from the inside, and this training has "
-            "nothing that does so. Set features to 0, or pass both teacher= and features=."
+            f"features={recovery.features:g} compares the features of a model with those of its teacher, but teacher= "
+            "or features= is missing. Set features to 0, or pass both teacher= and features=."
         )
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
     if teacher is model:
-        raise TaskError("the teacher is the model itself, it would teach nothing. Pass a copy taken before the cut.")
+        raise TaskError("the teacher is the model itself, which teaches nothing. Pass a copy made before the cut.")
     ours, theirs = device_of(model), device_of(teacher)
     if ours != theirs:
         raise TaskError(f"the teacher is on {theirs}, the model on {ours}. Call teacher.to({str(ours)!r}) first.")
 
 
-def _length(task: Task, recovery: Recovery, draw: Draw) -> tuple[int | None, int | None]:
-    """How many steps there will be, None where the clock says; and batches in an epoch, None where that may change."""
+def _count_steps(task: Task, recovery: Recovery, draw: Draw) -> tuple[int | None, int | None]:
+    """The number of steps (None: time ends the training), and of batches in an epoch (None: it may change)."""
     if recovery.steps is not None or recovery.minutes is not None:
         return recovery.steps, None
     if recovery.epochs == 0:
         return 0, None
-    # A loader without a length is read through once, since the schedule must know its end.
+    # A loader without a length is read once to count its batches, because the schedule must know the last step.
     batches = operator.length_hint(task.train) or sum(1 for _ in draw.batches(task.train))
     if batches == 0:
         raise empty_split("train")

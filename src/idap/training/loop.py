@@ -1,4 +1,4 @@
-"""The loop of a training: one step after another, epoch by epoch."""
+"""The training loop: steps and epochs."""
 
 import math
 from contextlib import ExitStack
@@ -28,18 +28,18 @@ from idap.training.task import Task, empty_split
 
 @dataclass(frozen=True, kw_only=True)
 class FitReport:
-    """What a training run did.
+    """The report of a training.
 
     Args:
         steps: optimiser steps taken.
         first_loss: loss of the first step.
         last_loss: loss of the last step.
-        best: the highest value the judge gave, which the model returned to; None without a judge.
-        losses: mean loss of each epoch, the last one possibly cut short.
+        best: the highest score of the judge, whose state the model has at the end; None without a judge.
+        losses: mean loss of each epoch; the last epoch may be incomplete.
         curve: loss of each step.
-        scores: (steps taken, what the judge gave then), before training and after each epoch.
-        seconds: wall-clock time, judging included.
-        diverged: what ended it early; "" if nothing did.
+        scores: (steps taken, score of the judge at that step), before training and after each epoch.
+        seconds: wall-clock time, including the judge's.
+        diverged: what ended the training early; "" if nothing did.
         averaged: whether the model is the average of the untrained and the trained one.
     """
 
@@ -63,8 +63,8 @@ class Loop:
         task: gives the batches and the loss.
         recovery: how to train.
         pace: counts the steps.
-        phase: told of each step.
-        optimizer: of the model's parameters; None: the one that `recovery` describes.
+        phase: receives each step.
+        optimizer: an optimiser of the model's parameters; None: the one that `recovery` describes.
 
     Attributes:
         first_loss: loss of the first step.
@@ -73,7 +73,7 @@ class Loop:
         curve: loss of each step.
 
     Raises:
-        TaskError: there is nothing to train, or the optimiser is of another model.
+        TaskError: there is nothing to train, or the optimiser belongs to another model.
     """
 
     def __init__(
@@ -87,41 +87,41 @@ class Loop:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self._model, self._task, self._recovery, self._pace, self._phase = model, task, recovery, pace, phase
-        self._called = model  # to run it; perhaps compiled
+        self._called = model  # the module that is called; compiled if the settings say so
         self._teacher: nn.Module | None = None
         self._features: Features | None = None
         self._device = device_of(model)
         self._precision = Precision(recovery.precision, self._device)
-        self._optimizer = _make_optimizer(model, recovery) if optimizer is None else _of_model(model, optimizer)
+        self._optimizer = _make_optimizer(model, recovery) if optimizer is None else _check_optimizer(model, optimizer)
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         self.first_loss = self.last_loss = math.nan
         self.means: list[float] = []
         self.curve: list[float] = []
 
     def learn_from(self, teacher: nn.Module | None, features: Features | None) -> None:
-        """Train beside a teacher, as far as the settings give it a weight."""
+        """Set the teacher and the features, each of which is used only if its weight in the settings is above 0."""
         self._features = features if self._recovery.features > 0 else None
         self._teacher = teacher if self._recovery.distil > 0 or self._features is not None else None
 
-    def epoch(self, draw: Draw, lasting: ExitStack, *, expected: int | None) -> None:
+    def train_epoch(self, draw: Draw, contexts: ExitStack, *, expected: int | None) -> None:
         """Train over all batches once, or up to the last step.
 
         Args:
-            draw: gives the batches.
-            lasting: gets what lasts as long as the training.
-            expected: how many batches there are; None: any number.
+            draw: iterates the batches.
+            contexts: receives the contexts that stay open during the training.
+            expected: the number of batches; None: any number.
 
         Raises:
-            TaskError: there was no batch, or another number of them; a loss or gradient is not finite.
+            TaskError: there was no batch, or another number of batches than expected; a loss or gradient is not finite.
         """
         losses: list[float] = []
         for loaded in draw.batches(self._task.train):
             if len(losses) == expected:
-                raise _uneven(expected, "more")
+                raise _epoch_length_error(expected, "more")
             part, weight = share(loaded, self._task.size)
             batch = move(part, self._device)
             if self._pace.done == 0:
-                self._settle(batch, lasting)
+                self._choose_format(batch, contexts)
             losses.append(self._step(batch, weight))
             self.curve.append(losses[-1])
             if self._pace.over:
@@ -129,11 +129,11 @@ class Loop:
         if not losses:
             raise empty_split("train")
         if expected is not None and len(losses) < expected and not self._pace.over:
-            raise _uneven(expected, str(len(losses)))
+            raise _epoch_length_error(expected, str(len(losses)))
         self.means.append(sum(losses) / len(losses))
 
     def report(self, best: Best, seconds: float, diverged: str) -> FitReport:
-        """What was done, with the judge's scores, the time that it took, and what ended it early."""
+        """Report the training, with the judge's scores, its duration, and what ended it early."""
         return FitReport(
             steps=self._pace.done,
             first_loss=self.first_loss,
@@ -147,13 +147,13 @@ class Loop:
             averaged=best.averaged,
         )
 
-    def put_back_rates(self) -> None:
-        """Give the optimiser's groups the learning rates that they came with."""
+    def restore_rates(self) -> None:
+        """Restore the learning rates that the optimiser's groups had before the training."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             _set_rate(group, rate)
 
-    def _settle(self, batch: Batch, lasting: ExitStack) -> None:
-        """See on the first batch how the model can be run."""
+    def _choose_format(self, batch: Batch, contexts: ExitStack) -> None:
+        """Try the channels-last format on the first batch if the settings want it, and compile the model."""
         wanted = self._recovery.channels_last
         if wanted is True or (wanted == "auto" and has_convolutions(self._model)):
             refusal = channels_last_fault(self._model, self._device)
@@ -163,21 +163,21 @@ class Loop:
                         trial.enter_context(channels_last(model))
                     refusal = self._refusal(batch)
                 if refusal is None:
-                    lasting.enter_context(trial.pop_all())
+                    contexts.enter_context(trial.pop_all())
             if refusal is not None and wanted is True:
-                raise TaskError(f"channels_last=True, but the model does not run that way: {refusal}. Leave it out.")
+                raise TaskError(f"channels_last=True, but the model can't run in that format: {refusal}. Leave it out.")
         if self._recovery.compile:
             self._called = compile_model(self._model)
 
     @torch.no_grad()
     def _refusal(self, batch: Batch) -> str | None:
-        """Why the models can't run on a batch as they are now; None if they can."""
+        """The reason why the models can't run on a batch in their current format; None if they can."""
         cuda = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices=cuda), keep_modes(self._model), self._precision.autocast():
             for model in self._models():
                 try:
                     self._task.run(model, batch)
-                except RuntimeError as error:  # such as a view that the usual order of memory would allow
+                except RuntimeError as error:  # such as a view that only works in the usual memory format
                     return str(error).splitlines()[0]
         return None
 
@@ -193,7 +193,7 @@ class Loop:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         sum_gradients_(parameters)
         if self._recovery.clip_norm is not None:
-            self._finite("gradient norm", float(nn.utils.clip_grad_norm_(parameters, self._recovery.clip_norm)))
+            self._check_finite("gradient norm", float(nn.utils.clip_grad_norm_(parameters, self._recovery.clip_norm)))
         self._optimizer.step()
         align_tensors_(self._model.buffers())
         if self._pace.done == 0:
@@ -203,22 +203,22 @@ class Loop:
         return self.last_loss
 
     def _backward(self, batch: Batch, weight: float) -> float:
-        """Compute the gradient of this process's part of the loss; give the loss of the whole batch."""
+        """Compute the gradient of this process's part of the loss; returns the loss of the whole batch."""
         loss = self._loss(batch, weight)
         (value,) = totals(loss.item())
-        self._finite("loss", value, batch)
+        self._check_finite("loss", value, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return value
 
     def _loss(self, batch: Batch, weight: float) -> Tensor:
-        """The sum of these over all processes is the loss of the whole batch."""
+        """This process's part of the loss; the sum over all processes is the loss of the whole batch."""
         ours: list[Tensor] = []
         with self._precision.autocast():
             if self._features is None:
                 outputs = self._run(batch)
             else:
                 outputs, ours = self._features.student(lambda: self._run(batch))
-        outputs = self._precision.whole(outputs)
+        outputs = self._precision.widen(outputs)
         if self._teacher is None:
             return weight * self._task.loss(outputs, batch)
         target, theirs = self._teacher_outputs(self._teacher, batch)
@@ -233,19 +233,19 @@ class Loop:
         return loss if self._features is None else loss + self._recovery.features * feature_distance(ours, theirs)
 
     def _run(self, batch: Batch) -> Outputs:
-        """The model's outputs; what it raises says on which batch.
+        """The model's outputs; an error names the step and the size of the batch.
 
-        The first batch of each split was tried before, but not in training, and others may be smaller.
+        The first batch of each split was checked before, but not in training mode, and other batches may be smaller.
         """
         try:
             return self._task.run(self._called, batch)
         except (IdapError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if self._called is not self._model:  # what went wrong may be the compilation, see `explain_failure`
+            if self._called is not self._model:  # the compilation may have failed, see `explain_failure`
                 raise
             samples = self._task.size(batch)
-            advice = " A batch norm can't learn from one sample: drop_last=True leaves it out." if samples == 1 else ""
+            advice = " A batch norm can't train on one sample: drop_last=True leaves it out." if samples == 1 else ""
             raise TaskError(
                 f"{type(self._model).__name__} failed in training at {self._pace}, on a batch with "
                 f"{samples} sample{'' if samples == 1 else 's'}: {type(error).__name__}: {error}.{advice}"
@@ -264,16 +264,16 @@ class Loop:
                 outputs = self._task.run(teacher, batch)
             else:
                 outputs, theirs = self._features.teacher(lambda: self._task.run(teacher, batch))
-        return self._task.logits(self._precision.whole(outputs)), theirs
+        return self._task.logits(self._precision.widen(outputs)), theirs
 
-    def _finite(self, what: str, number: float, batch: Batch = None) -> None:
+    def _check_finite(self, what: str, number: float, batch: Batch = None) -> None:
         if not math.isfinite(number):
             rate = self._pace.learning_rate(max(self._rates), self._recovery.warmup)
             clip = "" if self._recovery.clip_norm is not None else ", or set clip_norm"
-            advice = f"Lower lr or lengthen warmup{clip}; at step 0, look for NaN in the weights."
+            advice = f"Lower lr or lengthen warmup{clip}; if this is step 0, look for NaN in the weights."
             (count,) = totals(0.0 if batch is None else float(any(map(bool, nan_in(self._task.inputs(batch))))))
             if count:
-                advice = "This training batch itself holds NaN: look at the data."
+                advice = "This training batch itself holds NaN: check the data."
             raise DivergedError(f"the {what} is {number} at {self._pace}, learning rate {rate:.3g}. {advice}")
 
 
@@ -290,16 +290,21 @@ def _make_optimizer(model: nn.Module, recovery: Recovery) -> torch.optim.Optimiz
     return torch.optim.SGD(groups, lr=recovery.lr, momentum=recovery.momentum)
 
 
-def _of_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimiser, if it trains parameters of this model."""
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimiser if it trains parameters of this model, else raise `TaskError`."""
     own = {id(parameter) for parameter in model.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = [parameter for parameter in held if id(parameter) not in own]
     if strangers or not any(parameter.requires_grad for parameter in held):
-        found = f"a parameter of shape {tuple(strangers[0].shape)} that" if strangers else "no trainable parameter that"
+        name = type(model).__name__
+        what = (
+            f"a parameter of shape {tuple(strangers[0].shape)} that {name} does not have"
+            if strangers
+            else f"no trainable parameter of {name}"
+        )
         raise TaskError(
-            f"the {type(optimizer).__name__} holds {found} {type(model).__name__} has. Build it from "
-            "model.parameters(); for a model that was cut, slice it with slice_optimizer."
+            f"the {type(optimizer).__name__} holds {what}. Build it from model.parameters(); after a cut, slice it "
+            "with slice_optimizer."
         )
     return optimizer
 
@@ -312,8 +317,8 @@ def _set_rate(group: dict[str, object], rate: float) -> None:
         group["lr"] = rate
 
 
-def _uneven(expected: int, found: str) -> TaskError:
+def _epoch_length_error(expected: int, actual: str) -> TaskError:
     return TaskError(
-        f"an epoch of the 'train' split gave {found} batches, expected {expected}, as it announced or gave before. "
-        "Give as many in every epoch, or say how long to train with steps or minutes instead of epochs."
+        f"an epoch of the 'train' split gave {actual} batches, expected {expected}, its length or that of an earlier "
+        "epoch. Give every epoch the same number, or limit the training with steps or minutes instead of epochs."
     )

@@ -1,7 +1,8 @@
-"""Several processes at work on one run: who is who, who does what, and how they come to one result.
+"""Divide the work of one run among several processes, and combine their results.
 
-Every process runs the same program, reads the same batches in the same order, and works on its share of them. What is
-decided is decided alike everywhere, since it follows from sums over all. Alone, every function here does the obvious.
+Every process runs the same program, reads the same batches in the same order, and works on its share of them. All
+processes take the same decisions, because every decision follows from sums over all processes. In a single process, the
+functions here return their argument or the local value unchanged.
 """
 
 import os
@@ -20,104 +21,104 @@ from idap.training.batch import Batch
 
 T = TypeVar("T")
 
-_ALONE = ContextVar("alone", default=False)
+_LOCAL = ContextVar("local", default=False)
 
 CHUNK = 2**24
-"""Numbers sent at once."""
+"""The most numbers that are exchanged at once."""
 
 
 @contextmanager
 def join_processes() -> Iterator[torch.device]:
-    """Join the other processes that a launcher started, if there are any, such as `accelerate launch`.
+    """Join the other processes that a launcher such as `accelerate launch` started, if there are any.
 
     Yields:
-        The device on which this process is to work.
+        The device for this process.
     """
     from accelerate import PartialState  # noqa: PLC0415 - slow to import, and needed by commands only
 
     joined = dist.is_available() and dist.is_initialized()
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"))
     try:
-        # Sums of squares are kept in float64, which mps does not have.
+        # Sums of squares are kept in float64, which mps does not support.
         yield torch.device("cpu") if state.device.type == "mps" else state.device
         if not joined and state.num_processes > 1:
-            dist.barrier()  # who leaves first takes the connections with it
+            dist.barrier()  # a process that leaves early closes the connections of the others
     finally:
         if not joined:
             state.destroy_process_group()
 
 
 def process_count() -> int:
-    """How many processes work together; 1 where `torch.distributed` is not initialised."""
-    if _ALONE.get() or not (dist.is_available() and dist.is_initialized()):
+    """The number of processes of the run; 1 where `torch.distributed` is not initialised."""
+    if _LOCAL.get() or not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size()
 
 
 def process_rank() -> int:
-    """Number of this process, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if process_count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this is process 0, the only one that writes files and prints."""
     return process_rank() == 0
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Let every process do all the work for itself for a while, as if there were no others."""
-    token = _ALONE.set(True)
+def work_locally() -> Iterator[None]:
+    """Within this context, every process does all the work itself, as if there were no others."""
+    token = _LOCAL.set(True)
     try:
         yield
     finally:
-        _ALONE.reset(token)
+        _LOCAL.reset(token)
 
 
-def by_itself(call: Callable[[], T]) -> T:
+def call_locally(call: Callable[[], T]) -> T:
     """Call a function as if there were no other processes."""
-    with alone():
+    with work_locally():
         return call()
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Fail in every process where one fails: the others would wait for it for ever.
+def raise_everywhere() -> Iterator[None]:
+    """Raise an error in every process if one process raises it; otherwise the others would wait for ever.
 
     Raises:
-        Exception: that of this process, or else that of the first other one.
+        Exception: the error of this process, or else the error of the first process that failed.
     """
     if process_count() == 1:
         yield
         return
-    mine: Exception | None = None
+    own: Exception | None = None
     try:
         yield
     except Exception as error:
-        mine = error
+        own = error
     failures: list[Exception | None] = [None] * process_count()
-    dist.all_gather_object(failures, None if mine is None else _portable(mine))
-    if mine is not None:
-        raise mine
+    dist.all_gather_object(failures, None if own is None else _portable_error(own))
+    if own is not None:
+        raise own
     for failure in failures:
         if failure is not None:
             raise failure
 
 
 def on_main(call: Callable[[], T]) -> T:
-    """Call a function in process 0 only, and give what it returns, or raise what it raises, in every process."""
-    found: list[Any] = [None]
-    with together():
+    """Call a function in process 0 only; every process returns its result, or raises its error."""
+    results: list[Any] = [None]
+    with raise_everywhere():
         if is_main():
-            found[0] = call()
+            results[0] = call()
     if process_count() > 1:
-        dist.broadcast_object_list(found, src=0, device=_exchange_device())
-    value: T = found[0]
+        dist.broadcast_object_list(results, src=0, device=_exchange_device())
+    value: T = results[0]
     return value
 
 
 def from_main(value: float) -> float:
-    """Process 0's value of a number."""
+    """The value that a number has in process 0."""
     if process_count() == 1:
         return value
     held = torch.tensor([value], dtype=torch.float64, device=_exchange_device())
@@ -134,8 +135,8 @@ def totals(*values: float) -> tuple[float, ...]:
     return tuple(held.tolist())
 
 
-def mine(items: Sequence[T]) -> Sequence[T]:
-    """This process's share of some items: every n-th one."""
+def local_items(items: Sequence[T]) -> Sequence[T]:
+    """The items of a sequence that this process works on: every n-th one of n processes."""
     return items[process_rank() :: process_count()]
 
 
@@ -143,14 +144,15 @@ def share(batch: Batch, size: Callable[[Batch], int]) -> tuple[Batch, float]:
     """Take this process's samples of a batch.
 
     Tensors whose first dimension is the batch, nested in tuples, lists and dicts, are sliced; so are lists with one
-    item per sample. Where a process would have less than two samples, or nothing can be sliced, each takes them all.
+    item per sample. If a process would get fewer than two samples, or nothing can be sliced, each process takes the
+    whole batch.
 
     Args:
         batch: the whole batch.
         size: counts its samples.
 
     Returns:
-        The part, and its weight: a mean over the batch is the sum over all processes of weight times the part's mean.
+        The part, and its weight. The mean over the batch is the sum over all processes of weight times the part's mean.
     """
     count = process_count()
     if count == 1:
@@ -180,10 +182,11 @@ def _slice(value: Any, samples: int, places: slice) -> tuple[Any, bool]:
 
 
 class Draw:
-    """Hands out batches that are the same in every process, whatever else each draws from torch's random state.
+    """Iterates a loader so that every process gets the same batches, whatever else it draws from torch's random state.
 
     Args:
-        seed: of the batches; None takes up torch's random state as it is now. Alone, batches draw from that state.
+        seed: seed of the batches; None: they start from torch's current random state. In a single process, the loader
+            draws from torch's random state, and the seed has no effect.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -216,12 +219,12 @@ class Draw:
 
 
 def align_(model: nn.Module) -> None:
-    """Give a model in every process the parameters and buffers that it has in process 0, in place."""
+    """Copy the parameters and buffers of a model from process 0 to every process, in place."""
     align_tensors_([*model.parameters(), *model.buffers()])
 
 
 def align_tensors_(tensors: Iterable[Tensor]) -> None:
-    """Give tensors in every process the values that they have in process 0, in place."""
+    """Copy the values of tensors from process 0 to every process, in place."""
     if process_count() > 1:
         for chunk in _chunks([tensor.detach() for tensor in tensors]):
             flat = torch.cat([tensor.reshape(-1) for tensor in chunk]).to(_exchange_device())
@@ -230,12 +233,12 @@ def align_tensors_(tensors: Iterable[Tensor]) -> None:
 
 
 def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients over all processes, in place; one that no process has stays None."""
+    """Sum the gradients over all processes, in place; a gradient that is None in every process stays None."""
     if process_count() == 1:
         return
     has = torch.tensor([parameter.grad is not None for parameter in parameters], device=_exchange_device()).int()
     dist.all_reduce(has)
-    held = [parameter for parameter, found in zip(parameters, has.tolist(), strict=True) if found]
+    held = [parameter for parameter, count in zip(parameters, has.tolist(), strict=True) if count]
     for parameter in held:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -246,7 +249,7 @@ def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type in a row, up to so many numbers together."""
+    """Consecutive tensors of one data type, with at most `CHUNK` numbers in each list unless one tensor has more."""
     chunk: list[Tensor] = []
     for tensor in tensors:
         if chunk and (chunk[0].dtype != tensor.dtype or sum(map(Tensor.numel, chunk)) + tensor.numel() > CHUNK):
@@ -262,8 +265,8 @@ def _put_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(values.reshape(tensor.shape))
 
 
-def _portable(error: Exception) -> Exception:
-    """The error itself if it can be sent to another process, else one that says the same."""
+def _portable_error(error: Exception) -> Exception:
+    """The error itself if it can be sent to another process, else a `TaskError` that quotes it."""
     if isinstance(error, IdapError):
         return type(error)(*map(str, error.args))
     try:
@@ -274,5 +277,5 @@ def _portable(error: Exception) -> Exception:
 
 
 def _exchange_device() -> torch.device:
-    """Where tensors must be for the processes to exchange them."""
+    """The device that tensors must be on so that processes can exchange them."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

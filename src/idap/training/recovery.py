@@ -1,4 +1,4 @@
-"""How to train: the settings of a recovery, and how far a training has come by them."""
+"""The settings of a training, and the pace that follows them: steps, time and learning rate."""
 
 import math
 import time
@@ -15,32 +15,32 @@ class Recovery:
     """How to train.
 
     Args:
-        epochs: passes over the training batches; a fraction stops within a pass, 0 trains nothing.
-        steps: optimiser steps instead of epochs; also for a loader whose passes differ or never end.
-        minutes: wall-clock time instead of epochs, judging included; at least one step is taken. What comes out
-            depends on the machine's speed.
+        epochs: passes over the training batches; a fraction ends within a pass, 0 trains nothing.
+        steps: optimiser steps instead of epochs; also for a loader whose passes differ in length or never end.
+        minutes: wall-clock time instead of epochs, validation included; at least one step is taken. The result depends
+            on the speed of the machine.
         optimizer: 'sgd' or 'adamw'.
         lr: the highest learning rate.
-        momentum: of SGD; the first beta of AdamW.
-        weight_decay: for parameters of two and more dimensions; biases and norms are never decayed.
-        warmup: share of the way over which the learning rate rises, in [0, 1); afterwards it falls to 0 as a cosine.
+        momentum: momentum of SGD, or the first beta of AdamW.
+        weight_decay: for parameters with two or more dimensions; biases and norms are never decayed.
+        warmup: share of the training during which the learning rate rises, in [0, 1); then it falls to 0 as a cosine.
         temperature: softens the logits for distillation, above 0.
-        distil: weight of the distillation loss in [0, 1], the task's own loss has the rest; counts only with a teacher.
+        distil: weight of the distillation loss in [0, 1], used only with a teacher; the task's loss has the rest.
         features: weight of the distance to the teacher's features, at least 0; see `idap.training.distill`.
         clip_norm: the largest gradient norm, above 0; None: gradients are not clipped.
-        precision: 'float32' leaves the model's own; 'bf16' computes the forward pass in bfloat16 where that is
-            accurate enough (autocast), weights and losses stay; 'auto' does so on a GPU that has bfloat16. A CPU that
-            has no instructions for it takes several times longer.
-        channels_last: keep the weights of convolutions in this order of memory during training, which is faster;
-            'auto' where there are 2-d convolutions, the model runs that way, and no fault of the CPU's library is
-            known that it would run into.
-        compile: run the model through `torch.compile` during training; not together with `features`.
-        average: judge the average of the weights before and after training too, and keep it if it is better: where a
-            cut has lost little, the noise of a short training is the greater harm. One more look at the validation
-            data; the untrained weights are kept in memory until then.
-        norm_batches: re-estimate the statistics of batch norms from so many training batches at the end, and keep
-            that if the judge finds it no worse; 0 leaves them as training made them.
-        seed: of torch's random state during training.
+        precision: 'float32' keeps the model's own precision; 'bf16' computes the forward pass in bfloat16 where that is
+            accurate enough (autocast), and keeps weights and losses in float32; 'auto' does so on a GPU that supports
+            bfloat16. A CPU without instructions for it takes several times longer.
+        channels_last: store the weights of convolutions in channels-last memory format during training, which is
+            faster; 'auto' does so if the model has 2-d convolutions and runs in this format, and would not trigger a
+            known fault of the CPU's library.
+        compile: compile the model with `torch.compile` during training; not together with `features`.
+        average: evaluate the average of the weights before and after training as well, and keep it if it is better:
+            after a small cut, the noise of a short training can do more harm than the cut. This takes one more
+            evaluation on the validation data, and memory for the untrained weights.
+        norm_batches: number of training batches on which the statistics of batch norms are re-estimated at the end; the
+            new statistics are kept if the validation is no worse. 0: training's own statistics stay.
+        seed: seed of torch's random state during training.
 
     Raises:
         ConfigError: a setting is out of range, or two exclude each other.
@@ -84,41 +84,41 @@ class Recovery:
         if not 0 <= self.distil <= 1:
             raise ConfigError(f"distil must be in [0, 1], got {self.distil}.")
         if self.steps is not None and self.minutes is not None:
-            raise ConfigError(f"steps={self.steps} and minutes={self.minutes:g} are both given; give one of them.")
+            raise ConfigError(f"steps={self.steps} and minutes={self.minutes:g} are both given; give only one of them.")
         if self.compile and self.features > 0:
-            raise ConfigError("compile and features exclude each other: compiled code hides its features. Drop one.")
+            raise ConfigError("compile and features exclude each other: compiled code hides features. Leave out one.")
 
     def _check_choices(self) -> None:
         for name, allowed in (("optimizer", ("sgd", "adamw")), ("precision", ("auto", "float32", "bf16"))):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be {_either(allowed)}, got {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be {_join_choices(allowed)}, got {getattr(self, name)!r}.")
         if self.channels_last not in ("auto", True, False):
             raise ConfigError(f"channels_last must be 'auto', True or False, got {self.channels_last!r}.")
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether the settings ask for any step."""
         if self.steps is not None:
             return self.steps > 0
         return (self.epochs if self.minutes is None else self.minutes) > 0
 
 
-def _either(allowed: tuple[str, ...]) -> str:
+def _join_choices(allowed: tuple[str, ...]) -> str:
     *first, last = map(repr, allowed)
     return f"{', '.join(first)} or {last}"
 
 
 TICKS = 1000
-"""A training that ends by the clock follows the schedule of so many steps."""
+"""A training whose length is set in minutes follows a schedule of this many steps."""
 
 
 class Pace:
-    """Counts the steps of one training, and says when it is over.
+    """Counts the steps of one training, and decides when it is over.
 
     Args:
-        steps: after which it is over; None: the clock says.
-        seconds: after which it is over, but for one step at least.
-        clock: gives the time in seconds.
+        steps: number of steps; None: `seconds` ends the training.
+        seconds: duration of the training, which has at least one step.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -137,14 +137,14 @@ class Pace:
         return self.done > 0 and self._tick >= TICKS
 
     def advance(self) -> None:
-        """One step is done. Of several processes the first one's clock counts."""
+        """Count one step. With several processes, the clock of process 0 counts."""
         self.done += 1
         if self._seconds is not None:
             elapsed = from_main((self._clock() - self._begun) / self._seconds if self._seconds else 1.0)
             self._tick = min(TICKS, int(elapsed * TICKS))
 
     def learning_rate(self, lr: float, warmup: float) -> float:
-        """The learning rate of the next step, see `learning_rate`."""
+        """The learning rate of the next step; see the function `learning_rate`."""
         place, steps = (self.done, self.steps) if self.steps is not None else (min(self._tick, TICKS - 1), TICKS)
         return learning_rate(place, steps, lr=lr, warmup=warmup)
 
@@ -153,13 +153,13 @@ class Pace:
 
 
 def learning_rate(step: int, steps: int, *, lr: float, warmup: float) -> float:
-    """Give the learning rate of one step: a linear rise, then a cosine fall towards 0.
+    """Compute the learning rate of one step: a linear rise, then a cosine fall towards 0.
 
     Args:
         step: number of the step, from 0.
-        steps: steps in all.
+        steps: number of steps of the training.
         lr: the highest learning rate.
-        warmup: share of the steps that rise.
+        warmup: share of the steps during which the rate rises.
 
     Returns:
         A rate in (0, lr].

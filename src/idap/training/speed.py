@@ -1,4 +1,4 @@
-"""What makes training faster and leaves what is learned as it is: precision, order of memory, compilation."""
+"""Make training faster without changing what is learned: precision, memory format, compilation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +19,7 @@ class Precision:
 
     Args:
         wanted: as in `Recovery`.
-        device: where they run.
+        device: device of the model.
     """
 
     def __init__(self, wanted: Literal["auto", "float32", "bf16"], device: torch.device) -> None:
@@ -27,11 +27,11 @@ class Precision:
         self._device, self.lowered = device, wanted == "bf16" or (wanted == "auto" and supported)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in bfloat16 what stands it, within the context."""
+        """Within this context, compute in bfloat16 where that is accurate enough."""
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.lowered)
 
-    def whole(self, outputs: Outputs) -> Outputs:
-        """The outputs of a forward pass in float32, so that losses are computed with all digits."""
+    def widen(self, outputs: Outputs) -> Outputs:
+        """Convert the outputs of a forward pass to float32, so that losses are computed in full precision."""
         return tree_map(_in_float32, outputs) if self.lowered else outputs
 
 
@@ -48,15 +48,15 @@ def has_convolutions(model: nn.Module) -> bool:
 
 
 NARROW = 16
-"""Input channels below which oneDNN writes past its memory: its block is 16 with AVX-512, 8 with AVX2."""
+"""With fewer input channels, oneDNN writes past its memory: its block is 16 with AVX-512, 8 with AVX2."""
 
 
 def channels_last_fault(model: nn.Module, device: torch.device) -> str | None:
-    """Why a model must not be trained with its channels last on a device; None if nothing is known against it.
+    """The reason why a model must not be trained in channels-last format on a device; None if none is known.
 
-    Of a 1×1 convolution with a stride over few channels, oneDNN computes the gradient of the weight in memory that is
-    not its own: wrong gradients, a crash or a hang (https://github.com/uxlfoundation/oneDNN/issues/6035). Shortcuts of
-    residual networks are such convolutions once their streams have been cut.
+    For a strided 1×1 convolution with few input channels, oneDNN computes the gradient of the weight out of bounds: the
+    gradient is wrong, or the process crashes or hangs (https://github.com/uxlfoundation/oneDNN/issues/6035). After cuts
+    of the streams of a residual network, its shortcuts are such convolutions.
     """
     if device.type != "cpu":
         return None
@@ -73,10 +73,10 @@ def channels_last_fault(model: nn.Module, device: torch.device) -> str | None:
 
 @contextmanager
 def channels_last(model: nn.Module) -> Iterator[None]:
-    """Keep the 4-d parameters and buffers of a model in this order of memory for a while.
+    """Within this context, store the 4-d parameters and buffers of a model in channels-last format.
 
-    Within the context the tensors' memory is another one; afterwards they have their own again, with the values that
-    they came to.
+    Within the context the tensors use other memory. Afterwards they use their own again, with the values that they have
+    at the end.
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.ndim == 4}
     held = [(tensor, tensor.data) for tensor in tensors.values()]
@@ -92,7 +92,7 @@ def channels_last(model: nn.Module) -> Iterator[None]:
 
 
 def compile_model(model: nn.Module) -> nn.Module:
-    """Compile a model's forward pass; that happens at the first call, see `explain_failure`."""
+    """Compile a model's forward pass; torch compiles it at the first call, see `explain_failure`."""
     return cast(nn.Module, torch.compile(model))
 
 
@@ -100,7 +100,7 @@ def explain_failure(call: Callable[[], T]) -> T:
     """Make the first call of a compiled model.
 
     Raises:
-        TaskError: it can't be compiled here; says why.
+        TaskError: the model can't be compiled on this machine.
     """
     from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415 - slow to import, and rarely needed
 
@@ -110,5 +110,5 @@ def explain_failure(call: Callable[[], T]) -> T:
         why = " ".join(str(error).strip().partition("\n\n")[0].split())
         raise TaskError(
             f"compile=True, but the model can't be compiled here: {type(error).__name__}: {why}. "
-            "Leave compile out, or make sure that torch.compile works on this machine."
+            "Leave out compile, or make torch.compile work on this machine."
         ) from error

@@ -1,4 +1,4 @@
-"""What a model is for: its data, its loss, its metric, and how a batch enters the model."""
+"""Describe what a model is for: its data, its loss, its metric, and how a batch is passed to the model."""
 
 import inspect
 import sys
@@ -36,24 +36,24 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """Data, loss and metric of one purpose; everything that training and judging need to know of it.
+    """Data, loss and metric of one purpose; everything that training and evaluation need.
 
     Args:
         train: batches to learn from; iterated anew in every epoch.
-        val: batches that decide what is accepted; None: compression splits some off `train`.
-        test: batches that are looked at once, at the end.
-        calibration: batches on which divergence is measured; `train` where None.
-        loss: gives the scalar loss of `(outputs, batch)`.
-        metric: a torchmetrics metric, or a function that gives the mean of `(outputs, batch)` over one batch.
-        metric_name: what reports call the metric.
+        val: batches on which steps are accepted or rolled back; None: compression splits some off `train`.
+        test: batches that are evaluated once, at the end.
+        calibration: batches on which divergence is measured; None: `train` is used.
+        loss: returns the scalar loss of `(outputs, batch)`.
+        metric: a torchmetrics metric, or a function of `(outputs, batch)` that returns the mean over one batch.
+        metric_name: name of the metric in reports.
         higher_is_better: False for a metric such as perplexity.
-        update: feeds a torchmetrics metric: `update(metric, outputs, batch)`.
-        inputs: gives the model's positional and keyword arguments of a batch.
-        logits: gives the tensor of logits of the outputs, classes in the last dimension.
-        size: counts the samples of a batch, the weight of its mean.
-        padding: gives which positions of a batch of sequences count, shape (samples, positions), None where all do; by
-            default the batch's ``attention_mask``.
-        notes: sentences that a reader of a run should know of the data; compression says them first.
+        update: updates a torchmetrics metric: `update(metric, outputs, batch)`.
+        inputs: returns the model's positional and keyword arguments for a batch.
+        logits: returns the tensor of logits from the model's outputs, with classes in the last dimension.
+        size: counts the samples of a batch; its mean is weighted by them.
+        padding: returns which positions of a batch of sequences count, of shape (samples, positions), or None if all
+            do; by default the batch's ``attention_mask``.
+        notes: sentences about the data that the reader of a run should know; compression prints them first.
 
     Raises:
         TaskError: the metric and `update` do not fit together.
@@ -75,25 +75,25 @@ class Task:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if from_torchmetrics(self.metric) and self.update is None:
+        if is_torchmetrics(self.metric) and self.update is None:
             raise TaskError(
-                f"metric {self.metric_name!r} is a torchmetrics {type(self.metric).__name__} and nothing feeds it. "
+                f"metric {self.metric_name!r} is a torchmetrics {type(self.metric).__name__}, and nothing updates it. "
                 "Pass update=lambda metric, outputs, batch: metric.update(predictions, targets) to the task."
             )
-        if not from_torchmetrics(self.metric) and self.update is not None:
+        if not is_torchmetrics(self.metric) and self.update is not None:
             raise TaskError(
-                f"update= feeds a torchmetrics metric, but metric {self.metric_name!r} is {describe(self.metric)}, "
+                f"update= is for a torchmetrics metric, but metric {self.metric_name!r} is {describe(self.metric)}, "
                 "which is called as metric(outputs, batch). Leave update= out."
             )
 
     def batches(self, split: Split) -> Iterable[Batch]:
-        """Look up the batches of a split.
+        """Return the batches of a split.
 
         Args:
-            split: 'train', 'val', 'test' or 'calibration'; the last is 'train' where the task has none of its own.
+            split: 'train', 'val', 'test' or 'calibration'; the last is 'train' if the task has no calibration data.
 
         Returns:
-            The iterable given for the split, untouched.
+            The iterable that was given for the split.
 
         Raises:
             TaskError: there is no such split.
@@ -101,18 +101,18 @@ class Task:
         splits = {"train": self.train, "val": self.val, "test": self.test, "calibration": self.calibration}
         if split not in splits:
             raise TaskError(f"there is no split {split!r}; splits are {', '.join(splits)}.")
-        found = splits[split]
-        if found is None and split == "calibration":
+        batches = splits[split]
+        if batches is None and split == "calibration":
             return self.train
-        if found is None:
+        if batches is None:
             raise TaskError(f"the task has no {split!r} split. Pass {split}=batches when the task is built.")
-        return found
+        return batches
 
     def run(self, model: nn.Module, batch: Batch) -> Outputs:
         """Call the model on one batch.
 
         Args:
-            model: called as it is: mode and gradient are the caller's business.
+            model: called as it is; the caller sets its mode and whether gradients are computed.
             batch: already on the model's device, see `move`.
 
         Returns:
@@ -122,13 +122,13 @@ class Task:
         return model(*args, **kwargs)
 
     def example(self, device: torch.device | str) -> Inputs:
-        """Give the model's arguments of the first calibration batch.
+        """Return the model's arguments for the first calibration batch.
 
         Args:
-            device: where the tensors are wanted.
+            device: device of the returned tensors.
 
         Returns:
-            Positional and keyword arguments of the model; the same each time, even of a loader that shuffles.
+            Positional and keyword arguments of the model; the same each time, even if the loader shuffles.
 
         Raises:
             TaskError: the calibration split is empty.
@@ -140,10 +140,12 @@ class Task:
         raise empty_split("calibration" if self.calibration is not None else "train")
 
 
-def from_torchmetrics(value: object) -> "TypeIs[Metric]":
-    """Whether something is a metric of torchmetrics, which is not imported for that: whoever made one has done it.
+def is_torchmetrics(value: object) -> "TypeIs[Metric]":
+    """Whether something is a metric of torchmetrics.
 
-    >>> from_torchmetrics(lambda outputs, batch: 0.5)
+    The library is not imported for this: if it is not imported yet, nothing can be one of its metrics.
+
+    >>> is_torchmetrics(lambda outputs, batch: 0.5)
     False
     """
     library = sys.modules.get("torchmetrics")
@@ -159,15 +161,15 @@ def classification(
     calibration: Iterable[Batch] | None = None,
     label_smoothing: float = 0.0,
 ) -> Task:
-    """Build the task of naming one of several classes: cross-entropy and accuracy.
+    """Build a task that predicts one of several classes, with cross-entropy and accuracy.
 
     Args:
         train: batches `(input, labels, ...)`, or dicts with 'labels' or 'label'; labels are integers of shape `(B,)`.
-        val: batches that decide what is accepted; None: compression splits some off `train`.
+        val: batches on which steps are accepted or rolled back; None: compression splits some off `train`.
         num_classes: the number of classes C; the model's logits have shape `(B, C)`.
-        test: batches that are looked at once, at the end.
-        calibration: batches on which divergence is measured; `train` where None.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        test: batches that are evaluated once, at the end.
+        calibration: batches on which divergence is measured; None: `train` is used.
+        label_smoothing: share of the target that is spread over all classes, in [0, 1).
 
     Returns:
         A `Task` whose metric is the accuracy, in [0, 1]. Labels are checked in every batch.
@@ -196,7 +198,7 @@ def classification(
 
 
 def empty_split(split: str) -> TaskError:
-    """Word the error of a split without batches, the same wherever it is noticed."""
+    """The error for a split without batches."""
     return TaskError(
         f"the {split!r} split gave no batches. Either it is empty, or it can be read only once, as a generator can: "
         "pass a DataLoader, a list, or an object whose __iter__ starts anew each time."
@@ -204,7 +206,7 @@ def empty_split(split: str) -> TaskError:
 
 
 def _logits_and_labels(outputs: Outputs, batch: Batch, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Find logits `(B, C)` and labels `(B,)` as int64, and refuse what cannot be compared."""
+    """Find logits `(B, C)` and labels `(B,)` as int64; raises `TaskError` if they can't be compared."""
     logits, labels = default_logits(outputs), default_labels(batch)
     if logits.ndim != 2 or logits.shape[1] != num_classes:
         raise TaskError(
@@ -217,7 +219,7 @@ def _logits_and_labels(outputs: Outputs, batch: Batch, num_classes: int) -> tupl
             "Turn one-hot rows into indices with argmax(1), and columns of shape (B, 1) into squeeze(1)."
         )
     if not len(labels):
-        raise TaskError("a batch holds no samples. Leave such batches out; a DataLoader with drop_last=True does.")
+        raise TaskError("a batch holds no samples. Leave out such batches, as a DataLoader with drop_last=True does.")
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= num_classes:
         raise TaskError(
@@ -227,51 +229,51 @@ def _logits_and_labels(outputs: Outputs, batch: Batch, num_classes: int) -> tupl
     return logits, labels.long()
 
 
-def task_from(found: Any, where: str) -> Task:
-    """Make a task of what a data set gave: the task itself, or splits for classification.
+def task_from(data: Any, where: str) -> Task:
+    """Make a task from what a data set returned: a task, or splits for classification.
 
     Args:
-        found: the task, or an object with train, val, test and num_classes.
-        where: the recipe's name, begins every error.
+        data: the task, or an object with train, val, test and num_classes.
+        where: name of the recipe, with which every error begins.
 
     Raises:
         ConfigError: it is neither.
     """
-    if isinstance(found, Task):
-        return found
+    if isinstance(data, Task):
+        return data
     try:
         task = classification(
-            found.train,
-            found.val,
-            test=found.test,
-            num_classes=found.num_classes,
-            calibration=getattr(found, "calibration", None),
+            data.train,
+            data.val,
+            test=data.test,
+            num_classes=data.num_classes,
+            calibration=getattr(data, "calibration", None),
         )
     except AttributeError as error:
         raise ConfigError(
-            f"{where}: data.name gave {type(found).__name__} without {error.name!r}; expected an idap.Task, or train, "
-            "val, test (or None) and num_classes, as idap.data.tensors.Splits has them."
+            f"{where}: data.name gave {type(data).__name__} without {error.name!r}; expected an idap.Task, or an "
+            "object with train, val, test (or None) and num_classes, such as idap.data.tensors.Splits."
         ) from error
-    return replace(task, notes=tuple(getattr(found, "notes", ())))
+    return replace(task, notes=tuple(getattr(data, "notes", ())))
 
 
-def task_of(found: Any) -> Task:
-    """Take the task that the user's code is, or returns.
+def task_of(definition: Any) -> Task:
+    """Return the task from the user's code, which is a task or a function that returns one.
 
     Raises:
         ConfigError: it is something else.
     """
-    task = found() if callable(found) else found
+    task = definition() if callable(definition) else definition
     if not isinstance(task, Task):
-        raise ConfigError(f"the task is {type(task).__name__}, expected an idap.Task; build one, or return it.")
+        raise ConfigError(f"the task is {type(task).__name__}, expected an idap.Task, or a function that returns one.")
     return task
 
 
 def check_keys(build: Any, keys: Mapping[str, Any], name: str, where: str) -> None:
-    """Check that the user's function takes the keys of `[data]`.
+    """Check that the user's function accepts the keys of `[data]` as arguments.
 
     Raises:
-        ConfigError: it is no function, or doesn't take one of them.
+        ConfigError: it is not a function, or does not accept one of the keys.
     """
     if not callable(build):
         raise ConfigError(f"{where}: data.name {name} is {type(build).__name__}, expected a function.")
@@ -281,5 +283,5 @@ def check_keys(build: Any, keys: Mapping[str, Any], name: str, where: str) -> No
     for key in keys:
         if key not in parameters:
             raise ConfigError(
-                f"{where}: data.{key} does not suit {name}, which takes {', '.join(parameters) or 'nothing'}."
+                f"{where}: data.{key} is not a key of {name}, which takes {', '.join(parameters) or 'no keys'}."
             )

@@ -79,7 +79,7 @@ def test_the_original_from_a_recipe_or_the_run(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["run", "--to", "pt2", "--out", "a.pt2"], "does not say how its original is built; say it: --model"),
+        (["run", "--to", "pt2", "--out", "a.pt2"], "does not say how its original is built. Pass --model"),
         (["nowhere", *MODEL, "--out", "a.onnx"], "nowhere holds neither a run (run.json) nor a compressed model"),
         (
             ["run", *MODEL, "--to", "tflite", "--out", "a"],
@@ -105,7 +105,7 @@ def test_a_run_without_a_result(run, tmp_path):
     (tmp_path / "run/checkpoints/step-004").mkdir(parents=True)
     Path("run/plan").rename("run/checkpoints/step-004/plan.json")
     found = text(command("export", "run", *MODEL, "--out", "a.onnx").stderr)
-    assert "name an accepted state of it, such as run/checkpoints/step-004" in found
+    assert "use an accepted state of it, such as run/checkpoints/step-004" in found
 
 
 # ---------------------------------------------------------------------------------------------- folders of transformers

@@ -43,8 +43,8 @@ def test_by_five_questions_and_then_it_runs(tmp_path):
     ("words", "text"),
     [
         (["--model", "idap:digits_vit"], "--data is missing"),
-        (["--data", "pictures:here"], "names no data; write NAME or NAME:PATH with one of digits, cifar10"),
-        (["--data", "python:mine.py:data"], "which model is meant for python:mine.py:data is not known"),
+        (["--data", "pictures:here"], "names no data set; write NAME or NAME:PATH with one of digits, cifar10"),
+        (["--data", "python:mine.py:data"], "there is no usual model for python:mine.py:data"),
         (["--data", "digits", "--macs", "40"], 'for 40 percent write 0.4 or "40%"'),
         (["--data", "csv"], "data.path is missing"),
         ([], "no answer was given; use --data"),

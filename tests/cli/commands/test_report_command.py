@@ -56,7 +56,7 @@ def test_printing_without_a_browser_is_an_error_but_the_page_is_there(run, monke
     monkeypatch.setattr(printing, "PLACES", ())
     result = idap("report", "net", "--pdf", "net.pdf")
     assert result.exit_code == 2
-    assert "Install Chromium, Chrome or Edge; or open the page in any browser" in text(result.stderr)
+    assert "Install Chromium, Chrome or Edge, or open the page in any browser" in text(result.stderr)
     assert (run / "report.html").exists() and not Path("net.pdf").exists()
 
 
@@ -106,7 +106,7 @@ class TestCompare:
     def test_one_run_is_none_to_compare(self, run):
         result = idap("compare", "net")
         assert result.exit_code == 2
-        assert "to compare, name 2 to 4 run folders; found 1." in text(result.stderr)
+        assert "a comparison needs 2 to 4 run folders, got 1." in text(result.stderr)
 
 
 def test_a_report_does_not_wait_for_torch(run):

@@ -40,14 +40,14 @@ def compare_command(
     where = ", ".join(map(str, runs))
     outcome = Outcome(command="idap compare", where=where, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with outcome.report():
-        from idap.report.comparing import check_runs, compare_page, document_of  # noqa: PLC0415 - slow to import
+        from idap.report.comparing import check_runs, compare_page, comparison_data  # noqa: PLC0415 - slow to import
         from idap.report.reading import read_run  # noqa: PLC0415 - as above
 
         found = [read_run(run) for run in runs]
         check_runs(found)
         if html is not None:
             write_page(html, compare_page(found))
-        outcome.document = document_of(found)
+        outcome.document = comparison_data(found)
         if not (as_json or quiet):
             _show(outcome.console, found)
             if html is not None:
@@ -55,7 +55,7 @@ def compare_command(
 
 
 def _show(console: Console, runs: "list[Run]") -> None:
-    from idap.report.comparing import different, obstacles, rows  # noqa: PLC0415 - slow to import
+    from idap.report.comparing import obstacles, rows, setting_differences  # noqa: PLC0415 - slow to import
 
     head, *lines = rows(runs)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -63,7 +63,7 @@ def _show(console: Console, runs: "list[Run]") -> None:
         table.add_column(Text(name), justify="right" if place else "left")
     for line in lines:
         table.add_row(*map(Text, line))
-    changed = different(runs)
+    changed = setting_differences(runs)
     if changed:
         table.add_section()
         for values in changed:

@@ -22,7 +22,7 @@ from idap.surgery.apply import apply_plan
 from idap.surgery.stand_ins import LinearMap, Projection
 from idap.training.batch import device_of, move
 from idap.training.evaluate import keep_modes
-from idap.training.processes import mine, totals
+from idap.training.processes import local_items, totals
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], An
     """Mean loss of a model on the calibration batches, perhaps run in another way."""
     task, total, count = setting.subject.task, 0.0, 0
     with keep_modes(model):
-        for batch in mine(setting.subject.calibration):
+        for batch in local_items(setting.subject.calibration):
             moved = move(batch, device_of(model))
             outputs = task.run(model, moved) if run is None else run(moved)
             size = task.size(moved)
