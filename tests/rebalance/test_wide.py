@@ -5,7 +5,8 @@ import torch
 
 from idap.divergence.observe import Pass
 from idap.errors import ConfigError, InsufficientMemoryError
-from idap.linalg.ridge import Moments, Residuals, fit, fit_need, fit_shift, shift_need
+from idap.linalg.ridge import Moments, fit, fit_need
+from idap.linalg.shift import Residuals, fit_shift, shift_need
 from idap.memory import Need
 from idap.rebalance import layers, projections, run
 from idap.rebalance.layers import Case
