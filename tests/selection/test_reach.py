@@ -127,8 +127,8 @@ def test_an_impossible_target_names_the_smallest_cost_which_is_possible(problem,
 def test_the_text_for_an_impossible_target():
     ranking = rank_units({"a": [1.0] * 4}, {"a": (0, 1, 2, 3)}, {"a": 1.0}, floors={"a": 3})
     message = (
-        "a cost of 2,500 can't be reached: with everything that may go gone, the smallest reachable cost is 3,000. "
-        "Ask for that or more, or lower the floors, raise the caps or round to smaller multiples."
+        "a cost of 2,500 can't be reached: with everything removed that may be removed, the smallest reachable cost is "
+        "3,000. Ask for that or more, or lower the floors, raise the caps or round to smaller multiples."
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         reach(ranking, lambda keep, removed: 1000 * len(keep["a"]), 2500)
