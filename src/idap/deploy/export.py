@@ -120,7 +120,7 @@ def export(
 
 
 def export_weights(model: nn.Module, file: str | Path) -> Exported:
-    """Write a model's state as one safetensors file with checksums, without plan and code; tied tensors are written once.
+    """Write a model's state as one safetensors file with checksums, without plan and code; each tied tensor once.
 
     Args:
         model: any module.
