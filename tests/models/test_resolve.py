@@ -285,7 +285,7 @@ class TestWeights:
         else:
             save_file(nn.Linear(3, 2).state_dict(), path)
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(CheckpointError, match="is truncated or no"):
+        with pytest.raises(CheckpointError, match="is truncated or not"):
             load_weights(nn.Linear(3, 2), path)
 
     def test_no_code_is_run_from_a_file(self, tmp_path):
@@ -317,7 +317,7 @@ class TestWeights:
         torch.save(nn.Linear(3, 2).state_dict(), path, _use_new_zipfile_serialization=False)
         data = path.read_bytes()
         path.write_bytes(data[:place] + b"\x03\xa9\xed\x89\xfdE" + data[place:])
-        with pytest.raises(CheckpointError, match=r"truncated or no checkpoint|holds more than tensors"):
+        with pytest.raises(CheckpointError, match=r"truncated or not a checkpoint|holds more than tensors"):
             load_weights(nn.Linear(3, 2), path)
 
     def test_a_missing_file_gets_its_neighbour(self, tmp_path):
@@ -375,7 +375,7 @@ class TestWeights:
         (tmp_path / "w.safetensors").mkdir()
         with pytest.raises(CheckpointError, match="do not exist"):
             load_weights(nn.Linear(3, 2), tmp_path / "w.safetensors")
-        with pytest.raises(CheckpointError, match=r"w\.safetensors is broken \(it is no file\)"):
+        with pytest.raises(CheckpointError, match=r"w\.safetensors is broken \(it is not a file\)"):
             notes_in(tmp_path / "w.safetensors")
 
     def test_what_can_not_be_kept_is_named_before_it_is_trained(self):
