@@ -141,7 +141,7 @@ def test_the_dtype_is_kept(dtype, tmp_path):
     assert_close(back.state_dict(), small.state_dict(), rtol=0, atol=0)
     with pytest.raises(
         CheckpointError,
-        match=rf"tensor '0.weight' in .* is {dtype}, the model's is torch.float32; .* first: model.to\({dtype}\)",
+        match=rf"tensor '0.weight' in .* is {dtype}, the model's is torch.float32; .* compressed: model.to\({dtype}\)",
     ):
         load(tmp_path, nets.mlp())
 

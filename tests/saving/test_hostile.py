@@ -289,7 +289,7 @@ def test_a_tensor_that_comes_twice(sharded: Path) -> None:
     files = sorted(sharded.glob("model-*"))
     first, second = (safetensors.torch.load_file(file) for file in files[:2])
     safetensors.torch.save_file(second | dict(list(first.items())[:1]), files[1])
-    rejects(sharded, r"lies both in .*00001.* and in .*00002")
+    rejects(sharded, r"is both in .*00001.* and in .*00002")
 
 
 def test_a_shard_that_was_cut_short(sharded: Path) -> None:

@@ -211,7 +211,7 @@ def test_other_plans_are_refused(tmp_path: Path) -> None:
             apply_to_checkpoint(wrong, original, tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"a holds no compressed model: .*plan\.json is missing"):
         apply_to_checkpoint(tmp_path / "a", original, tmp_path / "b")
-    with pytest.raises(CheckpointError, match=r"max_shard_size is the size of a file in bytes, at least 1, found 0"):
+    with pytest.raises(CheckpointError, match=r"max_shard_size must be at least 1 byte, found 0"):
         apply_to_checkpoint(plan, original, tmp_path / "b", max_shard_size=0)
     assert not (tmp_path / "b").exists()
 
@@ -234,7 +234,7 @@ def test_code_that_may_not_be_called_is_refused_without_a_model(tmp_path: Path) 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plan = cut("mlp")
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 10}))
-    with pytest.raises(CheckpointError, match=r"the small checkpoint takes \d+ bytes, but .* has only 10 free"):
+    with pytest.raises(CheckpointError, match=r"the compressed checkpoint takes \d+ bytes, but .* has only 10 free"):
         apply_to_checkpoint(plan, written(tmp_path / "a", ORIGINALS["mlp"]), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
