@@ -27,7 +27,9 @@ def direct(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> float:
     return float(missed.square().sum() / x.shape[1])
 
 
-def ridged(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, ridge: float, shift: bool) -> tuple[Tensor, Tensor]:
+def solve_with_ridge(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, ridge: float, shift: bool
+) -> tuple[Tensor, Tensor]:
     """Least squares pulled towards the old weights, as rows below those of the data; part by part."""
     weights, biases = [], []
     for part in range(len(x)):
@@ -104,11 +106,11 @@ def test_the_ridge_is_the_one_that_held_out_rows_prefer(count, seed, shift):
     (x, y), (held_x, held_y) = rows(count, seed), rows(30, seed + 50)
     weight, bias = layer()
     found = fit(Moments.of(x, y), Moments.of(held_x, held_y), weight, bias, ridges=RIDGES, shift=shift)
-    errors = {ridge: direct(held_x, held_y, *ridged(x, y, weight, bias, ridge, shift)) for ridge in RIDGES}
+    errors = {ridge: direct(held_x, held_y, *solve_with_ridge(x, y, weight, bias, ridge, shift)) for ridge in RIDGES}
     assert found.ridge == min(errors, key=errors.__getitem__)
     assert found.after == pytest.approx(errors[found.ridge], rel=1e-6)
     assert found.before == pytest.approx(direct(held_x, held_y, weight, bias), rel=1e-9)
-    expected = ridged(torch.cat([x, held_x], 1), torch.cat([y, held_y], 1), weight, bias, found.ridge, shift)
+    expected = solve_with_ridge(torch.cat([x, held_x], 1), torch.cat([y, held_y], 1), weight, bias, found.ridge, shift)
     torch.testing.assert_close(found.weight, expected[0], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(found.bias, expected[1], rtol=1e-6, atol=1e-8)
 

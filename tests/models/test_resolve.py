@@ -48,7 +48,7 @@ def script(tmp_path):
     sys.modules.pop("late_part", None)
 
 
-def tied():
+def make_tied_net():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     return model
@@ -249,7 +249,7 @@ class TestWeights:
             build_model("idap:digits_resnet", tmp_path / "w.pt")
 
     def test_tied_tensors_are_stored_once(self, tmp_path):
-        source, target = tied(), tied()
+        source, target = make_tied_net(), make_tied_net()
         state = {key: value for key, value in source.state_dict().items() if key != "1.weight"}
         save_file(state, tmp_path / "w.safetensors")
         load_weights(target, tmp_path / "w.safetensors")
