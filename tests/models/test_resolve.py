@@ -91,7 +91,7 @@ class TestModels:
             ("resnet50", "torchvision:resnet50 or timm:resnet50"),
             ("tim:resnet50", "Did you mean timm:resnet50"),
             ("net.py:build", "For your own code write python:net.py:build"),
-            ("hub:resnet50", "begins with python:, idap:, torchvision:, timm:"),
+            ("hub:resnet50", "begins with one of python:, idap:, torchvision:, timm:"),
         ],
     )
     def test_a_wrong_name_gets_the_nearest(self, spec, text):
@@ -285,7 +285,7 @@ class TestWeights:
         else:
             save_file(nn.Linear(3, 2).state_dict(), path)
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(CheckpointError, match="is truncated or not"):
+        with pytest.raises(CheckpointError, match="is truncated or no"):
             load_weights(nn.Linear(3, 2), path)
 
     def test_no_code_is_run_from_a_file(self, tmp_path):
