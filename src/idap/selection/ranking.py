@@ -152,19 +152,18 @@ def rank_units(
 ) -> Ranking:
     """Rank the removable units of all groups, and blocks among them, by score / cost^p (docs/method.md#ranking).
 
-    A score below 0 says that the removal does good; its key is score · cost^p, so that a high cost still ranks early.
+    The key of a score below 0, whose unit does harm, is score · cost^p, so that a high cost ranks it early as well.
 
     Args:
         scores: group name -> score of each of its units, in the original's indices; groups without scores stay whole.
         present: group name -> units that it still has.
-        costs: group name -> cost of its next unit, above 0: multiply-adds, parameters or seconds, the same for all
-            groups. Groups of cost 0 stay whole.
+        costs: group name -> cost of its next unit (multiply-adds, parameters or seconds); groups of cost 0 stay whole.
         floors: group name -> number of units that always stay; at least one stays in any case.
         power: p in [0, 1]: 0 ranks by score alone, 1 by score per cost.
         caps: group name -> most units of the original that may be removed, including those removed before.
         blocks: block name -> its score and cost.
-        orders: group name -> its units in the order of removal, for a criterion that gives an order rather than
-            scores; the key of a unit is then at least that of the units before it. Other groups are ordered by score.
+        orders: group name -> its units in the order of removal, if that is not the order of their scores; the key of a
+            unit is then at least that of the units before it.
 
     Returns:
         The ranking. Parts with equal keys stand in the order of `present`, units before blocks.
@@ -174,16 +173,13 @@ def rank_units(
         ConfigError: `power` is outside [0, 1].
 
     Example:
-        By score alone, unit 1 is removed first, then unit 2. By score per cost, the block has 30 / 200 = 0.15, which
-        lies between 1 / 10 and 2 / 10.
+        By score per cost, the block has 30 / 200 = 0.15, which lies between the 1 / 10 of unit 1 and the 2 / 10 of 2.
 
-        >>> ranking = rank_units({"a": [3.0, 1.0, 2.0]}, {"a": (0, 1, 2)}, {"a": 10.0}, floors={})
+        >>> given = {"a": [3.0, 1.0, 2.0]}, {"a": (0, 1, 2)}, {"a": 10.0}
+        >>> ranking = rank_units(*given, floors={})
         >>> ranking.units, ranking.keep(1)
         ((1, 2), {'a': (0, 2)})
-        >>> block = ScoredBlock(score=30.0, cost=200.0)
-        >>> mixed = rank_units(
-        ...     {"a": [3.0, 1.0, 2.0]}, {"a": (0, 1, 2)}, {"a": 10.0}, floors={}, power=1.0, blocks={"layer": block}
-        ... )
+        >>> mixed = rank_units(*given, floors={}, power=1.0, blocks={"layer": ScoredBlock(score=30.0, cost=200.0)})
         >>> mixed.keep(2), mixed.blocks_among(2)
         ({'a': (0, 2)}, ('layer',))
     """
