@@ -48,7 +48,9 @@ class ScoredBlock:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Units and blocks in the order in which they may be removed; inside a group, this order never changes.
+    """Units and blocks in the order in which they may be removed (docs/method.md#ranking).
+
+    Inside a group, this order never changes.
 
     Attributes:
         parts: the parts in the order of removal; of each group only as many units as floors and caps allow.
