@@ -32,7 +32,7 @@ from benchmarks.rows import vit_bench
 from benchmarks.subjects import add_data_argument
 from idap import Config, FilterStage, LayerStage, compress, measure_latency
 from idap.compress.latencies import latency_share
-from idap.selection.reach import come_down
+from idap.selection.reach import cost_at_latency
 
 KEYS = ("network", "batch", "share")
 REAL = ("resnet20", "resnet56", "vit")
@@ -73,7 +73,7 @@ def by_norm(subject: Subject, batch: int, seconds: float, share: float, which: s
         cuts[macs] = small, kept
         return latency_share(subject.model, small, inputs, seconds=2.0)
 
-    return cuts[come_down(latency_at, (1.0, 1.0), share, least=0.05)]
+    return cuts[cost_at_latency(latency_at, (1.0, 1.0), share, least=0.05)]
 
 
 def row(

@@ -27,7 +27,7 @@ from idap.graph.trace import trace
 from idap.models.nets import cifar_resnet20
 from idap.record import RunFolder, read_steps
 from idap.selection import reach
-from idap.selection.reach import come_down
+from idap.selection.reach import cost_at_latency
 from idap.structure.analysis import analyze
 from idap.training.check import with_validation
 from idap.training.evaluate import Score
@@ -189,13 +189,13 @@ def test_coming_down_to_a_latency(fixed, wanted):
         calls.append(cost)
         return fixed + (1 - fixed) * cost**1.5
 
-    cost = come_down(latency, (1.0, 1.0), wanted)
+    cost = cost_at_latency(latency, (1.0, 1.0), wanted)
     assert wanted * 0.93 <= latency(cost) <= wanted
     assert len(calls) <= reach.TRIES + 1
 
 
 def test_coming_down_where_it_is_impossible_ends_at_the_least():
-    assert come_down(lambda cost: 0.8 + 0.2 * cost, (1.0, 1.0), 0.5, least=0.1) == pytest.approx(0.1, abs=0.2)
+    assert cost_at_latency(lambda cost: 0.8 + 0.2 * cost, (1.0, 1.0), 0.5, least=0.1) == pytest.approx(0.1, abs=0.2)
 
 
 # ------------------------------------------------------------------------------------------------ orders, schedules

@@ -119,7 +119,7 @@ CASES = {
 
 
 @cache
-def analysed(make, args):
+def analyze_net(make, args):
     """A net that no test changes, and its structure; traced once for all tests."""
     torch.manual_seed(0)
     model = make().eval()
@@ -135,7 +135,7 @@ def no_fast_path():
     torch.backends.mha.set_fastpath_enabled(before)
 
 
-def counted(model, args):
+def count_with_torch(model, args):
     """What torch counts of one sample: half the floating-point operations, and the elements of all parameters."""
     batch = len(args[0])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -161,8 +161,8 @@ def some_plan(structure, seed):
 @pytest.mark.parametrize("name", CASES)
 def test_original_costs_what_torch_counts(name):
     make, args = CASES[name]
-    model, structure = analysed(make, args)
-    expected = counted(model, args)
+    model, structure = analyze_net(make, args)
+    expected = count_with_torch(model, args)
     assert CostModel(structure, len(args[0])).cost() == expected
     assert count_macs(structure, batch=len(args[0])) == expected.macs
     assert count_parameters(structure) == expected.parameters
@@ -171,18 +171,18 @@ def test_original_costs_what_torch_counts(name):
 @pytest.mark.parametrize("name", CASES)
 def test_any_plan_costs_what_torch_counts_on_the_model_it_builds(name):
     make, args = CASES[name]
-    model, structure = analysed(make, args)
+    model, structure = analyze_net(make, args)
     costs = CostModel(structure, len(args[0]))
     for seed in range(5):
         keep, removed = some_plan(structure, seed)
         small = apply_plan(model, structure.plan(keep, removed))
-        assert costs.cost(keep, removed) == counted(small, args), (keep, removed)
+        assert costs.cost(keep, removed) == count_with_torch(small, args), (keep, removed)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_cost_of_a_unit_is_the_difference_that_its_removal_makes(name):
     make, args = CASES[name]
-    _, structure = analysed(make, args)
+    _, structure = analyze_net(make, args)
     costs = CostModel(structure, 1)
     for seed in range(3):
         keep, removed = some_plan(structure, seed)
@@ -198,7 +198,7 @@ def test_cost_of_a_unit_is_the_difference_that_its_removal_makes(name):
 
 def test_unit_costs_are_per_sample():
     make, args = CASES["vgg"]
-    _, structure = analysed(make, args)
+    _, structure = analyze_net(make, args)
     once, twice = CostModel(structure, 1).unit_macs(), CostModel(structure, 2).unit_macs()
     assert once == {name: 2 * macs for name, macs in twice.items()}
 
@@ -208,17 +208,17 @@ def test_unit_costs_are_per_sample():
 )
 def test_cost_of_a_block_is_the_difference_that_its_removal_makes(name):
     make, args = CASES[name]
-    model, structure = analysed(make, args)
+    model, structure = analyze_net(make, args)
     assert structure.blocks
     costs = CostModel(structure, len(args[0]))
     for seed in range(3):
         keep, removed = some_plan(structure, seed)
-        now = counted(apply_plan(model, structure.plan(keep, removed)), args)
+        now = count_with_torch(apply_plan(model, structure.plan(keep, removed)), args)
         gone = {name for block in removed for name in structure.block(block).contains}
         for block in structure.blocks:
             if block.name in gone:
                 continue
-            then = counted(apply_plan(model, structure.plan(keep, (*removed, block.name))), args)
+            then = count_with_torch(apply_plan(model, structure.plan(keep, (*removed, block.name))), args)
             assert costs.block_macs(block.name, keep, removed) == now.macs - then.macs
 
 
@@ -233,7 +233,7 @@ def test_a_parameter_without_use_counts_whatever_is_removed():
             x = self.stem(x)
             return self.head(x + self.block(x))
 
-    _, structure = analysed(Idle, (torch.randn(2, 4),))
+    _, structure = analyze_net(Idle, (torch.randn(2, 4),))
     costs = CostModel(structure, 2)
     assert costs.cost().parameters == 30 + 30 + 14 + 42
     assert costs.cost({}, ("block",)).parameters == 30 + 30 + 14
@@ -277,7 +277,7 @@ def test_formula_by_hand(call, shapes, macs):
 
 def test_resnet20_costs_what_its_authors_say():
     """He et al. (2016) give 0.27 million parameters and, with others, 41 million multiply-adds."""
-    _, structure = analysed(cifar_resnet20, (torch.randn(1, 3, 32, 32),))
+    _, structure = analyze_net(cifar_resnet20, (torch.randn(1, 3, 32, 32),))
     assert CostModel(structure, 1).cost() == Cost(40_551_040, 269_722)
 
 

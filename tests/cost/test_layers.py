@@ -43,11 +43,11 @@ class Blocks(nn.Module):
 
 
 @pytest.fixture
-def seen(monkeypatch):
+def calls(monkeypatch):
     """Calls in place of the clock: each takes as long as it has multiply-adds and elements."""
     found = []
 
-    def timed(runs, *, repeats, warmup, on_gpu):
+    def time_calls(runs, *, repeats, warmup, on_gpu):
         times = {}
         for name, run in runs.items():
             tensors = [value for value in run.args if isinstance(value, torch.Tensor)]
@@ -57,7 +57,7 @@ def seen(monkeypatch):
             times[name] = Latency(seconds, (seconds, seconds))
         return times
 
-    monkeypatch.setattr(layers, "alternate", timed)
+    monkeypatch.setattr(layers, "alternate", time_calls)
     return found
 
 
@@ -71,11 +71,11 @@ def table_of(model, batch, **layout):
     return measure_table(model, structure, ((torch.randn(batch, 3, 6, 6),), {}), widths_of), structure
 
 
-def test_layers_run_in_the_shapes_that_they_have_at_each_width(seen):
+def test_layers_run_in_the_shapes_that_they_have_at_each_width(calls):
     table, structure = table_of(Blocks(), 5)
     assert table.batch == 5
     assert table.unmeasured == ("mean",)
-    shapes = {tuple(shapes) for func, shapes, _ in seen if "conv2d" in str(func)}
+    shapes = {tuple(shapes) for func, shapes, _ in calls if "conv2d" in str(func)}
     for inner in (8, 16):
         assert ((5, 8, 6, 6), (inner, 8, 1, 1), (inner,)) in shapes
         assert ((5, inner, 6, 6), (inner, 1, 3, 3), (inner,)) in shapes  # depthwise: its groups follow
@@ -85,7 +85,7 @@ def test_layers_run_in_the_shapes_that_they_have_at_each_width(seen):
     assert not table.fixed  # a group lies over every layer
 
 
-def test_layers_over_which_no_group_lies_are_timed_too(seen):
+def test_layers_over_which_no_group_lies_are_timed_too(calls):
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
     structure = analyze(trace(model, (torch.randn(2, 3, 6, 6),)))
     structure = dataclasses.replace(structure, groups=structure.groups[1:])
@@ -94,7 +94,7 @@ def test_layers_over_which_no_group_lies_are_timed_too(seen):
     assert table.seconds({}) > sum(table.fixed.values()) > 0
 
 
-def test_layers_whose_time_goes_evenly_are_measured_at_the_same_ends(seen):
+def test_layers_whose_time_goes_evenly_are_measured_at_the_same_ends(calls):
     """Below the smallest width no seconds are saved, so the half would count too little of a narrow group."""
     model = Blocks().eval()
     structure = analyze(trace(model, (torch.randn(2, 3, 6, 6),)))
@@ -105,7 +105,7 @@ def test_layers_whose_time_goes_evenly_are_measured_at_the_same_ends(seen):
     assert table.seconds({}) - half == pytest.approx(2 * (half - quarter))
 
 
-def test_equal_layers_are_measured_once(seen):
+def test_equal_layers_are_measured_once(calls):
     table, _ = table_of(Blocks(), 2)
     assert table.curve("first.0") == table.curve("second.0")
     conv = [node for node, over in table.layers.items() if "first.0" in over or "second.0" in over]
@@ -113,10 +113,10 @@ def test_equal_layers_are_measured_once(seen):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_memory_lies_as_in_the_model(seen, last):
+def test_memory_lies_as_in_the_model(calls, last):
     layout = {"memory_format": torch.channels_last} if last else {}
     table_of(Blocks(), 2, **layout)
-    images = [run.args[0] for func, _, run in seen if "conv2d" in str(func) and run.args[0].shape[1] > 1]
+    images = [run.args[0] for func, _, run in calls if "conv2d" in str(func) and run.args[0].shape[1] > 1]
     assert images
     for image in images:
         assert image.is_contiguous(memory_format=torch.channels_last) == last

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from idap.cost.latency import Curve, LatencyTable, above_zero, table_from
+from idap.cost.latency import Curve, LatencyTable, positive_seconds, table_from
 
 TABLE = LatencyTable(
     batch=4,
@@ -41,7 +41,7 @@ def test_seconds_of_a_unit_are_those_that_half_of_the_group_saves():
     assert TABLE.unit_seconds({"a": 8, "b": 10}) == pytest.approx({"a": (4 + 4) / 4, "b": 4.5 / 5})
     assert set(TABLE.unit_seconds({"a": 1, "b": 4})) == {"b"}
     unknown = TABLE.unit_seconds({"a": 8, "other": 10}, gone={"second"})
-    assert unknown == pytest.approx(above_zero({"a": 2.0, "other": 0.0}))
+    assert unknown == pytest.approx(positive_seconds({"a": 2.0, "other": 0.0}))
 
 
 def test_a_unit_of_which_no_layer_is_left_takes_nothing():
@@ -58,15 +58,15 @@ def test_it_survives_a_file():
         (("format",), 2, "expected format 1, found 2"),
         (("batch",), "4", "expected a whole number, found '4'"),
         (("curves", 0, "widths"), [8, 4], "expected ascending numbers"),
-        (("curves", 0, "seconds"), [1.0], "a time above 0 and a spread for each"),
-        (("curves", 0, "seconds"), [0.0, 1.0], "a time above 0"),
-        (("curves", 0, "seconds"), [1.0, float("nan")], "expected seconds from 0 on, found nan"),
-        (("curves", 0, "seconds"), [1.0, 10**400], "expected seconds from 0 on"),
-        (("curves", 0, "spread"), [True, 1.0], "expected seconds from 0 on, found True"),
+        (("curves", 0, "seconds"), [1.0], "seconds above 0 and a spread for each"),
+        (("curves", 0, "seconds"), [0.0, 1.0], "seconds above 0"),
+        (("curves", 0, "seconds"), [1.0, float("nan")], "expected seconds of at least 0, found nan"),
+        (("curves", 0, "seconds"), [1.0, 10**400], "expected seconds of at least 0"),
+        (("curves", 0, "spread"), [True, 1.0], "expected seconds of at least 0, found True"),
         (("curves",), {}, "expected a list"),
         (("layers", "first"), {"a": 3}, "layer 'first' has no curve"),
         (("layers", "first"), {}, "layer 'first' has no curve"),
-        (("fixed",), {"head": -1}, "expected seconds from 0 on, found -1"),
+        (("fixed",), {"head": -1}, "expected seconds of at least 0, found -1"),
         (("more",), 1, "expected the keys"),
     ],
 )

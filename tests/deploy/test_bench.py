@@ -90,7 +90,7 @@ def test_peak_memory_sees_what_is_freed_again():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"engines": ("tensorrt",)}, r"^engines are eager, compile, onnxruntime; found 'tensorrt'\.$"),
+        ({"engines": ("tensorrt",)}, r"^engines must be among eager, compile, onnxruntime; found 'tensorrt'\.$"),
         ({"engines": ()}, "found 'none'"),
         ({"batches": (0,)}, r"^batch sizes must be at least 1, found \[0\]\.$"),
         ({"batches": ()}, r"^batch sizes must be at least 1, found \[\]\.$"),

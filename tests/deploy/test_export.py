@@ -168,7 +168,7 @@ def test_the_model_stays_as_it_was(tmp_path):
 
 class TestRefusals:
     @pytest.fixture(autouse=True)
-    def nothing_is_left(self, tmp_path):
+    def check_folder_is_empty(self, tmp_path):
         yield
         assert files(tmp_path) == []
 
@@ -212,10 +212,10 @@ class TestRefusals:
             export(Odd("tensor"), (torch.randn(2, 4),), tmp_path / "net.pt2", to="pt2")
 
     def test_a_file_that_does_not_run(self, tmp_path, monkeypatch):
-        def broken(file):
+        def load_broken(file):
             return lambda args, kwargs: 1 / 0
 
-        monkeypatch.setattr("idap.deploy.export.program_runner", broken)
+        monkeypatch.setattr("idap.deploy.export.program_runner", load_broken)
         with pytest.raises(ExportError, match="does not run with a batch of 1: ZeroDivisionError"):
             export(Odd("tensor"), (torch.randn(2, 4),), tmp_path / "net.pt2", to="pt2")
 

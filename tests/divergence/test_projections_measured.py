@@ -11,7 +11,7 @@ from idap.structure.analysis import Structure, analyze
 from idap.surgery.apply import apply_plan
 from idap.surgery.stand_ins import trial_map
 from tests import nets
-from tests.rebalance.cuts import built, normal, passes
+from tests.rebalance.cuts import build_net, normal, passes
 from tests.surgery.test_projection_plans import Tall
 
 
@@ -31,7 +31,7 @@ def both(request: pytest.FixtureRequest) -> Both:
         "resnet": (resnet, "layers.1", normal(32, 3, 8, 8)),
         "linear": (Tall, "steps.0", normal(32, 5, 4)),
     }[request.param]
-    model = built(make)
+    model = build_net(make)
     structure = analyze(trace(model, (x[:2],)), replacement="auto")
     plan = structure.plan({}, [path])
     small = apply_plan(model, plan, {path: trial_map(plan.projections[path])})

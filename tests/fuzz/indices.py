@@ -13,7 +13,7 @@ from idap.saving.stream import apply_to_checkpoint
 from tests.fuzz import structural
 from tests.fuzz.cases import Broken, Trial, copied, differing, refused, state_of
 from tests.fuzz.plans import Valid
-from tests.saving.test_stream import stored
+from tests.saving.test_stream import store_tensors
 
 NAMES = (
     *("", ".", "..", "/", "a/b", "\\", "c:x", "a\0b", "model.safetensors", INDEX, "plan.json", "nothing.safetensors"),
@@ -35,7 +35,7 @@ class Indices:
             held: dict[int, str] = {}
             state = each.model.state_dict(keep_vars=True)
             own = {k: t.detach() for k, t in state.items() if held.setdefault(id(t), k) == k}
-            stored(self.large[each.name], own, shards=4)
+            store_tensors(self.large[each.name], own, shards=4)
         self.indices = [json.loads((each / INDEX).read_text()) for each in (*self.small.values(), *self.large.values())]
 
     def make(self, number: int, dice: random.Random, folder: Path) -> Trial:

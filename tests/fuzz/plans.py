@@ -21,7 +21,7 @@ from tests.fuzz import structural
 from tests.fuzz.cases import Broken, Trial, copied, differing, refused, same, state_of
 from tests.saving.test_checkpoint import IDS, outputs, transformer
 from tests.saving.test_hostile import build as encoder
-from tests.saving.test_stream import written
+from tests.saving.test_stream import write_checkpoint
 from tests.surgery.test_projection_plans import Tall
 
 SEEDS = {
@@ -49,7 +49,7 @@ class Valid:
         self.small = apply_plan(self.model, self.plan, maps)
         self.folder, self.original = home / name, home / f"{name}-original"
         save(self.folder, self.small, self.plan)
-        written(self.original, self.model)
+        write_checkpoint(self.original, self.model)
         self.data: dict[str, Any] = json.loads((self.folder / "plan.json").read_text())
         self.before = state_of(self.model)
         self.state = state_of(load(self.folder, self.model))

@@ -125,15 +125,15 @@ def test_pieces_may_share_passes_or_not_and_are_the_same_each_time():
     model, structure = build(Wide, batch[:2])
     runs = []
 
-    def found(memory):
+    def measure_within(memory):
         runs.clear()
         data = [p.run for p in passes(batch[:30], batch[30:])]
         counted = [measure.Pass(lambda m, run=run: (runs.append(1), run(m))[1]) for run in data]
         return measure_all(model, structure, counted, criteria=[in_pieces(8)], memory=memory)["innovation"]
 
-    together = found(2**30)
+    together = measure_within(2**30)
     assert len(runs) == 2
-    alone = found(1)
+    alone = measure_within(1)
     assert len(runs) == 2 * 3
     assert torch.equal(together.units["one"], alone.units["one"])
 
@@ -200,12 +200,12 @@ def test_a_bound_makes_more_passes_and_the_same_scores(monkeypatch):
 def innovation_jobs(model, structure):
     found = []
 
-    def noted(scene):
+    def record_jobs(scene):
         scorer = InnovationScores(scene)
         found.extend(scorer.jobs)
         return scorer
 
-    measure_all(model, structure, passes(torch.randn(2, 3, 6, 6)), criteria=[noted])
+    measure_all(model, structure, passes(torch.randn(2, 3, 6, 6)), criteria=[record_jobs])
     return found
 
 

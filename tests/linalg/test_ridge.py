@@ -1,10 +1,11 @@
 """Sums over rows, and the ridge that held-out rows prefer."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from idap.linalg.ridge import RIDGES, Moments, fit
+from idap.linalg.ridge import RIDGES, Moments, fit, fit_need
 from tests.rebalance.cuts import normal
 
 PARTS, COLUMNS, OUTPUTS = 2, 5, 3
@@ -26,7 +27,9 @@ def direct(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> float:
     return float(missed.square().sum() / x.shape[1])
 
 
-def ridged(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, ridge: float, shift: bool) -> tuple[Tensor, Tensor]:
+def solve_with_ridge(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, ridge: float, shift: bool
+) -> tuple[Tensor, Tensor]:
     """Least squares pulled towards the old weights, as rows below those of the data; part by part."""
     weights, biases = [], []
     for part in range(len(x)):
@@ -38,6 +41,33 @@ def ridged(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, ridge: float, shi
         weights.append(weight[part] + change.T)
         biases.append(mean_y - weights[-1] @ mean_x)
     return torch.stack(weights), torch.stack(biases)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sums_and_central_moments_are_those_of_numpy(seed):
+    x, y = (each.numpy() for each in rows(40, seed))
+    found = Moments.of(torch.from_numpy(x), torch.from_numpy(y))
+    assert (found.count, found.parts) == (40, PARTS)
+    np.testing.assert_allclose(found.x, x.sum(1), rtol=1e-10)
+    np.testing.assert_allclose(found.y, y.sum(1), rtol=1e-10)
+    np.testing.assert_allclose(found.xx, np.einsum("pni,pnj->pij", x, x), rtol=1e-10)
+    np.testing.assert_allclose(found.xy, np.einsum("pni,pno->pio", x, y), rtol=1e-10)
+    np.testing.assert_allclose(found.yy, (y**2).sum(1), rtol=1e-10)
+    xx, xy, mean_x, mean_y = found.central_moments()
+    for part in range(PARTS):
+        both = np.cov(x[part].T, y[part].T, bias=True)
+        np.testing.assert_allclose(xx[part], both[:COLUMNS, :COLUMNS], rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(xy[part], both[:COLUMNS, COLUMNS:], rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(mean_x, x.mean(1), rtol=1e-10)
+    np.testing.assert_allclose(mean_y, y.mean(1), rtol=1e-10)
+
+
+def test_memory_counts_the_sums_and_the_rows():
+    sums = np.empty((PARTS, COLUMNS, COLUMNS)).nbytes, np.empty((OUTPUTS, COLUMNS)).nbytes
+    assert fit_need(PARTS, COLUMNS, OUTPUTS, 0).held == 2 * sum(sums)
+    assert fit_need(PARTS, COLUMNS, OUTPUTS, 0).solving == 3 * sums[0] + 7 * sums[1]
+    read = np.empty((PARTS, 1000, COLUMNS), np.float32).nbytes
+    assert fit_need(PARTS, COLUMNS, OUTPUTS, 1000).solving == 2 * sum(sums) + 3 * read
 
 
 def test_the_error_is_that_of_the_rows():
@@ -76,11 +106,11 @@ def test_the_ridge_is_the_one_that_held_out_rows_prefer(count, seed, shift):
     (x, y), (held_x, held_y) = rows(count, seed), rows(30, seed + 50)
     weight, bias = layer()
     found = fit(Moments.of(x, y), Moments.of(held_x, held_y), weight, bias, ridges=RIDGES, shift=shift)
-    errors = {ridge: direct(held_x, held_y, *ridged(x, y, weight, bias, ridge, shift)) for ridge in RIDGES}
+    errors = {ridge: direct(held_x, held_y, *solve_with_ridge(x, y, weight, bias, ridge, shift)) for ridge in RIDGES}
     assert found.ridge == min(errors, key=errors.__getitem__)
     assert found.after == pytest.approx(errors[found.ridge], rel=1e-6)
     assert found.before == pytest.approx(direct(held_x, held_y, weight, bias), rel=1e-9)
-    expected = ridged(torch.cat([x, held_x], 1), torch.cat([y, held_y], 1), weight, bias, found.ridge, shift)
+    expected = solve_with_ridge(torch.cat([x, held_x], 1), torch.cat([y, held_y], 1), weight, bias, found.ridge, shift)
     torch.testing.assert_close(found.weight, expected[0], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(found.bias, expected[1], rtol=1e-6, atol=1e-8)
 

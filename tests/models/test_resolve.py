@@ -48,7 +48,7 @@ def script(tmp_path):
     sys.modules.pop("late_part", None)
 
 
-def tied():
+def make_tied_net():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     return model
@@ -91,7 +91,7 @@ class TestModels:
             ("resnet50", "torchvision:resnet50 or timm:resnet50"),
             ("tim:resnet50", "Did you mean timm:resnet50"),
             ("net.py:build", "For your own code write python:net.py:build"),
-            ("hub:resnet50", "begins with python:, idap:, torchvision:, timm:"),
+            ("hub:resnet50", "begins with one of python:, idap:, torchvision:, timm:"),
         ],
     )
     def test_a_wrong_name_gets_the_nearest(self, spec, text):
@@ -249,7 +249,7 @@ class TestWeights:
             build_model("idap:digits_resnet", tmp_path / "w.pt")
 
     def test_tied_tensors_are_stored_once(self, tmp_path):
-        source, target = tied(), tied()
+        source, target = make_tied_net(), make_tied_net()
         state = {key: value for key, value in source.state_dict().items() if key != "1.weight"}
         save_file(state, tmp_path / "w.safetensors")
         load_weights(target, tmp_path / "w.safetensors")
@@ -317,7 +317,7 @@ class TestWeights:
         torch.save(nn.Linear(3, 2).state_dict(), path, _use_new_zipfile_serialization=False)
         data = path.read_bytes()
         path.write_bytes(data[:place] + b"\x03\xa9\xed\x89\xfdE" + data[place:])
-        with pytest.raises(CheckpointError, match=r"truncated or no checkpoint|holds more than tensors"):
+        with pytest.raises(CheckpointError, match=r"truncated or not a checkpoint|holds more than tensors"):
             load_weights(nn.Linear(3, 2), path)
 
     def test_a_missing_file_gets_its_neighbour(self, tmp_path):
@@ -375,7 +375,7 @@ class TestWeights:
         (tmp_path / "w.safetensors").mkdir()
         with pytest.raises(CheckpointError, match="do not exist"):
             load_weights(nn.Linear(3, 2), tmp_path / "w.safetensors")
-        with pytest.raises(CheckpointError, match=r"w\.safetensors is broken \(it is no file\)"):
+        with pytest.raises(CheckpointError, match=r"w\.safetensors is broken \(it is not a file\)"):
             notes_in(tmp_path / "w.safetensors")
 
     def test_what_can_not_be_kept_is_named_before_it_is_trained(self):

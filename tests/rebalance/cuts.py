@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def built(make: Any, seed: int = 0) -> nn.Module:
+def build_net(make: Any, seed: int = 0) -> nn.Module:
     """A net in eval mode with weights that hide nothing."""
     torch.manual_seed(seed)
     return randomised(make(), seed).eval()

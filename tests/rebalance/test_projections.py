@@ -14,7 +14,7 @@ from idap.rebalance.run import rebalance_
 from idap.structure.analysis import Structure, analyze
 from idap.surgery.apply import apply_plan
 from tests import nets
-from tests.rebalance.cuts import built, normal, passes
+from tests.rebalance.cuts import build_net, normal, passes
 from tests.surgery.test_projection_plans import Tall, stream_around
 
 
@@ -22,11 +22,11 @@ def resnet() -> nn.Module:
     return nets.ResNet(nets.Basic(6, 6), nets.Basic(6, 8, 2), nets.Basic(8, 8), stem=6, width=8)
 
 
-def looked_at(model: nn.Module, x: Tensor, replacement: str = "auto") -> Structure:
+def analyze_net(model: nn.Module, x: Tensor, replacement: str = "auto") -> Structure:
     return analyze(trace(model, (x,)), replacement=replacement)
 
 
-def fitted(model: nn.Module, structure: Structure, *batches: Tensor, **state) -> dict[str, FittedMap]:
+def fit_maps(model: nn.Module, structure: Structure, *batches: Tensor, **state) -> dict[str, FittedMap]:
     names = [block.name for block in structure.blocks if block.projected]
     present = structure.presence(state.pop("keep", {}))
     return fit_projections(model, structure, passes(*batches), names, present=present, **state)
@@ -42,9 +42,9 @@ def rows(model: nn.Module, path: str, x: Tensor, stride: int) -> tuple[Tensor, T
 
 @pytest.mark.parametrize(("make", "path", "stride"), [(resnet, "layers.1", 2), (Tall, "steps.1", 0)])
 def test_with_many_samples_the_map_is_the_least_squares_solution(make, path, stride):
-    model = built(make)
+    model = build_net(make)
     x = normal(256, 3, 8, 8) if stride else normal(256, 5, 4)
-    found = fitted(model, looked_at(model, x[:2]), *x.split(64))[path]
+    found = fit_maps(model, analyze_net(model, x[:2]), *x.split(64))[path]
     a, y = rows(model, path, x, stride)
     solution = torch.linalg.lstsq(torch.cat([a, a.new_ones(len(a), 1)], 1), y).solution
     best = (y - torch.cat([a, a.new_ones(len(a), 1)], 1) @ solution).square().sum()
@@ -63,10 +63,10 @@ def test_a_block_that_is_linear_is_replaced_without_loss():
         def forward(self, x):
             return self.two(self.one(x)) + self.short(x)
 
-    model = built(lambda: nn.Sequential(nn.Conv2d(3, 5, 3), Block(), nn.ReLU(), nn.Conv2d(7, 2, 1)))
+    model = build_net(lambda: nn.Sequential(nn.Conv2d(3, 5, 3), Block(), nn.ReLU(), nn.Conv2d(7, 2, 1)))
     x = normal(64, 3, 10, 10)
-    structure = looked_at(model, x[:2])
-    found = fitted(model, structure, x)["1"]
+    structure = analyze_net(model, x[:2])
+    found = fit_maps(model, structure, x)["1"]
     assert found.residual < 1e-6
     small = apply_plan(model, structure.plan({}, ["1"]), {"1": found.map})
     with torch.no_grad():
@@ -74,10 +74,10 @@ def test_a_block_that_is_linear_is_replaced_without_loss():
 
 
 def test_few_samples_get_a_stronger_ridge_and_do_not_explode():
-    model = built(Tall)
+    model = build_net(Tall)
     x = normal(400, 1, 4)
-    structure = looked_at(model, x[:2])
-    few, many = fitted(model, structure, x[:12])["steps.0"], fitted(model, structure, x)["steps.0"]
+    structure = analyze_net(model, x[:2])
+    few, many = fit_maps(model, structure, x[:12])["steps.0"], fit_maps(model, structure, x)["steps.0"]
     assert few.ridge > many.ridge
     a, y = rows(model, "steps.0", x, 0)
     error = (y - a @ few.map.weight.T - few.map.bias).square().sum() / y.square().sum()
@@ -85,20 +85,20 @@ def test_few_samples_get_a_stronger_ridge_and_do_not_explode():
 
 
 def test_batches_of_one_sample_serve_too():
-    model = built(Tall)
+    model = build_net(Tall)
     x = normal(40, 1, 4)
-    structure = looked_at(model, x[:2])
-    one_by_one, at_once = fitted(model, structure, *x.split(1))["steps.1"], fitted(model, structure, x)["steps.1"]
+    structure = analyze_net(model, x[:2])
+    one_by_one, at_once = fit_maps(model, structure, *x.split(1))["steps.1"], fit_maps(model, structure, x)["steps.1"]
     assert one_by_one.residual == pytest.approx(at_once.residual, rel=0.7)
-    assert fitted(model, structure, x[:1])["steps.1"].residual == 1
+    assert fit_maps(model, structure, x[:1])["steps.1"].residual == 1
 
 
 def test_on_a_cut_model_the_map_has_zeros_where_channels_are_gone():
-    model, x = built(resnet), normal(64, 3, 8, 8)
-    structure = looked_at(model, x[:2])
+    model, x = build_net(resnet), normal(64, 3, 8, 8)
+    structure = analyze_net(model, x[:2])
     keep = {group.name: tuple(range(0, group.size, 2)) for group in structure.groups}
     small = apply_plan(model, structure.plan(keep))
-    found = fitted(small, structure, x, keep=keep)["layers.1"].map
+    found = fit_maps(small, structure, x, keep=keep)["layers.1"].map
     projected = structure.projection_of("layers.1", structure.presence(keep))
     rest = torch.ones(8, 6, dtype=torch.bool)
     rest[torch.tensor(projected.outputs)[:, None], torch.tensor(projected.inputs)] = False
@@ -111,9 +111,9 @@ def test_on_a_cut_model_the_map_has_zeros_where_channels_are_gone():
 
 
 def test_a_map_is_fitted_behind_another_projection():
-    model, x = built(Tall), normal(64, 5, 4)
-    structure = looked_at(model, x[:2])
-    maps = {"steps.0": fitted(model, structure, x)["steps.0"].map}
+    model, x = build_net(Tall), normal(64, 5, 4)
+    structure = analyze_net(model, x[:2])
+    maps = {"steps.0": fit_maps(model, structure, x)["steps.0"].map}
     small = apply_plan(model, structure.plan({}, ["steps.0"]), maps)
     present = structure.presence({})
     again = fit_projections(small, structure, passes(x), ["steps.1"], present=present, removed=["steps.0"])["steps.1"]
@@ -123,22 +123,24 @@ def test_a_map_is_fitted_behind_another_projection():
 
 
 def test_of_a_block_that_has_lost_a_part_the_rest_is_fitted_and_none_if_its_last_part_is_gone():
-    model = built(lambda: nets.Encoder(4, 8, nets.PreNorm(8, nets.FusedAttention(8, 4, 2), nets.FeedForward(8, 10))))
+    model = build_net(
+        lambda: nets.Encoder(4, 8, nets.PreNorm(8, nets.FusedAttention(8, 4, 2), nets.FeedForward(8, 10)))
+    )
     x = normal(64, 5, 4)
-    structure = looked_at(model, x[:2], "projection")
+    structure = analyze_net(model, x[:2], "projection")
     assert [(block.name, block.kind) for block in structure.blocks][-1] == ("blocks.0", "projection")
-    whole = fitted(model, structure, x)["blocks.0"]
+    whole = fit_maps(model, structure, x)["blocks.0"]
     assert 0 < whole.residual < 1
     for branch, known in (("blocks.0.norm1…attn", True), ("blocks.0.norm2…mlp", False)):
         small = apply_plan(model, structure.plan({}, [branch]))
-        found = fitted(small, structure, x, removed=[branch])
+        found = fit_maps(small, structure, x, removed=[branch])
         assert ("blocks.0" in found) == known
         assert not known or found["blocks.0"].residual != whole.residual
 
 
 def test_padding_does_not_count_and_the_model_is_left_as_it_was():
-    model, x = built(Tall), normal(32, 6, 4)
-    structure = looked_at(model, x[:2])
+    model, x = build_net(Tall), normal(32, 6, 4)
+    structure = analyze_net(model, x[:2])
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     padding = torch.ones(32, 6, dtype=torch.bool)
     padding[:, 3:] = False
@@ -160,17 +162,17 @@ def test_sizes_to_which_the_stride_does_not_fit_are_reported():
         pass
 
     block = Valid(nn.Conv2d(4, 6, 2, 2), nn.ReLU(), nn.Conv2d(6, 6, 1))
-    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), block, nn.ReLU(), nn.Conv2d(6, 2, 1)))
-    structure = looked_at(model, normal(2, 3, 8, 8))
+    model = build_net(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), block, nn.ReLU(), nn.Conv2d(6, 2, 1)))
+    structure = analyze_net(model, normal(2, 3, 8, 8))
     with pytest.raises(StructureError, match=r"'1' gives \(4, 4\) positions .* stride \(2, 2\) gives \(5, 5\)"):
-        fitted(model, structure, normal(2, 3, 9, 9))
+        fit_maps(model, structure, normal(2, 3, 9, 9))
 
 
 @pytest.mark.parametrize("replacement", ["auto", "projection"])
 def test_after_a_later_cut_a_projection_is_corrected_to_what_the_original_gives(replacement):
-    model, x = built(resnet), normal(128, 3, 8, 8)
-    structure = looked_at(model, x[:2], replacement)
-    maps = {"layers.1": fitted(model, structure, x)["layers.1"].map}
+    model, x = build_net(resnet), normal(128, 3, 8, 8)
+    structure = analyze_net(model, x[:2], replacement)
+    maps = {"layers.1": fit_maps(model, structure, x)["layers.1"].map}
     stem = structure.groups[0]
     keep = {stem.name: tuple(range(0, stem.size, 2))}
     plan = structure.plan(keep, ["layers.1"])

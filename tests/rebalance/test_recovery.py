@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from idap.rebalance.run import Rebalance
 from tests.nets import Encoder, FeedForward, FusedAttention, PreNorm
-from tests.rebalance.cuts import Cut, built, error, normal, outputs, structure_of, without
+from tests.rebalance.cuts import Cut, build_net, error, normal, outputs, structure_of, without
 
 
 class Transposed(nn.Module):
@@ -82,7 +82,7 @@ class Copy:
     group: str = "0"
 
     def model(self) -> nn.Module:
-        model = built(self.make)
+        model = build_net(self.make)
         first = next(module for module in model.modules() if "weight" in module._parameters)
         first = model.first if hasattr(model, "first") else first
         with torch.no_grad():
@@ -153,7 +153,7 @@ def test_an_einsum_that_exchanges_its_rows_is_left_alone(equation):
 
 
 def test_grouped_convolutions_are_corrected_part_by_part():
-    model = built(lambda: chain(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, groups=2, padding=1)))
+    model = build_net(lambda: chain(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, groups=2, padding=1)))
     with torch.no_grad():  # the last channel of each part is a multiple of its first
         for part in (0, 4):
             model[0].weight[part + 3] = 1.5 * model[0].weight[part]
@@ -168,7 +168,7 @@ def test_grouped_convolutions_are_corrected_part_by_part():
 
 
 def test_a_head_that_another_repeats_is_replaced():
-    model = built(lambda: Encoder(4, 8, PreNorm(8, FusedAttention(8, 3, 4), FeedForward(8, 10))))
+    model = build_net(lambda: Encoder(4, 8, PreNorm(8, FusedAttention(8, 3, 4), FeedForward(8, 10))))
     attention = model.blocks[0].attn
     with torch.no_grad():
         for tensor in (attention.qkv.weight, attention.qkv.bias):
@@ -183,7 +183,7 @@ def test_a_head_that_another_repeats_is_replaced():
 
 
 def test_a_bias_that_has_no_place_goes_into_the_running_mean():
-    model = built(lambda: chain(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    model = build_net(lambda: chain(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4)))
     with torch.no_grad():
         model[0].weight[2], model[0].bias[2] = 0, 1.5
     structure = structure_of(model, 2, 3, 9, 9)
@@ -198,7 +198,7 @@ def test_a_bias_that_has_no_place_goes_into_the_running_mean():
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(6, 3), lambda: nn.Linear(6, 3, bias=False)])
 def test_means_alone_restore_a_constant_unit_wherever_there_is_a_bias(make):
-    model = built(lambda: chain(nn.Linear(4, 6), make()))
+    model = build_net(lambda: chain(nn.Linear(4, 6), make()))
     with torch.no_grad():
         model[0].weight[3], model[0].bias[3] = 0, 2
     structure = structure_of(model, 2, 4)
@@ -248,7 +248,7 @@ def test_a_removed_block_is_made_up_for_by_the_layer_that_reads_the_stream(throu
             x = x + self.branch(x)
             return self.head(x)
 
-    model = built(Stream)
+    model = build_net(Stream)
     structure = structure_of(model, 2, 4)
     cut = Cut(
         model, structure, {}, normal(256, 4), removed=[structure.blocks[0].name],

@@ -9,7 +9,7 @@ from torch import nn
 from idap.divergence.observe import Pass
 from idap.rebalance.norms import Affine, reestimate_norms_
 from idap.rebalance.run import Rebalance
-from tests.rebalance.cuts import Cut, built, normal, passes, same_state, structure_of, without
+from tests.rebalance.cuts import Cut, build_net, normal, passes, same_state, structure_of, without
 
 
 def net() -> nn.Module:
@@ -19,7 +19,7 @@ def net() -> nn.Module:
 
 
 def test_statistics_are_the_mean_over_the_batches():
-    model = built(net)
+    model = build_net(net)
     batches = normal(24, 3, 8, 8).chunk(3)
     with torch.no_grad():
         made = [model[0](batch) for batch in batches]
@@ -33,7 +33,7 @@ def test_statistics_are_the_mean_over_the_batches():
 
 
 def test_each_module_gets_its_mode_back_and_dropout_never_drops():
-    model = built(net)
+    model = build_net(net)
     model[2].train()
     model[1].train()
     other = copy.deepcopy(model)
@@ -57,36 +57,36 @@ class Dropping(nn.BatchNorm2d):
 
 
 def test_what_a_norm_holds_stays_in_evaluation_mode():
-    model = built(lambda: nn.Sequential(Dropping(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model = build_net(lambda: nn.Sequential(Dropping(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     state = torch.get_rng_state()
     reestimate_norms_(model, passes(normal(8, 3, 8, 8)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_failure_leaves_the_old_statistics():
-    model = built(net)
+    model = build_net(net)
     held = copy.deepcopy(model)
 
-    def failing(m):
+    def fail(m):
         m(normal(4, 3, 8, 8))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reestimate_norms_(model, [Pass(failing)])
+        reestimate_norms_(model, [Pass(fail)])
     assert same_state(model, held)
     assert (model[1].momentum, model[4].momentum) == (0.1, None)
     assert not any(module.training for module in model.modules())
 
 
 def test_a_model_without_norms_is_not_even_run():
-    def never(_model):
+    def refuse(_model):
         raise AssertionError
 
-    reestimate_norms_(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)), [Pass(never)])
+    reestimate_norms_(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)), [Pass(refuse)])
 
 
 def test_norms_alone_make_up_for_part_of_a_cut():
-    model = built(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
+    model = build_net(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
     x = normal(64, 3, 8, 8)
     reestimate_norms_(model, passes(x))  # as after training
     structure = structure_of(model, 2, 3, 8, 8)
@@ -102,7 +102,7 @@ def test_norms_alone_make_up_for_part_of_a_cut():
 
 
 def test_a_norm_is_undone():
-    norm = built(lambda: nn.BatchNorm2d(4))
+    norm = build_net(lambda: nn.BatchNorm2d(4))
     scale = (norm.running_var + norm.eps).rsqrt() * norm.weight.detach()
     affine = Affine(scale, norm.running_mean, norm.bias.detach())
     y = normal(5, 4, 3, 3)

@@ -28,10 +28,10 @@ from tests.nets import (
     ResNet,
     Shared,
 )
-from tests.rebalance.cuts import Cut, built, error, normal, outputs, passes, same_state, structure_of, without
+from tests.rebalance.cuts import Cut, build_net, error, normal, outputs, passes, same_state, structure_of, without
 
 
-def halved(structure, seed=0):
+def halve(structure, seed=0):
     """Every group loses about half of its units."""
     draw = random.Random(seed)
     return {g.name: sorted(draw.sample(range(g.size), (g.size + 1) // 2)) for g in structure.groups}
@@ -61,9 +61,9 @@ NETS = {
 @pytest.mark.parametrize("name", NETS)
 def test_the_whole_network_is_nearer_to_the_original_on_fresh_data(name, seed):
     make, shape = NETS[name]
-    model = built(make, seed=seed)
+    model = build_net(make, seed=seed)
     structure = structure_of(model, 2, *shape)
-    cut = Cut(model, structure, halved(structure, seed), normal(96, *shape, seed=seed))
+    cut = Cut(model, structure, halve(structure, seed), normal(96, *shape, seed=seed))
     before, after = cut.errors(normal(64, *shape, seed=seed + 100))
     assert after < 0.8 * before
     assert all(one.after <= one.before for one in cut.corrections)
@@ -73,7 +73,7 @@ def test_later_branches_make_up_for_errors_of_earlier_ones():
     def errors(through):
         found = []
         for seed in range(3):
-            model = built(lambda: ResNet(*(Basic(6, 6) for _ in range(3)), stem=6, width=6), seed=seed)
+            model = build_net(lambda: ResNet(*(Basic(6, 6) for _ in range(3)), stem=6, width=6), seed=seed)
             structure = structure_of(model, 2, 3, 8, 8)
             setting = Rebalance(through_additions=through)
             cut = Cut(
@@ -99,7 +99,7 @@ def test_an_error_of_the_stream_is_taken_back_at_the_next_branch():
             x = x + self.one(x)
             return x + self.two(x)
 
-    model = built(Two)
+    model = build_net(Two)
     structure = structure_of(model, 2, 4)
     first = structure.blocks[0].name
     x, fresh = normal(256, 4), normal(64, 4, seed=1)
@@ -113,10 +113,10 @@ def test_an_error_of_the_stream_is_taken_back_at_the_next_branch():
 @pytest.mark.parametrize("batches", [1, 4])
 @pytest.mark.parametrize("through", [True, False])
 def test_layers_that_are_added_to_each_other_are_all_corrected(through, batches):
-    model = built(resnet)
+    model = build_net(resnet)
     structure = structure_of(model, 2, 3, 8, 8)
     cut = Cut(
-        model, structure, halved(structure), normal(64, 3, 8, 8), setting=Rebalance(through_additions=through),
+        model, structure, halve(structure), normal(64, 3, 8, 8), setting=Rebalance(through_additions=through),
         batches=batches,
     )  # fmt: skip
     weights = [one.weight for one in cut.corrections]
@@ -138,7 +138,7 @@ def test_of_two_layers_added_to_each_other_the_larger_makes_up_for_both():
             x = torch.tanh(self.stem(x))
             return self.head(torch.tanh(self.down(torch.tanh(self.up(x))) + self.short(x)))
 
-    model = built(Parallel)
+    model = build_net(Parallel)
     structure = structure_of(model, 2, 4)
     cut = Cut(model, structure, without(structure, "stem", 0, 1, 2), normal(256, 4))
     assert [one.weight for one in cut.corrections] == ["up.weight", "short.weight", "down.weight", "head.weight"]
@@ -183,7 +183,7 @@ WAYS = (
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_way_of_adding_does_not_mislead(way, batches):
-    model = built(lambda: Joined(way))
+    model = build_net(lambda: Joined(way))
     with torch.no_grad():  # a unit of the stem and one of the branch that others replace
         for layer in (model.stem, model.one):
             layer.weight[3], layer.bias[3] = layer.weight[0], layer.bias[0]
@@ -201,7 +201,7 @@ def test_the_way_of_adding_does_not_mislead(way, batches):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_is_corrected_and_what_it_gives_agree(at_once):
     """A branch that is replaced exactly leaves nothing for the layers behind it to do."""
-    model = built(lambda: Joined("branch in place"))
+    model = build_net(lambda: Joined("branch in place"))
     with torch.no_grad():
         model.one.weight[3], model.one.bias[3] = model.one.weight[0], model.one.bias[0]
     structure = structure_of(model, 2, 4)
@@ -214,7 +214,7 @@ def test_what_is_corrected_and_what_it_gives_agree(at_once):
 
 
 def test_a_cut_of_nothing_corrects_nothing():
-    model = built(resnet)
+    model = build_net(resnet)
     structure = structure_of(model, 2, 3, 8, 8)
     cut = Cut(model, structure, {}, normal(16, 3, 8, 8))
     assert cut.corrections == []
@@ -222,10 +222,10 @@ def test_a_cut_of_nothing_corrects_nothing():
 
 
 def test_what_would_get_worse_keeps_its_weights_bit_for_bit(monkeypatch):
-    model = built(Mlp)
+    model = build_net(Mlp)
     structure = structure_of(model, 2, 4)
     monkeypatch.setattr(run, "fit", lambda *_args, **_settings: None)
-    cut = Cut(model, structure, halved(structure), normal(64, 4))
+    cut = Cut(model, structure, halve(structure), normal(64, 4))
     assert same_state(cut.small, cut.plain)
     assert [one.after for one in cut.corrections] == [one.before for one in cut.corrections]
     assert all(one.before > 0 and one.ridge != one.ridge for one in cut.corrections)
@@ -233,7 +233,9 @@ def test_what_would_get_worse_keeps_its_weights_bit_for_bit(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_samples_do_no_harm(count):
-    model = built(lambda: nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)))
+    model = build_net(
+        lambda: nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    )
     structure = structure_of(model, 2, 4)
     cut = Cut(model, structure, without(structure, "0", 0), normal(count, 4, seed=3))
     before, after = cut.errors(normal(256, 4, seed=1))
@@ -247,7 +249,7 @@ def test_few_samples_do_no_harm(count):
 
 
 def test_a_layer_whose_targets_are_noise_keeps_its_weights():
-    model = built(Mlp)
+    model = build_net(Mlp)
     structure = structure_of(model, 2, 4)
     plan = structure.plan(without(structure, "fc1", 0))
     small = apply_plan(model, plan)
@@ -279,10 +281,10 @@ def test_a_layer_whose_targets_are_noise_keeps_its_weights():
 @pytest.mark.parametrize("name", ["resnet", "transformer", "mlp"])
 def test_several_passes_give_what_one_pass_gives(name):
     make, shape = NETS[name]
-    model = built(make)
+    model = build_net(make)
     structure = structure_of(model, 2, *shape)
     x, fresh = normal(96, *shape), normal(64, *shape, seed=7)
-    one, many = (Cut(model, structure, halved(structure), x, batches=batches) for batches in (1, 4))
+    one, many = (Cut(model, structure, halve(structure), x, batches=batches) for batches in (1, 4))
     assert [c.weight for c in one.corrections] == [c.weight for c in many.corrections]
     before, after = one.errors(fresh)
     assert many.errors(fresh)[1] < max(1.3 * after, 0.1 * before)
@@ -290,11 +292,11 @@ def test_several_passes_give_what_one_pass_gives(name):
 
 def test_several_passes_are_the_same_sums_as_one():
     """The rows that are held out are the same ones: each batch ends with its own share."""
-    model = built(Mlp).double()
+    model = build_net(Mlp).double()
     structure = structure_of(model, 2, 4)
     batches = normal(128, 4).double().chunk(4)
     whole = torch.cat([*(b[:24] for b in batches), *(b[24:] for b in batches)])
-    keep = halved(structure)
+    keep = halve(structure)
     plan = structure.plan(keep)
     one, many = apply_plan(model, plan), apply_plan(model, plan)
     found = rebalance_(one, model, structure, plan, passes(whole))
@@ -308,7 +310,7 @@ def test_several_passes_are_the_same_sums_as_one():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_batches_of_one_or_two_samples_are_enough(size):
-    model = built(Mlp)
+    model = build_net(Mlp)
     structure = structure_of(model, 2, 4)
     cut = Cut(model, structure, without(structure, "fc1", 1, 2), normal(40, 4), batches=40 // size)
     before, after = cut.errors(normal(64, 4, seed=1))
@@ -320,10 +322,10 @@ def test_batches_of_one_or_two_samples_are_enough(size):
 @pytest.mark.parametrize("batches", [1, 3])
 def test_little_memory_gives_the_same(name, batches):
     make, shape = NETS[name]
-    model = built(make).double()
+    model = build_net(make).double()
     structure = structure_of(model, 2, *shape)
     one, other = (
-        Cut(model, structure, halved(structure), normal(48, *shape).double(), setting=setting, batches=batches)
+        Cut(model, structure, halve(structure), normal(48, *shape).double(), setting=setting, batches=batches)
         for setting in (Rebalance(), Rebalance(memory=1))
     )
     assert [c.weight for c in one.corrections] == [c.weight for c in other.corrections]
@@ -335,9 +337,9 @@ def test_little_memory_gives_the_same(name, batches):
 def test_what_a_layer_needed_is_let_go_once_it_is_corrected(monkeypatch, batches):
     seen = []
     monkeypatch.setattr(run, "Case", lambda *given: seen.append(Case(*given)) or seen[-1])
-    model = built(resnet)
+    model = build_net(resnet)
     structure = structure_of(model, 2, 3, 8, 8)
-    cut = Cut(model, structure, halved(structure), normal(24, 3, 8, 8), batches=batches)
+    cut = Cut(model, structure, halve(structure), normal(24, 3, 8, 8), batches=batches)
     assert len(seen) == len(cut.corrections) == 8
     for case in seen:
         assert (case.learned, case.held_out, case.targets) == (None, None, [])
@@ -346,11 +348,9 @@ def test_what_a_layer_needed_is_let_go_once_it_is_corrected(monkeypatch, batches
 
 
 def test_rows_beyond_the_limit_are_drawn_the_same_way_each_time():
-    model = built(Convs)
+    model = build_net(Convs)
     structure = structure_of(model, 2, 3, 6, 6)
-    cuts = [
-        Cut(model, structure, halved(structure), normal(48, 3, 6, 6), setting=Rebalance(rows=512)) for _ in range(2)
-    ]
+    cuts = [Cut(model, structure, halve(structure), normal(48, 3, 6, 6), setting=Rebalance(rows=512)) for _ in range(2)]
     assert same_state(cuts[0].small, cuts[1].small)
     before, after = cuts[0].errors(normal(64, 3, 6, 6, seed=1))
     assert after < 0.8 * before
@@ -365,12 +365,12 @@ def test_padding_does_not_count():
         def forward(self, x: Tensor) -> Tensor:
             return self.two(F.gelu(self.one(x)))
 
-    model = built(Tokens)
+    model = build_net(Tokens)
     structure = structure_of(model, 2, 5, 4)
     plan = structure.plan(without(structure, "one", 1, 5))
     lengths = [(5, 2, 4, 1), (3, 7, 1, 2), (2, 2, 6, 3)]
 
-    def corrected(filler: float) -> nn.Module:
+    def correct(filler: float) -> nn.Module:
         found = []
         for number, sizes in enumerate(lengths):
             x, mask = normal(4, max(sizes), 4, seed=number), torch.zeros(4, max(sizes), dtype=torch.bool)
@@ -382,7 +382,7 @@ def test_padding_does_not_count():
         rebalance_(small, model, structure, plan, found)
         return small
 
-    one, other = corrected(0), corrected(1e4)
+    one, other = correct(0), correct(1e4)
     assert same_state(one, other)
     fresh = normal(64, 5, 4, seed=5)
     assert error(one, model, fresh) < error(apply_plan(model, plan), model, fresh)
@@ -391,7 +391,7 @@ def test_padding_does_not_count():
 # ------------------------------------------------------------------------------------------------ what is left alone
 
 
-def everything_about(model):
+def state_of(model):
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     return [m.training for m in model.modules()], hooks, [p.requires_grad for p in model.parameters()]
 
@@ -399,19 +399,19 @@ def everything_about(model):
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("norms", [True, False])
 def test_the_original_and_the_modes_are_left_as_they_were(norms, batches):
-    model = built(resnet)
+    model = build_net(resnet)
     structure = structure_of(model, 2, 3, 8, 8)
-    plan = structure.plan(halved(structure))
+    plan = structure.plan(halve(structure))
     small = apply_plan(model, plan)
     model.layers[0].train()
     small.layers[1].train()
     small.layers[0].bn1.momentum = 0.3
     small.fc.weight.grad = torch.ones_like(small.fc.weight)
     held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state, mine, theirs = torch.get_rng_state(), everything_about(small), everything_about(model)
+    state, mine, theirs = torch.get_rng_state(), state_of(small), state_of(model)
     rebalance_(small, model, structure, plan, passes(*normal(48, 3, 8, 8).chunk(batches)), Rebalance(norms=norms))
     assert all(torch.equal(tensor, held[name]) for name, tensor in model.state_dict().items())
-    assert (everything_about(small), everything_about(model)) == (mine, theirs)
+    assert (state_of(small), state_of(model)) == (mine, theirs)
     assert small.layers[0].bn1.momentum == 0.3
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
@@ -438,31 +438,31 @@ class Failing:
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_an_exception_in_the_original_changes_nothing(at):
-    model = built(resnet)
+    model = build_net(resnet)
     structure = structure_of(model, 2, 3, 8, 8)
-    plan = structure.plan(halved(structure))
+    plan = structure.plan(halve(structure))
     small = apply_plan(model, plan)
     small.layers[0].train()
-    held, mine, theirs = apply_plan(model, plan), everything_about(small), everything_about(model)
+    held, mine, theirs = apply_plan(model, plan), state_of(small), state_of(model)
     with pytest.raises(RuntimeError, match="out of order"):
         rebalance_(small, model, structure, plan, Failing(at).passes(normal(24, 3, 8, 8)))
     assert same_state(small, held)
-    assert (everything_about(small), everything_about(model)) == (mine, theirs)
+    assert (state_of(small), state_of(model)) == (mine, theirs)
 
 
 @pytest.mark.parametrize("batches", [1, 3])
 def test_an_error_in_the_middle_of_the_walk_leaves_a_model_that_works(batches):
-    model = built(resnet)
+    model = build_net(resnet)
     structure = structure_of(model, 2, 3, 8, 8)
-    plan = structure.plan(halved(structure))
+    plan = structure.plan(halve(structure))
     small = apply_plan(model, plan)
     small.layers[0].train()
-    mine = everything_about(small)
+    mine = state_of(small)
     handle = small.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rebalance_(small, model, structure, plan, passes(*normal(24, 3, 8, 8).chunk(batches)), Rebalance(norms=True))
     handle.remove()
-    assert everything_about(small) == mine
+    assert state_of(small) == mine
     small.eval()
     x = normal(16, 3, 8, 8, seed=1)
     assert torch.isfinite(outputs(small, x)).all()
@@ -471,7 +471,7 @@ def test_an_error_in_the_middle_of_the_walk_leaves_a_model_that_works(batches):
 
 
 def test_weights_that_are_used_twice_never_change():
-    model = built(Shared)
+    model = build_net(Shared)
     structure = structure_of(model, 2, 5, 4)
     cut = Cut(model, structure, without(structure, "weight", 1, 4), normal(64, 5, 4))
     assert torch.equal(cut.small.weight, cut.plain.weight)
@@ -481,11 +481,11 @@ def test_weights_that_are_used_twice_never_change():
 
 
 def test_tied_weights_never_change():
-    model = built(LanguageModel)
+    model = build_net(LanguageModel)
     ids = torch.randint(0, 11, (64, 5), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(64, 5)
     structure = analyze(trace(model, (ids[:2],), {"mask": mask[:2]}))
-    plan = structure.plan(halved(structure))
+    plan = structure.plan(halve(structure))
     small, plain = apply_plan(model, plan), apply_plan(model, plan)
     found = rebalance_(small, model, structure, plan, [Pass(lambda m: m(ids, mask=mask))])
     assert found
@@ -494,14 +494,14 @@ def test_tied_weights_never_change():
 
 
 def test_what_the_user_has_frozen_never_changes():
-    model = built(Mlp)
+    model = build_net(Mlp)
     model.fc2.weight.requires_grad_(False)
     structure = structure_of(model, 2, 4)
-    cut = Cut(model, structure, halved(structure), normal(64, 4))
+    cut = Cut(model, structure, halve(structure), normal(64, 4))
     assert [one.weight for one in cut.corrections] == ["fc1.weight", "head.weight"]
     assert torch.equal(cut.small.fc2.weight, cut.plain.fc2.weight)
     model.requires_grad_(False)
-    cut = Cut(model, structure, halved(structure), normal(64, 4))
+    cut = Cut(model, structure, halve(structure), normal(64, 4))
     assert len(cut.corrections) == 3  # where nothing learns, nothing is meant to be spared
 
 
@@ -521,7 +521,7 @@ class Norms(nn.Module):
 
 
 def test_the_mean_of_a_norm_that_is_used_twice_never_changes():
-    model = built(Norms)
+    model = build_net(Norms)
     structure = structure_of(model, 2, 4)
     cut = Cut(model, structure, without(structure, "stem", 0, 3), normal(256, 4))
     assert torch.equal(cut.small.norm.running_mean, model.norm.running_mean)
@@ -533,10 +533,10 @@ def test_the_mean_of_a_norm_that_is_used_twice_never_changes():
 @pytest.mark.parametrize("with_units", [True, False])
 def test_after_a_removed_block_the_rest_comes_nearer(name, with_units):
     make, shape = NETS[name]
-    model = built(make)
+    model = build_net(make)
     structure = structure_of(model, 2, *shape)
     removed = [structure.blocks[0].name]
-    keep = halved(structure) if with_units else {}
+    keep = halve(structure) if with_units else {}
     cut = Cut(model, structure, keep, normal(96, *shape), removed=removed)
     before, after = cut.errors(normal(64, *shape, seed=3))
     assert cut.corrections
@@ -551,9 +551,9 @@ def test_after_a_removed_block_the_rest_comes_nearer(name, with_units):
 @pytest.mark.parametrize("name", ["resnet", "transformer"])
 def test_numbers_keep_their_kind(name, dtype, batches):
     make, shape = NETS[name]
-    model = built(make).to(dtype)
+    model = build_net(make).to(dtype)
     structure = structure_of(model, 2, *shape)
-    cut = Cut(model, structure, halved(structure), normal(48, *shape).to(dtype), batches=batches)
+    cut = Cut(model, structure, halve(structure), normal(48, *shape).to(dtype), batches=batches)
     assert {p.dtype for p in cut.small.parameters()} == {dtype}
     assert all(torch.isfinite(p).all() for p in cut.small.parameters())
     assert all(one.after <= one.before for one in cut.corrections)
@@ -563,7 +563,7 @@ def test_numbers_keep_their_kind(name, dtype, batches):
 
 @pytest.mark.parametrize("batches", [1, 2])
 def test_what_a_number_can_not_hold_is_not_written(batches):
-    model = built(lambda: ResNet(Basic(6, 6), Basic(6, 6), stem=6, width=6))
+    model = build_net(lambda: ResNet(Basic(6, 6), Basic(6, 6), stem=6, width=6))
     with torch.no_grad():
         model.layers[1].bn2.weight[:2] = 3e-6  # to change anything behind it takes weights of a million
     model = model.half()
@@ -577,7 +577,7 @@ def test_what_a_number_can_not_hold_is_not_written(batches):
 
 
 def test_norms_may_stay_in_float32():
-    model = built(lambda: ResNet(Basic(6, 6), Basic(6, 6), stem=6, width=6)).bfloat16()
+    model = build_net(lambda: ResNet(Basic(6, 6), Basic(6, 6), stem=6, width=6)).bfloat16()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()
@@ -590,18 +590,18 @@ def test_norms_may_stay_in_float32():
 
 @pytest.mark.parametrize("batches", [1, 3])
 def test_under_autocast_the_layers_behind_see_the_corrected_weights(batches):
-    model = built(lambda: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)))
+    model = build_net(lambda: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)))
     with torch.no_grad():
         model[0].weight[3], model[0].bias[3] = 2 * model[0].weight[0], 2 * model[0].bias[0]
     structure = structure_of(model, 2, 4)
     plan = structure.plan(without(structure, "0", 3))
     small = apply_plan(model, plan)
 
-    def mixed(m, x):
+    def run_under_autocast(m, x):
         with torch.autocast("cpu", torch.bfloat16):
             return m(x)
 
-    data = [Pass(lambda m, x=x: mixed(m, x)) for x in normal(512, 4).chunk(batches)]
+    data = [Pass(lambda m, x=x: run_under_autocast(m, x)) for x in normal(512, 4).chunk(batches)]
     first, second = rebalance_(small, model, structure, plan, data)
     assert first.after < 0.01 * first.before
     assert second.before < 1e-3
@@ -624,17 +624,17 @@ def test_settings_out_of_range_are_refused():
 def test_a_setting_that_corrects_nothing_corrects_nothing():
     off = Rebalance(least_squares=False, means=False, norms=False)
     assert not off
-    model = built(resnet)
+    model = build_net(resnet)
     structure = structure_of(model, 2, 3, 8, 8)
-    cut = Cut(model, structure, halved(structure), normal(16, 3, 8, 8), setting=off)
+    cut = Cut(model, structure, halve(structure), normal(16, 3, 8, 8), setting=off)
     assert cut.corrections == []
     assert same_state(cut.small, cut.plain)
 
 
 def test_no_batches_are_refused():
-    model = built(Mlp)
+    model = build_net(Mlp)
     structure = structure_of(model, 2, 4)
-    plan = structure.plan(halved(structure))
+    plan = structure.plan(halve(structure))
     with pytest.raises(TaskError, match="no calibration batch"):
         rebalance_(apply_plan(model, plan), model, structure, plan, [])
 
@@ -657,7 +657,7 @@ class Early(nn.Module):
 @pytest.mark.parametrize("through", [True, False])
 @pytest.mark.parametrize("whose", ["both", "small", "original"])
 def test_a_model_that_takes_another_way_than_traced_is_refused(whose, through, batches):
-    model = built(Early)
+    model = build_net(Early)
     structure = structure_of(model, 8, 4)
     plan = structure.plan(without(structure, "one", 1))
     small = apply_plan(model, plan)
@@ -674,7 +674,7 @@ def test_a_model_that_takes_another_way_than_traced_is_refused(whose, through, b
 
 
 def test_a_second_cut_is_corrected_towards_the_original():
-    model = built(resnet)
+    model = build_net(resnet)
     structure = structure_of(model, 2, 3, 8, 8)
     x, fresh = normal(96, 3, 8, 8), normal(64, 3, 8, 8, seed=2)
     first = structure.plan({"layers.0.conv1": [0, 1, 3, 4, 5]})
@@ -693,19 +693,19 @@ def test_a_second_cut_is_corrected_towards_the_original():
 
 
 def test_a_second_correction_on_the_same_data_changes_little():
-    model = built(Mlp)
+    model = build_net(Mlp)
     structure = structure_of(model, 2, 4)
     x, fresh = normal(256, 4), normal(64, 4, seed=2)
-    cut = Cut(model, structure, halved(structure), x)
+    cut = Cut(model, structure, halve(structure), x)
     after = error(cut.small, model, fresh)
     rebalance_(cut.small, model, structure, cut.plan, passes(x))
     assert error(cut.small, model, fresh) < 1.1 * after
 
 
 def test_an_inverted_residual_is_corrected_depthwise_layer_and_all():
-    model = built(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), InvertedResidual(4, 8, 4), nn.Conv2d(4, 2, 1)))
+    model = build_net(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), InvertedResidual(4, 8, 4), nn.Conv2d(4, 2, 1)))
     structure = structure_of(model, 2, 3, 8, 8)
-    cut = Cut(model, structure, halved(structure), normal(32, 3, 8, 8))
+    cut = Cut(model, structure, halve(structure), normal(32, 3, 8, 8))
     assert "1.conv.3.weight" in [one.weight for one in cut.corrections]
     before, after = cut.errors(normal(32, 3, 8, 8, seed=1))
     assert after < before

@@ -5,7 +5,8 @@ import torch
 
 from idap.divergence.observe import Pass
 from idap.errors import ConfigError, InsufficientMemoryError
-from idap.linalg.ridge import Moments, Residuals, fit, fit_need, fit_shift, shift_need
+from idap.linalg.ridge import Moments, fit, fit_need
+from idap.linalg.shift import Residuals, fit_shift, shift_need
 from idap.memory import Need
 from idap.rebalance import layers, projections, run
 from idap.rebalance.layers import Case
@@ -13,7 +14,7 @@ from idap.rebalance.projections import fit_projections
 from idap.rebalance.run import Rebalance
 from tests.divergence.parts import Convs, Mlp
 from tests.rebalance import test_projections
-from tests.rebalance.cuts import Cut, built, normal, same_state, structure_of, without
+from tests.rebalance.cuts import Cut, build_net, normal, same_state, structure_of, without
 
 
 def rows(count, seed):
@@ -63,7 +64,7 @@ def test_sums_of_residuals_add_up():
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize(("make", "shape", "group"), [(Mlp, (4,), "fc1"), (Convs, (3, 6, 6), "one.conv1")])
 def test_wide_layers_get_their_bias_as_if_only_means_were_corrected(make, shape, group, batches):
-    model = built(make).double()
+    model = build_net(make).double()
     structure = structure_of(model, 2, *shape)
     x, keep = normal(96, *shape).double(), without(structure, group, 1, 2)
     means = Cut(model, structure, keep, x, setting=Rebalance(least_squares=False), batches=batches)
@@ -78,7 +79,7 @@ def test_wide_layers_get_their_bias_as_if_only_means_were_corrected(make, shape,
 
 
 def test_only_what_is_wider_than_the_setting_is_too_wide():
-    model = built(Convs)
+    model = build_net(Convs)
     structure = structure_of(model, 2, 3, 6, 6)
     x, keep = normal(96, 3, 6, 6), without(structure, "one.conv1", 1, 2)
     every = Cut(model, structure, keep, x, setting=Rebalance(columns=54))  # 6 channels under 9 taps
@@ -93,7 +94,7 @@ def test_only_what_is_wider_than_the_setting_is_too_wide():
 
 
 def test_without_a_place_for_a_bias_a_wide_layer_keeps_its_weights():
-    model = built(lambda: Mlp(bias=False))
+    model = build_net(lambda: Mlp(bias=False))
     structure = structure_of(model, 2, 4)
     cut = Cut(model, structure, without(structure, "fc1", 1, 2), normal(96, 4), setting=Rebalance(columns=1))
     assert same_state(cut.small, cut.plain)
@@ -106,7 +107,7 @@ def test_without_a_place_for_a_bias_a_wide_layer_keeps_its_weights():
 def test_of_a_wide_layer_fewer_rows_are_drawn(monkeypatch):
     """So that 16,384 rows of 65,536 columns are not 4 GB."""
     monkeypatch.setattr(layers, "DRAWN", 300 * 54)
-    model = built(Convs)
+    model = build_net(Convs)
     structure = structure_of(model, 2, 3, 6, 6)
     keep, seen = without(structure, "one.conv1", 1, 2), []
     monkeypatch.setattr(run, "Case", lambda *given: seen.append(Case(*given)) or seen[-1])
@@ -117,7 +118,7 @@ def test_of_a_wide_layer_fewer_rows_are_drawn(monkeypatch):
 
 
 def test_a_bound_that_is_too_small_names_the_layer_and_the_way_out(monkeypatch):
-    model = built(Mlp)
+    model = build_net(Mlp)
     structure = structure_of(model, 2, 4)
     keep, x = without(structure, "fc1", 1, 2), normal(96, 4)
     monkeypatch.setenv("IDAP_MEMORY", "1MB")
@@ -138,20 +139,20 @@ def test_what_refitting_takes_is_estimated():
 
 
 def test_projections_that_do_not_fit_at_once_take_more_passes_and_are_the_same(monkeypatch):
-    model = built(test_projections.resnet)
+    model = build_net(test_projections.resnet)
     x = normal(64, 3, 8, 8)
-    structure = test_projections.looked_at(model, x[:2], "projection")
+    structure = test_projections.analyze_net(model, x[:2], "projection")
     names = [block.name for block in structure.blocks if block.projected]
     runs = []
     data = [Pass(lambda m, part=part: (runs.append(1), m(part))[1]) for part in x.split(32)]
 
-    def fitted():
+    def fit_all():
         runs.clear()
         return fit_projections(model, structure, iter(data), names, present=structure.presence({})), len(runs)
 
-    whole, once = fitted()
+    whole, once = fit_all()
     monkeypatch.setattr(projections, "MEMORY", 1)
-    parts, often = fitted()
+    parts, often = fit_all()
     assert (once, often) == (2, 2 * len(names))
     assert len(names) > 1
     assert list(parts) == list(whole)
@@ -160,7 +161,7 @@ def test_projections_that_do_not_fit_at_once_take_more_passes_and_are_the_same(m
         assert parts[name].residual == mine.residual
     monkeypatch.setenv("IDAP_MEMORY", "1kB")
     with pytest.raises(InsufficientMemoryError, match=r"projection in place of block '.*' would take \d.* Let blocks"):
-        fitted()
+        fit_all()
     assert not runs
 
 

@@ -141,7 +141,7 @@ def test_the_dtype_is_kept(dtype, tmp_path):
     assert_close(back.state_dict(), small.state_dict(), rtol=0, atol=0)
     with pytest.raises(
         CheckpointError,
-        match=rf"tensor '0.weight' in .* is {dtype}, the model's is torch.float32; .* first: model.to\({dtype}\)",
+        match=rf"tensor '0.weight' in .* is {dtype}, the model's is torch.float32; .* compressed: model.to\({dtype}\)",
     ):
         load(tmp_path, nets.mlp())
 
@@ -237,7 +237,7 @@ def test_a_state_that_is_no_tensor_is_refused(tmp_path):
 
 
 @pytest.fixture
-def saved(tmp_path):
+def folder_of_model(tmp_path):
     small, plan = cut("mlp")
     save(tmp_path, small, plan)
     return tmp_path
@@ -268,103 +268,110 @@ def test_a_file_instead_of_a_folder(tmp_path):
     rejects(tmp_path / "model.pt", r"^cannot read .*plan\.json: ")
 
 
-def test_missing_weights(saved):
-    (saved / "model.safetensors").unlink()
-    rejects(saved, r"the compressed model has no weights: .*model\.safetensors is missing")
+def test_missing_weights(folder_of_model):
+    (folder_of_model / "model.safetensors").unlink()
+    rejects(folder_of_model, r"the compressed model has no weights: .*model\.safetensors is missing")
 
 
 @pytest.mark.parametrize("length", [0, 4, 20, -1])
-def test_truncated_weights(saved, length):
-    file = saved / "model.safetensors"
+def test_truncated_weights(folder_of_model, length):
+    file = folder_of_model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    rejects(saved, r"model\.safetensors is truncated or no safetensors file \(.+\); copy or download it again")
+    rejects(
+        folder_of_model, r"model\.safetensors is truncated or no safetensors file \(.+\); copy or download it again"
+    )
 
 
-def test_a_pickle_in_place_of_the_weights_is_never_opened(saved):
-    torch.save({"0.weight": torch.zeros(1)}, saved / "model.safetensors")
-    rejects(saved, r"is truncated or no safetensors file")
+def test_a_pickle_in_place_of_the_weights_is_never_opened(folder_of_model):
+    torch.save({"0.weight": torch.zeros(1)}, folder_of_model / "model.safetensors")
+    rejects(folder_of_model, r"is truncated or no safetensors file")
 
 
 @pytest.mark.parametrize("text", ['{"format": 1', "", "\udcff"])
-def test_broken_plan(saved, text):
-    (saved / "plan.json").write_bytes(text.encode(errors="surrogateescape"))
-    rejects(saved, r"plan\.json is broken: ")
+def test_broken_plan(folder_of_model, text):
+    (folder_of_model / "plan.json").write_bytes(text.encode(errors="surrogateescape"))
+    rejects(folder_of_model, r"plan\.json is broken: ")
 
 
 @pytest.mark.parametrize(("content", "found"), [({"format": 2}, "2"), ({}, "None"), ([], r"\[\]")])
-def test_other_format(saved, content, found):
-    (saved / "plan.json").write_text(json.dumps(content))
-    rejects(saved, rf"plan\.json has format {found}, this version of idap reads format 1")
+def test_other_format(folder_of_model, content, found):
+    (folder_of_model / "plan.json").write_text(json.dumps(content))
+    rejects(folder_of_model, rf"plan\.json has format {found}, this version of idap reads format 1")
 
 
-def test_plan_without_a_part(saved):
-    edit(saved, lambda data: data["plan"].pop("tensors"))
-    rejects(saved, r"^this is not a plan: KeyError: 'tensors'; it must come from Plan\.to_json", error=PlanError)
+def test_plan_without_a_part(folder_of_model):
+    edit(folder_of_model, lambda data: data["plan"].pop("tensors"))
+    rejects(
+        folder_of_model, r"^this is not a plan: KeyError: 'tensors'; it must come from Plan\.to_json", error=PlanError
+    )
 
 
-def test_plan_of_another_model_names_the_first_tensor_its_shape_and_the_one_expected(saved):
+def test_plan_of_another_model_names_the_first_tensor_its_shape_and_the_one_expected(folder_of_model):
     other = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 5, bias=False), nn.GELU(), nn.Linear(5, 3))
     rejects(
-        saved,
+        folder_of_model,
         r"the plan does not fit this model: tensor '0\.weight' has shape \(7, 4\), the plan expects \(6, 4\); build",
         other,
         PlanError,
     )
-    rejects(saved, r"it has no tensor '0\.weight' \(expected shape \(6, 4\)\)", nets.VGG(), PlanError)
+    rejects(folder_of_model, r"it has no tensor '0\.weight' \(expected shape \(6, 4\)\)", nets.VGG(), PlanError)
 
 
-def test_changed_shapes(saved):
-    edit(saved, lambda data: data["plan"]["shapes"].update({"0.weight": [9, 4]}))
-    rejects(saved, r"plan\.json was changed after it was written: its fingerprint does not match its shapes")
+def test_changed_shapes(folder_of_model):
+    edit(folder_of_model, lambda data: data["plan"]["shapes"].update({"0.weight": [9, 4]}))
+    rejects(folder_of_model, r"plan\.json was changed after it was written: its fingerprint does not match its shapes")
 
 
-def test_changed_plan_of_the_same_shapes(saved):
+def test_changed_plan_of_the_same_shapes(folder_of_model):
     def other_units(data):
         for name in ("0.weight", "0.bias"):
             kept = data["plan"]["tensors"][name]["0"]
             others = sorted(set(range(6)) - set(kept))[: len(kept)] + kept[6 - len(kept) :]
             data["plan"]["tensors"][name]["0"] = sorted(others)
 
-    edit(saved, other_units)
-    rejects(saved, r"the plan in .*plan\.json is not what was written there: its checksum does not match")
-    edit(saved, lambda data: data.update(digest=checkpoint.digest(Plan.from_json(data["plan"]))))
-    rejects(saved, r"don't belong together|was not saved with the plan\.json beside it")
+    edit(folder_of_model, other_units)
+    rejects(folder_of_model, r"the plan in .*plan\.json is not what was written there: its checksum does not match")
+    edit(folder_of_model, lambda data: data.update(digest=checkpoint.digest(Plan.from_json(data["plan"]))))
+    rejects(folder_of_model, r"don't belong together|was not saved with the plan\.json beside it")
 
 
-def test_weights_of_another_plan(saved, tmp_path):
+def test_weights_of_another_plan(folder_of_model, tmp_path):
     structure = analyze(trace(nets.mlp().eval(), (torch.zeros(2, 4),)))
-    kept = len(read_plan(saved).keep["0"])
+    kept = len(read_plan(folder_of_model).keep["0"])
     others = {
         "smaller": {"0": range(1), "2": range(1)},
-        "other units": {name: range(len(units)) for name, units in read_plan(saved).keep.items()},
+        "other units": {name: range(len(units)) for name, units in read_plan(folder_of_model).keep.items()},
     }
     assert kept > 1
     for name, keep in others.items():
         plan = structure.plan({group: tuple(units) for group, units in keep.items()})
         save(tmp_path / name, apply_plan(nets.mlp(), plan), plan)
         weights = (tmp_path / name / "model.safetensors").read_bytes()
-        (saved / "model.safetensors").write_bytes(weights)
+        (folder_of_model / "model.safetensors").write_bytes(weights)
         expected = r"tensor '0\.weight' in .* has shape \(1, 4\), the plan makes it \(\d, 4\); plan and weights don't"
         rejects(
-            saved, expected if name == "smaller" else r"was not saved with the plan\.json beside it: one of the two"
+            folder_of_model,
+            expected if name == "smaller" else r"was not saved with the plan\.json beside it: one of the two",
         )
 
 
-def test_weights_that_a_user_wrote_are_taken_if_they_fit(saved):
+def test_weights_that_a_user_wrote_are_taken_if_they_fit(folder_of_model):
     """Fine-tuned elsewhere and written with safetensors alone: no word on the plan, but the right shapes."""
-    tensors = safetensors.torch.load_file(saved / "model.safetensors")
-    safetensors.torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, saved / "model.safetensors")
-    with pytest.warns(UncheckedFileWarning, match=r"model\.safetensors was written without checksums, so whether it"):
-        assert torch.equal(load(saved, nets.mlp())[4].bias, tensors["4.bias"] + 1)
+    tensors = safetensors.torch.load_file(folder_of_model / "model.safetensors")
+    safetensors.torch.save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()}, folder_of_model / "model.safetensors"
+    )
+    with pytest.warns(UncheckedFileWarning, match=r"model\.safetensors was written without checksums, so damage"):
+        assert torch.equal(load(folder_of_model, nets.mlp())[4].bias, tensors["4.bias"] + 1)
 
 
-def test_missing_and_unknown_tensors(saved):
-    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+def test_missing_and_unknown_tensors(folder_of_model):
+    tensors = safetensors.torch.load_file(folder_of_model / "model.safetensors")
     bias = tensors.pop("4.bias")
-    safetensors.torch.save_file(tensors, saved / "model.safetensors")
-    rejects(saved, r"model\.safetensors lacks tensor '4\.bias' \(expected shape \(3,\)\)")
-    safetensors.torch.save_file({**tensors, "4.bias": bias, "5.bias": bias + 1}, saved / "model.safetensors")
-    rejects(saved, r"model\.safetensors holds tensor '5\.bias', which the model does not have")
+    safetensors.torch.save_file(tensors, folder_of_model / "model.safetensors")
+    rejects(folder_of_model, r"model\.safetensors lacks tensor '4\.bias' \(expected shape \(3,\)\)")
+    safetensors.torch.save_file({**tensors, "4.bias": bias, "5.bias": bias + 1}, folder_of_model / "model.safetensors")
+    rejects(folder_of_model, r"model\.safetensors holds tensor '5\.bias', which the model does not have")
 
 
 def test_the_fingerprint_tells_architectures_apart_and_not_their_order():
@@ -373,8 +380,8 @@ def test_the_fingerprint_tells_architectures_apart_and_not_their_order():
     assert len({fingerprint(one), fingerprint({"a": (3, 2), "b": (4,)}), fingerprint({"a": (2, 3)})}) == 3
 
 
-def test_versions_are_noted(saved):
-    versions = json.loads((saved / "plan.json").read_text())["versions"]
+def test_versions_are_noted(folder_of_model):
+    versions = json.loads((folder_of_model / "plan.json").read_text())["versions"]
     assert versions["torch"] == str(torch.__version__)
     assert set(versions) == {"torch", "safetensors", "python"}
     assert checkpoint.FORMAT == 1

@@ -24,7 +24,7 @@ from idap.saving.tensors import Entry, TensorFiles, write_tensors
 from idap.structure.analysis import analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
-from tests.saving.test_stream import stored
+from tests.saving.test_stream import store_tensors
 
 
 class Tiny(nn.Module):
@@ -50,20 +50,22 @@ def cut() -> tuple[nn.Module, Plan]:
     return apply_plan(model, plan), plan
 
 
-def whole(folder: Path) -> Path:
+def save_whole(folder: Path) -> Path:
     small, plan = cut()
     save(folder, small, plan)
     return folder
 
 
-def sharded(folder: Path) -> Path:
+def save_sharded(folder: Path) -> Path:
     _, plan = cut()
-    apply_to_checkpoint(plan, stored(folder / "original", build().state_dict()), folder / "out", max_shard_size=20)
+    apply_to_checkpoint(
+        plan, store_tensors(folder / "original", build().state_dict()), folder / "out", max_shard_size=20
+    )
     assert len(list((folder / "out").glob("model-*.safetensors"))) > 1
     return folder / "out"
 
 
-FOLDERS = {"whole": whole, "sharded": sharded}
+FOLDERS = {"whole": save_whole, "sharded": save_sharded}
 
 
 def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -131,7 +133,7 @@ def damage(file: Path, place: int = -1) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_damaged_tensor_is_named_with_its_file(device: str, tmp_path: Path) -> None:
-    folder = whole(tmp_path)
+    folder = save_whole(tmp_path)
     with torch.device(device):
         fresh = Tiny().eval()
     last = list(safetensors.torch.load_file(folder / "model.safetensors"))[-1]
@@ -145,7 +147,7 @@ def test_a_damaged_tensor_is_named_with_its_file(device: str, tmp_path: Path) ->
 
 
 def test_a_damaged_header_is_named(tmp_path: Path) -> None:
-    file = whole(tmp_path) / "model.safetensors"
+    file = save_whole(tmp_path) / "model.safetensors"
     content = file.read_bytes()
     for changed in (content.replace(b'"pt"', b'"pu"', 1), content.replace(TENSORS.encode(), b"idap_sha255", 1)):
         assert changed != content
@@ -156,7 +158,7 @@ def test_a_damaged_header_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checksums", ["[]", "{}", "3", '{"one.weight": null}'])
 def test_a_header_that_lacks_checksums_of_its_tensors(checksums: str, tmp_path: Path) -> None:
-    file = whole(tmp_path) / "model.safetensors"
+    file = save_whole(tmp_path) / "model.safetensors"
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -168,7 +170,7 @@ def test_a_header_that_lacks_checksums_of_its_tensors(checksums: str, tmp_path: 
 
 def test_tools_that_write_the_header_anew_leave_the_file_readable(tmp_path: Path) -> None:
     """The safetensors library puts the keys in another order."""
-    file = whole(tmp_path) / "model.safetensors"
+    file = save_whole(tmp_path) / "model.safetensors"
     with safetensors.safe_open(file, "pt") as held:
         metadata = held.metadata()
     assert {TENSORS, HEADER} <= metadata.keys()

@@ -26,7 +26,7 @@ from idap.structure.analysis import analyze
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from tests import nets
-from tests.saving.test_stream import stored
+from tests.saving.test_stream import store_tensors
 
 
 def build() -> nn.Module:
@@ -61,32 +61,32 @@ def deep(levels: int = 5000) -> list[Any]:
     return found
 
 
-def changed(part: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def set_key(part: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda data: data[part].__setitem__(key, value)
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "descending": (changed("tensors", "0.weight", {"0": [5, 1]}), "expected ascending numbers, found 1 after 5"),
-    "twice": (changed("tensors", "0.weight", {"0": [1, 1]}), "expected ascending numbers, found 1 after 1"),
+    "descending": (set_key("tensors", "0.weight", {"0": [5, 1]}), "expected ascending numbers, found 1 after 5"),
+    "twice": (set_key("tensors", "0.weight", {"0": [1, 1]}), "expected ascending numbers, found 1 after 1"),
     "out of range": (
-        changed("tensors", "0.weight", {"0": [1, 8]}),
+        set_key("tensors", "0.weight", {"0": [1, 8]}),
         r"keeps slot 8 of dimension 0 of tensor '0\.weight'",
     ),
-    "negative": (changed("tensors", "0.weight", {"0": [-1]}), "expected numbers from 0 on, found -1"),
-    "nothing kept": (changed("tensors", "0.weight", {"0": []}), r"keeps no slot of dimension 0 of tensor '0\.weight'"),
-    "no such dimension": (changed("tensors", "0.weight", {"2": [0]}), r"keeps slot 0 of dimension 2 of tensor"),
-    "odd dimension": (changed("tensors", "0.weight", {"00": [0]}), "expected the number of a dimension, found '00'"),
-    "no such tensor": (changed("tensors", "9.weight", {"0": [0]}), r"cuts tensor '9\.weight' but does not say"),
-    "a float": (changed("keep", "0", [1.0]), r"expected a whole number, found 1\.0"),
-    "true": (changed("keep", "0", [True]), "expected a whole number, found True"),
-    "a string": (changed("keep", "0", "12"), "expected a list, found '12'"),
-    "huge": (changed("shapes", "0.weight", [10**30]), "a number is larger than any model's"),
-    "huge attribute": (changed("attributes", "0", {"in_features": 2**70}), "a number is larger than any model's"),
-    "number as kind": (changed("replaced", "1", 3), "expected a string, found 3"),
-    "takes": (changed("called", "1", [-1, ["stream"]]), "expected numbers from 0 on, found -1"),
-    "gives": (changed("called", "1", [0, ["exec", "x"]]), r"a stand-in can't return \('exec', 'x'\)"),
-    "deep gives": (changed("called", "1", [0, deep()]), "nested deeper than 64 lists|RecursionError"),
-    "aliases": (changed("aliases", "x", None), "expected a string, found None"),
+    "negative": (set_key("tensors", "0.weight", {"0": [-1]}), "expected numbers from 0 on, found -1"),
+    "nothing kept": (set_key("tensors", "0.weight", {"0": []}), r"keeps no slot of dimension 0 of tensor '0\.weight'"),
+    "no such dimension": (set_key("tensors", "0.weight", {"2": [0]}), r"keeps slot 0 of dimension 2 of tensor"),
+    "odd dimension": (set_key("tensors", "0.weight", {"00": [0]}), "expected the number of a dimension, found '00'"),
+    "no such tensor": (set_key("tensors", "9.weight", {"0": [0]}), r"cuts tensor '9\.weight' but does not say"),
+    "a float": (set_key("keep", "0", [1.0]), r"expected a whole number, found 1\.0"),
+    "true": (set_key("keep", "0", [True]), "expected a whole number, found True"),
+    "a string": (set_key("keep", "0", "12"), "expected a list, found '12'"),
+    "huge": (set_key("shapes", "0.weight", [10**30]), "a number is larger than any model's"),
+    "huge attribute": (set_key("attributes", "0", {"in_features": 2**70}), "a number is larger than any model's"),
+    "number as kind": (set_key("replaced", "1", 3), "expected a string, found 3"),
+    "takes": (set_key("called", "1", [-1, ["stream"]]), "expected numbers from 0 on, found -1"),
+    "gives": (set_key("called", "1", [0, ["exec", "x"]]), r"a stand-in can't return \('exec', 'x'\)"),
+    "deep gives": (set_key("called", "1", [0, deep()]), "nested deeper than 64 lists|RecursionError"),
+    "aliases": (set_key("aliases", "x", None), "expected a string, found None"),
 }
 
 
@@ -147,7 +147,7 @@ def test_numbers_and_tags_in_code_that_mean_nothing(value: Any) -> None:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def model_folder(tmp_path: Path) -> Path:
     model, plan, _ = real()
     save(tmp_path / "saved", apply_plan(model, plan), plan)
     return tmp_path / "saved"
@@ -164,10 +164,10 @@ def saved(tmp_path: Path) -> Path:
         ('{"format": 1, "plan": []}', "this is not a plan"),
     ],
 )
-def test_json_that_means_harm(text: str, message: str, saved: Path) -> None:
-    (saved / "plan.json").write_text(text)
+def test_json_that_means_harm(text: str, message: str, model_folder: Path) -> None:
+    (model_folder / "plan.json").write_text(text)
     with pytest.raises(IdapError, match=message):
-        load(saved, build())
+        load(model_folder, build())
 
 
 def enlarge(file: Path, size: int) -> None:
@@ -175,25 +175,25 @@ def enlarge(file: Path, size: int) -> None:
         held.truncate(size)  # no byte of it is on the disk
 
 
-def test_a_plan_that_is_larger_than_any_is_refused_before_it_is_read(saved: Path) -> None:
-    enlarge(saved / "plan.json", 600 * 2**20)
+def test_a_plan_that_is_larger_than_any_is_refused_before_it_is_read(model_folder: Path) -> None:
+    enlarge(model_folder / "plan.json", 600 * 2**20)
     with pytest.raises(CheckpointError, match=r"plan\.json is broken: its 629,145,600 bytes .* than the 268,435,456"):
-        load(saved, build())
+        load(model_folder, build())
 
 
 def test_a_plan_that_may_hold_more_than_memory_is_refused_before_it_is_read(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enlarge(saved / "plan.json", 2**27)
+    enlarge(model_folder / "plan.json", 2**27)
     monkeypatch.setenv("IDAP_MEMORY", "4GB")
     message = r"reading .*plan\.json, which has 134\.2 MB .* would take 5\.9 GB of memory on cpu, and 4\.0 GB may"
     with pytest.raises(InsufficientMemoryError, match=message):
-        load(saved, build())
+        load(model_folder, build())
 
 
-def test_an_index_that_is_larger_than_any_is_refused_before_it_is_read(sharded: Path) -> None:
-    enlarge(sharded / "model.safetensors.index.json", 2**26 + 1)
-    rejects(sharded, r"index\.json is broken: its 67,108,865 bytes are more than the 67,108,864")
+def test_an_index_that_is_larger_than_any_is_refused_before_it_is_read(sharded_folder: Path) -> None:
+    enlarge(sharded_folder / "model.safetensors.index.json", 2**26 + 1)
+    rejects(sharded_folder, r"index\.json is broken: its 67,108,865 bytes are more than the 67,108,864")
 
 
 def test_the_largest_plan_has_room_for_a_model_of_70_billion_parameters() -> None:
@@ -215,9 +215,9 @@ def test_a_folder_in_place_of_the_plan(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
+def sharded_folder(tmp_path: Path) -> Path:
     model, plan, _ = real()
-    original = stored(tmp_path / "original", model.state_dict())
+    original = store_tensors(tmp_path / "original", model.state_dict())
     apply_to_checkpoint(plan, original, tmp_path / "sharded", max_shard_size=300)
     return tmp_path / "sharded"
 
@@ -239,27 +239,27 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     "name", ["../original/model.safetensors", "/etc/passwd", "", "..", "a/b.safetensors", "c:x", "a\\b", "a\0b"]
 )
-def test_an_index_may_only_name_files_of_its_folder(name: str, sharded: Path) -> None:
-    edit_index(sharded, lambda data: data["weight_map"].update({"0.weight": name}))
-    rejects(sharded, "which is not the plain name of a file")
+def test_an_index_may_only_name_files_of_its_folder(name: str, sharded_folder: Path) -> None:
+    edit_index(sharded_folder, lambda data: data["weight_map"].update({"0.weight": name}))
+    rejects(sharded_folder, "which is not the plain name of a file")
 
 
-def test_links_out_of_the_folder_are_not_followed(sharded: Path, tmp_path: Path) -> None:
-    shard = next(sharded.glob("model-00001*"))
+def test_links_out_of_the_folder_are_not_followed(sharded_folder: Path, tmp_path: Path) -> None:
+    shard = next(sharded_folder.glob("model-00001*"))
     outside = tmp_path / "outside.safetensors"
     shard.rename(outside)
     shard.symlink_to(outside)
-    rejects(sharded, r"is a link out of the folder, to .*outside\.safetensors; put the file itself there")
+    rejects(sharded_folder, r"is a link out of the folder, to .*outside\.safetensors; put the file itself there")
     shard.unlink()
     shard.symlink_to(shard.name)
-    rejects(sharded, r"cannot follow|is missing|link")
+    rejects(sharded_folder, r"cannot follow|is missing|link")
 
 
-def test_links_into_the_cache_of_hugging_face_are_followed(sharded: Path, tmp_path: Path) -> None:
+def test_links_into_the_cache_of_hugging_face_are_followed(sharded_folder: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    for file in sharded.iterdir():
+    for file in sharded_folder.iterdir():
         shutil.copy(file, blobs / f"blob-{file.name}")
         (snapshot / file.name).symlink_to(Path("../../blobs") / f"blob-{file.name}")
     load(snapshot, build())
@@ -280,28 +280,28 @@ def test_links_into_the_cache_of_hugging_face_are_followed(sharded: Path, tmp_pa
         ),
     ],
 )
-def test_an_index_that_is_wrong(change: Callable[[dict[str, Any]], Any], message: str, sharded: Path) -> None:
-    edit_index(sharded, change)
-    rejects(sharded, message)
+def test_an_index_that_is_wrong(change: Callable[[dict[str, Any]], Any], message: str, sharded_folder: Path) -> None:
+    edit_index(sharded_folder, change)
+    rejects(sharded_folder, message)
 
 
-def test_a_tensor_that_comes_twice(sharded: Path) -> None:
-    files = sorted(sharded.glob("model-*"))
+def test_a_tensor_that_comes_twice(sharded_folder: Path) -> None:
+    files = sorted(sharded_folder.glob("model-*"))
     first, second = (safetensors.torch.load_file(file) for file in files[:2])
     safetensors.torch.save_file(second | dict(list(first.items())[:1]), files[1])
-    rejects(sharded, r"lies both in .*00001.* and in .*00002")
+    rejects(sharded_folder, r"is both in .*00001.* and in .*00002")
 
 
-def test_a_shard_that_was_cut_short(sharded: Path) -> None:
-    shard = next(sharded.glob("model-00002*"))
+def test_a_shard_that_was_cut_short(sharded_folder: Path) -> None:
+    shard = next(sharded_folder.glob("model-00002*"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    rejects(sharded, r"model-00002.* is truncated or no safetensors file")
+    rejects(sharded_folder, r"model-00002.* is truncated or no safetensors file")
 
 
-def test_a_type_that_torch_lacks(saved: Path) -> None:
+def test_a_type_that_torch_lacks(model_folder: Path) -> None:
     header = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
-    (saved / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0")
-    rejects(saved, r"tensor 'x' in .* is of type F4, which can't be read here|truncated or no safetensors")
+    (model_folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0")
+    rejects(model_folder, r"tensor 'x' in .* is of type F4, which can't be read here|truncated or no safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------- fuzz
@@ -324,7 +324,7 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> Any:
+def mutations(draw: st.DrawFn) -> Any:
     data = copy.deepcopy(real()[2])
     for _ in range(draw(st.integers(1, 3))):
         spots = places(data)
@@ -343,7 +343,7 @@ def mutated(draw: st.DrawFn) -> Any:
     return data
 
 
-def tried(action: Callable[[], object]) -> None:
+def try_out(action: Callable[[], object]) -> None:
     """Only what idap raises on purpose may come out."""
     with suppress(IdapError):
         action()
@@ -353,21 +353,21 @@ FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_sc
 
 
 @FUZZ
-@given(data=mutated() | PLAIN)
+@given(data=mutations() | PLAIN)
 def test_any_plan_is_taken_or_refused(data: Any) -> None:
     model = real()[0]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tried(lambda: apply_plan(model, Plan.from_json(data)))
+    try_out(lambda: apply_plan(model, Plan.from_json(data)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @settings(FUZZ, max_examples=60)
-@given(data=mutated() | PLAIN)
+@given(data=mutations() | PLAIN)
 def test_any_plan_file_is_taken_or_refused(data: Any, tmp_path: Path) -> None:
     model, plan, _ = real()
     if not (tmp_path / "saved").exists():
         save(tmp_path / "saved", apply_plan(model, plan), plan)
-        stored(tmp_path / "original", model.state_dict())
+        store_tensors(tmp_path / "original", model.state_dict())
     shapes = data.get("shapes") if isinstance(data, dict) else None
     try:
         mark = fingerprint(shapes)
@@ -379,10 +379,10 @@ def test_any_plan_file_is_taken_or_refused(data: Any, tmp_path: Path) -> None:
     except (PlanError, TypeError):
         told = {}
     file.write_text(json.dumps({"format": 1, "fingerprint": mark, "plan": data, **told}))
-    tried(lambda: read_plan(tmp_path / "saved"))
-    tried(lambda: load(tmp_path / "saved", model))
+    try_out(lambda: read_plan(tmp_path / "saved"))
+    try_out(lambda: load(tmp_path / "saved", model))
     out = tmp_path / "out"
-    tried(lambda: apply_to_checkpoint(file, tmp_path / "original", out))
+    try_out(lambda: apply_to_checkpoint(file, tmp_path / "original", out))
     shutil.rmtree(out, ignore_errors=True)
 
 
@@ -401,7 +401,7 @@ def test_any_flipped_bytes_are_read_or_refused(data: st.DataObject, tmp_path: Pa
     model, plan, _ = real()
     if not (tmp_path / "whole").exists():
         save(tmp_path / "whole", apply_plan(model, plan), plan)
-        stored(tmp_path / "original", model.state_dict())
+        store_tensors(tmp_path / "original", model.state_dict())
         (tmp_path / "broken").mkdir()
     for source, action in (
         ("whole", lambda: load(tmp_path / "whole", model)),
@@ -415,7 +415,7 @@ def test_any_flipped_bytes_are_read_or_refused(data: st.DataObject, tmp_path: Pa
         content = content[: data.draw(st.sampled_from([len(content), len(content), header, 9, len(content) - 3]))]
         where = tmp_path / ("whole" if source == "whole" else "broken") / "model.safetensors"
         where.write_bytes(content)
-        tried(action)
+        try_out(action)
         if source == "whole":
             where.write_bytes(original)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -17,7 +17,7 @@ from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
 from tests import nets
 from tests.saving.test_checkpoint import CASES, Buffered, cut, outputs
-from tests.saving.test_stream import ORIGINALS, written
+from tests.saving.test_stream import ORIGINALS, write_checkpoint
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -26,7 +26,7 @@ def test_a_model_without_memory_becomes_a_real_one(name: str, sharded: bool, tmp
     make, args, kwargs = CASES[name]
     small, plan = cut(name)
     if sharded:
-        apply_to_checkpoint(plan, written(tmp_path / "a", ORIGINALS[name]), tmp_path / "b", max_shard_size=200)
+        apply_to_checkpoint(plan, write_checkpoint(tmp_path / "a", ORIGINALS[name]), tmp_path / "b", max_shard_size=200)
     else:
         save(tmp_path / "b", small, plan)
     with torch.device("meta"):
@@ -170,7 +170,7 @@ def test_a_checkpoint_on_disk_loses_them_too(tmp_path: Path) -> None:
     net = nets.mlp()
     nn.init.constant_(net[0].weight, 1e-41)
     _, plan = cut("mlp")
-    applied = apply_to_checkpoint(plan, written(tmp_path / "a", net), tmp_path / "b")
+    applied = apply_to_checkpoint(plan, write_checkpoint(tmp_path / "a", net), tmp_path / "b")
     assert applied.subnormal == {"0.weight": plan.shape_after("0.weight")[0] * 4}
     assert json.loads(json.dumps(applied.to_json()))["subnormal"] == applied.subnormal
 

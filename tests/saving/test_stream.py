@@ -28,7 +28,9 @@ ORIGINALS = {name: nets.randomised(make(), 0).eval() for name, (make, _, _) in C
 ORIGINALS["buffers"].gain.copy_(Buffered().gain)
 
 
-def written(folder: Path, model: nn.Module, *, shards: int = 1, prefix: str = "", metadata: object = None) -> Path:
+def write_checkpoint(
+    folder: Path, model: nn.Module, *, shards: int = 1, prefix: str = "", metadata: object = None
+) -> Path:
     """The checkpoint of a model as transformers would write it: tied tensors once."""
     folder.mkdir(parents=True, exist_ok=True)
     held: dict[int, str] = {}
@@ -37,10 +39,10 @@ def written(folder: Path, model: nn.Module, *, shards: int = 1, prefix: str = ""
         for name, tensor in model.state_dict(keep_vars=True).items()
         if held.setdefault(id(tensor), name) == name
     }
-    return stored(folder, {name: tensor.detach() for name, tensor in state.items()}, shards)
+    return store_tensors(folder, {name: tensor.detach() for name, tensor in state.items()}, shards)
 
 
-def stored(folder: Path, state: Mapping[str, Tensor], shards: int = 1) -> Path:
+def store_tensors(folder: Path, state: Mapping[str, Tensor], shards: int = 1) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         safetensors.torch.save_file(dict(state), folder / "model.safetensors")
@@ -57,7 +59,7 @@ def stored(folder: Path, state: Mapping[str, Tensor], shards: int = 1) -> Path:
 def test_files_are_cut_like_the_model(name: str, shards: int, tmp_path: Path) -> None:
     make, args, kwargs = CASES[name]
     small, plan = cut(name)
-    original = written(tmp_path / "original", ORIGINALS[name], shards=shards)
+    original = write_checkpoint(tmp_path / "original", ORIGINALS[name], shards=shards)
     applied = apply_to_checkpoint(plan, original, tmp_path / "small", max_shard_size=100 if shards > 1 else 10**9)
     back = load(tmp_path / "small", make().eval())
     assert_close(back.state_dict(), small.state_dict(), rtol=0, atol=0)
@@ -73,7 +75,7 @@ def test_files_are_cut_like_the_model(name: str, shards: int, tmp_path: Path) ->
 
 def test_no_shard_is_larger_than_asked(tmp_path: Path) -> None:
     _, plan = cut("vgg")
-    apply_to_checkpoint(plan, written(tmp_path / "a", ORIGINALS["vgg"]), tmp_path / "b", max_shard_size=300)
+    apply_to_checkpoint(plan, write_checkpoint(tmp_path / "a", ORIGINALS["vgg"]), tmp_path / "b", max_shard_size=300)
     index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
     sizes = {}
     for file in set(index["weight_map"].values()):
@@ -86,7 +88,7 @@ def test_no_shard_is_larger_than_asked(tmp_path: Path) -> None:
 def test_the_type_of_the_checkpoint_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     _, plan = cut("mlp")
     state = {name: tensor.to(dtype) for name, tensor in ORIGINALS["mlp"].state_dict().items()}
-    apply_to_checkpoint(plan, stored(tmp_path / "a", state), tmp_path / "b")
+    apply_to_checkpoint(plan, store_tensors(tmp_path / "a", state), tmp_path / "b")
     small = apply_plan(ORIGINALS["mlp"], plan).state_dict()
     found = safetensors.torch.load_file(tmp_path / "b" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {dtype}
@@ -97,7 +99,7 @@ def test_the_type_of_the_checkpoint_is_kept(dtype: torch.dtype, tmp_path: Path) 
 def test_pieces_put_together_are_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "PIECE", 100)
     held = {"w": torch.randn(41, 3, 2), "one": torch.tensor(2.5), "none": torch.zeros(0, 3)}
-    stored(tmp_path, held)
+    store_tensors(tmp_path, held)
     rows, columns = (0, 1, 2, 7, 20, 38, 39, 40), (0, 2)
     with tensors.TensorFiles(tmp_path) as files:
         parts = list(files.pieces("w", {0: rows, 1: columns}))
@@ -109,7 +111,7 @@ def test_pieces_put_together_are_the_tensor(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
-    stored(tmp_path, {"w": torch.randn(41, 3)})
+    store_tensors(tmp_path, {"w": torch.randn(41, 3)})
     with tensors.TensorFiles(tmp_path) as files:
         file = tmp_path / "model.safetensors"
         with file.open("r+b") as opened:
@@ -124,7 +126,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["model.", "a.b."])
 def test_a_prefix_of_the_checkpoint_is_taken_away(prefix: str, tmp_path: Path) -> None:
     small, plan = cut("transformer")
-    apply_to_checkpoint(plan, written(tmp_path / "a", ORIGINALS["transformer"], prefix=prefix), tmp_path / "b")
+    apply_to_checkpoint(plan, write_checkpoint(tmp_path / "a", ORIGINALS["transformer"], prefix=prefix), tmp_path / "b")
     assert_close(load(tmp_path / "b", CASES["transformer"][0]()).state_dict(), small.state_dict(), rtol=0, atol=0)
 
 
@@ -134,7 +136,7 @@ def test_a_prefix_that_the_checkpoint_lacks_is_added(tmp_path: Path) -> None:
         tensors={"base.0.weight": {0: (1, 4)}, "base.0.bias": {0: (1, 4)}, "base.2.weight": {1: (1, 4)}},
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
     )
-    apply_to_checkpoint(plan, written(tmp_path / "a", model.base), tmp_path / "b")
+    apply_to_checkpoint(plan, write_checkpoint(tmp_path / "a", model.base), tmp_path / "b")
     found = safetensors.torch.load_file(tmp_path / "b" / "model.safetensors")
     assert_close(found, dict(apply_plan(model, plan).state_dict()), rtol=0, atol=0)
 
@@ -147,14 +149,15 @@ def test_a_tied_tensor_may_have_any_of_its_names(names: tuple[str, ...], tmp_pat
     }
     weight = ORIGINALS["tied"].embed.weight.detach()
     applied = apply_to_checkpoint(
-        plan, stored(tmp_path / "a", state | {name: weight.clone() for name in names}), tmp_path / "b"
+        plan, store_tensors(tmp_path / "a", state | {name: weight.clone() for name in names}), tmp_path / "b"
     )
     assert len(applied.dropped) >= len(names) - 1
     assert torch.equal(load(tmp_path / "b", CASES["tied"][0]()).head.weight, small.head.weight)
     if len(names) == 2:
-        stored(tmp_path / "a", state | {"head.weight": weight + 1, "embed.weight": weight})
+        store_tensors(tmp_path / "a", state | {"head.weight": weight + 1, "embed.weight": weight})
         with pytest.raises(
-            CheckpointError, match=r"tensors '\w+\.weight' and '\w+\.weight' in .* differ, but are one tied"
+            CheckpointError,
+            match=r"tensors '\w+\.weight' and '\w+\.weight' in .* differ, but the plan is for a model that ties",
         ):
             apply_to_checkpoint(plan, tmp_path / "a", tmp_path / "c")
 
@@ -163,7 +166,7 @@ def test_buffers_that_the_model_does_not_save_may_be_there(tmp_path: Path) -> No
     small, plan = cut("buffers")
     assert plan.unsaved == ("gain",)
     state = {**ORIGINALS["buffers"].state_dict(), "gain": torch.zeros(6)}
-    assert apply_to_checkpoint(plan, stored(tmp_path / "a", state), tmp_path / "b").dropped == ("gain",)
+    assert apply_to_checkpoint(plan, store_tensors(tmp_path / "a", state), tmp_path / "b").dropped == ("gain",)
     assert torch.equal(load(tmp_path / "b", Buffered().eval()).gain, small.gain)
 
 
@@ -192,12 +195,12 @@ def test_another_checkpoint_is_refused_and_nothing_written(
 ) -> None:
     _, plan = cut("mlp")
     with pytest.raises(CheckpointError, match=message):
-        apply_to_checkpoint(plan, stored(tmp_path / "a", state), tmp_path / "b")
+        apply_to_checkpoint(plan, store_tensors(tmp_path / "a", state), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
 def test_other_plans_are_refused(tmp_path: Path) -> None:
-    original = written(tmp_path / "a", ORIGINALS["mlp"])
+    original = write_checkpoint(tmp_path / "a", ORIGINALS["mlp"])
     _, plan = cut("mlp")
     for wrong, message in (
         (
@@ -211,7 +214,7 @@ def test_other_plans_are_refused(tmp_path: Path) -> None:
             apply_to_checkpoint(wrong, original, tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"a holds no compressed model: .*plan\.json is missing"):
         apply_to_checkpoint(tmp_path / "a", original, tmp_path / "b")
-    with pytest.raises(CheckpointError, match=r"max_shard_size is the size of a file in bytes, at least 1, found 0"):
+    with pytest.raises(CheckpointError, match=r"max_shard_size must be at least 1 byte, found 0"):
         apply_to_checkpoint(plan, original, tmp_path / "b", max_shard_size=0)
     assert not (tmp_path / "b").exists()
 
@@ -226,7 +229,7 @@ def test_code_that_may_not_be_called_is_refused_without_a_model(tmp_path: Path) 
     next(step for step in program[0]["steps"] if step[0])[0] = "os.system"
     (tmp_path / "plan.json").write_text(json.dumps(description))
     with pytest.raises(PlanError, match=r"calls 'os\.system', which is not among"):
-        apply_to_checkpoint(tmp_path / "plan.json", written(tmp_path / "a", net), tmp_path / "b")
+        apply_to_checkpoint(tmp_path / "plan.json", write_checkpoint(tmp_path / "a", net), tmp_path / "b")
     apply_to_checkpoint(plan, tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "c").exists()
 
@@ -234,8 +237,8 @@ def test_code_that_may_not_be_called_is_refused_without_a_model(tmp_path: Path) 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plan = cut("mlp")
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 10}))
-    with pytest.raises(CheckpointError, match=r"the small checkpoint takes \d+ bytes, but .* has only 10 free"):
-        apply_to_checkpoint(plan, written(tmp_path / "a", ORIGINALS["mlp"]), tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"the compressed checkpoint takes \d+ bytes, but .* has only 10 free"):
+        apply_to_checkpoint(plan, write_checkpoint(tmp_path / "a", ORIGINALS["mlp"]), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -244,7 +247,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_small_files_are_copied_and_other_weights_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plan = cut("mlp")
-    original = written(tmp_path / "a", ORIGINALS["mlp"])
+    original = write_checkpoint(tmp_path / "a", ORIGINALS["mlp"])
     for name, text in (
         ("config.json", "{}"),
         ("vocab.txt", "a\nb"),
@@ -261,7 +264,7 @@ def test_small_files_are_copied_and_other_weights_are_not(tmp_path: Path, monkey
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     _, plan = cut("mlp")
-    original = written(tmp_path / "a", ORIGINALS["mlp"])
+    original = write_checkpoint(tmp_path / "a", ORIGINALS["mlp"])
     before = (original / "model.safetensors").read_bytes()
     with pytest.raises(CheckpointError, match=r"a holds other files \(model\.safetensors\); choose another folder"):
         apply_to_checkpoint(plan, original, original)
@@ -277,12 +280,12 @@ def test_a_run_that_is_killed_leaves_nothing_half_written_and_can_be_run_again(
     stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, plan = cut("mlp")
-    original = written(tmp_path / "a", ORIGINALS["mlp"])
+    original = write_checkpoint(tmp_path / "a", ORIGINALS["mlp"])
     (original / "config.json").write_text("{}")
     left = stop
     move = record.Path.replace
 
-    def killed(self: Path, target: Path) -> Path:
+    def replace_or_stop(self: Path, target: Path) -> Path:
         nonlocal left
         left -= 1
         if not left:
@@ -291,7 +294,7 @@ def test_a_run_that_is_killed_leaves_nothing_half_written_and_can_be_run_again(
 
     out = tmp_path / "b"
     with monkeypatch.context() as patched:
-        patched.setattr(record.Path, "replace", killed)
+        patched.setattr(record.Path, "replace", replace_or_stop)
         with pytest.raises(KeyboardInterrupt):
             apply_to_checkpoint(plan, original, out, max_shard_size=100)
     (out / f".model-00001-of-00005.safetensors.{'0' * 32}").write_text("half")  # as a killed process leaves it
@@ -350,6 +353,6 @@ def test_a_checkpoint_of_four_gigabytes_takes_little_memory(tmp_path: Path) -> N
 def test_a_folder_saved_at_once_and_one_cut_on_disk_are_the_same(tmp_path: Path) -> None:
     small, plan = cut("vgg")
     save(tmp_path / "saved", small, plan)
-    apply_to_checkpoint(plan, written(tmp_path / "original", ORIGINALS["vgg"]), tmp_path / "cut")
+    apply_to_checkpoint(plan, write_checkpoint(tmp_path / "original", ORIGINALS["vgg"]), tmp_path / "cut")
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()

@@ -39,7 +39,7 @@ class Problem:
         """Cost of a block without the blocks that it contains."""
         return self.blocks[name].cost - sum(self.blocks[inner].cost for inner in self.blocks[name].contains)
 
-    def gone_before(self, name):
+    def number_removed_before(self, name):
         return len(self.scores[name]) - len(self.present[name])
 
 

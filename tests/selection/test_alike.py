@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from idap.selection.ranking import ScoredBlock, rank_uniform, rank_units
 from idap.selection.reach import reach
-from idap.selection.rounding import neighbours, round_units, shortest, tie_units
+from idap.selection.rounding import neighbours, round_units, shortest_beginning, tie_units
 from idap.structure.groups import Group, alike_groups
 from tests.selection.problems import problems
 from tests.selection.test_reach import target_of
@@ -73,7 +73,7 @@ def test_bundles_stand_together_and_in_the_order_of_their_keys(problem, alike):
             assert len({part.key for part in taken}) == 1
             assert len({part.name for part in taken}) == len(taken)
     assert ends[-1] == len(ranking)
-    assert shortest(ranking) == (ends[1] if len(ends) > 1 else 0)
+    assert shortest_beginning(ranking) == (ends[1] if len(ends) > 1 else 0)
 
 
 @given(problems())
@@ -134,7 +134,7 @@ def test_a_group_without_scores_holds_the_others_back():
     ranking = rank_units({"a": [1.0, 2.0, 3.0]}, present, {"a": 1.0, "b": 1.0}, floors={})
     assert len(ranking) == 2
     assert len(tie_units(ranking, [("a", "b")])) == 0
-    assert shortest(tie_units(ranking, [("a", "b")])) == 0
+    assert shortest_beginning(tie_units(ranking, [("a", "b")])) == 0
 
 
 def test_the_larger_of_two_groups_comes_down_first():
@@ -157,7 +157,7 @@ def test_blocks_rank_between_bundles():
     present, scores = {"a": (0, 1), "b": (0, 1)}, {"a": [1.0, 2.0], "b": [2.0, 3.0]}
     ranking = tie_units(rank_units(scores, present, {"a": 1.0, "b": 1.0}, floors={}, blocks=blocks), [("a", "b")])
     assert [part.name for part in ranking.parts] == ["early", "a", "b", "late"]
-    assert shortest(ranking) == 1
+    assert shortest_beginning(ranking) == 1
 
 
 @given(problems(), CLASSES, MULTIPLES, SHARES)
@@ -165,7 +165,7 @@ def test_bundles_go_down_to_the_next_multiple(problem, alike, multiple, share):
     multiples = dict.fromkeys(problem.present, multiple)
     plain, ranking = problem.rank(), tie_units(problem.rank(), alike, multiples)
     assert all(units == plain.order[name][: len(units)] for name, units in ranking.order.items())
-    ends = [ranking.keep(shortest(ranking)), ranking.keep(len(ranking))]
+    ends = [ranking.keep(shortest_beginning(ranking)), ranking.keep(len(ranking))]
     assert not ranking.parts or ranking.parts[0].unit is None or ends[0] != ranking.before
     first = replace(ranking, parts=ranking.parts[: round(share * len(ranking))])
     for keep in (*ends, round_units(first, first.keep(len(first)), multiples)):
@@ -182,7 +182,7 @@ def test_what_lies_below_the_last_multiple_in_reach_stays():
         *((unit, 1.5) for unit in range(4)),
         *((unit, 7.5) for unit in range(4, 12)),
     ]
-    assert shortest(down_to) == 4
+    assert shortest_beginning(down_to) == 4
 
 
 @pytest.mark.parametrize(

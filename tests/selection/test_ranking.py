@@ -25,7 +25,7 @@ def test_floors_and_caps_hold_and_nothing_else_stays(uniform, problem):
         floor, size = max(1, problem.floors[name]), len(problem.scores[name])
         cap = problem.caps.get(name, size)
         assert len(left[name]) >= min(len(units), floor)
-        assert size - len(left[name]) <= max(cap, problem.gone_before(name))
+        assert size - len(left[name]) <= max(cap, problem.number_removed_before(name))
         at_a_limit = len(left[name]) <= floor or size - len(left[name]) >= cap
         assert at_a_limit
 
@@ -151,7 +151,9 @@ def test_uniform_shrinks_all_groups_in_step(problem):
     ranking = problem.rank_uniform()
     for count in range(1, len(ranking) + 1):
         kept = ranking.keep(count)
-        gone = {name: problem.gone_before(name) + len(problem.present[name]) - len(kept[name]) for name in kept}
+        gone = {
+            name: problem.number_removed_before(name) + len(problem.present[name]) - len(kept[name]) for name in kept
+        }
         sizes = {name: len(problem.scores[name]) for name in kept}
         furthest = max(gone[name] / sizes[name] for name in kept if len(kept[name]) < len(problem.present[name]))
         waiting = [

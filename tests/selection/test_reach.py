@@ -30,7 +30,7 @@ def target_of(problem, ranking, share, multiples=1):
     return least + share * (most - least)
 
 
-def plain(problem, ranking, target, multiples=1):
+def first_beginning(problem, ranking, target, multiples=1):
     """The first beginning of the ranking that meets a target, by linear search: (keep, removed)."""
     for count in range(len(ranking) + 1):
         found = round_units(ranking, ranking.keep(count), multiples), ranking.blocks_among(count)
@@ -44,7 +44,7 @@ def test_without_a_tolerance_to_keep_it_is_the_shortest_beginning(problem, share
     ranking = problem.rank()
     target = target_of(problem, ranking, share, multiples)
     choice = reach(ranking, problem.cost, target, multiples=multiples, tolerance=1.0)
-    assert (choice.keep, choice.removed) == plain(problem, ranking, target, multiples)
+    assert (choice.keep, choice.removed) == first_beginning(problem, ranking, target, multiples)
 
 
 @given(problems(), SHARES, MULTIPLES)
@@ -52,7 +52,7 @@ def test_the_target_is_met_and_repairs_only_come_closer(problem, share, multiple
     ranking = problem.rank()
     target = target_of(problem, ranking, share, multiples)
     choice = reach(ranking, problem.cost, target, multiples=multiples)
-    first = plain(problem, ranking, target, multiples)
+    first = first_beginning(problem, ranking, target, multiples)
     assert choice.cost == problem.cost(choice.keep, choice.removed) <= target
     assert choice.cost >= min(problem.cost(*first), 0.99 * target)
     if problem.cost(*first) >= 0.99 * target:
@@ -127,8 +127,8 @@ def test_an_impossible_target_names_the_smallest_cost_which_is_possible(problem,
 def test_the_text_for_an_impossible_target():
     ranking = rank_units({"a": [1.0] * 4}, {"a": (0, 1, 2, 3)}, {"a": 1.0}, floors={"a": 3})
     message = (
-        "a cost of 2,500 can't be reached: with everything that may go gone, the smallest reachable cost is 3,000. "
-        "Ask for that or more, or lower the floors, raise the caps or round to smaller multiples."
+        "a cost of 2,500 can't be reached: with everything removed that may be removed, the smallest reachable cost is "
+        "3,000. Ask for that or more, or lower the floors, raise the caps or round to smaller multiples."
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         reach(ranking, lambda keep, removed: 1000 * len(keep["a"]), 2500)
@@ -153,7 +153,7 @@ def test_a_target_that_is_met_takes_nothing():
     assert (choice.keep, choice.removed, choice.count, choice.cost) == ({"a": (0, 1)}, (), 0, 2)
 
 
-def mixed(block_score, unit_scores, block_cost=40.0):
+def ranking_with_block(block_score, unit_scores, block_cost=40.0):
     """100 units of cost 1 and one block."""
     return rank_units(
         {"a": unit_scores},
@@ -164,26 +164,26 @@ def mixed(block_score, unit_scores, block_cost=40.0):
     )
 
 
-def cost_of_mixed(keep, removed):
+def cost_with_block(keep, removed):
     return len(keep["a"]) + 40.0 * ("layer" not in removed)
 
 
 def test_a_block_that_takes_too_much_is_left_for_units_behind_it():
-    ranking = mixed(0.5, [float(score) for score in range(100)])
-    choice = reach(ranking, cost_of_mixed, 120.0)
+    ranking = ranking_with_block(0.5, [float(score) for score in range(100)])
+    choice = reach(ranking, cost_with_block, 120.0)
     assert (len(choice.keep["a"]), choice.removed, choice.cost) == (80, (), 120.0)
 
 
 def test_a_block_stays_away_where_giving_back_units_costs_less():
     # Behind the block come only units of high scores; before it 30 are cheap, and 20 of those come back.
-    ranking = mixed(5.0, [1.0] * 30 + [900.0] * 70)
-    choice = reach(ranking, cost_of_mixed, 90.0)
+    ranking = ranking_with_block(5.0, [1.0] * 30 + [900.0] * 70)
+    choice = reach(ranking, cost_with_block, 90.0)
     assert (len(choice.keep["a"]), choice.removed, choice.cost) == (90, ("layer",), 90.0)
 
 
 def test_giving_back_may_leave_the_block_alone():
-    ranking = mixed(5.0, [1.0] * 30 + [900.0] * 70)
-    choice = reach(ranking, cost_of_mixed, 100.0)
+    ranking = ranking_with_block(5.0, [1.0] * 30 + [900.0] * 70)
+    choice = reach(ranking, cost_with_block, 100.0)
     assert (len(choice.keep["a"]), choice.removed, choice.cost) == (100, ("layer",), 100.0)
 
 
@@ -198,7 +198,7 @@ def test_of_two_repairs_the_one_of_lower_scores_is_taken(block_score, left, remo
         power=1.0,
         blocks={"layer": ScoredBlock(block_score, 40.0)},
     )
-    choice = reach(ranking, cost_of_mixed, 90.0)
+    choice = reach(ranking, cost_with_block, 90.0)
     assert (len(choice.keep["a"]), choice.removed) == (left, removed)
 
 

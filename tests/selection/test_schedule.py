@@ -1,5 +1,6 @@
 """The share of each step follows the formula of docs/method.md#filters."""
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest import approx
@@ -15,6 +16,12 @@ def test_it_starts_at_the_first_share_and_grows_but_never_takes_all(first, steps
     assert shares[0] == first
     assert shares == sorted(shares)
     assert shares[-1] == approx(min(0.9, first * 2**growth))
+
+
+@given(SHARES, STEPS, GROWTHS)
+def test_it_is_the_formula_in_float64(first, steps, growth):
+    exact = np.minimum(0.9, first * np.power(1 + np.arange(steps) / np.float64(steps), growth))
+    assert [step_share(first, step, steps, growth) for step in range(steps)] == approx(exact.tolist(), rel=1e-12)
 
 
 @given(SHARES, STEPS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from idap.cost.latency import LatencyTable, above_zero, measure_latency, table_from
+from idap.cost.latency import LatencyTable, measure_latency, positive_seconds, table_from
 from idap.cost.layers import measure_table
 from idap.errors import RunFolderError, TraceError
 from idap.files import write_json
@@ -125,7 +125,7 @@ def block_latencies(
         after = apply_plan(original, structure.plan(keep, (*removed, name)))
         times = on_main(partial(measure_latency, {"before": before, "after": after}, args, kwargs, repeats=repeats))
         found[name] = times["before"].median - times["after"].median
-    return above_zero(found)
+    return positive_seconds(found)
 
 
 Measure = Callable[[], LatencyTable]

@@ -15,7 +15,7 @@ from idap.compress.config import Config
 from idap.compress.latencies import LayerTimes, block_latencies, inactive_nodes, latency_share
 from idap.compress.state import Clock, Judgement, State
 from idap.cost.count import Cost, CostModel
-from idap.cost.latency import above_zero
+from idap.cost.latency import positive_seconds
 from idap.divergence.criteria import LIKE_PROJECTIONS, WITH_BLOCKS, Criterion, opener_of
 from idap.divergence.measure import Divergence, measure_all
 from idap.divergence.observe import Pass
@@ -258,7 +258,7 @@ class Setting:
         numbers, gone = self._left(state)
         whole = self.services.layer_times.table.seconds(numbers, gone)
         after = {name: gone | inactive_nodes(self.subject.structure, [*state.removed, name]) for name in names}
-        return above_zero(
+        return positive_seconds(
             {name: whole - self.services.layer_times.table.seconds(numbers, nodes) for name, nodes in after.items()}
         )
 

@@ -1,1 +1,1 @@
-"""What a model costs: multiply-adds, parameters, latency; for the whole, and for each unit of each group."""
+"""Count or measure what a model and each unit of it cost: multiply-adds, parameters, bytes, latency."""

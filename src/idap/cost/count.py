@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a model under any plan, without building it; one small formula per operator."""
+"""Count multiply-adds, parameters and bytes of a model under any plan without building it: one formula per operator."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def _tensordot(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> in
 
 
 def _bilinear(given: Mapping[str, Any], result: Shape, shape_of: ShapeOf) -> int:
-    """The weight with the second input, then with the first."""
+    """Contract the weight with the second input, then with the first."""
     width, left, right = shape_of(given["weight"])
     return prod(result[:-1]) * width * left * (right + 1)
 
@@ -109,7 +109,7 @@ def macs_of(node: Node, result: Shape, shape_of: ShapeOf) -> int:
         shape_of: gives the shape of a tensor argument.
 
     Returns:
-        The number for the whole batch; 0 for operators that are not counted.
+        The number for the whole batch; 0 for operators without a formula.
     """
     formula = FORMULAS.get(base_name(node.op))
     return formula(arguments(node), result, shape_of) if formula is not None else 0
@@ -121,12 +121,12 @@ def has_formula(node: Node) -> bool:
 
 
 def tensors_of(node: Node) -> tuple[str, ...]:
-    """Names of the nodes whose shapes the operator's formula may ask for."""
+    """Names of the nodes whose shapes the operator's formula may need."""
     return tuple(dict.fromkeys([*node.inputs(), node.name]))
 
 
 def ref_name(value: Any) -> str:
-    """The name behind a tensor argument."""
+    """Name of the node behind a tensor argument."""
     assert isinstance(value, Ref)
     return value.name
 
@@ -140,8 +140,8 @@ class Cost:
 
     Attributes:
         macs: multiply-adds for one sample.
-        parameters: trainable or not, buffers not counted.
-        size: bytes of all tensors in the saved file; 0 where the cost model was not told their types.
+        parameters: number of parameters, trainable or not, without buffers.
+        size: bytes of all tensors in the saved file; 0 if the cost model was built without `saved`.
     """
 
     macs: int
@@ -150,12 +150,12 @@ class Cost:
 
 
 class CostModel:
-    """Counts any plan of one model; the work that does not depend on the plan is done once.
+    """Costs of one model under any plan; the work that does not depend on the plan is done once.
 
     Args:
-        structure: of the model.
+        structure: structure of the model.
         batch: number of samples in the traced example; costs are per sample.
-        saved: bytes of each tensor that a saved file holds, from `tensor_bytes`.
+        saved: bytes of each tensor in the saved file, from `tensor_bytes`; None: sizes are 0.
     """
 
     def __init__(self, structure: Structure, batch: int, saved: Mapping[str, int] | None = None) -> None:
@@ -175,7 +175,7 @@ class CostModel:
                 self._touched[index].append(node)
 
     def cost(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> Cost:
-        """Cost of the model when groups keep only some units and some blocks are removed; projections count."""
+        """Cost of the model if groups keep only some units and some blocks are removed, with their projections."""
         return self._after(removed)._cost(keep, removed)
 
     def _cost(self, keep: Keep | None, removed: Sequence[str]) -> Cost:
@@ -190,7 +190,7 @@ class CostModel:
         return Cost(macs // self._batch, parameters, size)
 
     def unit_macs(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> dict[str, float]:
-        """Multiply-adds per sample that the next unit of each group would save."""
+        """Multiply-adds per sample that the removal of the next unit of each group would save."""
         return self._after(removed)._unit_macs(keep, removed)
 
     def _unit_macs(self, keep: Keep | None, removed: Sequence[str]) -> dict[str, float]:
@@ -205,7 +205,7 @@ class CostModel:
         return found
 
     def unit_parameters(self, keep: Keep | None = None, removed: Sequence[str] = ()) -> dict[str, float]:
-        """Parameters that the next unit of each group would save."""
+        """Parameters that the removal of the next unit of each group would save."""
         return self._after(removed)._unit_parameters(keep, removed)
 
     def _unit_parameters(self, keep: Keep | None, removed: Sequence[str]) -> dict[str, float]:
@@ -221,11 +221,11 @@ class CostModel:
         return found
 
     def block_macs(self, name: str, keep: Keep | None = None, removed: Sequence[str] = ()) -> int:
-        """Multiply-adds per sample that removing a branch or block would save, less those of a projection for it."""
+        """Multiply-adds per sample that removing a branch or block would save, minus those of its projection."""
         return self.cost(keep, removed).macs - self.cost(keep, [*removed, name]).macs
 
     def _after(self, removed: Sequence[str]) -> "CostModel":
-        """Counts for the structure with projections in the places of those removed blocks that become such."""
+        """The cost model of the structure with projections in place of the removed blocks that become projections."""
         structure = self._structure.after(removed)
         if structure is self._structure:
             return self
@@ -240,7 +240,7 @@ class CostModel:
         return self._others[structure.standing]
 
     def _width(self, name: str) -> int:
-        """Bytes of one number of a projection: those of what it replaces."""
+        """Bytes of one number of a projection: as many as in the block that it replaces."""
         path = name.rpartition(".")[0].rpartition(".")[0]
         return next((w for n, w in self._saved.items() if n in self._parameters and n.startswith(f"{path}.")), 4)
 
@@ -251,16 +251,16 @@ class CostModel:
         return fewer
 
     def _dead_nodes(self, removed: Sequence[str]) -> set[str]:
-        """Nodes that are no longer computed."""
+        """Names of the nodes that are no longer computed."""
         return self._structure.dead_nodes(removed) | set(self._structure.skips(removed))
 
     def _parameters_left(self, removed: Sequence[str]) -> set[str]:
-        """Parameters that the modules still hold, used or not; a removed module shares none with others."""
+        """Names of the parameters that are left, used or not; a removed module shares none with others."""
         vanishes = self._removal_test(removed)
         return {name for name in self._parameters if not vanishes(name)}
 
     def _removal_test(self, removed: Sequence[str]) -> Callable[[str], bool]:
-        """Says of the name of a tensor whether it vanishes with removed blocks."""
+        """A function that says of the name of a tensor whether it is removed with these blocks."""
         blocks = [self._structure.block(name) for name in removed]
         paths = tuple(f"{path}." for block in blocks for path in block.replaced)
         made = {name for block in blocks for name, _ in _projection_tensors(block)}
@@ -289,12 +289,12 @@ class CostModel:
 
 
 def _projection_tensors(block: Block) -> Iterable[tuple[str, Kept]]:
-    """The tensors of the projection that takes the place of a block."""
+    """Names and shapes of the tensors of the projection that replaces a block."""
     return block.projected.tensors(block.name).items() if block.projected is not None else ()
 
 
 def tensor_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of each tensor that a saved file of a model holds; tied tensors once, under the first name."""
+    """Bytes of each tensor in the saved file of a model; tied tensors count once, under their first name."""
     first: dict[int, str] = {}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -304,16 +304,16 @@ def tensor_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def count_macs(structure: Structure, *, batch: int = 1) -> int:
-    """Multiply-adds of the traced model for one sample.
+    """Count the multiply-adds of the traced model for one sample.
 
     Args:
-        structure: from `analyze`.
+        structure: structure of the model, from `analyze`.
         batch: number of samples in the traced example.
     """
     return CostModel(structure, batch).cost().macs
 
 
 def count_parameters(structure: Structure) -> int:
-    """Parameters of the traced model, tied ones once."""
+    """Count the parameters of the traced model; tied parameters count once."""
     names = {node.target for node in structure.graph.nodes.values() if node.op == "parameter"}
     return int(sum(np.prod(structure.graph.shapes[name], dtype=np.int64) for name in names))

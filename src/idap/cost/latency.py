@@ -1,4 +1,4 @@
-"""Latency: of models measured side by side, and of layers as a table from which seconds follow."""
+"""Measure the latency of models side by side, and derive seconds from a table of the latencies of layers."""
 
 import statistics
 import time
@@ -18,11 +18,11 @@ from idap.parsing import LARGEST, indices, items, sequence, text, whole
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one forward pass.
+    """Time of one forward pass, in seconds.
 
     Attributes:
-        median: seconds.
-        spread: first and third quartile, seconds.
+        median: median over the timed passes.
+        spread: first and third quartile.
     """
 
     median: float
@@ -40,8 +40,8 @@ def measure_latency(
     """Time the forward passes of several models in turn.
 
     Args:
-        models: by name; run in eval mode, their modes are put back.
-        args: positional inputs, the same for all.
+        models: the models by name; they run in eval mode, and their modes are restored.
+        args: positional inputs, the same for all models.
         kwargs: keyword inputs.
         repeats: timed passes of each model, at least 2.
         warmup: passes of each model before the clock starts.
@@ -50,14 +50,14 @@ def measure_latency(
         Median and quartiles of each model, in seconds.
 
     Raises:
-        ConfigError: too few repeats.
+        ConfigError: `repeats` is below 2.
 
     Example:
         >>> times = measure_latency({"small": nn.Linear(2, 2)}, (torch.zeros(1, 2),), repeats=3)
         >>> times["small"].median > 0
         True
     """
-    # no_grad, not inference_mode: a model may keep a tensor for later, and training could not use an inference tensor.
+    # Not inference_mode: a model may keep a tensor for later, and training can't use a tensor made in that mode.
     with ExitStack() as stack, torch.no_grad():
         for model in models.values():
             for module in model.modules():
@@ -72,19 +72,19 @@ def measure_latency(
 def alternate(
     runs: Mapping[str, Callable[[], Any]], *, repeats: int = 50, warmup: int = 5, on_gpu: bool = False
 ) -> dict[str, Latency]:
-    """Time several calls in turn, so that all of them see the same machine.
+    """Time several functions in turn, so that changes of the machine's speed affect all of them.
 
     Args:
-        runs: by name.
-        repeats: timed calls of each, at least 2.
-        warmup: calls of each before the clock starts.
-        on_gpu: the clock is the GPU's own: events before and after each call.
+        runs: the functions by name.
+        repeats: timed calls of each function, at least 2.
+        warmup: calls of each function before the clock starts.
+        on_gpu: measure by the GPU's clock, with events before and after each call.
 
     Returns:
-        Median and quartiles of each, in seconds.
+        Median and quartiles of each function, in seconds.
 
     Raises:
-        ConfigError: too few repeats.
+        ConfigError: `repeats` is below 2.
 
     Example:
         >>> sorted(alternate({"sum": lambda: sum(range(9)), "max": lambda: max(range(9))}, repeats=3))
@@ -127,9 +127,9 @@ class Curve:
     """Seconds of one pass of an operator, or of several, by the number of units of a group.
 
     Attributes:
-        widths: ascending; the last one is the whole group.
-        seconds: medians, each the middle one of a few rounds.
-        spread: how far the medians of the rounds lie apart.
+        widths: numbers of units, ascending; the last one is that of the whole group.
+        seconds: seconds at each width: the middle one of the medians of a few rounds.
+        spread: seconds between the lowest and the highest of these medians, at each width.
     """
 
     widths: tuple[int, ...]
@@ -137,7 +137,7 @@ class Curve:
     spread: tuple[float, ...]
 
     def at(self, width: int) -> float:
-        """Seconds at a width; on a line between those measured, and no less than at the smallest of them.
+        """Seconds at a width, interpolated linearly between the measured widths and constant beyond them.
 
         >>> Curve((8, 16), (1.0, 3.0), (0.0, 0.0)).at(12)
         2.0
@@ -147,16 +147,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Seconds of every layer over which a group lies, measured by themselves while all other groups are whole.
+    """Seconds of every layer that reads or writes units of a group, measured alone, with all other groups whole.
 
     Attributes:
         batch: samples of a pass.
-        device: where it was measured.
-        threads: of the CPU.
-        curves: each different layer once.
-        layers: node of the graph -> group that lies over it -> index of its curve.
-        fixed: node -> seconds, for the layers over which no group lies.
-        unmeasured: names of operators over units that were not timed.
+        device: device on which it was measured.
+        threads: number of threads of the CPU.
+        curves: the curve of each different layer.
+        layers: node of the graph -> group whose units it reads or writes -> index of its curve.
+        fixed: node -> seconds, for the layers that read and write no units.
+        unmeasured: names of the operators on units that were not timed.
     """
 
     batch: int
@@ -177,11 +177,11 @@ class LatencyTable:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups that lie over a measured layer."""
+        """Names of the groups whose units are read or written by a measured layer."""
         return tuple(self._of_group)
 
     def curve(self, group: str) -> Curve:
-        """Seconds of all layers of a group by its width, others whole.
+        """Seconds of all layers of a group by its width, with all other groups whole.
 
         Args:
             group: one of `groups`.
@@ -193,25 +193,25 @@ class LatencyTable:
         return Curve(widths, seconds, spread)
 
     def seconds(self, numbers: Mapping[str, int], gone: Collection[str] = ()) -> float:
-        """Seconds of one pass of all measured layers, each narrowed by its groups as if one did not know of another.
+        """Seconds of one pass of all measured layers, each narrowed by each of its groups independently.
 
         Args:
-            numbers: group name -> units that it has; groups that are not named are whole.
-            gone: nodes that are no longer computed.
+            numbers: group name -> number of units that it has; groups that are not named are whole.
+            gone: names of the nodes that are no longer computed.
         """
         over = sum(self._layer(node, numbers) for node in self.layers if node not in gone)
         return over + sum(time for node, time in self.fixed.items() if node not in gone)
 
     def unit_seconds(self, numbers: Mapping[str, int], gone: Collection[str] = ()) -> dict[str, float]:
-        """What one unit of each group takes: the seconds that half of the group saves, divided by the units.
+        """Seconds that one unit of each group takes: those that half of the units saves, divided by their number.
 
         Args:
-            numbers: as for `seconds`, for all groups that are asked for.
-            gone: likewise.
+            numbers: group name -> number of units that it has, for all groups of interest.
+            gone: names of the nodes that are no longer computed.
 
         Returns:
-            Group name -> seconds, above 0, for groups of two units or more, but for those of whose layers none is
-            left; a thousandth of the mean where no difference could be measured.
+            Group name -> seconds, above 0; a thousandth of the mean where no difference was measured. Groups with fewer
+            than two units, and groups none of whose measured layers is left, are missing.
         """
         found = {}
         for group, width in numbers.items():
@@ -222,10 +222,10 @@ class LatencyTable:
             half = {**numbers, group: width // 2}
             saved = sum(self._layer(node, numbers) - self._layer(node, half) for node in nodes)
             found[group] = saved / (width - width // 2)
-        return above_zero(found)
+        return positive_seconds(found)
 
     def _layer(self, node: str, numbers: Mapping[str, int]) -> float:
-        """Seconds of one layer: of the whole, times the share that each group leaves."""
+        """Seconds of one layer: those of the whole layer, times the share that each group leaves."""
         curves = [(self.curves[index], numbers.get(group)) for group, index in self.layers[node].items()]
         time = curves[0][0].seconds[-1]
         for curve, width in curves:
@@ -233,7 +233,7 @@ class LatencyTable:
         return time
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, which `table_from` reads."""
+        """The table as plain data, which `table_from` reads."""
         return {
             "format": FORMAT,
             "batch": self.batch,
@@ -248,17 +248,17 @@ class LatencyTable:
         }
 
 
-def above_zero(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds that can be divided by: where nothing was measured, a thousandth of the mean."""
+def positive_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Make seconds safe to divide by: each becomes at least a thousandth of the mean, and is above 0."""
     mean = sum(max(0.0, value) for value in seconds.values()) / max(1, len(seconds))
     return {name: max(value, mean / 1000, 1e-12) for name, value in seconds.items()}
 
 
 def table_from(data: Any) -> LatencyTable:
-    """Read a table that was written as plain data.
+    """Read a table from the plain data of `LatencyTable.to_json`.
 
     Raises:
-        TypeError, ValueError: it is no such data, or contradicts itself; says what was found.
+        TypeError, ValueError: the data are of another form, or contradict themselves; the message says what was found.
     """
     found = dict(items(data))
     wanted = {"format", "batch", "device", "threads", "curves", "layers", "fixed", "unmeasured"}
@@ -271,7 +271,7 @@ def table_from(data: Any) -> LatencyTable:
     fixed = dict(items(found["fixed"]))
     for node, over in layers.items():
         if not over or any(not 0 <= place < len(curves) for place in over.values()):
-            raise ValueError(f"layer {node!r} has no curve")
+            raise ValueError(f"layer {node!r} has no curve, or one that is not in the table")
     return LatencyTable(
         batch=whole(found["batch"]),
         device=text(found["device"]),
@@ -288,7 +288,7 @@ def _curve(data: Any) -> Curve:
     widths = indices(found.get("widths"))
     seconds, spread = _times(found.get("seconds")), _times(found.get("spread"))
     if not widths or not len(widths) == len(seconds) == len(spread) or min(seconds) <= 0:
-        raise ValueError("a curve needs a time above 0 and a spread for each of its widths")
+        raise ValueError("a curve needs seconds above 0 and a spread for each of its widths")
     return Curve(widths, seconds, spread)
 
 
@@ -296,5 +296,5 @@ def _times(data: Any) -> tuple[float, ...]:
     found: Sequence[Any] = sequence(data)
     for value in found:
         if type(value) not in (int, float) or not 0 <= value < LARGEST:
-            raise ValueError(f"expected seconds from 0 on, found {value!r:.60}")
+            raise ValueError(f"expected seconds of at least 0, found {value!r:.60}")
     return tuple(float(value) for value in found)

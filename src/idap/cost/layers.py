@@ -1,4 +1,4 @@
-"""Time the layers of a model one by one, at several widths of each group that lies over them."""
+"""Time the layers of a model one by one, at several widths of each group whose units they read or write."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +22,11 @@ from idap.structure.layout import Presence, count
 from idap.training.batch import Inputs, device_name, device_of
 
 SECONDS = 0.4
-"""About how long each layer is measured for each of its groups."""
+"""About how many seconds each layer is measured for each of its groups."""
 ROUNDS = 3
-"""How often everything about a layer is measured; the medians of the rounds say how far they may be off."""
+"""Number of rounds in which a layer is measured; the spread of their medians is the uncertainty."""
 FEWEST, MOST = 2, 51
-"""Timed passes of each width in a round."""
+"""Bounds of the number of timed passes of each width in a round."""
 
 IMAGES = frozenset(
     ("conv2d", "conv_transpose2d", "batch_norm", "group_norm", "instance_norm", "max_pool2d", "avg_pool2d",
@@ -36,12 +36,12 @@ EVEN = frozenset(
     ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "gelu", "silu", "mish", "sigmoid", "tanh", "hardswish",
      "hardsigmoid", "softmax", "add", "mul", "cat", "layer_norm", "rms_norm", *IMAGES - FORMULAS.keys())
 )  # fmt: skip
-"""Operators besides those with a formula: their time goes evenly with the width, so two widths are enough."""
+"""Operators without a formula that are timed as well; their time is linear in the width, so two widths are enough."""
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Stands for a tensor of this shape among the arguments of a call."""
+    """Placeholder for a tensor of this shape among the arguments of a call."""
 
     sizes: tuple[int, ...]
 
@@ -64,22 +64,22 @@ def measure_table(
     seconds: float = SECONDS,
     progress: Progress | None = None,
 ) -> LatencyTable:
-    """Time the layers of every group on the model's device; equal layers once.
+    """Time the layers of every group on the model's device; equal layers are timed once.
 
     Each layer runs alone, on tensors of its own shapes, in the data type and the memory layout that it has in the
-    model; the widths take turns. What is in the caches then is not what is there in a whole pass, so seconds are good
-    for comparing layers and widths rather than for adding up.
+    model; the widths are measured in turn. The caches then hold other data than in a whole pass, so the seconds serve
+    to compare layers and widths rather than to be added up.
 
     Args:
         model: the traced model; it is not changed.
-        structure: of the model.
-        example: inputs of as many samples as count; the model is traced with them, for the shapes.
-        widths_of: size of a group -> widths to measure, ascending, the last one the size.
-        seconds: about how long each layer is measured for each of its groups.
-        progress: hears of each group.
+        structure: structure of the model.
+        example: inputs with the number of samples to measure; the model is traced with them to find the shapes.
+        widths_of: size of a group -> widths to measure, ascending, up to the size.
+        seconds: about how many seconds each layer is measured for each of its groups.
+        progress: the listener that receives progress, group by group; None: no progress is reported.
 
     Returns:
-        The table.
+        The latency table.
 
     Raises:
         TraceError: the model can't be traced with these inputs.
@@ -111,7 +111,7 @@ def _measure_layers(
     widths_of: Callable[[int], Sequence[int]],
     progress: Progress,
 ) -> tuple[list[Curve], dict[str, dict[str, int]], list[str]]:
-    """Each different layer over which a group lies, where it stands, and the operators that were left out."""
+    """The curve of each different layer, the groups and curves of each node, and the operators that were left out."""
     layers: dict[str, dict[str, int]] = {}
     curves: dict[tuple[tuple[int, ...], tuple[_Call, ...]], int] = {}
     found: list[Curve] = []
@@ -137,7 +137,7 @@ def _measure_layers(
 
 
 def _over(structure: Structure, group: Group) -> Iterator[Node]:
-    """The operators of the graph that read or write units of a group."""
+    """The operators that read or write units of a group."""
     dims = structure.layout.dims
     special = ("input", "parameter", "buffer", "constant", "output", "getitem")
     for node in structure.graph.nodes.values():
@@ -158,7 +158,7 @@ def _samples(example: Inputs) -> int:
 
 
 def _call(structure: Structure, graph: Graph, node: Node, present: Presence) -> _Call:
-    """The call of a node when only some units are present; batch and image sizes are those of the graph."""
+    """The call of a node if only some units are present; batch and image sizes are those of the graph."""
     layout = structure.layout
     sizes = {
         (use.argument, use.index): use.sign * count(use.dim, present)
@@ -188,7 +188,7 @@ def _call(structure: Structure, graph: Graph, node: Node, present: Presence) -> 
 
 @dataclass
 class _Timer:
-    """Times calls on tensors that share their memory from one width to the next."""
+    """Times calls on tensors that reuse the same memory at every width."""
 
     model: nn.Module
     example: Inputs
@@ -205,7 +205,7 @@ class _Timer:
         self.name = device_name(self._device)
 
     def curve(self, widths: tuple[int, ...], calls: tuple[_Call, ...]) -> Curve:
-        """Seconds of some calls, one for each width: the middle one of the medians of a few rounds."""
+        """Measure calls, one for each width; the seconds are the middle one of the medians of a few rounds."""
         on_gpu = self._device.type == "cuda"
         runs = {width: self._run(call) for width, call in zip(widths, calls, strict=True)}
         first = alternate({"": runs[widths[-1]]}, repeats=2, warmup=1, on_gpu=on_gpu)[""].median
@@ -213,7 +213,7 @@ class _Timer:
         repeats = int(min(MOST, max(FEWEST, passes)))
         medians: dict[int, list[float]] = {width: [] for width in widths}
         for turn in range(ROUNDS):
-            order = widths if turn % 2 else widths[::-1]  # a disturbance that comes back hits others then
+            order = widths if turn % 2 else widths[::-1]  # so that a periodic disturbance hits other widths
             times = alternate({str(w): runs[w] for w in order}, repeats=repeats, warmup=int(not turn), on_gpu=on_gpu)
             for width in widths:
                 medians[width].append(max(1e-9, times[str(width)].median))
@@ -224,7 +224,7 @@ class _Timer:
         )
 
     def once(self, call: _Call) -> float:
-        """Seconds of a call; equal ones are measured once."""
+        """Seconds of a call; equal calls are measured once."""
         if call not in self._known:
             self._known[call] = self.curve((1,), (call,)).seconds[0]
         return self._known[call]
@@ -244,7 +244,7 @@ class _Timer:
         return partial(operator(Node("", call.op)), *args, **kwargs)
 
     def _tensor(self, place: int, sizes: tuple[int, ...], *, last: bool) -> Tensor:
-        """A tensor of numbers near 1, which no operator takes to subnormal ones; one memory for each place."""
+        """A tensor of numbers near 1, of which no operator makes subnormal ones; each place reuses its memory."""
         wanted = prod(sizes)
         held = self._memory.get(place)
         if held is None or held.numel() < wanted:
@@ -257,5 +257,5 @@ class _Timer:
 
 
 def _lies_last(tensor: Tensor) -> bool:
-    """Whether a tensor lies in memory with its channels last, and can't be taken for another layout."""
+    """Whether a tensor's channels are last in memory, and the layout is not contiguous as well."""
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()

@@ -1,1 +1,1 @@
-"""What a compressed model is worth where it runs: its speed and its memory, beside the original's."""
+"""Export compressed models, and measure their speed and memory beside the original."""

@@ -1,4 +1,4 @@
-"""An original and its compressed successor side by side: latency, memory and file size, in the ways that models run."""
+"""Compare an original with its compressed model in several engines: latency, memory and file size."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,13 +29,13 @@ _PAIR = ("original", "compressed")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """One way of running both models; each pair is (original, compressed).
+    """Measurements of both models in one engine at one batch size; each pair is (original, compressed).
 
     Attributes:
         engine: "eager" (PyTorch as it is), "compile" (torch.compile) or "onnxruntime".
-        batch: samples of a pass.
-        latency: of one pass.
-        memory: the most bytes held for activations during one pass; None where it is not known.
+        batch: number of samples of a pass.
+        latency: latency of one pass.
+        memory: peak of the bytes held for activations during one pass; None if it is unknown.
     """
 
     engine: Engine
@@ -51,15 +51,15 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What two models cost on one machine; each pair is (original, compressed).
+    """Measurements of two models on one machine; each pair is (original, compressed).
 
     Attributes:
-        rows: one for each engine and batch size.
+        rows: one row for each engine and batch size.
         size: bytes of the tensors in a saved file.
-        subnormal: weights so near to 0 that processors compute with them slowly.
-        threads: of the CPU.
-        device: where they ran.
-        channels_last: whether images were laid out with their channels last.
+        subnormal: number of weights so close to 0 that processors compute with them slowly.
+        threads: number of threads of the CPU.
+        device: device on which the models ran.
+        channels_last: whether images had their channels last in memory.
     """
 
     rows: tuple[BenchRow, ...]
@@ -87,23 +87,23 @@ def bench(  # noqa: PLR0913 - settings of a measurement, all with defaults
     """Time two models in turn, in one process, in each engine and at each batch size.
 
     Args:
-        original: left as it is.
-        compressed: likewise, on the same device.
+        original: the original; not changed.
+        compressed: the compressed model, on the same device; not changed.
         args: positional example inputs; their samples are repeated or left out to make a batch.
         kwargs: keyword example inputs.
-        batches: samples per pass.
-        engines: ways of running; "onnxruntime" runs on the CPU and needs the extra ``idap[onnx]``.
-        threads: of the CPU; None: as torch has them now.
-        channels_last: lay images and convolution weights out with their channels last, in the PyTorch engines.
+        batches: numbers of samples per pass.
+        engines: engines that run the models; "onnxruntime" runs on the CPU and needs the extra ``idap[onnx]``.
+        threads: number of threads of the CPU; None: torch's current number is used.
+        channels_last: let images and convolution weights have their channels last in memory, in the PyTorch engines.
         repeats: timed passes of each model, at least 2.
-        warmup: passes before the clock starts.
-        progress: hears of each engine and batch.
+        warmup: passes of each model before the clock starts.
+        progress: the listener that receives progress, for each engine and batch size; None: no progress is reported.
 
     Returns:
-        Latency, memory, file size, and how many weights are subnormal.
+        Latency, memory, file size, and numbers of subnormal weights.
 
     Raises:
-        ConfigError: a batch size, the number of threads or an engine is not possible.
+        ConfigError: a batch size, the number of threads or an engine is invalid, or the models are on two devices.
         ExportError: a model can't be exported for onnxruntime.
     """
     _check(batches, engines, threads, original, compressed)
@@ -139,7 +139,7 @@ def _row(
 
 
 def subnormal_weights(model: nn.Module) -> int:
-    """Number of weights that are not 0 but smaller than the smallest normal number of their type.
+    """Count the weights that are not 0 but smaller than the smallest normal number of their type.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -152,7 +152,7 @@ def subnormal_weights(model: nn.Module) -> int:
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
-    """The most bytes that a call holds at once of what it allocates itself, on the device where it runs."""
+    """Measure the peak of the bytes that a call allocates itself, on the device where it runs."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -177,7 +177,7 @@ def _check(
 ) -> None:
     unknown = [engine for engine in engines if engine not in ENGINES]
     if unknown or not engines:
-        raise ConfigError(f"engines are {', '.join(ENGINES)}; found {unknown[0] if unknown else 'none'!r}.")
+        raise ConfigError(f"engines must be among {', '.join(ENGINES)}; found {unknown[0] if unknown else 'none'!r}.")
     if not batches or min(batches) < 1:
         raise ConfigError(f"batch sizes must be at least 1, found {list(batches)}.")
     if threads is not None and threads < 1:
@@ -193,7 +193,7 @@ def _check(
 def _ready(
     engine: Engine, pair: tuple[nn.Module, nn.Module], inputs: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> Iterator[list[Callable[..., Any]]]:
-    """What runs the two models in an engine, given positional and keyword inputs."""
+    """Functions that run the two models in an engine on positional and keyword inputs."""
     if engine == "onnxruntime":
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / f"{name}.onnx" for name in _PAIR]
@@ -223,7 +223,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def _layout(pair: tuple[nn.Module, nn.Module], channels_last: bool) -> Iterator[None]:
-    """Lay 4-d weights out with their channels last for a while."""
+    """Let 4-d weights have their channels last in memory inside the context."""
     if not channels_last:
         yield
         return

@@ -1,7 +1,8 @@
-"""Write a model for use without its Python code: ONNX, torch.export or plain weights; each file is checked first.
+"""Write a model for use without its Python code, as ONNX, a torch.export program or plain weights, and check the file.
 
-A file is written into a folder beside its place, read back there by what will run it, and compared with the model on
-inputs that it was not made with. Only then it takes its name, so a file that is there is one that agreed.
+A file is written into a folder beside its destination and read back there by the engine that will run it. Its outputs
+are compared with those of the model on inputs that differ from the example. Only a file that agrees is moved to its
+destination.
 """
 
 import copy
@@ -31,18 +32,18 @@ _DRAWS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written, and how it was checked.
+    """An exported file, and the results of its check.
 
     Attributes:
-        file: where it lies.
-        to: "onnx", "pt2" or "safetensors".
-        bytes: its size, with that of the file of weights which ONNX puts beside models above 2 GB.
-        difference: the largest difference from the model over the model's largest output, over all checks.
+        file: path of the file.
+        to: its format: "onnx", "pt2" or "safetensors".
+        bytes: its size, including the separate file of weights of ONNX models above 2 GB.
+        difference: the largest difference from the model's outputs, as a share of the largest output, over all checks.
         batches: batch sizes at which the file was run; empty for weights, which are compared bit by bit.
-        dynamic_batch: whether the file takes batches of any size.
-        inputs: the file's own names of its inputs.
-        outputs: the file's own names of its outputs.
-        opset: of an ONNX file.
+        dynamic_batch: whether the file accepts batches of any size.
+        inputs: names of the inputs in the file.
+        outputs: names of the outputs in the file.
+        opset: opset of an ONNX file; None for other formats.
     """
 
     file: Path
@@ -67,28 +68,28 @@ def export(
     opset: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> Exported:
-    """Write a model as ONNX or as a `torch.export` program, and check what was written against the model.
+    """Write a model as ONNX or as a `torch.export` program, and compare the file with the model.
 
     The file is run (onnxruntime on the CPU, or `torch.export.load`) on fresh random inputs like the example's, at the
-    batch sizes 1, 2, 5 and the example's. On a mismatch nothing is written; a file that was there before stays.
+    batch sizes 1, 2, 5 and the example's. If it differs, nothing is written, and a file that was there before stays.
 
     Args:
-        model: any module that `torch.export` can export; it is left as it was and exported in evaluation mode.
+        model: any module that `torch.export` can export; it is not changed, and exported in evaluation mode.
         args: positional example inputs, always a tuple.
-        file: ends in .onnx or .pt2; replaced if it is there.
+        file: path that ends in .onnx or .pt2; an existing file is replaced.
         kwargs: keyword example inputs. Numbers, strings and None become part of the program.
         to: "onnx" (needs the extra `idap[onnx]`) or "pt2".
-        dynamic_batch: whether the first dimension of all inputs that have the same size there is left open; without it
-            the file takes the example's shapes alone.
-        opset: of ONNX; None: what this version of torch recommends.
+        dynamic_batch: whether the batch size stays open: the first dimension of all inputs that have the same size
+            there. If not, the file accepts only the shapes of the example.
+        opset: opset of ONNX; None: the one that this version of torch recommends is used.
         tolerance: largest relative difference allowed; float16 needs about 1e-2.
 
     Returns:
-        What was written, with the largest difference found.
+        The exported file, with the largest difference found.
 
     Raises:
-        ExportError: a package is missing, the model can't be exported, its batch can't be left open, or the file gives
-            other outputs than the model.
+        ExportError: a package is missing, the model can't be exported, its batch size can't stay open, or the outputs
+            of the file differ from those of the model.
         ConfigError: `to` is unknown, or the file has another suffix.
 
     Example:
@@ -119,17 +120,17 @@ def export(
 
 
 def export_weights(model: nn.Module, file: str | Path) -> Exported:
-    """Write a model's state as one safetensors file: tied tensors once, with checksums, no plan, no code.
+    """Write a model's state as one safetensors file with checksums, without plan and code; each tied tensor once.
 
     Args:
         model: any module.
-        file: ends in .safetensors; replaced if it is there.
+        file: path that ends in .safetensors; an existing file is replaced.
 
     Returns:
-        What was written, after it was read back and compared bit by bit.
+        The exported file, after it was read back and compared bit by bit.
 
     Raises:
-        ExportError: the state holds what is no tensor, or is read back differently.
+        ExportError: the state holds something that is not a tensor, or a tensor is read back differently.
         ConfigError: the file has another suffix.
     """
     file = _check_path(file, "safetensors")
@@ -143,7 +144,7 @@ def export_weights(model: nn.Module, file: str | Path) -> Exported:
         for name, tensor in load_file(str(beside)).items():
             mine = held[name].detach().cpu()
             if mine.dtype != tensor.dtype or not torch.equal(mine.nan_to_num(), tensor.nan_to_num()):
-                raise ExportError(f"tensor {name!r} is read back from {file} differently from what was written.")
+                raise ExportError(f"tensor {name!r} is read back from {file} with other numbers than were written.")
         size = beside.stat().st_size
     return Exported(file=file, to="safetensors", bytes=size, difference=0.0)
 
@@ -160,14 +161,14 @@ def _check_settings(args: object, to: str, opset: int | None) -> None:
 def _check_path(file: str | Path, to: str) -> Path:
     file = Path(file)
     if file.suffix != _SUFFIX[to]:
-        raise ConfigError(f"{file} should end in {_SUFFIX[to]}, as it is to hold {to}.")
+        raise ConfigError(f"{file} should end in {_SUFFIX[to]}, since its format is {to}.")
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; name a file in it.")
     return file
 
 
 def _subject(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], to: str) -> tuple[nn.Module, Inputs]:
-    """The model in evaluation mode, on the CPU where that is what will run it, and its inputs there."""
+    """A copy of the model in evaluation mode and its inputs, on the CPU if the file will run there."""
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         raise ExportError(f"{type(model).__name__} is on the meta device and has no weights; load them first.")
@@ -180,7 +181,7 @@ def _subject(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], to
 def _compare(
     model: nn.Module, run: Any, example: Inputs, file: Path, *, dynamic: bool, tolerance: float
 ) -> tuple[tuple[int, ...], float]:
-    """The batch sizes at which the file was run, and the largest difference."""
+    """Run the file and the model; returns the batch sizes, and the largest relative difference of an output."""
     own = batch_size(*example)
     batches: list[int | None] = [own]
     if dynamic and own is not None:
@@ -208,9 +209,9 @@ def _compare(
 
 @contextmanager
 def _write_beside(file: Path) -> Iterator[Path]:
-    """A path of the same name in a new folder beside the file; what is written there takes the file's place.
+    """Give a path of the same name in a new folder beside the file, and move what is written there to its destination.
 
-    Weights that lie in a file of their own go first: the file that names them comes last.
+    A separate file of weights is moved first, since the other file refers to it.
     """
     try:
         with folder_beside(file) as folder:

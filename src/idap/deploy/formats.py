@@ -1,4 +1,4 @@
-"""The two forms of a program: a `torch.export` archive and ONNX; how each is made, written and run."""
+"""Make, write and run programs in two formats: `torch.export` archives and ONNX."""
 
 import importlib.util
 import warnings
@@ -20,21 +20,21 @@ Run = Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor]]
 BATCH = "batch"
 _FITTING = (Tensor, type(None))
 _INLINE_BYTES = 1_900_000_000
-"""ONNX files hold at most 2 GB; the weights of larger models lie beside them."""
+"""Larger weights are written to a separate file, since an ONNX file holds at most 2 GB."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A model as torch.export sees it.
+    """A model exported by torch.export.
 
     Attributes:
         exported: the program.
-        name: of the model, for errors.
-        size: of its weights, in bytes.
-        dynamic_shapes: which dimensions are open.
+        name: class name of the model, for error messages.
+        size: size of its weights in bytes.
+        dynamic_shapes: the dimensions that are open.
         inputs: names of the input tensors.
-        outputs: names of the tensors that the model returns, such as ``logits`` or ``0.1``; ``output`` for a lone one.
-        plain: what it returns beside tensors and None, such as "int"; "" if nothing.
+        outputs: names of the tensors that the model returns, such as ``logits`` or ``0.1``; ``output`` for one alone.
+        plain: type of the first other value that it returns, such as "int"; "" if it returns only tensors and None.
     """
 
     exported: ExportedProgram
@@ -48,7 +48,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Check:
-    """What a written file calls its inputs and outputs, and its opset."""
+    """The names of inputs and outputs in a written file, and its opset."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -59,16 +59,16 @@ def program_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """Export a model with `torch.export`.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         args: positional example inputs.
         kwargs: keyword example inputs.
-        dynamic_batch: whether the batch size is left open.
+        dynamic_batch: whether the batch size stays open.
 
     Returns:
         The program.
 
     Raises:
-        ExportError: the model doesn't run, can't be exported, or fixes its batch size.
+        ExportError: the model doesn't run, can't be exported, or its code fixes the batch size.
     """
     shapes: Any = None
     if dynamic_batch:
@@ -77,7 +77,7 @@ def program_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             raise ExportError(
                 f"no input of {type(model).__name__} has a batch dimension; export with dynamic_batch=False."
             )
-        if batch < 2:  # the exporter takes a size of 1 for a constant
+        if batch < 2:  # the exporter treats a size of 1 as constant
             args, kwargs = resize_inputs(args, kwargs, 2)
         open_shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
         dim = Dim(BATCH)
@@ -125,7 +125,7 @@ def _export_error(model: nn.Module, error: Exception) -> ExportError:
         told = next((line for line in lines if line.startswith("- ")), lines[0]).removeprefix("- ").split(". ")[0]
         return ExportError(
             f"the batch size of {name} can't be left open: {told}. If its code fixes the size, export with "
-            "dynamic_batch=False, for the example's size alone. If another dimension only happens to be as large as "
+            "dynamic_batch=False, for the size of the example. If another dimension only happens to be as large as "
             "the batch, use an example with another batch size."
         )
     reason = lines[0]
@@ -150,7 +150,7 @@ def write_program(program: Program, file: Path, _opset: int | None = None) -> Ch
 
 
 def program_runner(file: Path) -> Run:
-    """What runs a written program."""
+    """Load a written program; returns a function that runs it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.export.load(str(file)).module()
@@ -163,10 +163,10 @@ def program_runner(file: Path) -> Run:
 
 
 def write_onnx(program: Program, file: Path, opset: int | None = None) -> Check:
-    """Write a program as ONNX; weights above 2 GB go into a file beside it.
+    """Write a program as ONNX; weights above 2 GB are written to a separate file beside it.
 
     Raises:
-        ExportError: a package is missing, or an operator can't be said in ONNX.
+        ExportError: a package is missing, or the program can't be expressed in ONNX.
     """
     need_onnx()
     import onnx  # noqa: PLC0415 - optional
@@ -174,7 +174,7 @@ def write_onnx(program: Program, file: Path, opset: int | None = None) -> Check:
     if program.plain:
         raise ExportError(
             f"{program.name} returns {program.plain} beside tensors, which ONNX can't hold; wrap the model in one that "
-            "returns tensors alone, or export to pt2."
+            "returns only tensors, or export to pt2."
         )
     try:
         with warnings.catch_warnings():
@@ -201,13 +201,15 @@ def write_onnx(program: Program, file: Path, opset: int | None = None) -> Check:
         raise ExportError(f"torch.onnx cannot write {program.name}: {type(cause).__name__}: {reason}") from error
     graph, written = made.model.graph, made.model.opset_imports[""]
     if opset is not None and written != opset:
-        raise ExportError(f"{program.name} can't be brought to opset {opset} of ONNX, only to {written}; leave it out.")
+        raise ExportError(
+            f"{program.name} can't be written with opset {opset} of ONNX, only with {written}; leave the opset out."
+        )
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.inputs, graph.outputs))
     return Check(inputs, outputs, written)
 
 
 def onnx_runner(file: Path) -> Run:
-    """What runs a written ONNX file: onnxruntime on the CPU."""
+    """Load a written ONNX file into onnxruntime on the CPU; returns a function that runs it."""
     need_onnx()
     import onnxruntime  # noqa: PLC0415 - optional
 
@@ -215,7 +217,7 @@ def onnx_runner(file: Path) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no other class
+    except Exception as error:  # onnxruntime's errors have no other common class
         raise ExportError(
             f"onnxruntime cannot run {file.name} on the CPU, so it can't be checked: {error}. Nothing was written; "
             "export the model in float32."
@@ -231,10 +233,10 @@ def onnx_runner(file: Path) -> Run:
 
 
 def need_onnx() -> None:
-    """Check that the optional packages are there.
+    """Check that the optional packages for ONNX are installed.
 
     Raises:
-        ExportError: names the first that isn't.
+        ExportError: a package is missing; the message names the first.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:

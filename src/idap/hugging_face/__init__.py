@@ -1,1 +1,1 @@
-"""Folders of transformers: written, loaded, and proved to hold the cut model."""
+"""Save and load folders of transformers, and verify that they hold the compressed model."""

@@ -1,4 +1,4 @@
-"""Find the configuration whose model is the cut one, and prove that it is."""
+"""Find the configuration that describes a compressed model, and verify it on example inputs."""
 
 import copy
 import importlib
@@ -19,30 +19,31 @@ from idap.surgery.compare import Inputs, largest_difference, outputs_of
 from idap.surgery.rewritten import original_class
 
 IN_USE = frozenset({"training", "gradient_checkpointing", "name_or_path"})
-"""Attributes that say how a module is used, not what it is."""
+"""Attributes that describe how a module is used, not what it computes."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest difference of an output, as a share of its largest number."""
+    """Largest difference of an output that is allowed, as a share of the output's largest number."""
     return 1e-4 if torch.finfo(dtype).bits >= 32 else 2e-2
 
 
 def output_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
-    """The largest difference between outputs of two models, as a share of the largest number of that output."""
+    """Largest difference between outputs of two models, as a share of the output's largest number."""
     error, _ = largest_difference(other, lambda args, kwargs: outputs_of(model, args, kwargs), inputs)
     return error
 
 
 def same_code(model: nn.Module, other: nn.Module, name: Callable[[str], str], inputs: Inputs) -> bool:
-    """Whether two models compute the same with large random weights.
+    """Whether two models compute the same outputs with large random weights.
 
-    In a hardly trained model attention is nearly even, and outputs don't show how it is split into heads.
+    The weights of a barely trained model give nearly even attention, so its outputs don't show how it is split into
+    heads.
 
     Args:
-        model: keeps random weights, unless it is of half precision: then a copy in float32 is compared.
-        other: is not changed; a copy is.
-        name: the name in `model` of a tensor of `other`.
-        inputs: for both.
+        model: a model that keeps the random weights; in half precision, a copy in float32 is compared instead.
+        other: the other model; not changed.
+        name: gives the name in `model` of a tensor of `other`.
+        inputs: inputs of both models.
     """
     half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
     mine, theirs = copy.deepcopy(model).float() if half else model, copy.deepcopy(other)
@@ -59,20 +60,24 @@ def same_code(model: nn.Module, other: nn.Module, name: Callable[[str], str], in
                 parameter.add_(noise / 10)
         for own, tensor in theirs.state_dict().items():
             state[name(own)].copy_(tensor)
-    # Tables of half precision, such as those of rotary embeddings, are a little off in float32 too.
+    # Tables that were made in half precision, such as those of rotary embeddings, are inexact in float32 as well.
     return output_difference(mine, theirs, inputs) <= (0.1 if half else 0.01)
 
 
 def ties(tensors: Mapping[str, Tensor]) -> set[frozenset[str]]:
-    """Names that share one tensor."""
+    """Sets of names that share one tensor."""
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
     return {frozenset(shared) for shared in names.values() if len(shared) > 1}
 
 
-def switch_apart(one: nn.Module, other: nn.Module) -> str:
-    """The first switch in which two modules differ, such as local or global attention; sizes are not looked at."""
+def different_switch(one: nn.Module, other: nn.Module) -> str:
+    """The first setting in which two modules differ, such as local or global attention; sizes are ignored.
+
+    Returns:
+        Its name with both values, such as "sliding_window (None, here 64)"; "" if there is none.
+    """
     mine, theirs = vars(one), vars(other)
     for name in mine.keys() & theirs.keys() - IN_USE:
         pair = mine[name], theirs[name]
@@ -84,17 +89,17 @@ def switch_apart(one: nn.Module, other: nn.Module) -> str:
 
 
 TRIALS = 64
-"""Configurations built at most, on the meta device."""
-PROOFS = 8
-"""Configurations built at most with weights, whose outputs are compared."""
+"""Most configurations that are built on the meta device."""
+VERIFICATIONS = 8
+"""Most configurations that are built with weights, to compare their outputs."""
 
 
 @dataclass(frozen=True)
 class Configured:
-    """A model built from a configuration alone that equals the cut one.
+    """A model that was built from a configuration alone and equals the compressed model.
 
     Attributes:
-        model: with the weights of the cut model, in evaluation mode.
+        model: the model, with the weights of the compressed model, in evaluation mode.
         changed: field of the configuration -> its value before and after.
         error: largest relative difference of an output.
     """
@@ -106,12 +111,12 @@ class Configured:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far the tensors of a configuration are from those wanted.
+    """Distance of the tensors of a configuration from those of the compressed model.
 
     Attributes:
-        total: 0 where all names and shapes agree.
-        pairs: sizes found and wanted in the same place, the most frequent first.
-        first: the first difference, in words.
+        total: the distance; 0 if all names and shapes agree.
+        pairs: (size found, size wanted) of the dimensions that differ, the most frequent first.
+        first: the first difference as a sentence.
     """
 
     total: int
@@ -120,25 +125,25 @@ class Distance:
 
 
 def find_configuration(model: Any, plan: Plan, inputs: Inputs) -> Configured | str:
-    """Find a configuration that makes the cut model.
+    """Find a configuration that describes a compressed model.
 
     Args:
-        model: a cut model of transformers, whose configuration is still the original's. It is not changed.
-        plan: that led to it.
-        inputs: on which the outputs are compared; the model runs on them.
+        model: a compressed model of transformers that still has the original's configuration; not changed.
+        plan: the plan that led to it.
+        inputs: inputs on which the outputs are compared; the model runs on them.
 
     Returns:
-        The model built from that configuration, or why there is none, as a sentence without its full stop.
+        The model built from that configuration; or the reason why there is none, as a sentence without its full stop.
     """
     short = shorten(model)
     if short.left:
-        return f"{short.left} stands in for what was removed, and a configuration can leave out whole layers only"
+        return f"{short.left} stands in for what was removed, and a configuration can leave out only whole layers"
     search = _Search(model, short)
-    edit, distance = search.down()
+    edit, distance = search.descend()
     if distance.total:
         return _uneven(search, plan) or "; ".join(filter(None, [distance.first, search.refusal]))
     reason = ""
-    for candidate in itertools.islice(search.equals(edit), PROOFS):
+    for candidate in itertools.islice(search.candidates(edit), VERIFICATIONS):
         found = _verify(search, candidate, model, inputs)
         if not isinstance(found, str):
             built, error = found
@@ -151,7 +156,7 @@ def find_configuration(model: Any, plan: Plan, inputs: Inputs) -> Configured | s
 
 
 class _Search:
-    """Configurations near that of the original, and how far the tensors of their models are from those wanted."""
+    """Configurations near the original's, and the distance of their tensors from those of the compressed model."""
 
     def __init__(self, model: Any, short: Shortened) -> None:
         self.kind = original_class(type(model))
@@ -163,15 +168,15 @@ class _Search:
         widths = {value for m in model.modules() if isinstance(value := vars(m).get("head_dim"), int)}
         self.fields = Fields(self.start, tuple(model.config.sub_configs), common, short.lists, widths)
         self.refusal = ""
-        self._last = ""  # why no model could be built
+        self._last = ""  # why the last model could not be built
         self._seen: dict[str, Distance | None] = {}
         self._pairs: dict[tuple[int, int], None] = {}  # all sizes that had to change
 
     def config(self, edit: Edit) -> Any:
-        """The configuration with some fields changed; it checks itself as if it were read from a file.
+        """The configuration with some fields changed; its class checks it as if it were read from a file.
 
         Raises:
-            Exception: whatever its class raises for fields that don't fit.
+            Exception: any exception that its class raises for fields that don't fit together.
         """
         fields = copy.deepcopy(self.start)
         for path, value in edit.items():
@@ -185,7 +190,7 @@ class _Search:
         return len(self._seen) >= TRIALS
 
     def distance(self, edit: Edit) -> Distance | None:
-        """How far a configuration is; None where no model can be built from it."""
+        """Distance of a configuration; None if no model can be built from it."""
         key = repr(sorted(edit.items(), key=repr))
         if key not in self._seen:
             self._seen[key] = self._distance(edit)
@@ -195,15 +200,15 @@ class _Search:
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 built = self.kind._from_config(self.config(edit))  # type: ignore[attr-defined]
-        except Exception as error:  # any class may refuse a configuration in its own way
+        except Exception as error:  # classes of configurations raise exceptions of any kind
             line = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
             self._last = line or type(error).__name__
             return None
         found = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
-        return _apart(found, self.wanted)
+        return _distance_between(found, self.wanted)
 
-    def down(self) -> tuple[dict[Path, Any], Distance]:
-        """Change one field after the other as long as the tensors come nearer to those wanted."""
+    def descend(self) -> tuple[dict[Path, Any], Distance]:
+        """Change one field after the other as long as the distance falls."""
         best: dict[Path, Any] = {}
         nearest = self.distance(best)
         if nearest is None:
@@ -229,7 +234,7 @@ class _Search:
         return self._minimal_edit(best, nearest), nearest
 
     def _minimal_edit(self, edit: Edit, nearest: Distance) -> dict[Path, Any]:
-        """An edit without what changes nothing: fields of one edit may have been tried together."""
+        """Drop the fields that need not change: some were tried only together with others."""
         needed = {path: value for path, value in edit.items() if value != self.fields.value(path)}
         for path in [path for path, value in needed.items() if not isinstance(value, list)]:
             fewer = {other: value for other, value in needed.items() if other != path}
@@ -238,8 +243,8 @@ class _Search:
                 needed = fewer
         return needed
 
-    def equals(self, edit: Edit) -> Iterator[dict[Path, Any]]:
-        """Configurations with the tensors wanted, that given first: what tensors don't show, outputs do."""
+    def candidates(self, edit: Edit) -> Iterator[dict[Path, Any]]:
+        """Configurations with the wanted tensors, the given one first; they differ in what shapes don't show."""
         yield dict(edit)
         for other in self.fields.silent_edits(edit, list(self._pairs)):
             if self.is_over():
@@ -250,11 +255,11 @@ class _Search:
                 yield tried
 
     def _is_size(self, edit: Edit, pairs: Pairs) -> bool:
-        """Whether an edit changes a field that says one of some sizes."""
+        """Whether all fields that an edit changes hold sizes that must change."""
         return all(self.fields.value(path) in [size for size, _ in pairs] for path in edit)
 
 
-def _apart(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> Distance:
+def _distance_between(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> Distance:
     """Compare names and shapes."""
     pairs: Counter[tuple[int, int]] = Counter()
     missing = [name for name in wanted if name not in found]
@@ -272,25 +277,29 @@ def _apart(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int,
         differ = [(have, want) for have, want in zip(found[name], shape, strict=True) if have != want]
         total += len(differ)
         pairs.update(differ)
-    # A name too many or too few weighs more than any shape that comes with it.
+    # A missing or an extra name counts more than the shapes of its layer.
     total += 10 * (len(missing) + len(extra))
     return Distance(total, tuple(pair for pair, _ in pairs.most_common()), first)
 
 
 def _uneven(search: _Search, plan: Plan) -> str:
-    """The first tensor that had the size of another at the same place of another layer, and has no longer."""
+    """A sentence on the first two layers with equal shapes before the cut and different ones after it; else ""."""
     before = {search.short.name(name): shape for name, shape in plan.shapes.items() if not plan.removes(name)}
     seen: dict[tuple[str, tuple[int, ...] | None], tuple[str, tuple[int, ...]]] = {}
     for name, shape in search.wanted.items():
         place = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), before.get(name)
         other, expected = seen.setdefault(place, (name, shape))
         if shape != expected:
-            return f"{other} has shape {expected}, {name} {shape}, and a configuration has one number for both"
+            return f"{other} has shape {expected}, {name} has {shape}, and a configuration has one number for both"
     return ""
 
 
 def _verify(search: _Search, edit: Edit, model: Any, inputs: Inputs) -> tuple[Any, float] | str:
-    """The model of a configuration with the weights of the cut one and the error of its outputs, or what differs."""
+    """Build the model of a configuration with the weights of the compressed model, and compare their outputs.
+
+    Returns:
+        The model, and the largest relative difference of an output; or what differs, as a sentence.
+    """
     config = search.config(edit)
     config.dtype = model.dtype
     with torch.random.fork_rng(devices=[]):
@@ -299,14 +308,14 @@ def _verify(search: _Search, edit: Edit, model: Any, inputs: Inputs) -> tuple[An
     own = built.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         if own[name].dtype != tensor.dtype:
-            return f"tensor {name!r} is {tensor.dtype}, and the configuration makes it {own[name].dtype}"
+            return f"tensor {name!r} is {tensor.dtype}, but the configuration makes it {own[name].dtype}"
     if ties(own) != ties(tensors):
-        return "its tied tensors are others than the configuration ties"
+        return "the model ties other tensors than the configuration does"
     built.to(model.device).eval()
     for path, new in search.short.paths.items():
-        differs = switch_apart(model.get_submodule(path), built.get_submodule(new))
+        differs = different_switch(model.get_submodule(path), built.get_submodule(new))
         if differs:
-            return f"the layer {new} of the configuration has another {differs}"
+            return f"the layer {new} of the configuration has a different {differs}"
     try:
         alike = same_code(built, model, search.short.name, inputs)
         built.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()})
@@ -317,5 +326,5 @@ def _verify(search: _Search, edit: Edit, model: Any, inputs: Inputs) -> tuple[An
         )
     if not alike or not error <= tolerance(model.dtype):
         with_this = describe_edit(edit) or "no change"
-        return f"a configuration with {with_this} gives tensors of the same shapes, and other outputs"
+        return f"a configuration with {with_this} gives tensors of the same shapes, but other outputs"
     return built, error

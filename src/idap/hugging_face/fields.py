@@ -1,4 +1,4 @@
-"""Fields of a configuration that may have to change, and names of tensors once layers are left out."""
+"""Propose changes of the fields of a configuration, and rename tensors after the removal of layers."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from idap.surgery.stand_ins import Pass
 
 @dataclass(frozen=True)
 class Shortened:
-    """A model as if the removed layers had never been there.
+    """The paths of a model's modules as if the removed layers had never existed.
 
     Attributes:
-        paths: module path in the model -> its path once the layers behind a removed one have moved up.
-        lists: for each list that lost layers, how many it had, and which of them stay.
-        left: path of the first stand-in that is no whole layer of a list, and so can't be left out; "" for none.
+        paths: module path in the model -> its path after the layers behind a removed one have moved up.
+        lists: for each list that lost layers, the number that it had, and the indices of those that stay.
+        left: path of the first stand-in that is not a whole layer of a list, and so can't be left out; "" if there is
+            none.
     """
 
     paths: Mapping[str, str]
@@ -34,7 +35,7 @@ class Shortened:
 
 
 def shorten(model: nn.Module) -> Shortened:
-    """Leave the stand-ins of whole layers out of the lists of a cut model; the model is not changed.
+    """Leave the stand-ins of whole layers out of the lists of a compressed model; the model is not changed.
 
     Example:
         >>> net = nn.ModuleList([nn.Linear(2, 2), Pass(), nn.ReLU()])
@@ -79,9 +80,9 @@ def _join(path: str, name: str) -> str:
 
 Path = tuple[str | int, ...]
 Edit = Mapping[Path, Any]
-"""Fields of a configuration, by the keys that lead to them, and their new values."""
+"""Keys that lead to a field of a configuration -> its new value."""
 Pairs = Sequence[tuple[int, int]]
-"""Sizes found and sizes wanted in their places."""
+"""Pairs of a size found and the size wanted in its place."""
 
 
 class Fields:
@@ -89,10 +90,10 @@ class Fields:
 
     Args:
         start: the configuration as a dict.
-        inner: names of the configurations that it holds.
-        common: names of fields that every configuration has; they say nothing about sizes.
-        lists: for each list that lost layers, how many it had, and which of them stay.
-        head_dims: widths of a head that modules hold, for where no field says them.
+        inner: names of the configurations inside it.
+        common: names of the fields that every configuration has; none of them gives a size.
+        lists: for each list that lost layers, the number that it had, and the indices of those that stay.
+        head_dims: widths of a head in the modules, for configurations without a field for them.
     """
 
     def __init__(
@@ -108,19 +109,19 @@ class Fields:
         self._levels: list[Path] = [(), *((name,) for name in inner if isinstance(start.get(name), dict))]
 
     def value(self, path: Path) -> Any:
-        """The value of a field before any change; None where there is no such field."""
+        """The value of a field before any change; None if there is no such field."""
         held: Any = self._start
         for key in path:
             held = held[key] if isinstance(key, int) else held.get(key)
         return held
 
     def edits(self, done: Edit, pairs: Pairs, refused: Sequence[Edit]) -> Iterator[Edit]:
-        """What may be tried next.
+        """Edits to try next.
 
         Args:
-            done: what is changed already.
+            done: the changes so far.
             pairs: sizes that are still wrong.
-            refused: edits that the configuration refused, one at a time; heads may have to change with them.
+            refused: edits that the configuration refused on their own; a number of heads may have to change as well.
         """
         for before, stays in self._lists:
             yield from self._shorter(done, before, stays)
@@ -138,10 +139,10 @@ class Fields:
             yield from ({path: new} for path in unset if path not in done for _, new in pairs)
 
     def silent_edits(self, done: Edit, pairs: Pairs) -> Iterator[Edit]:
-        """What may be changed besides without any tensor changing: what is said of each layer, and numbers of heads.
+        """Further edits that may leave all tensors as they are: lists with an item for each layer, numbers of heads.
 
         Args:
-            done: what is changed already.
+            done: the changes so far.
             pairs: all sizes that had to change.
         """
         for before, stays in self._lists:
@@ -153,10 +154,10 @@ class Fields:
             yield from ({**one, **two} for two in singles[place + 1 :] if not set(one) & set(two))
 
     def _shorter(self, done: Edit, before: int, stays: Sequence[int]) -> Iterator[Edit]:
-        """A number of layers, with what the configuration lists for each of them, as far as it may do so."""
+        """Edits of a number of layers, each with some of the lists that have an item for each layer."""
         for level in self._levels:
             lists = list(self._list_edits(level, before, stays))
-            # Words, such as the kind of each layer's attention, are hardly ever as many as there are layers by chance.
+            # A list of words, such as the kinds of attention, hardly ever has the number of layers by chance.
             words = [edit for edit in lists[-1:] if all(isinstance(v[0], str) for v in edit.values())]
             for key, value in self._own(level).items():
                 if type(value) is int and value == before and (*level, key) not in done:
@@ -164,7 +165,7 @@ class Fields:
             yield from lists
 
     def _list_edits(self, level: Path, before: int, stays: Sequence[int]) -> Iterator[Edit]:
-        """Lists with an item for each layer: those of words, each alone, then all together."""
+        """Edits of lists with an item for each layer: all lists of words, each list alone, then all together."""
         lists: dict[Path, Any] = {
             (*level, key): [value[place] for place in stays]
             for key, value in self._own(level).items()
@@ -178,14 +179,14 @@ class Fields:
             yield lists
 
     def _head_widths(self, done: Edit) -> Iterator[dict[Path, Any]]:
-        """The width of a head, where it follows from other fields as long as none says it."""
+        """Edits that set the width of a head, if the field is unset and other fields determine the width."""
         for level in self._levels:
             path = (*level, "head_dim")
             if self._own(level).get("head_dim") is None and path not in done:
                 yield from ({path: width} for width in self._head_dims)
 
     def _numbers(self, done: Edit) -> dict[Path, int | float]:
-        """All numbers that may count something, alone and in lists, with what is changed already."""
+        """All numbers of at least 1, alone and in lists, with the changes so far."""
         found: dict[Path, Any] = {}
         for level in self._levels:
             for key, value in self._own(level).items():
@@ -198,7 +199,7 @@ class Fields:
         return {path: value for path, value in found.items() if type(value) in (int, float) and value >= 1}
 
     def _own(self, level: Path) -> dict[str, Any]:
-        """The fields of one level in which models of one kind may differ, without those that name tokens."""
+        """The fields of one level without those that every configuration has and those that name tokens."""
         fields: Mapping[str, Any] = self._start if not level else self._start[str(level[0])]
         return {
             key: value
@@ -208,7 +209,7 @@ class Fields:
 
 
 def by_share(numbers: Mapping[Path, int | float], pairs: Pairs) -> Iterator[dict[Path, Any]]:
-    """Numbers in proportion to a size: those of heads and the width of a head, which divide it, or a ratio.
+    """Edits of numbers in proportion to a size: whole numbers that divide it, such as numbers of heads, and ratios.
 
     Example:
         >>> list(by_share({("heads",): 4, ("classes",): 10, ("mlp_ratio",): 4.0}, [(64, 48)]))
@@ -229,5 +230,5 @@ def by_share(numbers: Mapping[Path, int | float], pairs: Pairs) -> Iterator[dict
 
 
 def describe_edit(edit: Edit) -> str:
-    """An edit in words."""
+    """Describe an edit as text, such as "head_dim=4"."""
     return ", ".join(f"{'.'.join(map(str, path))}={value}" for path, value in edit.items())

@@ -1,12 +1,12 @@
-"""Save a compressed model of transformers so that it loads again, with `from_pretrained` wherever that can be.
+"""Save and load compressed models of transformers, as folders for `from_pretrained` where this is possible.
 
-a plain folder, where a configuration can say what is left:     otherwise:
+a plain folder, if a configuration describes the model:         otherwise:
 ├── config.json, generation_config.json                         ├── original/      the same, of the original
 ├── model.safetensors                                           ├── model.safetensors, plan.json   as `idap.save` writes
 ├── files of the tokenizer                                      ├── config.json    says how to load the folder
 └── idap.json      what was changed                             └── idap.json      why it is not a plain folder
 
-`idap.json` also holds checksums of the files that transformers wrote, for `load_pretrained`.
+`idap.json` also holds checksums of the files that transformers wrote; `load_pretrained` compares them.
 """
 
 import importlib
@@ -39,13 +39,13 @@ NOTE, ORIGINAL, CONFIG = "idap.json", "original", "config.json"
 
 @dataclass(frozen=True)
 class Saved:
-    """Where a model was saved, and how it loads.
+    """A saved model, and how to load it.
 
     Attributes:
-        folder: that holds it.
-        plain: whether it is a plain folder of transformers, so that `from_pretrained` loads it.
+        folder: folder that holds it.
+        plain: whether it is a plain folder of transformers, which `from_pretrained` loads.
         changed: field of the configuration -> its value before and after, for a plain folder.
-        reason: why it is not a plain folder; "" if it is.
+        reason: why it is not a plain folder; "" if it is one.
         loads_with: the Python expression that loads it.
     """
 
@@ -59,33 +59,34 @@ class Saved:
         if self.plain:
             told = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in self.changed.items())
             return f"{self.folder} is a plain folder ({told or 'nothing changed'}); it loads with {self.loads_with}"
-        return f"{self.folder} is no plain folder: {self.reason}. It loads with {self.loads_with}"
+        return f"{self.folder} is not a plain folder: {self.reason}. It loads with {self.loads_with}"
 
 
 def save_pretrained(
     model: Any, plan: Plan | None, folder: str | Path, *, tokenizer: Any = None, inputs: Inputs | None = None
 ) -> Saved:
-    """Save a compressed model of transformers, as a plain folder where its configuration can say what is left.
+    """Save a compressed model of transformers, as a plain folder if a configuration can describe it.
 
-    A configuration has one number for the heads, neurons and layers of the whole model. Where the cut left the same
-    in every layer (`FilterStage(alike="model")` sees to that), and took whole layers, a configuration is searched
-    whose model has the same tensors and, proved on example inputs, the same outputs; the folder then needs no idap.
-    Otherwise the tensors are saved with the plan and the original's configuration.
+    A configuration has one number for the heads, neurons and layers of the whole model. If the cuts left the same
+    numbers in every layer (`FilterStage(alike="model")` does so), and removed only whole layers, idap searches for a
+    configuration whose model has the same tensors and, verified on example inputs, the same outputs. The folder can
+    then be loaded without idap. Otherwise the tensors are saved with the plan and the original's configuration.
 
     Args:
-        model: the compressed model, whose `config` is still the original's. It is not changed.
-        plan: from the original to the model; None: that which a model of `load` or `compress` remembers.
-        folder: new, empty, or written by this function before; it appears whole or not at all.
-        tokenizer: anything with `save_pretrained`, such as a processor; its files go beside the configuration.
-        inputs: positional and keyword inputs on which the outputs are compared; None makes some up, for models of
-            tokens or pixels.
+        model: the compressed model, which still has the original's `config`; not changed.
+        plan: the plan from the original to the model; None: the one that `load` and `compress` attach to a model is
+            used.
+        folder: a new or empty folder, or one written by this function before; it is written whole or not at all.
+        tokenizer: any object with `save_pretrained`, such as a processor; its files are written beside the
+            configuration.
+        inputs: positional and keyword inputs on which the outputs are compared; None: random tokens or pixels are used.
 
     Returns:
-        What was written, why, and how to load it.
+        The saved folder, its kind with the reason, and how to load it.
 
     Raises:
-        ConfigError: transformers is missing, the model is none of its models, or it does not run on the inputs.
-        CheckpointError: the folder holds something else or can't be written, or the plan is not that of the model.
+        ConfigError: transformers is missing, the model is not one of its models, or it does not run on the inputs.
+        CheckpointError: the folder holds other files or can't be written, or the plan is not that of the model.
     """
     plan = _check_model(model, plan)
     folder = Path(folder)
@@ -116,17 +117,17 @@ def save_pretrained(
 
 
 def load_pretrained(folder: str | Path) -> nn.Module:
-    """Load what `save_pretrained` wrote, of either kind.
+    """Load a folder of either kind that `save_pretrained` wrote.
 
     Returns:
         The compressed model in evaluation mode.
 
     Raises:
         ConfigError: transformers is missing, or has no such model.
-        CheckpointError: a file is missing, broken, or not what was written.
+        CheckpointError: a file is missing, broken, or different from what was written.
 
     Warns:
-        UncheckedFileWarning: the folder was written without checksums, so whether it was damaged is not known.
+        UncheckedFileWarning: the folder was written without checksums, so damage can't be found.
     """
     folder = Path(folder)
     plain = not (folder / PLAN).exists()
@@ -141,8 +142,8 @@ def load_pretrained(folder: str | Path) -> nn.Module:
     kind: Any = getattr(library, str(name), None)
     if not _is_model_class(kind, library):
         raise ConfigError(
-            f"{file} names the model {name!r}, which transformers {library.__version__} does not have; build it "
-            f"yourself and take {'from_pretrained' if plain else f'idap.load({str(folder)!r}, original)'}."
+            f"{file} names the model {name!r}, which transformers {library.__version__} does not have; build the "
+            f"model yourself and load with {'from_pretrained' if plain else f'idap.load({str(folder)!r}, original)'}."
         )
     _compare_checksums(folder)
     config = kind.config_class.from_pretrained(file.parent)
@@ -158,16 +159,16 @@ def load_pretrained(folder: str | Path) -> nn.Module:
 
 
 def _without_checksum(folder: Path) -> list[str]:
-    """The files of a folder that carry no checksum of their own, those that `idap.save` writes do."""
+    """Names of the files of a folder that carry no checksum of their own; those that `idap.save` writes do."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return [name for name in names if not ((folder / PLAN).exists() and name in (PLAN, WEIGHTS))]
 
 
 def _compare_checksums(folder: Path) -> None:
-    """Refuse a folder of which a file is not what `save_pretrained` wrote.
+    """Refuse a folder if a file differs from what `save_pretrained` wrote.
 
     Raises:
-        CheckpointError: names the file.
+        CheckpointError: a file differs or can't be read; the message names it.
     """
     try:
         note = read_json(folder / NOTE)
@@ -176,14 +177,14 @@ def _compare_checksums(folder: Path) -> None:
     checksums = note.get("sha256") if isinstance(note, dict) else None
     if checksums is None:
         warnings.warn(
-            f"{folder} was written without checksums, so whether it was damaged since is not known; save the model "
-            "with idap.save_pretrained to have them",
+            f"{folder} was written without checksums, so damage to its files can't be found; save the model with "
+            "idap.save_pretrained to have checksums",
             UncheckedFileWarning,
             stacklevel=3,
         )
         return
     if not isinstance(checksums, dict):
-        raise CheckpointError(f"{folder / NOTE} is broken: its checksums are no list of files; copy it again")
+        raise CheckpointError(f"{folder / NOTE} is broken: sha256 is not a list of files; copy it again")
     for name, wanted in checksums.items():
         part, _, last = name.rpartition("/")
         if part not in ("", ORIGINAL):
@@ -202,10 +203,10 @@ def _compare_checksums(folder: Path) -> None:
 
 
 def example_inputs(model: Any) -> Inputs:
-    """Inputs of batch size 1 with random tokens or pixels, so that no two places of them are the same.
+    """Make inputs of batch size 1 with random tokens or pixels, so that their positions differ.
 
     Raises:
-        ConfigError: what the model takes is not known.
+        ConfigError: the model's inputs are unknown.
     """
     dice = torch.Generator().manual_seed(0)
     tokens = getattr(model.get_input_embeddings(), "num_embeddings", 2)
@@ -219,7 +220,7 @@ def example_inputs(model: Any) -> Inputs:
         return (), {name: fill(tensor) for name, tensor in transformers_inputs(model).items()}
     except (ConfigError, AttributeError) as error:
         raise ConfigError(
-            f"no example inputs for {type(model).__name__} are known; pass inputs=(args, kwargs), as for its forward."
+            f"no example inputs for {type(model).__name__} are known; pass inputs=(args, kwargs) for its forward."
         ) from error
 
 
@@ -243,7 +244,7 @@ def _check_model(model: Any, plan: Plan | None) -> Plan:
     if plan is None:
         raise ConfigError(
             f"this {type(model).__name__} remembers no plan, so it comes neither from idap.load nor from "
-            "idap.compress; pass the plan with which it was cut."
+            "idap.compress; pass the plan by which it was cut."
         )
     for name, tensor in model.named_parameters():
         if name in plan.shapes and tuple(tensor.shape) != plan.shape_after(name):
@@ -260,7 +261,7 @@ def _check_runs(model: Any, inputs: Inputs) -> None:
     except Exception as error:
         raise ConfigError(
             f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}. Pass "
-            "inputs=(args, kwargs), of the kind and size with which it was compressed."
+            "inputs=(args, kwargs), of the kind and size on which it was compressed."
         ) from error
 
 
@@ -270,12 +271,12 @@ def _check_folder(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / NOTE).exists():
         raise CheckpointError(
             f"{folder} is not empty and was not written by save_pretrained of idap; choose another folder, so that "
-            "nothing is lost"
+            "no file is lost"
         )
 
 
 def _write_plain(found: Configured, model: Any, new: Path, inputs: Inputs) -> None:
-    """Write with the model's own `save_pretrained`, and see that what comes back is the cut model."""
+    """Write with the model's own `save_pretrained`, and compare what is loaded from there with the compressed model."""
     if model.can_generate():
         found.model.generation_config = model.generation_config
     found.model.save_pretrained(new)
@@ -283,15 +284,16 @@ def _write_plain(found: Configured, model: Any, new: Path, inputs: Inputs) -> No
     error = output_difference(again, model, inputs)
     if not error <= tolerance(model.dtype):
         raise CheckpointError(
-            f"{type(model).__name__} does not come back from its own save_pretrained as it was (error {error:.2g}); "
-            "save it with idap.save"
+            f"{type(model).__name__} gives other outputs after its own save_pretrained and from_pretrained (error "
+            f"{error:.2g}); save it with idap.save"
         )
 
 
 def _write_with_plan(model: Any, plan: Plan, new: Path, loads_with: str) -> None:
     save(new, model, plan)
-    # Without a file of this name, from_pretrained of a class would build that class's default model, whatever its size.
-    write_bytes(new / CONFIG, f"This is no configuration of transformers: load the folder with {loads_with}\n".encode())
+    # Without a file of this name, from_pretrained of a class would build that class's default model, however large.
+    text = f"This is not a configuration of transformers: load the folder with {loads_with}\n"
+    write_bytes(new / CONFIG, text.encode())
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = model.dtype
     config.architectures = [original_class(type(model)).__name__]
@@ -301,14 +303,14 @@ def _write_with_plan(model: Any, plan: Plan, new: Path, loads_with: str) -> None
 
 
 def _put(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its place, then move it there; what was there before goes last."""
+    """Write a folder beside its destination, then move it there; the old folder is deleted last."""
     try:
         with folder_beside(folder) as new:
             write(new)
             if not folder.exists():
                 new.rename(folder)
                 return
-            with hold(folder):  # so that nobody takes it for a leftover while it lies aside
+            with hold(folder):  # so that no other process deletes the old folder as a leftover
                 old = move_aside(folder)
                 try:
                     new.rename(folder)

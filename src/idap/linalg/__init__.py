@@ -1,1 +1,1 @@
-"""The mathematics: functions of tensors and numbers, which know neither graphs nor modules."""
+"""The mathematics of a cut: functions of tensors and numbers alone, without graphs and modules."""

@@ -1,1 +1,1 @@
-"""Networks by name, and their weights."""
+"""Build models by name, and read and write their weights."""

@@ -1,4 +1,4 @@
-"""Small networks written plainly: two for 8×8 digits, and the CIFAR-10 residual networks of He et al. (2016)."""
+"""Small networks in plain PyTorch: two for 8×8 digits, and the CIFAR-10 residual networks of He et al. (2016)."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ class BasicBlock(nn.Module):
     Args:
         inner: input channels C.
         outer: output channels D.
-        stride: of the first convolution.
-        shortcut: brings `(B, C, H, W)` to the shape of the output.
+        stride: stride of the first convolution.
+        shortcut: module that maps `(B, C, H, W)` to the shape of the output.
     """
 
     def __init__(self, inner: int, outer: int, stride: int, *, shortcut: nn.Module) -> None:
@@ -36,9 +36,9 @@ class DigitsResNet(nn.Module):
     """A residual CNN for `(B, 1, 8, 8)`; each stage after the first halves the image and doubles the channels.
 
     Args:
-        width: channels of the first stage.
-        blocks: blocks of each stage.
-        num_classes: outputs.
+        width: number of channels of the first stage.
+        blocks: number of blocks of each stage.
+        num_classes: number of outputs.
     """
 
     def __init__(self, width: int = 16, blocks: Sequence[int] = (2, 2, 2), num_classes: int = 10) -> None:
@@ -62,11 +62,11 @@ class DigitsResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention whose heads may be removed: nothing but `num_heads` and `head_dim` depends on their number.
+    """Self-attention whose heads can be removed, since its code uses only `num_heads` and `head_dim`.
 
     Args:
         dim: width of the stream D.
-        heads: number of heads; divides `dim`.
+        heads: number of heads, a divisor of `dim`.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -135,10 +135,10 @@ class DigitsViT(nn.Module):
     Args:
         dim: width of the stream.
         depth: number of blocks.
-        heads: attention heads of each block; divides `dim`.
+        heads: number of attention heads of each block, a divisor of `dim`.
         mlp: width inside each MLP.
-        patch: side of a patch; divides 8.
-        num_classes: outputs.
+        patch: side of a patch in pixels, a divisor of 8.
+        num_classes: number of outputs.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class DigitsViT(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(1, dim, patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
-        # Not the usual 0.02: a thousand images do not teach positions that start so small (val 93 % against 99 %).
+        # Not the usual 0.02: positions that start so small are not learned from a thousand images (val 93 %, not 99 %).
         self.positions = nn.Parameter(torch.randn(1, 1 + (8 // patch) ** 2, dim) * 0.5)
         self.blocks = nn.Sequential(*(TransformerBlock(dim, heads, mlp) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
@@ -163,16 +163,16 @@ class DigitsViT(nn.Module):
 
 
 class SubsampledShortcut(nn.Module):
-    """Option A of He et al.: every second pixel, and zeros for the channels that are new; no parameters.
+    """Option A of He et al.: every second pixel, and zeros in the new channels; it has no parameters.
 
     Args:
-        extra: new channels in all, half of them before and half behind the old ones.
+        extra: number of new channels, half of them before and half behind the old ones.
     """
 
     def __init__(self, extra: int) -> None:
         super().__init__()
         self.before = extra // 2
-        self.behind = extra - extra // 2  # numbers of their own, so that either side may shrink
+        self.behind = extra - extra // 2  # two numbers, so that each side can shrink on its own
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C + extra, H/2, W/2)`."""
@@ -183,8 +183,8 @@ class CifarResNet(nn.Module):
     """The residual network of He et al. for `(B, 3, 32, 32)`: stages of 16, 32 and 64 channels, option-A shortcuts.
 
     Args:
-        blocks_per_stage: 3 for ResNet-20, 9 for ResNet-56.
-        num_classes: outputs.
+        blocks_per_stage: number of blocks of each stage: 3 for ResNet-20, 9 for ResNet-56.
+        num_classes: number of outputs.
     """
 
     def __init__(self, blocks_per_stage: int, num_classes: int = 10) -> None:
@@ -209,7 +209,7 @@ def cifar_resnet20(num_classes: int = 10) -> CifarResNet:
     """Build the CIFAR-10 ResNet-20 with random weights.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
 
     Returns:
         A `CifarResNet` of 269,722 parameters with 10 classes.
@@ -221,7 +221,7 @@ def cifar_resnet56(num_classes: int = 10) -> CifarResNet:
     """Build the CIFAR-10 ResNet-56 with random weights.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
 
     Returns:
         A `CifarResNet` of 853,018 parameters with 10 classes.

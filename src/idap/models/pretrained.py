@@ -1,4 +1,4 @@
-"""Models of transformers with the head that a task needs, and what they say of the data that they want."""
+"""Build models of transformers with the head that a task needs, and read what they tell about their data."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ HEADS: Mapping[Head, tuple[str, str]] = {
     "image": ("AutoModelForImageClassification", "ForImageClassification"),
     "segmentation": ("AutoModelForSemanticSegmentation", "ForSemanticSegmentation"),
 }
-"""Head -> the class of transformers that builds a model with it, and how the names of such models end."""
+"""Head -> the class of transformers that builds a model with it, and the ending of the names of such models."""
 
 
 def build_pretrained(
@@ -32,16 +32,16 @@ def build_pretrained(
     Args:
         spec: `hf:FOLDER` or `hf:NAME`.
         library: the imported package.
-        head: what it ends in; None: as the folder says.
-        classes: outputs of the head; None: as the folder says.
-        trained: whether its weights are read, or only its configuration.
+        head: head of the model; None: the one that the folder names.
+        classes: number of outputs of the head; None: the number that the folder names.
+        trained: whether its weights are read; if not, only its configuration is.
         new_head: whether a head without weights may start from random numbers.
 
     Returns:
         The model, in float32.
 
     Raises:
-        ConfigError: there is no such model, or it has another number of classes.
+        ConfigError: there is no such model, or it has a different number of classes.
         CheckpointError: weights are missing.
     """
     config = load_config(spec, library)
@@ -51,7 +51,7 @@ def build_pretrained(
         if own and config.num_labels != classes:
             raise ConfigError(
                 f"{spec} has {config.num_labels} classes ({_few(config.id2label)}), the data {classes}. Take the data "
-                "that it was trained for, or a folder without this head, which then learns a new one in [train]."
+                "that it was trained for, or a folder without this head; a new head is then trained in [train]."
             )
         if config.num_labels != classes:
             config.num_labels = classes
@@ -84,10 +84,10 @@ def build_pretrained(
 
 
 def load_config(spec: str, library: ModuleType) -> Any:
-    """Read the configuration of a model; one that brings code of its own is refused.
+    """Read the configuration of a model; a configuration that names code is refused.
 
     Raises:
-        ConfigError: there is none, or it names code.
+        ConfigError: there is no configuration, or it names code.
     """
     name = spec.removeprefix(PREFIX)
     folder = Path(name).expanduser()
@@ -102,21 +102,21 @@ def load_config(spec: str, library: ModuleType) -> Any:
 
 
 def check_kernels(where: str, config: Any) -> None:
-    """Refuse a configuration that has transformers fetch the code of its attention from the hub.
+    """Refuse a configuration that makes transformers fetch the code of its attention from the hub.
 
     Args:
-        where: the configuration comes from, for messages.
-        config: of transformers, with those of the parts of its model.
+        where: where the configuration comes from, for messages.
+        config: configuration of transformers, with the configurations of the parts of its model.
 
     Raises:
-        ConfigError: names the code.
+        ConfigError: the configuration names code; so does the message.
     """
     for kind in ("attn", "experts"):
         named = getattr(config, f"_{kind}_implementation", None)
         if named is not None and not str(named).isidentifier():
             raise ConfigError(
                 f"{where}: its config.json names {named!r:.80} as {kind}_implementation, which is code from elsewhere; "
-                f"idap runs none. Set {kind}_implementation to 'eager' there."
+                f"idap runs no such code. Set {kind}_implementation to 'eager' there."
             )
     for name in getattr(config, "sub_configs", {}):
         if getattr(config, name, None) is not None:
@@ -124,13 +124,13 @@ def check_kernels(where: str, config: Any) -> None:
 
 
 def processor_of(spec: str) -> Any:
-    """Load the tokenizer or the image processor that lies beside a model of `hf:`; None where there is none.
+    """Load the tokenizer or the image processor beside a model of `hf:`; None if there is none.
 
     Args:
-        spec: `hf:FOLDER`, `hf:NAME` or any other.
+        spec: `hf:FOLDER`, `hf:NAME` or any other spec, which has none.
 
     Raises:
-        CheckpointError: it is there and can't be read.
+        CheckpointError: it exists and can't be read.
     """
     if not spec.startswith(PREFIX):
         return None
@@ -144,8 +144,8 @@ def processor_of(spec: str) -> Any:
         if not isinstance(place, Path) or any((place / file).is_file() for file in files):
             try:
                 return loader.from_pretrained(place, trust_remote_code=False)
-            except Exception as error:  # whatever a broken file raises
-                if isinstance(place, Path):  # the files are there
+            except Exception as error:  # broken files raise exceptions of any kind
+                if isinstance(place, Path):  # then its files exist
                     raise CheckpointError(
                         f"{spec}: its {kind} can't be read: {type(error).__name__}: {error}"
                     ) from error
@@ -153,11 +153,11 @@ def processor_of(spec: str) -> Any:
 
 
 def generate_as(model: Any, spec: str) -> None:
-    """Give a model that was built from a configuration alone what its folder says of generating.
+    """Set a model's options of text generation as its folder has them.
 
     Args:
-        model: of transformers.
-        spec: `hf:FOLDER` or `hf:NAME` that it came from; others change nothing.
+        model: a model of transformers that was built from a configuration alone; changed in place.
+        spec: the spec that it was built from, `hf:FOLDER` or `hf:NAME`; other specs change nothing.
     """
     if not spec.startswith(PREFIX):
         return
@@ -169,19 +169,19 @@ def generate_as(model: Any, spec: str) -> None:
     if model.can_generate():
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(_place(spec))
-        except OSError:  # it has none: that of the configuration stays
+        except OSError:  # the folder has none: that of the configuration stays
             return
 
 
 def _place(spec: str) -> Path | str:
-    """The folder that a spec names, or the name on the hub."""
+    """The folder that a spec names, or else the name on the hub."""
     name = spec.removeprefix(PREFIX)
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else name
 
 
 def labels_of(config: Any) -> list[str] | None:
-    """The names of a model's classes, in the order of its outputs; None where they are only numbered."""
+    """Names of a model's classes in the order of its outputs; None if they are only numbered."""
     names = [str(config.id2label[place]) for place in sorted(config.id2label)]
     return None if names == [f"LABEL_{place}" for place in range(len(names))] else names
 
@@ -198,14 +198,14 @@ def _builder(spec: str, library: ModuleType, config: Any, head: Head | None) -> 
 
 
 class _Plain:
-    """A class of models, called like the ones that choose a class."""
+    """A class of models with the interface of the classes that choose one, such as AutoModel."""
 
     def __init__(self, kind: Any) -> None:
         self.from_pretrained = kind.from_pretrained
         self._build = kind._from_config
 
     def from_config(self, config: Any, *, trust_remote_code: bool) -> Any:
-        """Build a model; its class is one of the library's own, so there is no other code to trust."""
+        """Build a model; its class belongs to the library, so no other code is run."""
         assert not trust_remote_code
         return self._build(config)
 
@@ -223,7 +223,7 @@ def _attempt(spec: str, call: Any) -> Any:
 
 @contextmanager
 def _quiet(library: ModuleType) -> Iterator[None]:
-    """Keep transformers from logging what is an error here, or is wanted, and from drawing bars."""
+    """Silence transformers' log and progress bars: missing weights are reported here, or are intended."""
     logging = library.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -242,14 +242,14 @@ def _few(names: Mapping[Any, Any]) -> str:
 
 
 def context_of(build: str) -> dict[str, Any]:
-    """Read from a model's folder what the recipe need not repeat.
+    """Read the settings from a model's folder that a recipe need not repeat.
 
     Args:
         build: the spec of the model.
 
     Returns:
-        "tokenizer", "vocabulary" (number of tokens), "positions" (tokens of a text at most), "labels_like" (names of
-        the classes, in order) and "use_cache"; nothing for models of other libraries.
+        "tokenizer", "vocabulary" (number of tokens), "positions" (most tokens of a text), "labels_like" (names of the
+        classes, in order) and "use_cache"; nothing for models of other libraries.
 
     Raises:
         ConfigError: there is no such model.

@@ -1,4 +1,4 @@
-"""A model by name: `python:...` of the user's own code, or one of idap, torchvision, timm or transformers."""
+"""Build a model by name: `python:...` from the user's code, or from idap, torchvision, timm or transformers."""
 
 import difflib
 import importlib
@@ -19,14 +19,14 @@ from idap.models.weights import load_weights
 from idap.script import call_object, is_script
 
 TOKENS = 16
-"""Length of an example text."""
+"""Length of an example text in tokens."""
 
 
 def build_transformers(spec: str, name: str, library: ModuleType) -> nn.Module:
-    """Build a model type of transformers in its default configuration, on the meta device: it has no numbers.
+    """Build a model type of transformers in its default configuration, on the meta device, without weights.
 
     Args:
-        spec: for messages.
+        spec: the spec, for messages.
         name: the type, such as ``bert``.
         library: the imported package.
 
@@ -48,16 +48,16 @@ def build_transformers(spec: str, name: str, library: ModuleType) -> nn.Module:
     except Exception as error:
         raise ConfigError(
             f"{spec}: its default configuration can't be built: {type(error).__name__}: {error}. Build the model in a "
-            "function of your own and say python:FILE.py:NAME."
+            "function of your own and write python:FILE.py:NAME."
         ) from error
     return model
 
 
 def transformers_inputs(model: Any) -> dict[str, Tensor]:
-    """Example inputs for a model of transformers, with batch size 1, on the device of its parameters.
+    """Make example inputs for a model of transformers, with batch size 1, on the device of its parameters.
 
     Raises:
-        ConfigError: what it takes is not known.
+        ConfigError: the model's inputs are unknown.
     """
     device = next(model.parameters()).device
     config, name = model.config, model.main_input_name
@@ -67,11 +67,12 @@ def transformers_inputs(model: Any) -> dict[str, Tensor]:
         return {name: torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)}
     if name != "input_ids":
         raise ConfigError(
-            f"what {type(model).__name__} takes is not known ({name}); build it in a function of your own and say "
+            f"the inputs of {type(model).__name__} are unknown ({name}); build it in a function of your own and write "
             "python:FILE.py:NAME with --input-shape."
         )
     known = getattr(config, "vocab_size", None) or 1
-    # Different ones: equal tokens hide what a model does with their order. The first ones mean padding and the like.
+    # Different tokens, since equal ones hide what a model does with their order; not the first ones of a vocabulary,
+    # which stand for padding and the like.
     tokens = (known // 2 + torch.arange(TOKENS, device=device) % max(1, known - known // 2)).unsqueeze(0)
     return {name: tokens, **({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})}
 
@@ -81,7 +82,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs."""
 SCHEMES = ("python", "idap", "torchvision", "timm", "hf", "transformers")
 COUNTED = ("idap", "torchvision", "timm", "hf")
-"""Those that build a model with as many outputs as they are told."""
+"""The schemes that build a model with a given number of outputs."""
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,21 @@ def build_model(
     """Build a model, with random weights or those of a file.
 
     Args:
-        spec: `python:file.py:name`, `python:package.module:name` (a class or function that is called without
-            arguments, or a module), `idap:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:FOLDER` or `hf:NAME` (of
-            transformers, with its weights), or `transformers:TYPE`, such as `transformers:bert`: its default
-            configuration, on the meta device, so for inspection only.
+        spec: `python:file.py:name` or `python:package.module:name` (a class or function that is called without
+            arguments, or a module), `idap:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:FOLDER` or `hf:NAME` (a model of
+            transformers with its weights), or `transformers:TYPE`, such as `transformers:bert` (a model in its default
+            configuration on the meta device, for inspection only).
         weights: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`.
-        classes: number of outputs; None: the model's own. `python:` builds what it builds.
-        head: what a model of `hf:` ends in; None: as its folder says.
-        trained: False builds a model of `hf:` from its configuration alone.
-        new_head: let a head of `hf:` that has no weights start from random numbers.
+        classes: number of outputs; None: that of the model. It has no effect on `python:`.
+        head: head of a model of `hf:`; None: the one that its folder names.
+        trained: whether a model of `hf:` gets its weights; if not, only its configuration is read.
+        new_head: whether a head of `hf:` without weights may start from random numbers.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ConfigError: the spec names nothing, its package is not installed, or the user's code fails.
+        ConfigError: there is no such model, its package is not installed, or the user's code fails.
         CheckpointError: the weights can't be read or don't fit the model.
 
     Example:
@@ -145,7 +146,7 @@ def build_model(
         model = _timm(spec, name, counted)
     elif scheme == "hf":
         library = _optional("transformers", spec)
-        # A file of weights brings all of them.
+        # A file of weights contains those of the head too.
         trained = trained and weights is None
         model = build_pretrained(spec, library, head=head, classes=classes, trained=trained, new_head=new_head)
     elif scheme == "transformers":
@@ -163,11 +164,11 @@ def example_inputs(spec: str, model: nn.Module) -> Inputs | None:
     """Make one example batch for a model built from a spec.
 
     Args:
-        spec: that the model was built from.
-        model: asked for the image size where it states one, as timm's models do, and for the device of its tensors.
+        spec: the spec that the model was built from.
+        model: the model, for the image size that models of timm state, and for the device of its tensors.
 
     Returns:
-        Positional and keyword inputs with batch size 1; None where the spec does not tell.
+        Positional and keyword inputs with batch size 1; None if the spec does not determine them.
 
     Example:
         >>> args, kwargs = example_inputs("idap:cifar_resnet20", nn.Identity())
@@ -197,7 +198,7 @@ def _torchvision(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
     models = _optional("torchvision.models", spec)
     known = _check_name(spec, name, models.list_models())
     builder = models.get_model_builder(known)
-    # Models with a backbone fetch weights for it unless they are told not to.
+    # Without this argument, models with a backbone download weights for it.
     bare = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     model: nn.Module = models.get_model(known, **bare, **counted)
     return model
@@ -205,8 +206,8 @@ def _torchvision(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
 
 def _timm(spec: str, name: str, counted: Mapping[str, int]) -> nn.Module:
     timm = _optional("timm", spec)
-    # Names may end in a tag, as in resnet18.a1_in1k; the tag picks weights, which are not fetched here. Only tags that
-    # timm lists: it takes others for places to fetch a model from.
+    # Names may end in a tag, as in resnet18.a1_in1k, which selects weights; they are not downloaded here. Only tags
+    # that timm lists are allowed, since it treats others as locations to download a model from.
     _check_name(spec, name.partition(".")[0], timm.list_models())
     if "." in name:
         _check_name(spec, name, timm.list_pretrained())
@@ -251,4 +252,5 @@ def _scheme_advice(spec: str) -> str:
         near = difflib.get_close_matches(spec, list(_OWN), n=1, cutoff=0.75)
         return f"Write idap:{near[0]}." if near else f"Say where it comes from: torchvision:{spec} or timm:{spec}."
     near = difflib.get_close_matches(scheme, SCHEMES, n=1)
-    return f"Did you mean {near[0]}:{rest}?" if near else f"A spec begins with {', '.join(f'{s}:' for s in SCHEMES)}."
+    begins = ", ".join(f"{each}:" for each in SCHEMES)
+    return f"Did you mean {near[0]}:{rest}?" if near else f"A spec begins with one of {begins}."

@@ -1,4 +1,4 @@
-"""Read trained weights into a model: every tensor must fit, or nothing changes."""
+"""Load trained weights into a model if every tensor fits, and write them."""
 
 import difflib
 import pickle
@@ -14,26 +14,26 @@ from idap.errors import CheckpointError
 from idap.parsing import abbreviate
 from idap.saving.tensors import CODES, TensorFiles, entry_of, write_tensors
 
-# Names under which training scripts keep the tensors within a larger checkpoint.
+# Keys under which training scripts store the tensors in a larger checkpoint.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
 
-# What wrappers put before every name: torch.compile, DataParallel, Lightning.
+# Prefixes that wrappers put before every name: torch.compile, DataParallel, Lightning.
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.", "model.")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a file of weights into a model, in place and strictly.
 
-    Names may carry the prefix of a wrapper: `module.` of DataParallel, `_orig_mod.` of torch.compile, `model.`. Tied
-    tensors may be stored once. Counters of batches that a norm has seen may be missing, older files do not have them.
+    Names may have the prefix of a wrapper: `module.` of DataParallel, `_orig_mod.` of torch.compile, `model.`. Tied
+    tensors may be stored once. The batch counters of norms (`num_batches_tracked`) may be missing, as in older files.
 
     Args:
-        model: changed only if everything fits.
+        model: the model, which is changed only if everything fits.
         path: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`.
 
     Raises:
-        CheckpointError: the file is missing, truncated or of another kind, or a tensor is missing, unexpected or has
-            another shape; names the first of them.
+        CheckpointError: the file is missing, truncated or of another kind, or a tensor is missing, unexpected or of
+            another shape; the message names the first of them.
     """
     path = Path(path).expanduser()
     if not _is_file(path):
@@ -46,20 +46,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     _check(tensors, wanted, path)
     try:
         model.load_state_dict(tensors, strict=False)
-    except (RuntimeError, TypeError) as error:  # of code of the model that takes part in it
+    except (RuntimeError, TypeError) as error:  # raised by the model's own code for loading
         raise CheckpointError(f"the weights {path} can't be loaded: {error}") from error
 
 
 def keep_weights(model: nn.Module, file: Path, notes: Mapping[str, str]) -> None:
-    """Write all tensors of a model's state, each as one of its own, so that `load_weights` reads them back.
+    """Write all tensors of a model's state, tied ones under each name, so that `load_weights` reads them back.
 
     Args:
         model: any module.
-        file: appears whole or not at all.
-        notes: to write beside the tensors.
+        file: path of the file, which is written whole or not at all.
+        notes: text to write beside the tensors, by key.
 
     Raises:
-        CheckpointError: it can't be written.
+        CheckpointError: the file can't be written.
     """
     check_keepable(model)
     tensors = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -70,10 +70,10 @@ def keep_weights(model: nn.Module, file: Path, notes: Mapping[str, str]) -> None
 
 
 def check_keepable(model: nn.Module) -> None:
-    """Make sure that `keep_weights` can write a model's state.
+    """Check that `keep_weights` can write a model's state.
 
     Raises:
-        CheckpointError: a tensor is of a kind that safetensors files can't hold; names it.
+        CheckpointError: a tensor is of a kind that safetensors files can't hold; the message names it.
     """
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and (value.layout is not torch.strided or value.dtype not in CODES.values()):
@@ -84,18 +84,18 @@ def check_keepable(model: nn.Module) -> None:
 
 
 def notes_in(file: Path) -> dict[str, str]:
-    """What `keep_weights` noted beside the tensors; nothing where there is nothing.
+    """Read the notes that `keep_weights` wrote beside the tensors; empty if there are none.
 
     Raises:
         CheckpointError: the file is broken.
     """
     try:
         if not file.is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         with safetensors.safe_open(file, "pt") as held:
             return dict(held.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is broken ({error}); delete it to have it made again.") from error
+        raise CheckpointError(f"{file} is broken ({error}); delete it, and it is made again.") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -108,12 +108,12 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors, or is no checkpoint of torch; idap runs no code from a file. In the "
-            "program that wrote it, save the weights alone: safetensors.torch.save_file(model.state_dict(), ...)."
+            f"{path} holds more than tensors, or is not a checkpoint of torch; idap runs no code from a file. In the "
+            "program that wrote it, save only the weights: safetensors.torch.save_file(model.state_dict(), ...)."
         ) from error
-    except Exception as error:  # what the bytes of a broken file lead to is not known
+    except Exception as error:  # a broken file can raise any exception
         raise CheckpointError(
-            f"{path} is truncated or no checkpoint of torch ({type(error).__name__}: {error}); copy or download it "
+            f"{path} is truncated or not a checkpoint of torch ({type(error).__name__}: {error}); copy or download it "
             "again."
         ) from error
     return _tensors_in(found, path)
@@ -154,7 +154,7 @@ def _without_prefixes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor
 
 
 def _complete(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add what a file may leave out: other names of tied tensors, and counters of norms."""
+    """Add the tensors that a file may lack: those under other names of tied tensors, and batch counters of norms."""
     given = {id(wanted[name]): tensor for name, tensor in tensors.items() if name in wanted}
     for name, own in wanted.items():
         if name not in tensors and id(own) in given:
@@ -179,7 +179,7 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pa
             )
             break
         if name in wanted and tensor.is_complex() and not wanted[name].is_complex():
-            problems.append(f"holds {name!r} with complex numbers, the model's are {wanted[name].dtype}")
+            problems.append(f"holds {name!r} with complex numbers, those of the model are {wanted[name].dtype}")
             break
     if problems:
         raise CheckpointError(
@@ -191,7 +191,7 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pa
 def _advice(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], missing: Sequence[str], unexpected: Sequence[str]
 ) -> str:
-    """Name the number of classes where nothing else differs: the last layers have other numbers of outputs."""
+    """Name the number of classes if only the number of outputs of the last layers differs."""
     differ = {
         (tensors[name].shape[0], own.shape[0])
         for name, own in wanted.items()
@@ -206,7 +206,7 @@ def _advice(
         stored, built = differ.pop()
         return (
             f"The weights are those of a model with {stored} classes, and the model has {built}: take weights for "
-            f"{built} classes, or build it with model.classes = {stored} for data of {stored}."
+            f"{built} classes, or build it with model.classes = {stored} for data with {stored} classes."
         )
     return "Build the model that the weights belong to, with the same number of classes."
 

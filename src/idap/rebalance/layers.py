@@ -1,4 +1,4 @@
-"""The layers that may be corrected: what they read and should give, the sums so far, the memory."""
+"""Find the layers to correct after a cut, and keep the sums from which each of them is corrected."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,10 +12,14 @@ from idap.divergence.ports import Stream, Unfolding, Wiring, stream_of
 from idap.divergence.watch import valid_positions
 from idap.graph.ir import CallKey, Graph, Node, Ref
 from idap.graph.rules.flow import arguments, base_name
-from idap.linalg.ridge import Moments, Residuals, Sums, fit_need, shift_need
+from idap.linalg.ridge import Moments, fit_need
+from idap.linalg.shift import Residuals, shift_need
 from idap.memory import Room
 from idap.structure.analysis import Structure
 from idap.structure.projections import former_exit
+
+Sums = Moments | Residuals
+"""The sums that are kept for a layer while the calibration data pass through the model."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,17 @@ class Consumer:
     """A layer whose inputs may have changed.
 
     Attributes:
-        node: the operator.
-        call: in the running model.
-        original: the call that gives what this layer should give in the original; another one for a projection.
-        rows: draws what it reads.
+        node: name of the operator's node.
+        call: its call in the running model.
+        original: the call in the original whose output is the target; it differs from `call` for a projection.
+        rows: draws the rows that the layer reads.
         weight: canonical name of its weight.
         bias: canonical name of its bias, "" if it has none.
-        norm: the batch norm right behind it, whose running mean can take a bias instead; "" if there is none.
-        input_at: which tensor of the call is read.
-        stream: where its output joins the flow.
-        addition: call of that addition, if this layer can make up there for what else is missing; else None.
-        branch_at: which operand of the addition is the branch.
+        norm: node of the batch norm right behind it, whose running mean can take a bias instead; "" if there is none.
+        input_at: index of the tensor that is read, among the tensors of the call.
+        stream: the stream that its output is added to.
+        addition: call of that addition, if this layer can also make up for the error of the stream there; else None.
+        branch_at: index of the branch among the two operands of the addition.
     """
 
     node: str
@@ -50,18 +54,20 @@ class Consumer:
 
     @property
     def shifts(self) -> bool:
-        """Whether there is a place for a bias."""
+        """Whether a bias can be added: to the layer's own, or to the running mean of its norm."""
         return bool(self.bias or self.norm)
 
 
 def consumers_of(structure: Structure, wiring: Wiring, changed: set[str], *, limit: int) -> list[Consumer]:
-    """The layers to correct, in the order in which they can be: one that is added where it is added.
+    """Find the layers to correct, in the order in which they are corrected.
+
+    A layer that makes up for the error of a stream is corrected at the addition, others where they run.
 
     Args:
-        structure: of the original, with projections in their places.
-        wiring: of what is left.
-        changed: nodes whose value is not what it was.
-        limit: rows drawn from one batch.
+        structure: structure of the original, with projections in the place of the blocks that they replaced.
+        wiring: the connections that are left.
+        changed: names of the nodes whose value has changed.
+        limit: most rows that are drawn from one batch.
     """
     graph = structure.graph
     readers: dict[str, int] = {}
@@ -96,12 +102,12 @@ def consumers_of(structure: Structure, wiring: Wiring, changed: set[str], *, lim
 
 
 def _in_original(graph: Graph, name: str, before: str) -> CallKey | None:
-    """The call in the original that gives what a layer should give; None if that can't be seen."""
+    """The call in the original whose output is the target of a layer; None if its output can't be observed."""
     return graph.nodes[before].call if before == name or is_result(graph, before) else None
 
 
 def _sort(graph: Graph, found: list[Consumer]) -> list[Consumer]:
-    """In the order of the calls where they are corrected; of layers added to each other the largest makes up."""
+    """Sort layers by the calls where they are corrected; of several at one addition, only the largest keeps it."""
     shapes, order = graph.shapes, {name: number for number, name in enumerate(graph.nodes)}
     largest: dict[CallKey, Consumer] = {}
     for one in found:
@@ -116,7 +122,7 @@ def _sort(graph: Graph, found: list[Consumer]) -> list[Consumer]:
 
 
 def changed_nodes(structure: Structure, wiring: Wiring, shrunk: Mapping[str, object]) -> set[str]:
-    """Nodes whose value is not what it was once these tensors have shrunk and some parts are gone."""
+    """Names of the nodes whose value changes when these tensors shrink and some parts are removed."""
     graph = structure.graph
     touched = {node.name for node in graph.nodes.values() if node.target in shrunk}
     touched |= {structure.block(name).exit for name in structure.standing}
@@ -129,7 +135,7 @@ def changed_nodes(structure: Structure, wiring: Wiring, shrunk: Mapping[str, obj
 
 
 def _norm(wiring: Wiring, node: Node, stream: Stream, readers: Mapping[str, int]) -> str:
-    """The batch norm right behind a layer, if its statistics are of this layer alone; else ""."""
+    """Node of the batch norm right behind a layer, if only this layer's outputs pass it; else ""."""
     norm = next(iter(stream.affine), "")
     if not norm or base_name(wiring.graph.nodes[norm].op) != "batch_norm" or wiring.users[node.name] != [norm]:
         return ""
@@ -146,7 +152,10 @@ def _bias(graph: Graph, node: Node, readers: Mapping[str, int]) -> str:
 
 
 def _addition(wiring: Wiring, node: Node, stream: Stream) -> tuple[CallKey | None, int]:
-    """The addition behind a layer, where the branch arrives there as the layer gave it, place by place."""
+    """The addition behind a layer and the index of the branch, if the layer's output arrives there element by element.
+
+    Otherwise None and 0.
+    """
     if not stream.addition:
         return None, 0
     place = wiring.graph.nodes[stream.addition]
@@ -161,14 +170,14 @@ def _addition(wiring: Wiring, node: Node, stream: Stream) -> tuple[CallKey | Non
 
 @dataclass(frozen=True)
 class Correction:
-    """What became of one layer.
+    """The result of the correction of one layer.
 
     Attributes:
         weight: canonical name of its weight.
         before: error against the original's output on held-out samples, before the correction.
-        after: and after it; equal to `before` where the layer kept its old weights.
-        ridge: that held-out samples preferred; infinite where only the bias changed, NaN where nothing did.
-        too_wide: it reads more columns than `Rebalance.columns`, so only its bias could change.
+        after: the same error after the correction; equal to `before` if the layer kept its old weights.
+        ridge: the ridge that the held-out samples chose; infinite if only the bias changed, NaN if nothing did.
+        too_wide: whether it reads more columns than `Rebalance.columns`, so that only its bias could change.
     """
 
     weight: str
@@ -184,18 +193,18 @@ class Case:
 
     Attributes:
         consumer: the layer.
-        kept: the outputs that it still has, in the original's indices.
-        through: whether it makes up for the whole sum that it is added to.
-        chosen: batch by batch, the positions drawn.
-        targets: batch by batch, what the original gives there.
+        kept: indices of the outputs that it still has, among those of the original.
+        through: whether the layer also makes up for the error of the stream that it is added to.
+        chosen: for each batch, the positions that were drawn.
+        targets: for each batch, the targets at these positions.
         learned: sums over the rows to learn from.
-        held_out: and over those that judge.
+        held_out: sums over the held-out rows.
         seen: number of rows in both.
-        again: makes the call that is running once more.
-        output: what that call gave.
-        read: the rows it has read, shape (parts, rows, columns).
-        layer: its weight and bias, shapes (parts, outputs, columns) and (parts, outputs), where it is too wide to be
-            refitted: then sums are kept of what it misses, and only its bias is corrected.
+        again: repeats the layer's last call.
+        output: the output of the layer's last call.
+        read: the rows that this call read, shape (parts, rows, columns).
+        layer: its weight and bias, shapes (parts, outputs, columns) and (parts, outputs), if it is too wide to be
+            refitted: then sums of its residuals are kept, and only its bias is corrected.
     """
 
     consumer: Consumer
@@ -212,23 +221,28 @@ class Case:
     layer: tuple[Tensor, Tensor] | None = None
 
     def choose(self, given: Sequence[Tensor], each: Pass, number: int) -> None:
-        """Draw positions from a batch, where the layer's call in the original is given these tensors."""
+        """Draw positions from a batch, given the tensors of the layer's call in the original."""
         rows, at = self.consumer.rows, self.consumer.input_at
         weight = next(tensor for i, tensor in enumerate(given) if i != at and tensor.dim() > 1)
         self.chosen.append(rows.choose(given[at], weight, lambda x: valid_positions(each.padding, x), number))
 
     def choose_outputs(self, result: Tensor, each: Pass, number: int) -> None:
-        """Draw positions from a batch, of what the original gives where this layer stands in for other code."""
+        """Draw positions from a batch, given the output of the code in the original that this layer replaces."""
         self.chosen.append(
             self.consumer.rows.choose_outputs(result, lambda x: valid_positions(each.padding, x), number)
         )
 
     def add(self, targets: Tensor, share: float) -> None:
-        """Add the rows that were read and their targets, shape (rows, outputs), to the sums; hold this share out."""
+        """Add the rows that were read to the sums, and hold a share of them out.
+
+        Args:
+            targets: targets of these rows, shape (rows, outputs).
+            share: share of the rows that is held out.
+        """
         parts, rows = self.read.shape[:2]
         y = targets.reshape(rows, parts, -1).transpose(0, 1)
         before, self.seen = self.seen, self.seen + rows
-        judge = _up(self.seen * share) - _up(before * share)  # of batches of one row, some judge and others don't
+        judge = _up(self.seen * share) - _up(before * share)  # if batches have one row, some are held out whole
         places = slice(0, rows - judge), slice(rows - judge, rows)  # rows are in the order of samples
         for name, part in zip(("learned", "held_out"), places, strict=True):
             x = self.read[:, part]
@@ -238,7 +252,7 @@ class Case:
         self.read = torch.empty(0)
 
     def sums(self) -> tuple[Sums, Sums]:
-        """Take the sums over the rows to learn from and over those that judge; nothing is held any longer."""
+        """Take the sums over the rows to learn from and over the held-out rows; the case keeps no tensors."""
         learned, held_out = self.learned, self.held_out
         assert learned is not None and held_out is not None
         self.learned = self.held_out = None
@@ -252,12 +266,12 @@ def by_call(cases: Sequence[Case]) -> dict[CallKey, Case]:
 
 
 def by_original(cases: Sequence[Case]) -> dict[CallKey, Case]:
-    """The cases by the calls of the original that give what they should."""
+    """The cases by the calls of the original whose outputs are their targets."""
     return {case.consumer.original: case for case in cases}
 
 
 def by_addition(cases: Sequence[Case]) -> dict[CallKey, Case]:
-    """Those that make up for a whole sum, by the calls that add."""
+    """The cases that make up for the error of a stream, by the calls of the additions."""
     return {case.consumer.addition: case for case in cases if case.through and case.consumer.addition is not None}
 
 
@@ -266,18 +280,18 @@ def _up(share: float) -> int:
 
 
 DRAWN = 2**26
-"""Numbers that are drawn from a batch of what a layer reads that is too wide to be refitted."""
+"""Most numbers that are drawn from a batch for a layer that is too wide to be refitted."""
 FEWEST_ROWS = 256
-"""Rows that are drawn of it in any case."""
+"""Fewest rows that are drawn from a batch for such a layer."""
 
 
 def columns_of(consumer: Consumer, weight: Tensor) -> int:
-    """Columns that each part of a layer reads."""
+    """Number of columns that each part of a layer reads."""
     return weight.numel() // max(1, weight.shape[consumer.rows.contraction.write_dim])
 
 
 def with_fewer_rows(consumer: Consumer, weight: Tensor, widest: int) -> Consumer:
-    """A layer that is too wide to be refitted, with fewer rows drawn: a mean needs no more, and each row is large."""
+    """Let fewer rows be drawn for a layer that is too wide to be refitted: a mean needs few, and each row is large."""
     columns = columns_of(consumer, weight) * consumer.rows.contraction.groups
     if columns_of(consumer, weight) <= widest:
         return consumer
@@ -286,15 +300,15 @@ def with_fewer_rows(consumer: Consumer, weight: Tensor, widest: int) -> Consumer
 
 
 def check_sizes(consumers: Sequence[Consumer], tensors: Mapping[str, Tensor], widest: int) -> None:
-    """Refuse layers whose correction takes more memory than may be taken, before any data go by.
+    """Refuse layers whose correction takes more memory than is allowed, before any calibration data are read.
 
     Args:
         consumers: the layers, which are corrected one by one.
-        tensors: of the model, by canonical name.
+        tensors: tensors of the model, by canonical name.
         widest: most columns of a layer that is refitted.
 
     Raises:
-        InsufficientMemoryError: names the first such layer.
+        InsufficientMemoryError: a layer takes more memory than is allowed; the message names the first.
     """
     if not consumers:
         return

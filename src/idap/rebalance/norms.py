@@ -1,4 +1,4 @@
-"""Batch norms: what they do to a channel, and their statistics on new data."""
+"""Read batch norms as affine maps, and estimate their statistics on new data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from idap.graph.rules.flow import arguments
 from idap.training.evaluate import keep_modes
 
 SMALLEST_SCALE = 1e-6
-"""A norm that scales a channel by less gives nothing that could be corrected in front of it."""
+"""If a norm scales a channel by less, the layer before it has no effect on this channel and is not corrected there."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """y -> scale (y - mean) + shift, channel by channel, as an evaluated batch norm does; the identity without one.
+    """The map y -> scale (y - mean) + shift of a batch norm in eval mode; empty tensors stand for the identity.
 
     Attributes:
         scale: shape (channels,).
@@ -31,7 +31,7 @@ class Affine:
     shift: Tensor
 
     def apply(self, y: Tensor, dim: int) -> Tensor:
-        """To a tensor with its channels in `dim`."""
+        """Apply the map to a tensor with its channels in `dim`."""
         if not self.scale.numel():
             return y
         shape = [-1 if place == dim % y.dim() else 1 for place in range(y.dim())]
@@ -39,7 +39,10 @@ class Affine:
         return y * self.scale.reshape(shape) + offset.reshape(shape)
 
     def invert(self, rows: Tensor) -> Tensor:
-        """What rows must have been before, shape (rows, channels)."""
+        """Find the rows that the map takes to these rows, both of shape (rows, channels).
+
+        A channel with a scale below `SMALLEST_SCALE` gets its mean.
+        """
         if not self.scale.numel():
             return rows
         small = self.scale.abs() < SMALLEST_SCALE
@@ -48,12 +51,12 @@ class Affine:
 
 
 def affine_of(graph: Graph, norm: str, tensors: Mapping[str, Tensor]) -> Affine:
-    """What the batch norm of a node does at this moment.
+    """The map of a batch norm with its current tensors.
 
     Args:
-        graph: of the original.
-        norm: name of the node; "" for none.
-        tensors: of the model that runs, by canonical name.
+        graph: graph of the original.
+        norm: name of the batch norm's node; "" gives the identity.
+        tensors: tensors of the running model, by canonical name.
     """
     if not norm:
         empty = torch.empty(0)
@@ -78,7 +81,7 @@ def running_mean(graph: Graph, norm: str) -> str:
 
 @torch.no_grad()
 def reestimate_norms_(model: nn.Module, passes: Sequence[Pass]) -> None:
-    """Estimate the running statistics of all batch norms anew, as the mean over these batches, in place."""
+    """Re-estimate the running statistics of all batch norms, as the mean over these batches, in place."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
@@ -88,7 +91,7 @@ def reestimate_norms_(model: nn.Module, passes: Sequence[Pass]) -> None:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None
-                norm.training = True  # but not what a subclass holds, such as dropout
+                norm.training = True  # not train(), which would also switch modules inside a subclass, such as dropout
             if norms:
                 for each in passes:
                     each.run(model)

@@ -25,17 +25,17 @@ from idap.surgery.stand_ins import LinearMap
 from idap.training.batch import device_of
 
 HELD_OUT = 0.25
-"""Share of the rows that decide on the ridge, and on which the residual is measured: the last ones of each batch."""
+"""Share of held-out rows, which choose the ridge and give the residual: the last rows of each batch."""
 
 
 @dataclass(frozen=True)
 class FittedMap:
-    """The linear map that comes closest to a module.
+    """The linear map P that comes closest to a module.
 
     Attributes:
-        map: for all channels of the original; zero for those that the model lacks.
-        residual: E‖y - P(x)‖² / E‖y‖² on held-out rows, with x what enters the module and y what leaves it.
-        ridge: that the held-out rows preferred; infinite where a constant was best.
+        map: weight and bias for all channels of the original; zero for channels that the model lacks.
+        residual: E‖y - P(x)‖² / E‖y‖² on held-out rows, with x the input and y the output of the module.
+        ridge: the ridge that the held-out rows chose; infinite if a constant was best.
     """
 
     map: LinearMap
@@ -53,27 +53,28 @@ def fit_projections(
     present: Presence,
     removed: Sequence[str] = (),
 ) -> dict[str, FittedMap]:
-    """Fit the maps of several blocks in one pass over the calibration data; only sums are kept, no activation.
+    """Fit the maps of several blocks in one pass over the calibration data (docs/method.md#projections).
 
-    Where the sums of all blocks don't fit into memory at once, they are taken in several passes.
+    Only sums are kept, no activations. If the sums of all blocks don't fit into memory at once, several passes
+    are made.
 
-    Weights and bias minimise E‖y - W x - b‖² + ridge ‖W‖² with x at every s-th position where the map has stride s.
-    The ridge is the one of `RIDGES` that held-out rows prefer, so that few samples get a stronger one.
+    Weights and bias minimise E‖y - W x - b‖² + ridge ‖W‖². Where the map has stride s, x is taken at every s-th
+    position. The ridge is the one of `RIDGES` with the lowest error on held-out rows; with few samples it is larger.
 
     Args:
-        model: the original, or what a plan made of it; left as it was.
-        structure: of the original.
+        model: the original, or a model cut from it; not changed.
+        structure: structure of the original.
         passes: the calibration batches.
-        names: blocks that the model still has and that may become projections.
-        present: labels that the model has.
-        removed: branches and blocks that it no longer has.
+        names: names of blocks that the model still has and that may become projections.
+        present: labels of the units that the model has.
+        removed: names of the branches and blocks that were removed from it.
 
     Returns:
-        The maps by name of the block, without those that run inside one opaque call or whose last part is gone.
+        The maps by name of the block. Blocks that run inside one opaque call, or whose last part is removed, have none.
 
     Raises:
         StructureError: the model does not run on this data as it was traced.
-        InsufficientMemoryError: a single block takes more memory than may be taken; raised before any data go by.
+        InsufficientMemoryError: a single block takes more memory than is allowed; raised before any data are read.
     """
     structure = structure.after(removed)
     wiring = Wiring(structure, removed)
@@ -101,7 +102,7 @@ def fit_projections(
 
 
 def _sum_up(model: nn.Module, pairs: Sequence["_Pair"], passes: Iterable[Pass]) -> None:
-    """Let the data go by, and add up what is seen over all processes."""
+    """Run the model on the data, and add up the sums of all processes."""
 
     def begin(each: Pass) -> None:
         for pair in pairs:
@@ -127,7 +128,7 @@ def _pair(wiring: Wiring, structure: Structure, block: Block, present: Presence)
 
 @dataclass
 class _Pair:
-    """What enters and what leaves a module, as sums, and the memory that they need."""
+    """Sums over the inputs and outputs of a module, and the memory that they need."""
 
     graph: Graph
     block: Block
@@ -140,7 +141,7 @@ class _Pair:
     _entered: Tensor | None = None
 
     def probes(self) -> list[Probe]:
-        """Where to look."""
+        """The probes that observe the module's input and output."""
         leave = self.graph.nodes[self.block.exit].call
         assert leave is not None  # see `_pair`
         return [self._at_entry(), Note(leave, self._left)]
@@ -152,7 +153,9 @@ class _Pair:
         return Look(self.entry.call, lambda args, kwargs: self._enter(tensors_in(args, kwargs)[place]))
 
     def _enter(self, x: Tensor | None) -> None:
-        self._entered = None if x is None else x.detach()  # no copy: a module that overwrites its input is not offered
+        self._entered = (
+            None if x is None else x.detach()
+        )  # no copy: modules that overwrite their input get no projection
 
     def _left(self, result: Any) -> None:
         y, x = result_of(self.graph, self.block.exit, result), self._entered
@@ -181,15 +184,16 @@ class _Pair:
         return exact(x.movedim(self.projected.dim, -1))
 
     def _add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows to the sums to learn from, and the last of them to those that judge."""
+        """Add rows to the sums to learn from, and the last of them to the held-out sums."""
         before, self._seen = self._seen, self._seen + len(x)
-        judge = ceil(self._seen * HELD_OUT - 1e-9) - ceil(before * HELD_OUT - 1e-9)  # of batches of one row some judge
+        # A share of all rows so far: of batches with one row, some are held out whole.
+        judge = ceil(self._seen * HELD_OUT - 1e-9) - ceil(before * HELD_OUT - 1e-9)
         cut = len(x) - judge
         new = [Moments.of(a.unsqueeze(0), b.unsqueeze(0)) for a, b in ((x[:cut], y[:cut]), (x[cut:], y[cut:]))]
         self.sums = [old + more for old, more in zip(self.sums, new, strict=True)] if self.sums else new
 
     def fit_map(self, structure: Structure, present: Presence) -> FittedMap:
-        """The map, once all data have gone by."""
+        """Fit the map from the sums over all data."""
         learned, held_out = self.sums
         outputs, inputs = learned.y.shape[1], learned.x.shape[1]
         weight, bias = learned.x.new_zeros(1, outputs, inputs), learned.x.new_zeros(1, outputs)
@@ -200,7 +204,7 @@ class _Pair:
         return FittedMap(self._full(structure, present, found.weight[0], found.bias[0]), residual, found.ridge)
 
     def _full(self, structure: Structure, present: Presence, weight: Tensor, bias: Tensor) -> LinearMap:
-        """Weight and bias with zeros where the model lacks channels."""
+        """Extend weight and bias to all channels of the original, with zeros for those that the model lacks."""
         dims, at = structure.layout.dims, self.projected.dim
         rows, columns = (
             torch.from_numpy(np.flatnonzero(slots(dims[node][0][at], present))).to(weight.device)

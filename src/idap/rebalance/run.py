@@ -1,4 +1,4 @@
-"""Walk through the network and correct one layer after another, from input to output."""
+"""Correct the layers of a cut model one after another, from input to output (docs/method.md#rebalancing)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from idap.errors import ConfigError, StructureError, TaskError, check_kinds
 from idap.graph.calls import intercept
 from idap.graph.ir import CallKey
 from idap.graph.run import tensors_of
-from idap.linalg.ridge import RIDGES, Fit, Moments, Residuals, fit, fit_shift
+from idap.linalg.ridge import RIDGES, Fit, Moments, fit
+from idap.linalg.shift import Residuals, fit_shift
 from idap.progress import Progress, Silent
 from idap.rebalance.layers import (
     Case,
@@ -37,19 +38,19 @@ from idap.training.evaluate import keep_modes
 
 @dataclass(frozen=True)
 class Rebalance:
-    """What is corrected after a cut, without any gradient step (docs/method.md#rebalancing).
+    """Settings of the correction after a cut, which takes no gradient step (docs/method.md#rebalancing).
 
     Args:
         least_squares: refit the weights of the layers whose inputs changed to the original's outputs.
-        means: put what was removed on average into biases and running means.
-        norms: estimate the statistics of batch norms anew.
+        means: move the mean of each layer's error into its bias or the running mean of its norm.
+        norms: re-estimate the statistics of batch norms.
         through_additions: a layer that is added to the residual stream also makes up for the error of the stream.
         rows: rows of a layer's inputs that are drawn from the calibration data, at least 256.
-        held_out: share of the calibration samples that decide on the ridge, and on whether a layer keeps its old
+        held_out: share of the calibration samples that choose the ridge and decide whether a layer keeps its old
             weights; in (0, 1).
-        memory: bytes that targets may take at once.
-        columns: most input columns (of a convolution inputs times taps) of a layer that is refitted. Of a wider one
-            only the bias is corrected: second moments grow with the square of the columns, to 11 GB at 16,384.
+        memory: most bytes that targets may take at once.
+        columns: most input columns (for a convolution, inputs times taps) of a layer that is refitted. A wider layer
+            only has its bias corrected: second moments grow with the square of the columns, to 11 GB at 16,384.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -97,24 +98,24 @@ def rebalance_(
     """Correct the layers of a cut model in place, from input to output.
 
     Args:
-        model: what the plan made of the original.
-        original: gives the targets; is not changed.
-        structure: of the original.
-        plan: from the original to the model.
-        passes: the calibration batches. A single one, with all samples, lets one pass over the model correct all
-            layers; several take a pass per layer.
-        setting: what is corrected.
-        progress: hears of each layer.
+        model: the model that the plan made of the original; changed in place.
+        original: the model whose outputs are the targets; not changed.
+        structure: structure of the original.
+        plan: the plan that leads from the original to the model.
+        passes: the calibration batches. With a single batch of all samples, one pass corrects all layers; with several
+            batches, each layer takes a pass.
+        setting: settings of the correction; None: the default settings are used.
+        progress: the listener that receives progress, layer by layer; None: no progress is reported.
 
     Returns:
-        What became of each layer, in the order of the network.
+        The corrections of the layers, in the order of the network.
 
     Raises:
         TaskError: there is no calibration batch.
         StructureError: the model does not run on this data as it was traced.
-        InsufficientMemoryError: a layer takes more memory than may be taken; raised before any data go by.
+        InsufficientMemoryError: a layer takes more memory than is allowed; raised before any data are read.
     """
-    setting = Rebalance() if setting is None else setting  # one that corrects nothing is false
+    setting = Rebalance() if setting is None else setting  # not `or`: settings that correct nothing are false
     progress = progress or Silent()
     if not passes:
         raise TaskError("there is no calibration batch to rebalance on.")
@@ -139,13 +140,13 @@ def rebalance_(
 
 
 def frozen_parameters(model: nn.Module) -> set[str]:
-    """Parameters that the user has frozen while others learn; they are not corrected either."""
+    """Names of the parameters that the user has frozen; none if all are, as in a model for inference."""
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     return {name for name, learning in learns.items() if not learning} if any(learns.values()) else set()
 
 
 class _StopEarlyError(Exception):
-    """Nothing further of this pass is needed."""
+    """Ends a pass of which nothing more is needed."""
 
 
 class _Walk:
@@ -164,7 +165,7 @@ class _Walk:
         self._found = found
 
     def over(self, consumers: Sequence[Consumer], passes: Sequence[Pass]) -> Iterator[Consumer]:
-        """Correct all of them; yields each when it is done."""
+        """Correct all layers, and yield each after its correction."""
         for chunk in self._chunks(consumers, passes):
             cases = [self._case(consumer) for consumer in chunk]
             self._targets(cases, passes)
@@ -194,7 +195,7 @@ class _Walk:
 
     @torch.no_grad()
     def _targets(self, cases: Sequence[Case], passes: Sequence[Pass]) -> None:
-        """Run the original and keep what it gives at the drawn positions."""
+        """Run the original and keep its outputs at the drawn positions as targets."""
         at, sums = by_original(cases), by_addition(cases)
         for number, each in enumerate(passes):
 
@@ -266,7 +267,7 @@ class _Walk:
         return again() if at_once and self._correct(case) else result
 
     def _at_addition(self, case: Case, number: int, given: Sequence[Tensor], at_once: bool) -> None:
-        """The branch should give what the original's sum lacks beside the skip that is here."""
+        """Take what the original's sum lacks beside the current stream as the target of the branch."""
         if case.read.dim() != 3:
             raise _unlike(case)
         branch, skip = given[case.consumer.branch_at], given[1 - case.consumer.branch_at]
@@ -291,14 +292,14 @@ class _Walk:
         return affine_of(self._structure.graph, consumer.norm, self._tensors)
 
     def _layer(self, case: Case, parts: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer as they are, shapes (parts, outputs, columns) and (parts, outputs); float64."""
+        """Current weight and bias of a layer, shapes (parts, outputs, columns) and (parts, outputs); float64."""
         consumer, parameter = case.consumer, self._tensors[case.consumer.weight]
         weight = consumer.rows.matrix(parameter.double(), parts)
         bias = self._tensors[consumer.bias].double() if consumer.bias else parameter.new_zeros(len(case.kept)).double()
         return weight, bias.reshape(weight.shape[:2])
 
     def _correct(self, case: Case) -> bool:
-        """Refit a layer from the sums; says whether anything changed."""
+        """Refit a layer from its sums, and return whether it changed."""
         consumer, setting = case.consumer, self._setting
         learned, held_out = case.sums()
         parameter = self._tensors[consumer.weight]
@@ -327,7 +328,7 @@ class _Walk:
             self._tensors[consumer.bias].data.add_(change)
         elif consumer.norm:
             self._tensors[running_mean(self._structure.graph, consumer.norm)].data.sub_(change)
-        torch.clear_autocast_cache()  # it may hold a copy of the old weights
+        torch.clear_autocast_cache()  # it may contain a copy of the old weights
 
 
 def _unlike(case: Case) -> StructureError:

@@ -1,1 +1,1 @@
-"""Compressed models on disk: safetensors and a plan in JSON, no pickle."""
+"""Save and load compressed models as safetensors files with a plan in JSON, without pickle."""

@@ -1,6 +1,6 @@
-"""The card of a saved model: what was done to it and how to load it, for people, as Markdown.
+"""Write the model card of a saved model as Markdown: what was done to it, and how to load it.
 
-The front matter is that of a Hugging Face model card and holds nothing but facts.
+The front matter is that of a Hugging Face model card.
 """
 
 import ast
@@ -26,19 +26,19 @@ CARD = "card.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a card says about a compression; each pair is (before, after).
+    """The facts on a card about a compression; each pair is (before, after).
 
     Attributes:
-        steps: every decision, in order.
-        metric_name: what `metric` is.
-        metric: on the validation data.
+        steps: all steps in order, accepted or not.
+        metric_name: name of the metric.
+        metric: the metric on the validation data.
         macs: multiply-adds for one sample.
         parameters: number of parameters.
         size: bytes of all tensors in the saved file.
-        latency: of the compressed model as a share of the original's, where it was measured; else None.
+        latency: latency of the compressed model as a share of the original's; None if it was not measured.
         output_error: E‖N0(x) − N*(x)‖² / E‖N0(x)‖² on the validation data (docs/method.md#promise).
         message: one sentence on what was reached.
-        again: whether the model that was compressed had itself been compressed before.
+        again: whether the model that was given had been compressed before.
     """
 
     steps: Sequence[Step]
@@ -56,19 +56,22 @@ class Facts:
 def model_card(
     folder: str, model: nn.Module, plan: Plan, facts: Facts, *, subnormal: Mapping[str, int], build: str | None = None
 ) -> str:
-    """The text of a card.
+    """Make the text of a card.
 
     Args:
-        folder: where the model is saved, as the loading lines say it.
+        folder: the folder with the model, as it is written in the example that loads it.
         model: the compressed model.
-        plan: from the original to it.
-        facts: about the compression.
-        subnormal: tensor -> subnormal numbers that were written as zeros.
-        build: the call that builds the original, from its module on, such as ``torchvision.models.resnet50()``; None:
-            the card says it if the class of the model can be built without arguments.
+        plan: the plan from the original to it.
+        facts: the facts about the compression.
+        subnormal: tensor -> number of subnormal numbers that were written as zeros.
+        build: the call that builds the original, with its module, such as ``torchvision.models.resnet50()``; None: the
+            example calls the class of the model if it can be built without arguments, and has a placeholder otherwise.
+
+    Returns:
+        The card as Markdown.
 
     Raises:
-        CheckpointError: `build` is no such call.
+        CheckpointError: `build` is not such a call.
     """
     parts = [
         _front_matter(facts),
@@ -113,8 +116,8 @@ def _history(plan: Plan, facts: Facts) -> str:
     lines = ["## What was done\n"]
     if facts.again:
         lines.append(
-            "The model that was compressed had itself been compressed before; `before` and the steps are those of the "
-            "last time, `plan.json` describes all of it.\n"
+            "The model that was given had been compressed before. `before` and the steps are those of the last "
+            "compression; `plan.json` describes all of them together.\n"
         )
     if facts.steps:
         lines += ["| step | stage | removed | multiply-adds | parameters | metric | kept |", "|---" * 7 + "|"]
@@ -125,7 +128,7 @@ def _history(plan: Plan, facts: Facts) -> str:
             f"{step.metric:.6g} | {kept} |"
         )
     if plan.removed:
-        lines.append(f"\nRemoved whole: {', '.join(f'`{name}`' for name in plan.removed)}.")
+        lines.append(f"\nRemoved branches and blocks: {', '.join(f'`{name}`' for name in plan.removed)}.")
     if plan.programs:
         lines.append(f"\nModules with rewritten code: {', '.join(f'`{path}`' for path in plan.programs)}.")
     return "\n".join([*lines, ""])
@@ -156,28 +159,30 @@ def _load_example(folder: str, model: nn.Module, plan: Plan, build: str | None) 
         lines.append(f"original = original.to({kind})")
     lines.append(f"model = idap.load({folder!r}, original).eval()")
     text = "\n".join(lines)
-    return f"## How to load it\n\n```python\n{text}\n```\n\nNothing is traced, and no data and no pickle is read.\n"
+    return (
+        f"## How to load it\n\n```python\n{text}\n```\n\nLoading traces nothing, needs no data, and reads no pickle.\n"
+    )
 
 
 def _buildable(kind: type, plan: Plan) -> bool:
-    """Whether a class can be imported, and without arguments gives the original's tensors; tried without memory."""
+    """Whether a class can be imported and, called without arguments on the meta device, has the original's tensors."""
     if kind.__module__ == "__main__" or "<" in kind.__qualname__:
         return False
     try:
         inspect.signature(kind).bind()
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             built = kind()
-    except Exception:  # it needs arguments, or whatever a class does that is not meant to be built like this
+    except Exception:  # it needs arguments, or its code fails on the meta device in any way
         return False
     shapes = {name: tuple(tensor.shape) for name, tensor in (*built.named_parameters(), *built.named_buffers())}
     return all(shapes.get(name) == shape for name, shape in plan.shapes.items() if name not in plan.unsaved)
 
 
 def module_of(build: str) -> str:
-    """The module from which a call takes its function.
+    """Find the module from which a call takes its function.
 
     Raises:
-        CheckpointError: this is no such call.
+        CheckpointError: the text is not a call of a function with its module.
 
     >>> module_of("torch.nn.Linear(3, 4)")
     'torch.nn'
@@ -185,7 +190,7 @@ def module_of(build: str) -> str:
     try:
         call = ast.parse(build, mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise CheckpointError(f"build={build!r} is no Python call: {error}") from error
+        raise CheckpointError(f"build={build!r} is not a Python call: {error}") from error
     names: list[str] = []
     place = call.func if isinstance(call, ast.Call) else None
     while isinstance(place, ast.Attribute):
@@ -220,7 +225,7 @@ def _notes(subnormal: Mapping[str, int]) -> str:
     except PackageNotFoundError:
         own = "not installed"
     lines.append(
-        f"`model.safetensors` holds the weights, `plan.json` what stays of the original. idap {own}, "
+        f"`model.safetensors` holds the weights, `plan.json` what is kept of the original. idap {own}, "
         f"torch {torch.__version__}, safetensors {safetensors.__version__}, Python {platform.python_version()}."
     )
     return "\n".join([*lines, ""])

@@ -1,4 +1,4 @@
-"""Save a compressed model, load it without tracing, and remember which plan led to it."""
+"""Save a compressed model, load it without tracing, and attach the plan that led to it."""
 
 import hashlib
 import json
@@ -25,36 +25,39 @@ _NAME = "_idap_plan"
 
 
 def origin(model: nn.Module) -> Plan | None:
-    """The plan that led from the original to a model that `load` or `compress` returned.
+    """Get the plan that led from the original to a model that `load` or `compress` returned.
 
-    It is an attribute of the model: copies of the model have it, its state dict does not.
+    The plan is an attribute of the model: copies of the model have it, its state dict does not.
 
     Returns:
-        None for any other model.
+        The plan; None for other models.
     """
     found = vars(model).get(_NAME)
     return found if isinstance(found, Plan) else None
 
 
 def remember_(model: nn.Module, plan: Plan) -> None:
-    """Let a model remember the plan that led to it from its original."""
+    """Attach to a model the plan that led to it from its original."""
     vars(model)[_NAME] = plan
 
 
 def forget_(model: nn.Module) -> None:
-    """Make a model an original of its own, such as one that was given another head after it was loaded."""
+    """Remove the plan from a model, so that it counts as an original, such as after its head was replaced."""
     vars(model).pop(_NAME, None)
 
 
 def check_origin(model: nn.Module, plan: Plan) -> Plan | None:
-    """The plan that a model remembers, if plans for the model can follow it.
+    """Get the plan attached to a model, after checking that another plan for the model can follow it.
 
     Args:
-        model: that is to be compressed.
+        model: a model to compress.
         plan: any plan for it.
 
+    Returns:
+        The plan; None if the model has none.
+
     Raises:
-        PlanError: the model was changed since it was loaded; names the first tensor.
+        PlanError: the model was changed since it was loaded; the message names the first tensor.
     """
     found = origin(model)
     try:
@@ -62,8 +65,8 @@ def check_origin(model: nn.Module, plan: Plan) -> Plan | None:
             check_follows(found, plan)
     except PlanError as error:
         raise PlanError(
-            f"the model was made by idap.load or compress and changed since: {error}. If what it is now shall count as "
-            "the original, call idap.saving.checkpoint.forget_(model) first; plan.json will then be one for this model."
+            f"the model was made by idap.load or compress and changed since: {error}. If the changed model is to count "
+            "as the original, call idap.saving.checkpoint.forget_(model) first; plan.json is then relative to it."
         ) from error
     return found
 
@@ -75,18 +78,17 @@ def save(folder: str | Path, model: nn.Module, plan: Plan, *, exact: bool = Fals
     """Save a compressed model; each file is written whole or not at all, the plan last.
 
     Args:
-        folder: created where needed; a model saved there before is replaced.
-        model: the compressed model.
+        folder: folder for the model, created if needed; a model saved there before is replaced.
+        model: the compressed model; not changed.
         plan: the plan that leads from the original to it.
-        exact: write every number as it is. Otherwise subnormal numbers are written as zeros: they change no result, but
-            make convolutions slow on x86.
+        exact: whether every number is written as it is. If not, subnormal numbers are written as zeros: they change no
+            result, but make convolutions slow on x86.
 
     Returns:
-        Tensor name -> how many subnormal numbers were written as zeros, for those that have any. The model itself stays
-        as it is.
+        Tensor name -> number of subnormal numbers that were written as zeros, for tensors that have any.
 
     Raises:
-        CheckpointError: the folder can't be written, or the model's state holds something that is no tensor.
+        CheckpointError: the folder can't be written, or the model's state holds something that is not a tensor.
     """
     folder = Path(folder)
     entries = [entry_of(name, tensor.detach()) for name, tensor in unique_tensors(model).items()]
@@ -104,22 +106,22 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     """Load a compressed model. Nothing is traced and no data is needed.
 
     Args:
-        folder: written by `save`, `Result.save` or `apply_to_checkpoint`.
-        model: a freshly built original; it is left as it is. It may be on the meta device, without memory: then only
-            the small tensors are allocated, on the CPU.
+        folder: folder written by `save`, `Result.save` or `apply_to_checkpoint`.
+        model: a freshly built original; not changed. On the meta device it takes no memory: then only the tensors of
+            the compressed model are allocated, on the CPU.
 
     Returns:
-        A module of the same class as `model`, small, in eval mode if `model` is. It remembers its plan: what is
-        compressed again is saved with one plan for the same original.
+        The compressed model, of the same class as `model`, in eval mode if `model` is. Its plan is attached to it; if
+        it is compressed again, it is saved with one plan from the same original.
 
     Raises:
         CheckpointError: a file is missing, truncated or not what `save` writes, a tensor is not what was written (its
             checksum does not match), the tensors don't match the plan, or a model on the meta device has tensors that
             are not saved.
-        PlanError: the plan does not fit `model`; names the first tensor, its shape and the shape expected.
+        PlanError: the plan does not fit `model`; the message names the first tensor, its shape and the shape expected.
 
     Warns:
-        UncheckedFileWarning: a file was written without checksums, so whether it was damaged is not known.
+        UncheckedFileWarning: a file was written without checksums, so damage can't be found.
     """
     plan, checked = _read_plan(Path(folder) / PLAN)
     with TensorFiles(Path(folder)) as files:
@@ -143,11 +145,11 @@ def read_plan(folder: str | Path, name: str = PLAN) -> Plan:
     """Read the plan of a saved model.
 
     Args:
-        folder: of the model.
-        name: of the file with the plan.
+        folder: folder of the model.
+        name: name of the file with the plan.
 
     Raises:
-        CheckpointError: it is missing, broken, damaged or of another format.
+        CheckpointError: the file is missing, broken, damaged or of another format.
 
     Warns:
         UncheckedFileWarning: the file was written without a checksum.
@@ -159,7 +161,7 @@ def read_plan(folder: str | Path, name: str = PLAN) -> Plan:
 
 
 def _read_plan(file: Path) -> tuple[Plan, bool]:
-    """The plan, and whether its checksum was there to be compared."""
+    """Read a plan, and say whether the file has a checksum, which is then compared."""
     try:
         description = read_json(file, largest=LARGEST_PLAN)
     except FileNotFoundError as error:
@@ -180,21 +182,21 @@ def _read_plan(file: Path) -> tuple[Plan, bool]:
 
 def _warn_unchecked(file: Path) -> None:
     warnings.warn(
-        f"{file} was written without checksums, so whether it was damaged since is not known; save the model with "
-        "idap.save to have them",
+        f"{file} was written without checksums, so damage to it can't be found; save the model with idap.save to have "
+        "checksums",
         UncheckedFileWarning,
         stacklevel=3,
     )
 
 
 def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """A short name for an architecture: a hash of its tensors' names and shapes."""
+    """Identify an architecture by a hash of its tensors' names and shapes."""
     text = json.dumps(sorted((name, list(shape)) for name, shape in shapes.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A short name for the weights of a model: a hash of what a saved file holds, where subnormal numbers are 0."""
+    """Identify the weights of a model by a hash of its saved tensors, with subnormal numbers as zeros."""
     found, state = hashlib.sha256(), model.state_dict()
     for name in tensor_bytes(model):
         tensor, _ = without_subnormals(state[name].detach().cpu())
@@ -204,7 +206,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
-    """What `plan.json` holds."""
+    """The content of `plan.json` for a plan."""
     return {
         "format": FORMAT,
         "fingerprint": fingerprint(plan.shapes),
@@ -219,7 +221,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
 
 
 def digest(plan: Plan) -> str:
-    """A short name for a plan: its file carries it as a checksum, the weights so that the two can't be mixed up."""
+    """Identify a plan by a hash; it is written as checksum into its file, and into the file of the weights."""
     return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -227,7 +229,7 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every saved tensor of a model once, under its first name.
 
     Raises:
-        CheckpointError: its state holds something that is no tensor.
+        CheckpointError: the model's state holds something that is not a tensor.
     """
     state = model.state_dict(keep_vars=True)
     for name, held in state.items():
@@ -245,10 +247,10 @@ def _with_aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _materialise_(model: nn.Module) -> None:
-    """Give memory to the tensors of a model that are on the meta device.
+    """Allocate the tensors of a model that are on the meta device.
 
     Raises:
-        CheckpointError: one of them is not saved, so nobody knows its numbers.
+        CheckpointError: one of them is not saved, so its numbers are unknown.
     """
     saved = {id(tensor): tensor for tensor in unique_tensors(model).values() if tensor.is_meta}
     for path, module in model.named_modules():
@@ -256,9 +258,9 @@ def _materialise_(model: nn.Module) -> None:
             if isinstance(held, Tensor) and held.is_meta and id(held) not in saved:
                 where = f"{path}.{name}" if path else name
                 raise CheckpointError(
-                    f"tensor {where!r} of the model is on the meta device and not saved, so its numbers are not known; "
-                    "build the model with its buffers on the CPU and only its parameters on the meta device, or wholly "
-                    "on the CPU"
+                    f"tensor {where!r} of the model is on the meta device and not saved, so its numbers are unknown; "
+                    "build the model with its buffers on the CPU and only its parameters on the meta device, or all of "
+                    "it on the CPU"
                 )
     exchange_(model, {key: _empty(tensor) for key, tensor in saved.items()})
 
@@ -268,7 +270,7 @@ def _empty(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, nn.Parameter):
         return empty
     made = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    vars(made).update(vars(tensor))  # marks that users leave for their optimizers
+    vars(made).update(vars(tensor))  # attributes that users set for their optimisers
     return made
 
 
@@ -289,8 +291,8 @@ def _check(model: nn.Module, files: TensorFiles) -> None:
             )
         if dtype != tensor.dtype:
             raise CheckpointError(
-                f"tensor {name!r} in {file} is {dtype}, the model's is {tensor.dtype}; bring the model "
-                f"to the dtype it was compressed in first: model.to({dtype})"
+                f"tensor {name!r} in {file} is {dtype}, the model's is {tensor.dtype}; first convert the model to the "
+                f"dtype in which it was compressed: model.to({dtype})"
             )
     extra = sorted(set(files.shapes) - set(wanted))
     if extra:

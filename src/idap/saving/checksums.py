@@ -1,11 +1,12 @@
-"""Checksums of saved tensors: written with them, compared when they are read.
+"""Write checksums with saved tensors, and compare them when the tensors are read.
 
-A file of weights carries two things in the free text of its header: the SHA-256 of the bytes of each tensor, and the
-SHA-256 of all the rest of the header. The header stands at the beginning of the file, so room is left for them while
-the tensors are written, and they are filled in at the end: nothing is read twice. Only `idap` looks at them; every
-other reader of safetensors files ignores them.
+The metadata in the header of a file of weights contain the SHA-256 of the bytes of each tensor, and the SHA-256 of the
+rest of the header. The header is at the beginning of the file, so space is reserved for the checksums, and they are
+filled in after the tensors are written: nothing is read twice. Only idap compares them; other readers of safetensors
+files ignore them.
 
-They find damage: a failing disk, a broken copy. Whoever can change a file on purpose can change its checksums too.
+They find damage, such as by a failing disk or an incomplete copy. They don't protect against changes on purpose, since
+the checksums can be changed as well.
 """
 
 import hashlib
@@ -21,30 +22,30 @@ from idap.errors import CheckpointError
 from idap.parsing import read_object
 
 TENSORS, HEADER = "idap_sha256", "idap_header_sha256"
-"""Where the header keeps the checksums: name of the tensor -> its own, as JSON; and that of the rest of the header."""
+"""Keys in the metadata: JSON with tensor name -> checksum; and the checksum of the rest of the header."""
 EMPTY = "0" * hashlib.sha256().digest_size * 2
-"""Takes the room of a checksum that is not known yet."""
+"""Placeholder of a checksum that is not known yet."""
 CHUNK = 2**20
-"""Bytes of a file that are in memory at a time."""
+"""Bytes of a file that are read at a time."""
 
 
 class Checksum:
-    """The checksum of bytes that come a part at a time."""
+    """The checksum of bytes that are added part by part."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def add(self, tensor: Tensor) -> None:
-        """Add the numbers of a contiguous tensor on the CPU."""
+        """Add the bytes of a contiguous tensor on the CPU."""
         self._hash.update(bytes_of(tensor))
 
     def hex(self) -> str:
-        """The checksum of all that was added."""
+        """The checksum of all bytes added so far, as hexadecimal text."""
         return self._hash.hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, which share its memory."""
+    """The bytes of a contiguous tensor on the CPU; they share its memory."""
     found: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
     return found
 
@@ -57,10 +58,10 @@ def tensor_checksum(tensor: Tensor) -> str:
 
 
 def file_checksum(file: Path) -> str:
-    """The checksum of a whole file, of which a part is in memory at a time.
+    """The checksum of a whole file, which is read part by part.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the file can't be read.
     """
     found = hashlib.sha256()
     with file.open("rb") as source:
@@ -70,11 +71,11 @@ def file_checksum(file: Path) -> str:
 
 
 def header_text(header: Mapping[str, Any], checksums: Mapping[str, str]) -> bytes:
-    """The header of a file of weights, as it is written; its length depends on the names of the tensors only.
+    """The header of a file of weights as bytes; its length does not depend on the values of the checksums.
 
     Args:
-        header: name of the tensor -> type, shape and place; and the metadata.
-        checksums: name of the tensor -> its checksum, or `EMPTY`.
+        header: tensor name -> type, shape and place; and the metadata.
+        checksums: tensor name -> its checksum, or `EMPTY`.
     """
     metadata = {**header["__metadata__"], TENSORS: json.dumps(checksums, separators=(",", ":"))}
     whole = {**header, "__metadata__": metadata}
@@ -87,15 +88,15 @@ def read_checksums(header: Mapping[str, Any], names: Iterable[str], file: Path) 
     """Read the checksums in the header of a file of weights.
 
     Args:
-        header: as it was read.
-        names: of the tensors in the file.
-        file: for messages.
+        header: the header that was read.
+        names: names of the tensors in the file.
+        file: path of the file, for messages.
 
     Returns:
-        Name of the tensor -> its checksum; None for a file that was written without checksums.
+        Tensor name -> its checksum; None for a file that was written without checksums.
 
     Raises:
-        CheckpointError: the header was damaged.
+        CheckpointError: the header was damaged, or lacks the checksum of a tensor.
     """
     metadata = header.get("__metadata__") or {}
     if TENSORS not in metadata and HEADER not in metadata:
@@ -112,13 +113,13 @@ def read_checksums(header: Mapping[str, Any], names: Iterable[str], file: Path) 
 
 
 def compare_checksum(name: str, file: Path, found: str, wanted: str) -> None:
-    """Refuse a tensor that is not what was written.
+    """Refuse a tensor that differs from what was written.
 
     Args:
-        name: of the tensor.
-        file: that holds it.
-        found: the checksum of what was read.
-        wanted: the checksum that was written.
+        name: name of the tensor.
+        file: file that holds it.
+        found: checksum of the bytes that were read.
+        wanted: checksum that was written with the tensor.
 
     Raises:
         CheckpointError: they differ.
@@ -132,7 +133,7 @@ def compare_checksum(name: str, file: Path, found: str, wanted: str) -> None:
 
 
 def _header_checksum(header: Mapping[str, Any]) -> str:
-    """The checksum of all that a header says, but for this checksum."""
+    """The checksum of a header without this checksum."""
     metadata = {key: value for key, value in header["__metadata__"].items() if key != HEADER}
     text = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -20,18 +20,18 @@ from idap.structure.plan import Plan
 
 
 def sources(plan: Plan, files: TensorFiles) -> dict[str, str]:
-    """Where the tensors that a plan leaves come from.
+    """Find the tensors in a checkpoint that a plan keeps.
 
     Args:
-        plan: for the model that the checkpoint belongs to.
-        files: the checkpoint. All names may have a prefix that the plan's lack, such as ``model.``, or lack one; a tied
-            tensor may have any of its names, or several.
+        plan: a plan for the model of the checkpoint.
+        files: the checkpoint. All its names may have a prefix that those of the plan lack, such as ``model.``, or lack
+            one that those of the plan have. A tied tensor may have any of its names, or several.
 
     Returns:
-        Canonical name of each tensor that stays and is saved -> its name in the checkpoint, in the checkpoint's order.
+        Canonical name of each tensor that is kept and saved -> its name in the checkpoint, in the checkpoint's order.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, or of another shape; names the first.
+        CheckpointError: a tensor is missing, unknown, or of another shape; the message names the first.
     """
     known = {name: name for name in plan.shapes} | dict(plan.aliases)
     rename = _rename_rule(plan, known, files.shapes)
@@ -41,14 +41,14 @@ def sources(plan: Plan, files: TensorFiles) -> dict[str, str]:
         if name is None or name not in plan.shapes:
             raise CheckpointError(
                 f"{files.file_of(key)} holds tensor {key!r}, which the plan does not know; apply a plan to the "
-                "checkpoint of the very model that it was made for"
+                "checkpoint of the model that it was made for"
             )
         if name in plan.unsaved or plan.removes(name):
             continue
         if shape != plan.shapes[name]:
             raise CheckpointError(
                 f"tensor {key!r} in {files.file_of(key)} has shape {shape}, the plan expects {plan.shapes[name]}; "
-                "apply a plan to the checkpoint of the very model that it was made for"
+                "apply a plan to the checkpoint of the model that it was made for"
             )
         if name in found:
             _check_alike(files, found[name], key)
@@ -60,7 +60,7 @@ def sources(plan: Plan, files: TensorFiles) -> dict[str, str]:
 
 
 def _rename_rule(plan: Plan, known: Mapping[str, str], keys: Iterable[str]) -> Callable[[str], str]:
-    """How a name in the checkpoint becomes one of the plan: as it is, without a prefix, or with one more."""
+    """A function from names in the checkpoint to names of the plan: it keeps them, or drops or adds a prefix."""
     keys = list(keys)
     if any(key in known for key in keys):
         return lambda key: key
@@ -78,36 +78,36 @@ def _rename_rule(plan: Plan, known: Mapping[str, str], keys: Iterable[str]) -> C
 
 
 def _check_alike(files: TensorFiles, first: str, second: str) -> None:
-    """Copies of a tied tensor must be the same, or the model of the checkpoint does not tie them."""
+    """Refuse two copies of a tied tensor that differ, since the model of the checkpoint does not tie them."""
     same = files.dtypes[first] == files.dtypes[second]
     pairs = zip(files.pieces(first, {}), files.pieces(second, {}), strict=True) if same else ()
     if not same or not all(torch.equal(*(p.reshape(-1).view(torch.uint8) for p in pair)) for pair in pairs):
         raise CheckpointError(
-            f"tensors {first!r} and {second!r} in {files.path} differ, but are one tied tensor for the plan"
+            f"tensors {first!r} and {second!r} in {files.path} differ, but the plan is for a model that ties them"
         )
 
 
 MARKER = ".idap-unfinished"
 SMALL_FILE = 2**26
-"""Bytes of the largest file that is copied beside the weights."""
+"""Most bytes of a file beside the weights that is copied."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl", ".npz")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What was written.
+    """The checkpoint that `apply_to_checkpoint` wrote.
 
     Attributes:
-        folder: where.
+        folder: folder of the checkpoint.
         files: names of the files with weights.
-        tensors: how many they hold.
-        dropped: names of the tensors that were left out: removed by the plan, second copies of tied ones, and buffers
-            that the model does not save.
+        tensors: number of tensors in them.
+        dropped: names of the tensors that were left out: those that the plan removes, second copies of tied tensors,
+            and buffers that the model does not save.
         size: bytes of the weights, before and after.
-        subnormal: tensor -> subnormal numbers that were written as zeros.
-        copied: other files that were copied.
-        left_out: other files and folders that were not: weights of other kinds, and what is large.
+        subnormal: tensor -> number of subnormal numbers that were written as zeros.
+        copied: names of the other files that were copied.
+        left_out: names of the other files and folders that were not copied: weights in other formats, and large files.
     """
 
     folder: Path
@@ -120,7 +120,7 @@ class Applied:
     left_out: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and dicts."""
+        """The facts as plain lists and dicts."""
         before, after = self.size
         return {**asdict(self), "folder": str(self.folder), "size": {"before": before, "after": after}}
 
@@ -133,30 +133,31 @@ def apply_to_checkpoint(
     max_shard_size: int = 5 * 10**9,
     progress: Progress | None = None,
 ) -> Applied:
-    """Cut the tensors of a checkpoint on disk as a plan says; `load` reads the result.
+    """Cut the tensors of a checkpoint on disk by a plan; `load` reads the result.
 
-    No more than a few pieces of tensors are in memory at a time. Names are those of the plan: a prefix that all tensors
-    of the checkpoint have is taken away or added, tied tensors are written once. Blocks that the plan removes leave
-    stand-ins without weights, so the other layers keep their numbers.
+    Only a few pieces of tensors are in memory at a time. The result has the names of the plan: a common prefix of all
+    names in the checkpoint is dropped or added, and tied tensors are written once. Removed blocks leave stand-ins
+    without weights, so the other layers keep their numbers.
 
     Args:
         plan: a plan, or the file or folder that holds it.
-        checkpoint: of the original: a safetensors file, or a folder with `model.safetensors` or a sharded checkpoint.
+        checkpoint: checkpoint of the original: a safetensors file, or a folder with `model.safetensors` or a sharded
+            checkpoint.
         out: a new or empty folder, or one that an interrupted run left.
-        max_shard_size: bytes of one file, unless a single tensor is larger.
-        progress: hears of every tensor.
+        max_shard_size: most bytes of one file, unless a single tensor is larger.
+        progress: the listener that receives progress, tensor by tensor; None: no progress is reported.
 
     Returns:
-        What was written, and what was left out.
+        The checkpoint that was written, with the names of what was left out.
 
     Raises:
-        CheckpointError: the checkpoint is broken or not that of the plan's original (the first tensor is named), or
-            `out` can't be written. Nothing was written unless the disk failed.
-        PlanError: the plan is broken, or calls what it may not.
+        CheckpointError: the checkpoint is broken or not that of the plan's original (the message names the first
+            tensor), or `out` can't be written. Nothing was written unless the disk failed.
+        PlanError: the plan is broken, or its code calls a function that is not allowed.
     """
     checkpoint, out, progress = Path(checkpoint), Path(out), progress or Silent()
     if max_shard_size < 1:
-        raise CheckpointError(f"max_shard_size is the size of a file in bytes, at least 1, found {max_shard_size}")
+        raise CheckpointError(f"max_shard_size must be at least 1 byte, found {max_shard_size}")
     plan = _check_plan(plan)
     with TensorFiles(checkpoint) as files:
         found = sources(plan, files)
@@ -202,7 +203,7 @@ def _entry(plan: Plan, files: TensorFiles, name: str, key: str) -> Entry:
 
 
 def _shards(entries: Sequence[Entry], largest: int) -> dict[str, list[Entry]]:
-    """File name -> what it holds, in the order of the checkpoint."""
+    """File name -> its tensors, in the order of the checkpoint."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -217,7 +218,7 @@ def _shards(entries: Sequence[Entry], largest: int) -> dict[str, list[Entry]]:
 
 
 def _others(checkpoint: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """The small files beside the weights, which are copied, and the names of what is not."""
+    """The small files beside the weights, which are copied, and the names of the files and folders that are not."""
     small, left_out = [], []
     for path in sorted(checkpoint.iterdir()) if checkpoint.is_dir() else []:
         name = path.name
@@ -232,7 +233,7 @@ def _others(checkpoint: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _claim(out: Path, size: int) -> None:
-    """Mark a new, empty or unfinished folder as this run's; nothing of an earlier run stays in it."""
+    """Mark a new, empty or unfinished folder as unfinished, and delete what an earlier run left in it."""
     if out.exists():
         names = sorted(path.name for path in out.iterdir())
         if names and MARKER not in names:
@@ -240,9 +241,9 @@ def _claim(out: Path, size: int) -> None:
     home = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(home).free
     if free < size:
-        raise CheckpointError(f"the small checkpoint takes {size} bytes, but {home} has only {free} free")
+        raise CheckpointError(f"the compressed checkpoint takes {size} bytes, but {home} has only {free} free")
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).touch()  # at once there and whole: a process that is killed leaves nothing but the marker
+    (out / MARKER).touch()  # it is empty, so it can't be incomplete: a process killed here leaves only the marker
     for path in out.iterdir():
         if is_leftover(path.name):
             remove_unfinished(path)
@@ -253,7 +254,7 @@ def _claim(out: Path, size: int) -> None:
 def _write(
     out: Path, plan: Plan, shards: Mapping[str, Sequence[Entry]], small: Sequence[Path], phase: Phase
 ) -> dict[str, int]:
-    """Write everything, in the order in which an interruption does no harm."""
+    """Write all files, in an order in which an interruption does no harm."""
     subnormal: dict[str, int] = {}
     metadata = {"format": "pt", PLAN_DIGEST: digest(plan)}
     for file in small:

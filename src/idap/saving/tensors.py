@@ -1,9 +1,9 @@
-"""Tensors in safetensors files, read and written a piece at a time.
+"""Read and write tensors in safetensors files, a piece at a time.
 
 The library's own writer needs all tensors of a file in memory. The format is simple enough to be written here: 8 bytes
-with the length of the header, a JSON header (name -> dtype, shape, place), then the data, so that no more than one
-piece of one tensor is in memory, however large the files are. Pieces are read, not mapped: mapped pages would count as
-memory of the process until the file is closed, and are slower to get in the order of a file.
+with the length of the header, a JSON header (name -> dtype, shape, place), then the data. Only one piece of one tensor
+is in memory, however large the files are. Pieces are read, not mapped: mapped pages would count as memory of the
+process until the file is closed, and reading is faster in the order of a file.
 """
 
 import math
@@ -35,7 +35,7 @@ from idap.saving.checksums import (
 from idap.surgery.apply import cut_tensor
 
 PIECE = 2**24
-"""Bytes that are in memory at a time, where the rows of a tensor allow it."""
+"""About the most bytes that are in memory at a time, unless one row of a tensor is larger."""
 
 PLAN_DIGEST = "idap_plan"
 
@@ -45,21 +45,21 @@ CODES: Mapping[str, torch.dtype] = {
     "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""The types of the format that are read and written."""
+"""Codes of the format -> the types that are read and written."""
 
 SLOW = (torch.float32, torch.float64, torch.bfloat16)
-"""Types whose subnormal numbers make convolutions slow on x86; those of float16 are ordinary numbers in float32."""
+"""Types with subnormal numbers that make convolutions slow on x86; those of float16 are normal numbers in float32."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is to be written.
+    """A tensor to be written.
 
     Attributes:
-        name: in the file.
-        dtype: of its numbers.
-        shape: of the whole tensor.
-        pieces: makes its parts along the first dimension, in order.
+        name: its name in the file.
+        dtype: type of its numbers.
+        shape: shape of the whole tensor.
+        pieces: gives its parts along the first dimension, in order.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Entry:
 
 
 def entry_of(name: str, tensor: Tensor) -> Entry:
-    """A tensor in memory that is to be written."""
+    """Make the entry of a tensor in memory."""
     return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor.cpu()])
 
 
@@ -84,13 +84,13 @@ def write_tensors(
     """Write a safetensors file whole or not at all, with a checksum of each tensor and of the header.
 
     Args:
-        file: replaced where it exists.
-        entries: what is written; the order in the file is by type, so that every tensor is aligned.
-        metadata: free text in the header.
-        exact: write every number as it is; otherwise subnormal ones as zeros.
+        file: path of the file; an existing file is replaced.
+        entries: the tensors; in the file they are sorted by type, so that every tensor is aligned.
+        metadata: free text in the header, by key.
+        exact: whether every number is written as it is; if not, subnormal numbers are written as zeros.
 
     Returns:
-        Tensor name -> how many subnormal numbers were written as zeros, for those that had any.
+        Tensor name -> number of subnormal numbers that were written as zeros, for tensors that had any.
 
     Raises:
         CheckpointError: a tensor is of a type that the format does not have.
@@ -120,7 +120,7 @@ def write_tensors(
 
 
 def _write_entry(out: BinaryIO, entry: Entry, *, exact: bool) -> tuple[str, int]:
-    """Write one tensor; gives its checksum, and how many subnormal numbers were written as zeros."""
+    """Write one tensor; returns its checksum, and the number of subnormal numbers that were written as zeros."""
     before, count, checksum = out.tell(), 0, Checksum()
     for piece in entry.pieces():
         clean, found = (piece, 0) if exact else without_subnormals(piece)
@@ -134,10 +134,10 @@ def _write_entry(out: BinaryIO, entry: Entry, *, exact: bool) -> tuple[str, int]
 
 
 def without_subnormals(tensor: Tensor) -> tuple[Tensor, int]:
-    """A tensor with zeros in the place of subnormal numbers, and how many there were.
+    """Replace subnormal numbers of a tensor by zeros; returns the tensor, and their number.
 
-    Numbers so small that their leading digit is zero (below 1.18e-38 in float32 and bfloat16, 2.23e-308 in float64)
-    change no result, but x86 processors compute with them many times slower.
+    Subnormal numbers (below 1.18e-38 in float32 and bfloat16, and below 2.23e-308 in float64) change no result, but x86
+    processors compute with them many times slower.
 
     >>> without_subnormals(torch.tensor([1.0, 1e-40, 0.0]))
     (tensor([1., 0., 0.]), 1)
@@ -150,21 +150,21 @@ def without_subnormals(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 class TensorFiles:
-    """The tensors of a checkpoint: nothing is in memory before it is asked for.
+    """The tensors of a checkpoint, which are read only when they are needed.
 
     Args:
         path: a safetensors file, or a folder with `model.safetensors` or a sharded checkpoint.
 
     Attributes:
-        path: as given.
+        path: the same path.
         shapes: tensor -> its shape.
         dtypes: tensor -> its type.
-        digests: what the files say about the plan that they were made with, "" where one says nothing.
-        unchecked: files that were written without checksums; what is read from the others is compared with theirs.
+        digests: digests of the plans with which the files were written; "" for a file without one.
+        unchecked: files that were written without checksums; in all others, tensors are compared with theirs.
 
     Raises:
-        CheckpointError: a file is missing, truncated or none, the index is wrong, a header was damaged, or a tensor
-            comes twice.
+        CheckpointError: a file is missing, truncated or not a safetensors file, the index is wrong, a header was
+            damaged, or a tensor is in two files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -216,14 +216,14 @@ class TensorFiles:
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def file_of(self, name: str) -> Path:
-        """Where a tensor lies."""
+        """The file that holds a tensor."""
         return self._files[name]
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor; it is a view of the file, so copy what is kept.
+        """A whole tensor; it is a view of the file, so copy it to use it after `close`.
 
         Raises:
-            CheckpointError: it can't be read, or is not what was written.
+            CheckpointError: the tensor can't be read, or is not what was written.
         """
         found = self._view(name)
         if name in self._checksums:
@@ -231,14 +231,16 @@ class TensorFiles:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, each a view of its file; as many at a time are compared as torch has threads.
+        """All tensors by name, each a view of its file; as many threads as torch has compare their checksums.
 
         Raises:
-            CheckpointError: one can't be read, or is not what was written.
+            CheckpointError: a tensor can't be read, or is not what was written.
         """
         views = {name: self._view(name) for name in self.shapes}
         checked = [name for name in views if name in self._checksums]
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # hashlib lets other threads run
+        with ThreadPoolExecutor(
+            max_workers=torch.get_num_threads()
+        ) as pool:  # hashlib releases the lock of the interpreter
             for name, found in zip(checked, pool.map(lambda name: tensor_checksum(views[name]), checked), strict=True):
                 compare_checksum(name, self._files[name], found, self._checksums[name])
         return views
@@ -251,17 +253,17 @@ class TensorFiles:
         return found
 
     def pieces(self, name: str, kept: Mapping[int, tuple[int, ...]]) -> Iterator[Tensor]:
-        """The slots that a plan keeps of a tensor, in parts along the first dimension.
+        """Read the slots that a plan keeps of a tensor, in parts along the first dimension.
 
         Args:
-            name: of the tensor.
-            kept: dimension -> slots, ascending; what is not named stays whole.
+            name: name of the tensor.
+            kept: dimension -> slots, ascending; dimensions that are not named stay whole.
 
         Yields:
             Parts of about `PIECE` bytes.
 
         Raises:
-            CheckpointError: it can't be read; or, after the last part, it is not what was written.
+            CheckpointError: the tensor can't be read; or, raised after the last part, it is not what was written.
         """
         shape = self.shapes[name]
         if not shape or 0 in shape:
@@ -273,7 +275,7 @@ class TensorFiles:
         checksum = Checksum() if name in self._checksums else None
         start = position = 0
         while start < len(rows):
-            # A checksum is that of all rows, so none is left out; without one, reading begins with the next row kept.
+            # A checksum covers all rows, so all are read; without one, reading continues at the next row that is kept.
             first = rows[start] if checksum is None else position
             end = bisect_left(rows, first + span)
             position = first + span if checksum is not None else rows[end - 1] + 1
@@ -315,7 +317,7 @@ class TensorFiles:
         self._open = None
 
     def _survey(self, file: Path) -> None:
-        mapped = self._mapped[file] = open_tensors(file)  # checks all that the header says
+        mapped = self._mapped[file] = open_tensors(file)  # checks the whole header
         with file.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             header = read_object(raw.read(length), file)
@@ -323,7 +325,7 @@ class TensorFiles:
             entry = mapped.get_slice(name)
             code = str(entry.get_dtype())
             if name in self._files:
-                raise CheckpointError(f"tensor {name!r} lies both in {self._files[name]} and in {file}")
+                raise CheckpointError(f"tensor {name!r} is both in {self._files[name]} and in {file}")
             if code not in CODES:
                 raise CheckpointError(f"tensor {name!r} in {file} is of type {code}, which can't be read here")
             self._files[name], self.dtypes[name] = file, CODES[code]
@@ -339,6 +341,6 @@ class TensorFiles:
 def _cut(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
     if not kept:
         return tensor
-    if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:  # torch can't index such numbers everywhere
+    if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:  # torch can't index these types on every device
         return cut_tensor(tensor.view(torch.uint8), kept).view(tensor.dtype)
     return cut_tensor(tensor, kept)

@@ -1,1 +1,1 @@
-"""Choose what goes: pure functions, scores and costs in, kept units out. Nothing here has seen a model."""
+"""Choose what is removed: pure functions from scores and costs to kept units, without any model."""

@@ -1,4 +1,4 @@
-"""Which units and blocks go next: one ranking over all groups; and the best of several rankings."""
+"""Rank units and blocks over all groups, and choose the best of several cuts (docs/method.md#ranking)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,13 +16,13 @@ Keep = Mapping[str, tuple[int, ...]]
 
 
 class Part(NamedTuple):
-    """What goes as one: a unit of a group, or a block.
+    """A part that is removed on its own: a unit of a group, or a block.
 
     Attributes:
-        name: of the group, or of the block.
-        unit: its number in the group, None for a block.
-        score: not divided by the cost.
-        key: by which it is ranked: what goes first has the lowest.
+        name: name of the group, or of the block.
+        unit: index of the unit in its group; None for a block.
+        score: its score, not divided by the cost.
+        key: the key by which it is ranked; the part with the lowest key is removed first.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredBlock:
-    """A block that may go as a whole.
+    """A block that may be removed.
 
     Attributes:
-        score: on the scale of the units' scores.
-        cost: what its removal saves, in the unit of the units' costs; a block of no cost never goes.
-        contains: the blocks that go with it, at any depth.
+        score: its score, on the scale of the units' scores.
+        cost: the cost that its removal saves, in the unit of the units' costs; a block of cost 0 is never removed.
+        contains: names of the blocks inside it, at any depth, which are removed with it.
     """
 
     score: float
@@ -48,15 +48,26 @@ class ScoredBlock:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Units and blocks in the order in which they may go; inside a group that order is never changed.
+    """Units and blocks in the order in which they may be removed (docs/method.md#ranking).
+
+    Inside a group, this order never changes.
 
     Attributes:
-        parts: in the order of removal; of each group only as many units as floors and caps let go.
+        parts: the parts in the order of removal; of each group only as many units as floors and caps allow.
         before: group name -> units present before any removal.
         sizes: group name -> number of units of the original, for the groups that have scores.
-        contains: block name -> blocks that go with it.
-        alike: groups that keep the same number of units, see `tied`.
-        multiples: group name -> what its number of units comes to multiples of, see `tied`; 1 where it isn't named.
+        contains: block name -> names of the blocks inside it.
+        alike: classes of groups that keep the same number of units, see `tie_units`.
+        multiples: group name -> the number of units that is left is a multiple of this, see `tie_units`; 1 for groups
+            that are not named.
+
+    Example:
+        >>> parts = Part("a", 1, 1.0), Part("block", None, 5.0), Part("a", 0, 2.0)
+        >>> ranking = Ranking(parts, before={"a": (0, 1, 2)})
+        >>> ranking.groups, ranking.units, ranking.blocks, ranking.order
+        (('a', 'a'), (1, 0), ('block',), {'a': (1, 0)})
+        >>> ranking.keep(3), ranking.without({"a": 1}), ranking.blocks_among(2)
+        ({'a': (2,)}, {'a': (0, 2)}, ('block',))
     """
 
     parts: tuple[Part, ...]
@@ -71,17 +82,17 @@ class Ranking:
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
-        """Group of each unit, in the order of removal, without the blocks."""
+        """Group of each unit in the order of removal; blocks are left out."""
         return tuple(part.name for part in self.parts if part.unit is not None)
 
     @cached_property
     def units(self) -> tuple[int, ...]:
-        """Number of each unit in its group, beside `groups`."""
+        """Index of each unit in its group, in the order of `groups`."""
         return tuple(part.unit for part in self.parts if part.unit is not None)
 
     @cached_property
     def scores(self) -> NDArray[np.float64]:
-        """Score of each unit, beside `groups`, shape (units,)."""
+        """Score of each unit, in the order of `groups`, shape (units,)."""
         return np.array([part.score for part in self.parts if part.unit is not None], dtype=np.float64)
 
     @cached_property
@@ -91,7 +102,7 @@ class Ranking:
 
     @cached_property
     def order(self) -> dict[str, tuple[int, ...]]:
-        """Group name -> its units that may go, first to last."""
+        """Group name -> its units that may be removed, first to last."""
         found: dict[str, list[int]] = {}
         for name, unit in zip(self.groups, self.units, strict=True):
             found.setdefault(name, []).append(unit)
@@ -99,20 +110,20 @@ class Ranking:
 
     @cached_property
     def classes(self) -> tuple[tuple[str, ...], ...]:
-        """All groups; those that are alike together."""
+        """All groups, in classes of groups that are alike."""
         return tuple(dict.fromkeys(map(self.class_of, self.before)))
 
     def class_of(self, name: str) -> tuple[str, ...]:
-        """A group and those that are alike."""
+        """The class of a group: the group and those that are alike."""
         members = next((names for names in self.alike if name in names), (name,))
         return tuple(other for other in members if other in self.before)
 
     def keep(self, count: int) -> dict[str, tuple[int, ...]]:
-        """What is left of every group when the first `count` parts of the ranking are gone."""
+        """Units left of every group after the removal of the first `count` parts of the ranking."""
         return self.without(Counter(part.name for part in self.parts[:count] if part.unit is not None))
 
     def without(self, numbers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """What is left of every group when the first `numbers[name]` of its units that may go are gone."""
+        """Units left of every group after the removal of the first `numbers[name]` units of its `order`."""
         left = {}
         for name, units in self.before.items():
             gone = set(self.order.get(name, ())[: numbers.get(name, 0)])
@@ -120,11 +131,11 @@ class Ranking:
         return left
 
     def blocks_among(self, count: int) -> tuple[str, ...]:
-        """The blocks among the first `count` parts, without those that another of them contains."""
+        """Blocks among the first `count` parts, without those inside another of them."""
         return self.outermost(part.name for part in self.parts[:count] if part.unit is None)
 
     def outermost(self, blocks: Iterable[str]) -> tuple[str, ...]:
-        """Some blocks without those that another of them contains."""
+        """These blocks, without those inside another of them."""
         names = tuple(blocks)
         inner = {name for outer in names for name in self.contains.get(outer, ())}
         return tuple(name for name in names if name not in inner)
@@ -141,35 +152,36 @@ def rank_units(
     blocks: Mapping[str, ScoredBlock] | None = None,
     orders: Mapping[str, Sequence[int]] | None = None,
 ) -> Ranking:
-    """Rank the removable units of all groups, and blocks among them, by score / cost^power (below 0: score cost^power).
+    """Rank the removable units of all groups, and blocks among them, by score / cost^p (docs/method.md#ranking).
+
+    The key of a score below 0, whose unit does harm, is score · cost^p, so that a high cost ranks it early as well.
 
     Args:
         scores: group name -> score of each of its units, in the original's indices; groups without scores stay whole.
         present: group name -> units that it still has.
-        costs: group name -> cost of its next unit: multiply-adds, parameters or seconds, all in one unit and above 0
-            (groups of no cost are never cut).
+        costs: group name -> cost of its next unit (multiply-adds, parameters or seconds); groups of cost 0 stay whole.
         floors: group name -> number of units that always stay; at least one stays in any case.
         power: p in [0, 1]: 0 ranks by score alone, 1 by score per cost.
-        caps: group name -> number of the original's units that may go at most, those already gone included.
+        caps: group name -> most units of the original that may be removed, including those removed before.
         blocks: block name -> its score and cost.
-        orders: group name -> its units from the first to go to the last, for a criterion that has an order rather
-            than a score of each; a unit then ranks no earlier than those before it. Other groups go by score.
+        orders: group name -> its units in the order of removal, if that is not the order of their scores; the key of a
+            unit is then at least that of the units before it.
 
     Returns:
-        The ranking. Equal values go in the order of `present`, units before blocks.
+        The ranking. Parts with equal keys stand in the order of `present`, units before blocks.
 
     Raises:
-        StructureError: a score of a unit that is present or of a block is not a number, or an order misses a unit.
+        StructureError: a score of a unit that is present or of a block is not finite, or an order misses a unit.
         ConfigError: `power` is outside [0, 1].
 
     Example:
-        >>> ranking = rank_units({"a": [3.0, 1.0, 2.0]}, {"a": (0, 1, 2)}, {"a": 10.0}, floors={})
+        By score per cost, the block has 30 / 200 = 0.15, which lies between the 1 / 10 of unit 1 and the 2 / 10 of 2.
+
+        >>> given = {"a": [3.0, 1.0, 2.0]}, {"a": (0, 1, 2)}, {"a": 10.0}
+        >>> ranking = rank_units(*given, floors={})
         >>> ranking.units, ranking.keep(1)
         ((1, 2), {'a': (0, 2)})
-        >>> block = ScoredBlock(score=30.0, cost=200.0)
-        >>> mixed = rank_units(
-        ...     {"a": [3.0, 1.0, 2.0]}, {"a": (0, 1, 2)}, {"a": 10.0}, floors={}, power=1.0, blocks={"layer": block}
-        ... )
+        >>> mixed = rank_units(*given, floors={}, power=1.0, blocks={"layer": ScoredBlock(score=30.0, cost=200.0)})
         >>> mixed.keep(2), mixed.blocks_among(2)
         ({'a': (0, 2)}, ('layer',))
     """
@@ -199,22 +211,27 @@ def rank_uniform(
     caps: Mapping[str, int] | None = None,
     orders: Mapping[str, Sequence[int]] | None = None,
 ) -> Ranking:
-    """Rank units so that all groups lose the same share of their original units; scores decide only inside a group.
+    """Rank units so that all groups lose the same share of their original units (docs/method.md#ranking).
+
+    Scores only order the units inside a group. Formula: the key of a unit is the share of its group that is removed
+    once it is, (removed before + place) / size, with its place counted from 1.
 
     Args:
-        scores: as for `rank_units`; leave out the groups that are to stay whole.
-        present: likewise.
-        floors: likewise; a group at its floor stays behind while the others go on.
-        caps: likewise.
-        orders: likewise.
+        scores: as for `rank_units`; groups without scores stay whole.
+        present: as for `rank_units`.
+        floors: as for `rank_units`; a group at its floor loses no more, while the others do.
+        caps: as for `rank_units`.
+        orders: as for `rank_units`.
 
     Returns:
         The ranking.
 
     Raises:
-        StructureError: a score of a unit that is present is not a number, or an order misses a unit.
+        StructureError: a score of a unit that is present is not finite, or an order misses a unit.
 
     Example:
+        The units of `a` have the keys 1/4, 2/4 and 3/4 (one stays), the unit of `b` has 1/2.
+
         >>> scores = {"a": [9.0, 8.0, 7.0, 6.0], "b": [1.0, 2.0]}
         >>> rank_uniform(scores, {"a": (0, 1, 2, 3), "b": (0, 1)}, floors={}).keep(3)
         {'a': (0, 1), 'b': (1,)}
@@ -236,7 +253,7 @@ def _removable(
     caps: Mapping[str, int],
     orders: Mapping[str, Sequence[int]],
 ) -> list[tuple[str, list[Part]]]:
-    """Per group the units that may go, first to last."""
+    """Group name and units that may be removed, first to last, of each group."""
     found = []
     for name, held in present.items():
         if name not in scores:
@@ -262,7 +279,7 @@ def _removable(
 
 
 def _per_cost(score: float, cost: float, power: float) -> float:
-    """What goes early if it hurts little and saves much, also where removal does good, that is for scores below 0."""
+    """The key: low if a removal costs little accuracy and saves much, also for scores below 0."""
     weight: float = cost**power
     return score / weight if score >= 0 else score * weight
 
@@ -288,20 +305,24 @@ Candidate = TypeVar("Candidate")
 
 
 def best_of(candidates: Mapping[Way, Candidate], loss: Callable[[Candidate], float]) -> Way:
-    """The way whose candidate has the lowest loss.
+    """Choose the way whose candidate has the lowest loss: argmin over ways of loss(candidate).
+
+    This is `cost_power="auto"` of docs/method.md#ranking.
 
     Args:
-        candidates: way, such as a power of the cost -> what it would keep; of equal candidates only the first is
-            measured.
-        loss: on calibration data.
+        candidates: way, such as a power of the cost -> the candidate that it leads to; of equal candidates only the
+            first is measured.
+        loss: gives the loss of a candidate on calibration data.
 
     Returns:
-        The way; the first of those with the lowest loss. One whose loss is not finite is never chosen.
+        The way; the first of those with the lowest loss. One with a loss that is not finite is never chosen.
 
     Raises:
         DivergedError: no candidate has a finite loss.
 
     Example:
+        The losses are 3 - 1 and 3 - 2.
+
         >>> best_of({0.0: {"a": (0, 1)}, 1.0: {"a": (0, 2)}}, lambda keep: 3.0 - sum(keep["a"]))
         1.0
     """

@@ -1,4 +1,4 @@
-"""How far a step goes: to a share of the units, or exactly to a target."""
+"""Choose how much a step removes: a share of the units, or what meets a target (docs/method.md#target)."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,18 +12,18 @@ from idap.selection.rounding import neighbours, round_units
 
 CostOf = Callable[[Keep, tuple[str, ...]], float]
 REPAIRS = 50
-"""Costs evaluated at most to repair what the bisection found."""
+"""Most costs that are evaluated to improve what the bisection found."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What goes to meet a target.
+    """What is removed to meet a target.
 
     Attributes:
         keep: group name -> units left.
-        removed: blocks that go, in the order of the ranking.
-        count: number of units and blocks that go.
-        cost: of what is left.
+        removed: names of the blocks that are removed, in the order of the ranking.
+        count: number of units and blocks that are removed.
+        cost: cost of what is left.
     """
 
     keep: dict[str, tuple[int, ...]]
@@ -41,31 +41,34 @@ def reach(
     multiples: Mapping[str, int] | int = 1,
     most: int | None = None,
 ) -> Choice:
-    """Remove as little of a ranking as meets a target, and not much more.
+    """Remove as little of a ranking as meets a target, and not much more (docs/method.md#target).
 
-    The shortest beginning of the ranking that meets the target is found by bisection. Where its last part saves so
-    much that the cost falls more than `tolerance` short of the target, repairs are tried: leaving that part (and its
-    group) and taking what ranks behind it; keeping to it and giving back what ranks before it; at last, exchanging a
-    step of one group for a step of another. Of the choices within the tolerance the one with the lowest sum of scores
-    is taken; without any, the one nearest to the target from below.
+    Bisection finds the smallest k for which the cost after removal of the first k parts is at most the target. If the
+    last of these parts saves so much that the cost is below (1 − `tolerance`) · target, exchanges are tried: keep that
+    part and its group, and remove parts behind it; or remove it, and keep parts before it; at last, remove fewer units
+    of one group and more of another. Of the choices within the tolerance, the one with the lowest sum of scores is
+    taken; if there is none, the one with the highest cost that meets the target.
 
     Args:
         ranking: from `rank_units` or `rank_uniform`.
-        cost_of: cost of what is left, given the units kept and the blocks removed; it falls as parts go. Evaluated
-            about log2(len(ranking)) times, and up to `REPAIRS` times more for the repairs.
-        target: the cost wanted at most.
-        tolerance: share of the target by which the cost may fall short of it without repair.
-        multiples: number of units left of each group, see `round_units`; rounding is part of every cost looked at.
-        most: only the first `most` parts of the ranking may go. If they don't meet the target, the choice is all of
-            them (as far as rounding lets them go), and its cost is above the target.
+        cost_of: gives the cost of what is left for the units kept and the blocks removed; removals lower it. It is
+            evaluated about log2(len(ranking)) times, and at most `REPAIRS` times more for the exchanges.
+        target: the highest cost wanted.
+        tolerance: share of the target by which the cost may be below it without exchanges.
+        multiples: multiples for the number of units left of each group, see `round_units`; every cost is that of the
+            rounded numbers.
+        most: only the first `most` parts of the ranking may be removed. If this does not meet the target, all of them
+            are removed (as far as rounding allows), and the cost is above the target.
 
     Returns:
-        The choice; its cost is at most `target` unless `most` forbids it.
+        The choice; its cost is at most `target` unless `most` prevents this.
 
     Raises:
-        BudgetError: `most` is not given and the target can't be met with everything in the ranking gone.
+        BudgetError: `most` is None, and removing all of the ranking does not meet the target.
 
     Example:
+        Four units cost 10 each. The target 25 allows two of them, so the two with the lowest scores are removed.
+
         >>> from idap.selection.ranking import rank_units
         >>> ranking = rank_units({"a": [3.0, 1.0, 2.0, 4.0]}, {"a": (0, 1, 2, 3)}, {"a": 10.0}, floors={})
         >>> reach(ranking, lambda keep, removed: 10.0 * len(keep["a"]), 25.0)
@@ -79,9 +82,9 @@ def reach(
     if full.cost > target:
         if most is None:
             raise BudgetError(
-                f"a cost of {_number(target)} can't be reached: with everything that may go gone, the smallest "
-                f"reachable cost is {_number(full.cost)}. Ask for that or more, or lower the floors, raise the caps or "
-                "round to smaller multiples."
+                f"a cost of {_number(target)} can't be reached: with everything removed that may be removed, the "
+                f"smallest reachable cost is {_number(full.cost)}. Ask for that or more, or lower the floors, raise "
+                "the caps or round to smaller multiples."
             )
         return full
     count = search.bisect([], places)
@@ -92,7 +95,7 @@ def reach(
 
 
 class _Search:
-    """Costs of parts of a ranking, each evaluated once, and the best choice among them."""
+    """The choices that were evaluated, each once, and the best of them."""
 
     def __init__(
         self,
@@ -110,17 +113,17 @@ class _Search:
         self._seen: dict[tuple[tuple[int, ...], tuple[str, ...]], Choice] = {}
 
     def allow(self, evaluations: int) -> None:
-        """Let so many more costs be evaluated, besides what is left from before; until then there is no limit."""
+        """Allow this many more evaluations, besides those left from before; without a call there is no limit."""
         self._left = (self._left or 0) + evaluations
 
     def look(self, places: Sequence[int]) -> Choice:
-        """The choice that removes the parts at some places; of each group they must be the first ones."""
+        """The choice that removes the parts at these places; of each group they must be the first ones."""
         parts = [self.ranking.parts[place] for place in sorted(places)]
         numbers = Counter(part.name for part in parts if part.unit is not None)
         return self.choose(numbers, self.ranking.outermost(part.name for part in parts if part.unit is None))
 
     def choose(self, numbers: Mapping[str, int], removed: tuple[str, ...]) -> Choice:
-        """The choice that removes the first units of each group, and some blocks."""
+        """The choice that removes these numbers of units of the groups, first ones first, and these blocks."""
         keep = round_units(self.ranking, self.ranking.without(numbers), self.multiples)
         key = tuple(map(len, keep.values())), removed
         if key not in self._seen:
@@ -131,7 +134,7 @@ class _Search:
         return self._seen[key]
 
     def beside(self, choice: Choice, changes: Mapping[str, int]) -> Choice:
-        """The choice that differs in the number of units left of some groups."""
+        """The choice that differs from this one in the number of units left of some groups."""
         numbers = {
             name: len(units) - changes.get(name, len(choice.keep[name])) for name, units in self.ranking.before.items()
         }
@@ -147,9 +150,9 @@ class _Search:
         return self._left is not None and self._left <= 0
 
     def bisect(self, taken: Sequence[int], places: Sequence[int]) -> int:
-        """How many of some places must go besides those taken to meet the target, if all of them do.
+        """Find how many of the places must be removed besides those taken, if removing all of them meets the target.
 
-        When no evaluation is left, it ends early with a number that is enough.
+        Without evaluations left, the search ends early with a number that is enough.
         """
         low, high = 0, len(places)
         while low < high and not self.is_over():
@@ -166,7 +169,7 @@ class _Search:
         return min(close, key=self._loss) if close else max(met, key=lambda choice: choice.cost)
 
     def _loss(self, choice: Choice) -> float:
-        """Sum of the scores of what goes."""
+        """Sum of the scores of what is removed."""
         ranking = self.ranking
         lost = sum(part.score for part in ranking.parts if part.unit is None and part.name in choice.removed)
         for name, sums in self._sums.items():
@@ -184,7 +187,7 @@ class _Search:
 
 
 def _repair(search: _Search, places: Sequence[int], count: int) -> Choice:
-    """The best choice found from the first `count` places, whose last part was too big."""
+    """Improve the choice of the first `count` places, of which the last part saves too much."""
     search.allow(2 * REPAIRS // 5)
     _skip(search, places, count)
     search.allow(2 * REPAIRS // 5)
@@ -198,7 +201,7 @@ def _repair(search: _Search, places: Sequence[int], count: int) -> Choice:
 
 
 def _skip(search: _Search, places: Sequence[int], count: int) -> None:
-    """Leave the part that was too big, and those of its group behind it, and take what follows instead."""
+    """Keep the part that saves too much, and those of its group behind it, and remove what follows instead."""
     taken, rest = list(places[: count - 1]), list(places[count - 1 :])
     while not search.is_over():
         _, rest = _apart(search.ranking, rest, rest[0])
@@ -211,7 +214,7 @@ def _skip(search: _Search, places: Sequence[int], count: int) -> None:
 
 
 def _give_back(search: _Search, places: Sequence[int]) -> None:
-    """Keep to the part that was too big and to its group, and give back what isn't needed besides, last ones first."""
+    """Remove the part that saves too much, with its group, and keep other parts that may be kept, last ones first."""
     taken: list[int] = []
     rest = list(places)
     while rest and not search.is_over():
@@ -223,7 +226,7 @@ def _give_back(search: _Search, places: Sequence[int]) -> None:
 
 
 def _exchange(search: _Search, best: Choice) -> None:
-    """Let one group keep a step more and another a step less than in the best choice, most promising pair first."""
+    """Let one group keep a step more and another a step less than in the best choice, the best-fitting pair first."""
     more: list[tuple[float, dict[str, int]]] = []
     fewer: list[tuple[float, dict[str, int]]] = []
     for members in search.ranking.classes:
@@ -246,7 +249,7 @@ def _exchange(search: _Search, best: Choice) -> None:
 
 
 def _apart(ranking: Ranking, places: Sequence[int], chosen: int) -> tuple[list[int], list[int]]:
-    """The place of a part, with those of its whole group and of groups alike if it is a unit, and the other places."""
+    """Split off the place of a block, or the places of all units of a unit's group and of groups that are alike."""
     parts = ranking.parts
     part = parts[chosen]
     if part.unit is None:
@@ -261,18 +264,20 @@ def _number(cost: float) -> str:
 
 
 def step_share(first: float, step: int, steps: int, growth: float) -> float:
-    """Share of the remaining units that step t removes: rho_0 (1 + t/T)^alpha (docs/method.md#filters).
+    """Share of the remaining units that step t removes: ρ_0 (1 + t/T)^α, at most 0.9 (docs/method.md#filters).
 
     Args:
-        first: rho_0, in (0, 1).
+        first: ρ_0, in (0, 1).
         step: t, from 0.
         steps: T, at least 1.
-        growth: alpha, at least 0.
+        growth: α, at least 0.
 
     Returns:
-        The share, below 1.
+        The share.
 
     Example:
+        For T = 2 and α = 1, the shares are 0.1 (1 + 0), 0.1 (1 + 1/2) and 0.1 (1 + 1).
+
         >>> [round(step_share(0.1, t, 2, 1.0), 3) for t in range(3)]
         [0.1, 0.15, 0.2]
     """
@@ -281,12 +286,12 @@ def step_share(first: float, step: int, steps: int, growth: float) -> float:
 
 
 TRIES = 6
-"""Cuts measured at most to come down to a latency."""
+"""Most cuts that are measured to reach a latency."""
 TOLERANCE = 0.03
-"""How far below the wanted latency a cut may be, as a share of it."""
+"""Share of the wanted latency by which that of a cut may be below it."""
 
 
-def come_down(
+def cost_at_latency(
     latency_at: Callable[[float], float],
     start: tuple[float, float],
     wanted: float,
@@ -295,24 +300,29 @@ def come_down(
     tries: int = TRIES,
     tolerance: float = TOLERANCE,
 ) -> float:
-    """Find how far a cost must fall for the latency to fall to what is wanted.
+    """Find the cost to which a model must be cut for its latency to fall to the wanted one (docs/compress.md#goals).
 
-    A bracket is narrowed by interpolation, as latency falls about evenly with the cost but not with all of it, and
-    its measurement is noisy.
+    Latency is about linear in the cost, plus a constant, and its measurement is noisy. So the first try is the cost
+    c = c_0 · wanted / t_0, with t_0 the latency at the start. Until a latency is low enough, the line through the start
+    and the last try gives the next cost; from then on, the line between the two tries around the wanted latency does.
+    Both aim at wanted · (1 − tolerance / 2).
 
     Args:
-        latency_at: measures the latency of a cut down to a cost.
-        start: a cost, and the latency there, above what is wanted.
-        wanted: the latency wanted at most.
-        least: no lower cost is possible.
-        tries: measurements at most.
-        tolerance: a latency is near enough if it falls short of the wanted one by no more than this share.
+        latency_at: measures the latency of a model cut down to a cost.
+        start: c_0 and t_0: a cost, and the latency there, which is above the wanted one.
+        wanted: the highest latency wanted.
+        least: the lowest cost that is possible.
+        tries: most measurements.
+        tolerance: a latency is close enough if it is at most this share below the wanted one.
 
     Returns:
-        The highest cost found whose latency is as wanted; without any, the lowest tried.
+        The highest cost found with a latency of at most `wanted`; if there is none, the lowest cost tried.
 
     Example:
-        >>> round(come_down(lambda cost: 0.2 + 0.8 * cost, (1.0, 1.0), 0.6), 2)
+        The latency is 0.2 + 0.8 c. At c = 0.6 it is 0.68, and the slope from (1, 1) is 0.8. The aim of
+        0.6 (1 - 0.03 / 2) = 0.591 lies 0.089 lower, so c = 0.6 - 0.089 / 0.8 = 0.489 is next; its latency is 0.591.
+
+        >>> round(cost_at_latency(lambda cost: 0.2 + 0.8 * cost, (1.0, 1.0), 0.6), 2)
         0.49
     """
     high, low, cost = start, None, max(least, start[0] * wanted / start[1])

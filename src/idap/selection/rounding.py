@@ -1,4 +1,4 @@
-"""How many units are left: multiples and steps that suit the hardware, the same number in groups that are alike."""
+"""Choose numbers of units: multiples, steps of the hardware, equal numbers in groups alike (docs/method.md#ranking)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,19 +11,20 @@ from idap.selection.ranking import Keep, Part, Ranking
 
 
 def round_units(ranking: Ranking, keep: Keep, multiples: Mapping[str, int] | int) -> dict[str, tuple[int, ...]]:
-    """Bring the number of units left of each group to the nearest multiple, up if there are two.
+    """Round the number of units left of each group to the nearest multiple (docs/method.md#ranking).
 
-    A whole group stays whole whatever its size, so a group no larger than its multiple is never cut. A group that was
-    cut before to a number that is no multiple is rounded too. Floors and caps hold, since only units of the ranking
-    go; where they leave no multiple to choose, the group stays as it is in `ranking.before`.
+    Of two nearest multiples, the upper one is taken. A whole group may stay whole whatever its size, so a group no
+    larger than its multiple is never cut. A group that was cut before to a number that is no multiple is rounded too.
+    Floors and caps hold, since only units of the ranking are removed; if they allow no multiple, the group stays as it
+    is in `ranking.before`.
 
-    Groups that are alike get the number that is nearest to the largest of theirs; one that has fewer units before any
-    removal keeps these.
+    Groups that are alike get the multiple nearest to the largest of their numbers; a group that had fewer units before
+    any removal keeps all of them.
 
     Args:
-        ranking: the order in which units go and come back inside their group.
-        keep: what is left, from `ranking.keep`.
-        multiples: of each group; groups that are not named are not rounded.
+        ranking: the order in which units are removed inside their group.
+        keep: group name -> units left, from `ranking.keep`.
+        multiples: the multiple of each group, or of all; groups that are not named are not rounded.
 
     Returns:
         Group name -> units left.
@@ -32,6 +33,8 @@ def round_units(ranking: Ranking, keep: Keep, multiples: Mapping[str, int] | int
         ConfigError: a multiple is below 1.
 
     Example:
+        From 20 units, 19 are rounded to 20, which is whole, 18 and 17 to 20 and 16, 12 up to 16, 11 to 8, and 1 to 8.
+
         >>> from idap.selection.ranking import rank_units
         >>> ranking = rank_units({"a": [float(s) for s in range(20)]}, {"a": tuple(range(20))}, {"a": 1.0}, floors={})
         >>> [len(round_units(ranking, ranking.keep(count), 8)["a"]) for count in (1, 2, 3, 8, 9, 19)]
@@ -50,12 +53,22 @@ def round_units(ranking: Ranking, keep: Keep, multiples: Mapping[str, int] | int
 def neighbours(
     ranking: Ranking, keep: Keep, multiples: Mapping[str, int] | int, members: Sequence[str]
 ) -> tuple[dict[str, int], ...]:
-    """The numbers of units that a group, or groups alike, may have next to a rounded `keep`: more, then fewer.
+    """The next larger and the next smaller number of units that a group, or groups alike, may keep.
+
+    These are the steps that are exchanged for each other in docs/method.md#target.
+
+    Args:
+        ranking: the order in which units are removed inside their group.
+        keep: group name -> units left, from `round_units`.
+        multiples: as for `round_units`.
+        members: the group, or a class of groups that are alike.
 
     Returns:
-        Group name -> number of units left, for all members of the class.
+        Group name -> number of units left, for all members; first more units, then fewer, as far as there are such.
 
     Example:
+        Five of 20 units are removed, so 15 are left and rounded to 16. More would be 20, fewer 8.
+
         >>> from idap.selection.ranking import rank_units
         >>> ranking = rank_units({"a": [float(s) for s in range(20)]}, {"a": tuple(range(20))}, {"a": 1.0}, floors={})
         >>> neighbours(ranking, round_units(ranking, ranking.keep(5), 8), 8, ["a"])
@@ -74,10 +87,18 @@ def neighbours(
 
 
 def common_multiple(multiples: Mapping[str, int] | int, members: Sequence[str]) -> int:
-    """What the number of units of groups alike must be a multiple of.
+    """Least common multiple of the multiples of groups that are alike (docs/method.md#ranking).
+
+    Args:
+        multiples: as for `round_units`.
+        members: names of the groups.
 
     Raises:
         ConfigError: a multiple is below 1.
+
+    Example:
+        >>> common_multiple({"a": 4, "b": 6}, ["a", "b", "c"])
+        12
     """
     each = {name: multiples if isinstance(multiples, int) else multiples.get(name, 1) for name in members}
     for name, multiple in each.items():
@@ -103,24 +124,28 @@ def _nearest(ranking: Ranking, members: Sequence[str], left: int, multiple: int)
 
 
 def tie_units(ranking: Ranking, alike: Sequence[Sequence[str]], multiples: Mapping[str, int] | None = None) -> Ranking:
-    """Rank units as bundles, which go as one: those of groups that are alike, and those down to the next multiple.
+    """Rank units in bundles, each of which is removed as a whole (docs/method.md#ranking).
 
     A bundle takes the largest groups of a class down by one unit, or to the next multiple: it holds the next units of
-    each of them, and stands in the ranking where the mean of their keys does. A group of the class that has no more
-    units to give, or none that were ranked, holds the others back. What lies below the last multiple in reach stays.
+    each of them. Its key is the mean of their keys, or that of the bundle before it, if that is higher. A group of the
+    class of which no more units may be removed keeps the others from going below its number. Units below the last
+    multiple that can be reached stay.
 
     Args:
         ranking: from `rank_units` or `rank_uniform`.
         alike: classes of groups of one size, from `alike_groups`; names that the ranking does not know are ignored.
-        multiples: of the number of units left of each group; groups that are not named lose a unit at a time.
+        multiples: multiples for the number of units left of each group; groups that are not named lose one unit at a
+            time.
 
     Returns:
-        The ranking; `rounded`, and so `reach`, lets bundles go as a whole only, given the same multiples.
+        The ranking. With the same multiples, `round_units`, and so `reach`, removes bundles only as a whole.
 
     Raises:
         ConfigError: a multiple is below 1.
 
     Example:
+        Unit 0 of both has the keys 1 and 3, with the mean 2; then follow unit 2 of `a` and unit 1 of `b` with 2 and 4.
+
         >>> from idap.selection.ranking import rank_units
         >>> scores, both = {"a": [1.0, 9.0, 2.0], "b": [3.0, 4.0, 5.0]}, {"a": (0, 1, 2), "b": (0, 1, 2)}
         >>> ranking = tie_units(rank_units(scores, both, {"a": 1.0, "b": 1.0}, floors={}), [("a", "b")])
@@ -141,15 +166,24 @@ def tie_units(ranking: Ranking, alike: Sequence[Sequence[str]], multiples: Mappi
     return replace(ranking, parts=tuple(sorted(parts, key=lambda part: part.key)))
 
 
-def shortest(ranking: Ranking) -> int:
-    """Length of the shortest beginning of a ranking that takes anything: one part, or the first bundle."""
+def shortest_beginning(ranking: Ranking) -> int:
+    """Number of parts that the first removal takes: 1, or the size of the first bundle (docs/method.md#ranking).
+
+    It is 0 for an empty ranking.
+
+    Example:
+        >>> from idap.selection.ranking import rank_units
+        >>> ranking = rank_units({"a": [1.0, 2.0, 3.0, 4.0]}, {"a": (0, 1, 2, 3)}, {"a": 1.0}, floors={})
+        >>> shortest_beginning(ranking), shortest_beginning(tie_units(ranking, [], {"a": 2}))  # 4 units to 3, or to 2
+        (1, 2)
+    """
     if not ranking.parts or ranking.parts[0].unit is None:
         return min(1, len(ranking))
     return len(_bundles(ranking, _free(ranking), ranking.class_of(ranking.parts[0].name))[0])
 
 
 def _free(ranking: Ranking) -> dict[str, list[Part]]:
-    """The units of each group that may go, first to last."""
+    """The units of each group that may be removed, first to last."""
     found: dict[str, list[Part]] = {name: [] for name in ranking.before}
     for part in ranking.parts:
         if part.unit is not None:
@@ -158,7 +192,7 @@ def _free(ranking: Ranking) -> dict[str, list[Part]]:
 
 
 def _bundles(ranking: Ranking, free: Mapping[str, Sequence[Part]], members: Sequence[str]) -> list[tuple[Part, ...]]:
-    """What a class of groups loses at a time, first to last."""
+    """The bundles of a class of groups, first to last."""
     held = {name: len(ranking.before[name]) for name in members}
     most, least = max(held.values()), max(held[name] - len(free[name]) for name in members)
     multiple = common_multiple(ranking.multiples, members)
@@ -170,15 +204,15 @@ def _bundles(ranking: Ranking, free: Mapping[str, Sequence[Part]], members: Sequ
 
 
 MULTIPLES = (4, 8, 16, 32, 64)
-"""Distances between steps that are looked for."""
+"""Distances between steps that are tested."""
 BASES = 3
-"""Places along the widths where steps are looked for."""
+"""Most places along the widths where a distance is tested."""
 EARLY = 2 / 3
-"""Share of a rise that must come with its first unit; of a slope it is at most a quarter."""
+"""Share of a rise that must come with its first unit; on a slope, at most a quarter does."""
 CLEAR = 3.0
-"""How many times the spread a rise must be."""
+"""A rise must be at least this many times the spread."""
 WORTH = 0.01
-"""Share of the latency that a rise must be."""
+"""A rise must be at least this share of the latency."""
 
 
 class Measured(Protocol):
@@ -186,27 +220,32 @@ class Measured(Protocol):
 
     @property
     def widths(self) -> Sequence[int]:
-        """Ascending."""
+        """Numbers of units, ascending."""
 
     @property
     def seconds(self) -> Sequence[float]:
-        """Beside the widths."""
+        """Latency at each width."""
 
     @property
     def spread(self) -> Sequence[float]:
-        """How far each of `seconds` may be off."""
+        """How far each of `seconds` may be wrong."""
 
 
 def probes(size: int) -> tuple[int, ...]:
-    """The widths at which steps of a group can be told: next to a few multiples, and some in between for the slope.
+    """The widths at which a group is measured to find steps (docs/compress.md#goals).
+
+    They are the quarters of the size; and, from up to `BASES` multiples b of the largest of `MULTIPLES` that fits, b,
+    b + 1, and b plus each of the `MULTIPLES` up to that one.
 
     Args:
-        size: units of the whole group.
+        size: number of units of the whole group.
 
     Returns:
-        Ascending; the last one is `size`.
+        The widths, ascending; the last one is `size`.
 
     Example:
+        The quarters are 8, 16, 24 and 32. The largest multiple is 8, so 1, 4 and 8 are added to 8, 16 and 24.
+
         >>> probes(32)
         (8, 9, 12, 16, 17, 20, 24, 25, 28, 32)
     """
@@ -219,32 +258,36 @@ def probes(size: int) -> tuple[int, ...]:
 
 
 def _largest(size: int) -> int:
-    """The largest multiple that is looked for: with several places for it where the group is large enough."""
+    """The largest multiple that is tested: at several places if the group is large enough; 0 if none fits."""
     roomy = [multiple for multiple in MULTIPLES if multiple <= size // 4]
     return max(roomy if len(roomy) > 1 else [multiple for multiple in MULTIPLES if multiple <= size // 2], default=0)
 
 
 def _bases(size: int, multiple: int) -> list[int]:
-    """A few multiples from the first to the last one that has another behind it."""
+    """A few multiples, from the first to the last but one that fit into the size."""
     count = size // multiple - 1
     places = {1, (count + 1) // 2, count} if count > BASES else set(range(1, count + 1))
     return [place * multiple for place in sorted(places)]
 
 
 def step_of(curve: Measured) -> int:
-    """The distance between the steps of a curve: widths between two multiples of it cost as much as the upper one.
+    """The distance between the steps of a latency curve (docs/compress.md#goals).
 
-    A distance counts where the latency rises from one of its multiples to the next, clearly more than the spread, and
-    all widths measured between them already cost most of the rise: so it is where layers are padded, and where widths
-    that are no multiple run slower. It must be so at two of three of the places where anything can be told.
+    Widths between two multiples of this distance cost as much as the upper multiple: layers are padded, or widths that
+    are no multiple run slower. Formula: with t(w) the latency at width w, m is a distance if at two thirds or more of
+    the measured multiples b of m where t(b + m) − t(b) exceeds both `CLEAR` times the sum of the spreads and
+    `WORTH` t(b), all widths w measured between them have t(w) − t(b) ≥ `EARLY` (t(b + m) − t(b)), and no less than the
+    sum of the spreads.
 
     Args:
         curve: seconds by width, such as at `probes`.
 
     Returns:
-        The largest such distance; 1 where there is none, or none that can be told from the spread.
+        The largest of `MULTIPLES` that is a distance; 1 if there is none that stands out from the spread.
 
     Example:
+        First ⌈w / 16⌉ ms, then w / 10 ms.
+
         >>> from idap.cost.latency import Curve
         >>> widths = probes(64)
         >>> padded = [1e-3 * -(-width // 16) for width in widths]
@@ -269,7 +312,7 @@ def _is_step(curve: Measured, multiple: int) -> bool:
 
 
 def _steps_at(at: dict[int, tuple[float, float]], base: int, multiple: int) -> bool | None:
-    """Whether the rise to the next multiple comes at once; None where it can't be told."""
+    """Whether the rise to the next multiple comes with its first unit; None if the rise does not stand out."""
     low, off = at[base]
     high, high_off = at[base + multiple]
     rise = high - low

@@ -14,7 +14,7 @@ from idap.errors import ConfigError
 from idap.saving.checkpoint import load, save
 from tests import nets
 from tests.saving.test_checkpoint import cut
-from tests.saving.test_stream import ORIGINALS, written
+from tests.saving.test_stream import ORIGINALS, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.chdir(tmp_path)
     save("saved", *cut("mlp"))
-    written(tmp_path / "original", ORIGINALS["mlp"])
+    write_checkpoint(tmp_path / "original", ORIGINALS["mlp"])
     return tmp_path
 
 
@@ -65,7 +65,7 @@ def test_help_has_an_example_and_says_what_is_not_done() -> None:
 
 
 def test_an_error_is_one_panel(folder: Path) -> None:
-    written(folder / "original", nets.VGG())
+    write_checkpoint(folder / "original", nets.VGG())
     done = idap(*COMMAND)
     assert done.exit_code == 2 and done.stdout == ""
     assert "A saved file is broken or does not belong to this model" in text(done.stderr)

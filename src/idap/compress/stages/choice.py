@@ -19,7 +19,7 @@ from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError
 from idap.selection.ranking import Ranking, ScoredBlock, best_of, rank_uniform, rank_units
 from idap.selection.reach import reach
-from idap.selection.rounding import common_multiple, round_units, shortest, tie_units
+from idap.selection.rounding import common_multiple, round_units, shortest_beginning, tie_units
 from idap.steps import Removal
 from idap.structure.analysis import Structure
 from idap.structure.groups import alike_groups
@@ -268,7 +268,7 @@ def _cut(
         multiples: of the number of units of each group: those that are set, or steps of the hardware besides.
     """
     units = sum(len(units) for units in state.keep.values())
-    most = min(len(ranking), max(1, round(share * units), shortest(ranking)))
+    most = min(len(ranking), max(1, round(share * units), shortest_beginning(ranking)))
     if not aim.targets:
         taken = replace(ranking, parts=ranking.parts[:most])  # so that a bundle that is not all among them stays
         keep = round_units(taken, taken.keep(most), multiples)

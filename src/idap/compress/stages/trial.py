@@ -16,7 +16,7 @@ from idap.divergence.ports import Wiring
 from idap.graph.calls import intercept
 from idap.graph.ir import Graph
 from idap.selection.ranking import Ranking
-from idap.selection.reach import come_down
+from idap.selection.reach import cost_at_latency
 from idap.structure.blocks import Block
 from idap.surgery.apply import apply_plan
 from idap.surgery.stand_ins import LinearMap, Projection
@@ -147,4 +147,4 @@ def _down_to_latency(
     start = (shares["macs"], shares["latency"])
     if start[1] <= aim.targets["latency"]:
         return down_to(others)
-    return at(come_down(latency_at, start, aim.targets["latency"], least=least))
+    return at(cost_at_latency(latency_at, start, aim.targets["latency"], least=least))
