@@ -302,7 +302,7 @@ def test_other_format(folder_of_model, content, found):
 def test_plan_without_a_part(folder_of_model):
     edit(folder_of_model, lambda data: data["plan"].pop("tensors"))
     rejects(
-        folder_of_model, r"^this is not a plan: KeyError: 'tensors'; it must come from Plan\.to_json", error=PlanError
+        folder_of_model, r"plan\.json: this is not a plan: KeyError: 'tensors'; it must come from Plan\.to_json", error=PlanError
     )
 
 

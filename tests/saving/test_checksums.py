@@ -216,6 +216,16 @@ def test_old_files_load_and_it_is_said_once(kind: str, tmp_path: Path) -> None:
     assert len(told) == 1 and told[0].filename == __file__
 
 
+def test_the_weights_of_a_run_without_checksums_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "original.safetensors"
+    keep_weights(build(), file, {"made by": "a recipe"})
+    load_weights(build(), file, of_run=True)
+    without_checksums(tmp_path)
+    load_weights(build(), file)
+    with pytest.warns(UncheckedFileWarning, match=r"original\.safetensors was written without checksums"):
+        load_weights(build(), file, of_run=True)
+
+
 # ------------------------------------------------------------------------------------------------- a piece at a time
 
 

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,8 +17,9 @@ from torch.testing import assert_close
 from idap import record
 from idap.errors import CheckpointError, PlanError
 from idap.graph.trace import trace
+from idap.progress import Silent
 from idap.saving import stream, tensors
-from idap.saving.checkpoint import load, read_plan, save
+from idap.saving.checkpoint import load, plan_document, read_plan, save
 from idap.saving.stream import MARKER, apply_to_checkpoint
 from idap.structure.analysis import analyze
 from idap.structure.plan import Plan
@@ -208,7 +211,7 @@ def test_other_plans_are_refused(tmp_path: Path) -> None:
             r"keeps slot 6 of dimension 0 of tensor '0\.weight'",
         ),
         (Plan(tensors={"0.weight": {0: (2, 1)}}, shapes=plan.shapes), r"twice or not in ascending order"),
-        (Plan(tensors={"9.weight": {0: (2,)}}, shapes=plan.shapes), r"cuts tensor '9\.weight' but does not say what"),
+        (Plan(tensors={"9.weight": {0: (2,)}}, shapes=plan.shapes), r"cuts tensor '9\.weight' but does not give the shape"),
     ):
         with pytest.raises(PlanError, match=message):
             apply_to_checkpoint(wrong, original, tmp_path / "b")
@@ -356,3 +359,46 @@ def test_a_folder_saved_at_once_and_one_cut_on_disk_are_the_same(tmp_path: Path)
     apply_to_checkpoint(plan, write_checkpoint(tmp_path / "original", ORIGINALS["vgg"]), tmp_path / "cut")
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- one process
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:
+    """It holds the lock of the folder, from before the first file until after the last one."""
+    small, plan = cut("mlp")
+    original, out = write_checkpoint(tmp_path / "a", ORIGINALS["mlp"]), tmp_path / "b"
+    refused = []
+
+    class During(Silent):
+        @contextmanager
+        def phase(self, title: str, total: int | None) -> Iterator[Any]:
+            with pytest.raises(CheckpointError, match=r"b is in use by process \d+ on .*: only one process may write"):
+                apply_to_checkpoint(plan, original, out)
+            refused.append(title)
+            with super().phase(title, total) as phase:
+                yield phase
+
+    apply_to_checkpoint(plan, original, out, progress=During())
+    assert refused == ["apply"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "plan.json"]
+    assert_close(load(out, nets.mlp()).state_dict(), small.state_dict(), rtol=0, atol=0)
+
+
+def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
+    _, plan = cut("mlp")
+    original, out = write_checkpoint(tmp_path / "a", ORIGINALS["mlp"]), tmp_path / "b"
+    out.mkdir()
+    for name in (".idap-lock", ".idap-holder.json"):
+        (out / name).write_text("")
+    apply_to_checkpoint(plan, original, out)
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "plan.json"]
+
+
+def test_a_broken_plan_is_named_with_its_file(tmp_path: Path) -> None:
+    original = write_checkpoint(tmp_path / "a", ORIGINALS["mlp"])
+    document = plan_document(cut("mlp")[1])
+    document["plan"]["keep"] = 5
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(PlanError, match=r"plan\.json: this is not a plan"):
+        apply_to_checkpoint(tmp_path / "plan.json", original, tmp_path / "b")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from idap.errors import CheckpointError
 from idap.parsing import abbreviate
+from idap.saving.checksums import warn_unchecked
 from idap.saving.tensors import CODES, TensorFiles, entry_of, write_tensors
 
 # Keys under which training scripts store the tensors in a larger checkpoint.
@@ -21,7 +22,7 @@ _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.", "model.")
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, of_run: bool = False) -> None:
     """Load a file of weights into a model, in place and strictly.
 
     Names may have the prefix of a wrapper: `module.` of DataParallel, `_orig_mod.` of torch.compile, `model.`. Tied
@@ -30,6 +31,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Args:
         model: the model, which is changed only if everything fits.
         path: a `.safetensors` file, or a checkpoint that `torch.load` reads with `weights_only=True`.
+        of_run: whether `keep_weights` wrote the file, so that it should hold checksums.
+
+    Warns:
+        UncheckedFileWarning: `of_run`, and the file holds no checksums.
 
     Raises:
         CheckpointError: the file is missing, truncated or of another kind, or a tensor is missing, unexpected or of
@@ -41,7 +46,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         advice = f"did you mean {path.with_name(near[0])}?" if near else "check the path."
         raise CheckpointError(f"the weights {path} do not exist; {advice}")
     wanted = {name: own for name, own in model.state_dict(keep_vars=True).items() if isinstance(own, Tensor)}
-    read = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    read = _read_safetensors(path, of_run=of_run) if path.suffix == ".safetensors" else _read_checkpoint(path)
     tensors = _complete(_without_prefixes(read, wanted), wanted)
     _check(tensors, wanted, path)
     try:
@@ -98,8 +103,10 @@ def notes_in(file: Path) -> dict[str, str]:
         raise CheckpointError(f"{file} is broken ({error}); delete it, and it is made again.") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, *, of_run: bool) -> dict[str, Tensor]:
     with TensorFiles(path) as files:
+        if of_run and files.unchecked:
+            warn_unchecked(path)
         return {name: tensor.clone() for name, tensor in files.tensors().items()}
 
 

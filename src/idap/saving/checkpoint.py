@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from idap.cost.count import tensor_bytes
-from idap.errors import CheckpointError, PlanError, UncheckedFileWarning
+from idap.errors import CheckpointError, PlanError
 from idap.files import write_json
 from idap.parsing import LARGEST_PLAN, PLAN, WEIGHTS, abbreviate, read_json
+from idap.saving.checksums import warn_unchecked
 from idap.saving.tensors import PLAN_DIGEST, TensorFiles, entry_of, without_subnormals, write_tensors
 from idap.structure.chain import chain_plans, check_follows
 from idap.structure.plan import Plan
@@ -135,7 +135,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         _materialise_(small)
         small.load_state_dict(_with_aliases(small, files.tensors()), strict=False, assign=False)
         if not checked or files.unchecked:
-            _warn_unchecked(files.unchecked[0] if files.unchecked else Path(folder) / PLAN)
+            warn_unchecked(files.unchecked[0] if files.unchecked else Path(folder) / PLAN)
     before = origin(model)
     remember_(small, plan if before is None else chain_plans(before, plan))
     return small
@@ -156,7 +156,7 @@ def read_plan(folder: str | Path, name: str = PLAN) -> Plan:
     """
     plan, checked = _read_plan(Path(folder) / name)
     if not checked:
-        _warn_unchecked(Path(folder) / name)
+        warn_unchecked(Path(folder) / name)
     return plan
 
 
@@ -169,7 +169,10 @@ def _read_plan(file: Path) -> tuple[Plan, bool]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else description
         raise CheckpointError(f"{file} has format {abbreviate(found)}, this version of idap reads format {FORMAT}")
-    plan = Plan.from_json(description.get("plan", {}))
+    try:
+        plan = Plan.from_json(description.get("plan", {}))
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from error
     if description.get("fingerprint") != fingerprint(plan.shapes):
         raise CheckpointError(f"{file} was changed after it was written: its fingerprint does not match its shapes")
     if "digest" in description and description["digest"] != digest(plan):
@@ -178,15 +181,6 @@ def _read_plan(file: Path) -> tuple[Plan, bool]:
             "or changed; copy it again from where it was saved"
         )
     return plan, "digest" in description
-
-
-def _warn_unchecked(file: Path) -> None:
-    warnings.warn(
-        f"{file} was written without checksums, so damage to it can't be found; save the model with idap.save to have "
-        "checksums",
-        UncheckedFileWarning,
-        stacklevel=3,
-    )
 
 
 def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -11,6 +11,7 @@ the checksums can be changed as well.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idap.errors import CheckpointError
+from idap.errors import CheckpointError, UncheckedFileWarning
 from idap.parsing import read_object
 
 TENSORS, HEADER = "idap_sha256", "idap_header_sha256"
@@ -130,6 +131,16 @@ def compare_checksum(name: str, file: Path, found: str, wanted: str) -> None:
             "damaged or changed; copy it again from where it was saved. If you changed the weights on purpose, save "
             "the model with idap.save, or write the tensors without the metadata of the old file"
         )
+
+
+def warn_unchecked(file: Path) -> None:
+    """Warn that a file holds no checksums, so that damage to it can't be found."""
+    warnings.warn(
+        f"{file} was written without checksums, so damage to it can't be found; save the model with idap.save to have "
+        "checksums",
+        UncheckedFileWarning,
+        stacklevel=3,
+    )
 
 
 def _header_checksum(header: Mapping[str, Any]) -> str:

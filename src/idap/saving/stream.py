@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from idap.errors import CheckpointError, PlanError
 from idap.files import is_leftover, remove_unfinished, write_bytes, write_json
+from idap.ownership import HOLDER, LOCK, Claim, InUseError
 from idap.parsing import INDEX, PLAN, WEIGHTS, inside
 from idap.progress import Phase, Progress, Silent
 from idap.saving.checkpoint import digest, plan_document, read_plan
@@ -164,12 +166,8 @@ def apply_to_checkpoint(
         shards = _shards([_entry(plan, files, name, key) for name, key in found.items()], max_shard_size)
         small, left_out = _others(checkpoint)
         after = sum(entry.nbytes for shard in shards.values() for entry in shard)
-        try:
-            _claim(out, after)
-            with progress.phase("apply", len(found)) as phase:
-                subnormal = _write(out, plan, shards, small, phase)
-        except OSError as error:
-            raise CheckpointError(f"cannot write the checkpoint to {out}: {error}") from error
+        with _claim(out, after), progress.phase("apply", len(found)) as phase:
+            subnormal = _write(out, plan, shards, small, phase)
         return Applied(
             folder=out,
             files=tuple(shards),
@@ -232,23 +230,44 @@ def _others(checkpoint: Path) -> tuple[list[Path], tuple[str, ...]]:
     return small, tuple(left_out)
 
 
-def _claim(out: Path, size: int) -> None:
-    """Mark a new, empty or unfinished folder as unfinished, and delete what an earlier run left in it."""
-    if out.exists():
-        names = sorted(path.name for path in out.iterdir())
-        if names and MARKER not in names:
-            raise CheckpointError(f"{out} holds other files ({names[0]}); choose another folder, or delete this one")
+@contextmanager
+def _claim(out: Path, size: int) -> Iterator[None]:
+    """Hold a folder for this process, and mark it as unfinished; what an earlier run left in it is deleted."""
+    claim = Claim(out)
+    try:
+        _check_free(out, size)  # before anything is written into a folder of somebody else
+        claim.acquire()
+        try:
+            _check_free(out, size)  # another process may have finished in the meantime
+            (
+                out / MARKER
+            ).touch()  # it is empty, so it can't be incomplete: a process killed here leaves only the marker
+            for path in out.iterdir():
+                if is_leftover(path.name):
+                    remove_unfinished(path)
+                elif path.name.endswith(".safetensors") or path.name in (INDEX, PLAN):
+                    path.unlink()
+            yield
+        finally:
+            claim.release()
+    except InUseError as error:
+        raise CheckpointError(
+            f"{out} is in use by {error}: only one process may write there. Wait until it has ended, or choose another "
+            "folder."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint to {out}: {error}") from error
+
+
+def _check_free(out: Path, size: int) -> None:
+    """Check that a folder is new, empty or unfinished, and that its disk has room."""
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if MARKER not in names and (others := [name for name in names if name not in (LOCK, HOLDER)]):
+        raise CheckpointError(f"{out} holds other files ({others[0]}); choose another folder, or delete this one")
     home = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(home).free
     if free < size:
         raise CheckpointError(f"the compressed checkpoint takes {size} bytes, but {home} has only {free} free")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).touch()  # it is empty, so it can't be incomplete: a process killed here leaves only the marker
-    for path in out.iterdir():
-        if is_leftover(path.name):
-            remove_unfinished(path)
-        elif path.name.endswith(".safetensors") or path.name in (INDEX, PLAN):
-            path.unlink()
 
 
 def _write(

@@ -234,7 +234,7 @@ def _train(
                 f"{file} was trained with another [model], [data], [task] or [train] than the recipe has now. Go on "
                 "with the recipe that trained it, or choose another folder."
             )
-        load_weights(model, file)
+        load_weights(model, file, of_run=True)
         progress.say(f"The original was trained before: its weights are loaded from {file}.")
         return
     check_keepable(model)

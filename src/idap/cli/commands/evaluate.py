@@ -157,7 +157,7 @@ def _measure(
     if known:
         whole = recipe.model(weights=trained is None)
         if trained is not None:
-            load_weights(whole, trained)
+            load_weights(whole, trained, of_run=True)
         original = evaluate(whole.to(device), task, split=split, progress=progress)
     compressed = None if small is None else evaluate(small, task, split=split, progress=progress)
     if original is None and compressed is None:
