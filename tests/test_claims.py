@@ -126,9 +126,9 @@ def test_free_folders_pass_over_what_is_there(tmp_path):
     (tmp_path / "net-2").symlink_to(tmp_path / "nowhere")
     (tmp_path / "net-3").mkdir()
     assert RunFolder.claim_free(tmp_path / "net").path == tmp_path / "net-4"
-    with pytest.raises(RunFolderError, match=r"net.* (is no folder|can't be written), so no run can be kept in it"):
+    with pytest.raises(RunFolderError, match=r"net.* (is not a folder|can't be written), so no run can be kept in it"):
         RunFolder.claim_free(tmp_path / "net" / "run")
-    with pytest.raises(RunFolderError, match=r"net-2 is no folder, so no run can be kept in it"):
+    with pytest.raises(RunFolderError, match=r"net-2 is not a folder, so no run can be kept in it"):
         RunFolder.claim_free(tmp_path / "net-2" / "run")
 
 

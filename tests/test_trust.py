@@ -73,7 +73,7 @@ def test_a_stranger_who_guesses_everything_but_the_key(seal, tmp_path):
     noted = settings(tmp_path)
     noted["environment"]["seal"] = seal
     assert signs(tmp_path, noted) == [
-        "it says that it was made here, but its seal does not fit: somebody changed its recipe, or wrote it all"
+        "it says that it was made here, but its seal does not fit: its recipe was changed, or all of it is forged"
     ]
 
 
@@ -109,12 +109,12 @@ def test_only_the_user_can_read_the_key(tmp_path, state):
     assert stat.S_IMODE(key.stat().st_mode) == 0o600 and stat.S_IMODE(key.parent.stat().st_mode) == 0o700
     assert [file.name for file in key.parent.iterdir()] == ["key"]
     key.chmod(0o640)
-    assert "is not yours alone" in signs(tmp_path, noted)[0]
-    assert "is not yours alone" in seal_place(tmp_path, RECIPE)[1]
+    assert "is not private: " in signs(tmp_path, noted)[0]
+    assert "is not private: " in seal_place(tmp_path, RECIPE)[1]
     key.chmod(0o600)
     key.rename(tmp_path / "known")
     key.symlink_to(tmp_path / "known")
-    assert "is no key of idap; delete it" in signs(tmp_path, noted)[0]
+    assert "is not a key of idap; delete it" in signs(tmp_path, noted)[0]
 
 
 def test_a_folder_that_cannot_hold_a_key(tmp_path, state):

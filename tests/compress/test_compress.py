@@ -285,7 +285,7 @@ def test_a_budget_that_nothing_meets_gives_the_original_back_with_the_reason(tmp
     assert result.baseline == result.metric == result.output_error == 0.0
     assert not result.reached
     assert result.message == (
-        "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
+        "nothing could be removed within the budget; the result is the original. Allow a larger max_drop"
     )
     assert result.steps
     assert not any(step.accepted for step in result.steps)
@@ -355,7 +355,7 @@ def test_the_final_training_has_its_own_settings(monkeypatch):
 
 @pytest.mark.parametrize(
     ("metric", "accepted", "reason"),
-    [(0.95, True, "the best so far"), (0.9, True, "as good as before"), (0.85, False, "no better than before")],
+    [(0.95, True, "the best so far"), (0.9, True, "as good as before"), (0.85, False, "worse than before")],
 )
 def test_the_last_training_is_kept_unless_it_is_worse(monkeypatch, metric, accepted, reason):
     monkeypatch.setattr(change, "recover", lambda *_: states.Judgement(0.9))
@@ -548,7 +548,7 @@ def test_a_candidate_of_which_nothing_is_trained_is_judged_as_it_is(tune, of):
     settings = config(max_drop=1.0, macs=0.4, filters=FilterStage(steps=0), layers=LayerStage(removals=3, tune=tune))
     result = compress(model, task(), settings, optimizer=optimizer, progress=heard)
     assert result.reached, result.message
-    assert any("nothing that is left there is trained" in line for line in heard.lines)
+    assert any("no parameter that is left is trained" in line for line in heard.lines)
 
 
 @pytest.mark.parametrize(

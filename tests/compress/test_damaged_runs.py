@@ -122,15 +122,15 @@ def test_no_damage_ends_in_a_raw_error(runs, tmp_path):
         (
             STEPS,
             ("stage", None),
-            r"line 1 of .*steps\.jsonl is not what .*: stage: .*Delete the line and all behind it",
+            r"line 1 of .*steps\.jsonl is not what .*: stage: .*Delete the line and all after it",
         ),
-        (STEPS, ("index", 7), r"line 1 of .*: it has the index 7, expected 0; .*Delete the line and all behind it"),
+        (STEPS, ("index", 7), r"line 1 of .*: it has the index 7, expected 0; .*Delete the line and all after it"),
         (STEPS, ("seconds", -1.0), r"line 1 of .*: seconds are numbers from 0 on; "),
         (STEPS, ("shares", {}), r"line 1 of .*: it does not say which share of the macs is left; "),
         (STEPS, ("accepted", "yes"), r"line 1 of .*: accepted: Input should be a valid boolean"),
-        (STEPS, ("metric", float("nan")), r"line 1 of .*steps\.jsonl is broken: NaN is no JSON\. Delete the line"),
-        (STEPS, ("reason", "\ud800"), r"line 1 of .*steps\.jsonl is broken: it holds \\ud800, half of a pair"),
-        (RUN, ("model", 3), r"run\.json is not what .*: model: .* Begin the run anew in another folder\."),
+        (STEPS, ("metric", float("nan")), r"line 1 of .*steps\.jsonl is broken: NaN is not valid JSON\. Delete"),
+        (STEPS, ("reason", "\ud800"), r"line 1 of .*steps\.jsonl is broken: it holds \\ud800, half of a"),
+        (RUN, ("model", 3), r"run\.json is not what .*: model: .* Begin the run again in another folder\."),
         (RUN, ("baseline", {"metric": 0.9}), r"run\.json is not what .*: baseline\.macs: Field required"),
         (RUN, ("groups", {}), r"(blocks\.0|blocks\.0.*): there is no group 'blocks\.0\.fc1'"),
         (RUN, ("environment", {"command": "idap"}), r"environment\.command: expected a list of words, found 'idap'"),
@@ -170,7 +170,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(runs, tmp_path, name):
     os.mkfifo(run / name)
     if name in (RUN, STEPS, RESULT):
         for command in (partial(begun, run, resume=True), partial(read_run, run)):
-            with pytest.raises(RunFolderError, match="can't be read: it is no file"):
+            with pytest.raises(RunFolderError, match="can't be read: it is not a file"):
                 command()
     else:
         assert begun(run, resume=True).steps

@@ -469,8 +469,8 @@ def test_a_target_that_the_last_training_would_have_made_room_for_is_told(monkey
     result = compress(NET, imitation(), settings)
     assert not result.reached
     assert re.search(
-        r"not to 30\.0%: every further step left the accuracy budget, until the last training took the distance from "
-        r"0\.00\d+ to 0\.0000\. Train longer after each step",
+        r"not to 30\.0%: every further step exceeded the accuracy budget; only the last training then took the "
+        r"distance from 0\.00\d+ to 0\.0000\. Train longer after each step",
         result.message,
     )
 

@@ -174,7 +174,7 @@ def test_what_another_model_can_reach_says_nothing_of_this_one(clock, tmp_path):
         compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", progress=StopsAt(14))
     file = tmp_path / "run" / "latency.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "least": 0.99}))
-    with pytest.raises(RunFolderError, match="holds a run with another "):
+    with pytest.raises(RunFolderError, match="holds a different run: "):
         compress(trained(blocks=4), task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
 
 

@@ -108,15 +108,15 @@ def test_another_run_is_refused_by_the_setting_that_differs(tmp_path):
         compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", progress=StopsAt(14))
     before = (tmp_path / "run" / STEPS).read_text()
     with pytest.raises(
-        RunFolderError, match=r"holds a run with another config: macs, 0\.4 then, 0\.6 now\. Go on with"
+        RunFolderError, match=r"holds a different run: config\.macs was 0\.4 and is now 0\.6\. Go on with"
     ):
         compress(NET, task(), config(max_drop=0.03, macs=0.6), run_dir=tmp_path / "run", resume=True)
-    with pytest.raises(RunFolderError, match="holds a run with another baseline: macs, "):
+    with pytest.raises(RunFolderError, match=r"holds a different run: baseline\.macs was "):
         compress(trained(blocks=4), task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
     other = copy.deepcopy(NET)
     with torch.no_grad():
         other.head.bias.mul_(1.0001)  # names every sample as the original does
-    with pytest.raises(RunFolderError, match=r'holds a run with another weights: "\w{16}" then, "\w{16}" now\. Go on'):
+    with pytest.raises(RunFolderError, match=r'different run: weights was "\w{16}" and is now "\w{16}"\. Go on'):
         compress(other, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
     assert (tmp_path / "run" / STEPS).read_text() == before
     with pytest.raises(ConfigError, match=r"^to go on with a run, say where it is"):

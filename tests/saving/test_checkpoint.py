@@ -277,12 +277,12 @@ def test_missing_weights(saved):
 def test_truncated_weights(saved, length):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    rejects(saved, r"model\.safetensors is truncated or no safetensors file \(.+\); copy or download it again")
+    rejects(saved, r"model\.safetensors is truncated or not a safetensors file \(.+\); copy or download it again")
 
 
 def test_a_pickle_in_place_of_the_weights_is_never_opened(saved):
     torch.save({"0.weight": torch.zeros(1)}, saved / "model.safetensors")
-    rejects(saved, r"is truncated or no safetensors file")
+    rejects(saved, r"is truncated or not a safetensors file")
 
 
 @pytest.mark.parametrize("text", ['{"format": 1', "", "\udcff"])

@@ -152,7 +152,7 @@ def test_a_bundle_that_was_rejected_ends_the_stage_and_that_is_said(said):
     result = compress(NET, task(), config(**(UNTRAINED | {"max_drop": 0.05, "filters": filters})), progress=heard)
     assert not any(step.accepted for step in result.steps)
     assert result.message.startswith("nothing could be removed within the budget")
-    assert heard.lines[-1] == f"filters {len(result.steps)}: no smaller step is possible; units go in bundles."
+    assert heard.lines[-1] == f"filters {len(result.steps)}: no smaller step is possible; units are removed in bundles."
 
 
 def test_groups_no_larger_than_their_multiple_stay_whole():
@@ -162,11 +162,11 @@ def test_groups_no_larger_than_their_multiple_stay_whole():
     filters = FilterStage(multiple=32)
     result = compress(NET, task(), config(**(UNTRAINED | {"max_drop": 1.0, "filters": filters})))
     assert result.message.startswith(
-        "nothing may be removed: filters.min_keep, keep, multiples and streams hold every group"
+        "nothing may be removed: filters.min_keep, keep, multiples and streams keep every group whole"
     )
     assert (result.macs[0], result.reached) == (result.macs[1], False)
-    hopeless = r"^macs=0\.5 can't be reached: .*, 100\.0% of the macs would stay\. Hardly anything may go: lower "
-    with pytest.raises(BudgetError, match=hopeless + r"filters\.min_keep or filters\.multiple, or let layers go "):
+    hopeless = r"^macs=0\.5 can't be reached: .*, 100\.0% of the macs would stay\. Hardly anything may be removed: "
+    with pytest.raises(BudgetError, match=hopeless + r"lower filters\.min_keep or filters\.multiple, or let stage 2 "):
         compress(NET, task(), config(**(UNTRAINED | {"macs": 0.5, "filters": filters})))
 
 

@@ -60,8 +60,8 @@ def test_a_layer_stays_where_filters_lose_less():
     assert not step.accepted
     assert step.contest.filters < step.contest.layer
     assert step.reason == (
-        f"filters in its place lose less, {step.contest.filters:.4g} in place of {step.contest.layer:.4g} on "
-        "calibration data"
+        f"cutting filters instead would lose less ({step.contest.filters:.4g} against {step.contest.layer:.4g} on "
+        "calibration data)"
     )
     made = make_cut(setting, start, start.keep, [step.removed[0].name])
     assert step.contest.layer == pytest.approx(calibration_loss(setting, made.model))
@@ -98,13 +98,13 @@ def test_filters_have_to_save_as_much_as_the_layer_but_no_more_than_is_wanted(mo
     assert aims == [{"macs": pytest.approx(asked, abs=0.005)}]
 
 
-def test_layers_go_unasked_where_that_is_set_and_where_layers_come_first():
+def test_layers_are_not_compared_where_that_is_set_and_where_layers_come_first():
     _, _, end, steps = stage(NET, macs=0.8, contested=False, **CONTESTED)
     assert len(end.removed) == 1
     assert steps[0].contest is None
-    unasked = {**UNTRAINED, "layers": LayerStage(removals=1, against="nothing")}
+    uncompared = {**UNTRAINED, "layers": LayerStage(removals=1, against="nothing")}
     first = {**CONTESTED, "order": "layers-filters"}
-    for settings in (unasked, first):
+    for settings in (uncompared, first):
         result = compress(NET, task(), config(macs=0.6, **settings))
         assert result.plan.removed
         assert all(step.contest is None for step in result.steps)
@@ -160,7 +160,7 @@ def test_removals_count_over_all_rounds():
     assert not result.reached
     assert len(result.plan.removed) == 1
     assert (
-        "the steps were used up, and none of them left the accuracy budget" in result.message
+        "the steps were used up, and none of them exceeded the accuracy budget" in result.message
     )  # a lost contest neither
 
 

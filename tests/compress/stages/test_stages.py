@@ -229,7 +229,7 @@ def test_rejected_layers_are_essential_and_patience_ends(scripted):
     assert_untouched(start.model, before)
     tried = [step.removed[0].name for step in journal.steps]
     assert len(tried) == len(set(tried)) == 2
-    assert {step.reason for step in journal.steps} == {"outside the budget: it is essential"}
+    assert {step.reason for step in journal.steps} == {"outside the budget: the layer is essential"}
 
 
 def test_an_accepted_layer_renews_the_patience(scripted):
