@@ -190,7 +190,7 @@ def weight_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
         raise CheckpointError(f"cannot read {index}: {error}") from error
     places = description.get("weight_map") if isinstance(description, dict) else None
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} is broken: it has no weight_map, which says in which file each tensor lies")
+        raise CheckpointError(f"{index} is broken: it has no weight_map that says in which file each tensor lies")
     for name, place in places.items():
         if not isinstance(place, str):
             raise CheckpointError(f"{index} is broken: the file of tensor {name!r} is given as {place!r:.60}")

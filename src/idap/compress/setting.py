@@ -48,7 +48,7 @@ class Subject:
     timed: Inputs
     """The inputs whose latency counts."""
     val: Score | None = None
-    """The score of the original: other models are judged on as many batches, and hold NaN on no more of them."""
+    """The score of the original. Other models must be judged on as many batches, with NaN on no more of them."""
 
 
 @dataclass(frozen=True)

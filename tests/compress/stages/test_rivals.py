@@ -20,9 +20,9 @@ from idap.progress import Silent
 from idap.record import read_steps
 from idap.training.evaluate import evaluate
 from idap.training.recovery import Recovery
-from tests.compress.tiny import Noting, config, task, trained
+from tests.compress.tiny import Noting, config, task, train_net
 
-NET = trained()
+NET = train_net()
 UNTRAINED = {"max_drop": None, "recovery": Recovery(epochs=0)}
 CONTESTED = {**UNTRAINED, "layers": LayerStage(removals=2)}
 
@@ -202,7 +202,7 @@ def test_a_finished_run_is_recalled_as_it_was_though_some_turns_decided_nothing(
 def test_a_layer_that_saves_too_much_goes_where_filters_end_above_the_target():
     few = FilterStage(steps=1, first_share=0.12)
     held = {**UNTRAINED, "filters": few, "layers": LayerStage(removals=4)}
-    result = compress(trained(blocks=3), task(), config(macs=0.72, **held))
+    result = compress(train_net(blocks=3), task(), config(macs=0.72, **held))
     assert result.reached
     assert len(result.plan.removed) == 1  # one that saves more than twice what was still wanted
     before, layer = result.steps[-2:]
@@ -229,11 +229,11 @@ def test_filters_without_a_finite_loss_are_no_rival(monkeypatch):
 def test_a_layer_without_which_the_loss_is_not_finite_is_not_chosen(monkeypatch):
     asked, real = [], layers.loss_without
 
-    def first_breaks(setting, state, block, *given):
+    def break_first(setting, state, block, *given):
         asked.append(block.name)
         return math.nan if len(asked) == 1 else real(setting, state, block, *given)
 
-    monkeypatch.setattr(layers, "loss_without", first_breaks)
+    monkeypatch.setattr(layers, "loss_without", break_first)
     _, _, end, _ = stage(NET, macs=0.8, contested=False, **CONTESTED)
     assert end.removed
     assert asked[0] not in end.removed
