@@ -27,7 +27,7 @@ def test_what_is_measured_in_pieces_and_corrected_by_its_bias_is_said_once_and_r
         "replaced by a unit of another piece."
     )
     assert progress.lines.count(note) == 1
-    told = [line for line in progress.lines if "cuts correct its bias alone" in line]
+    told = [line for line in progress.lines if "only its bias is corrected" in line]
     assert "blocks.0.fc2.weight reads more than 14 columns, so only its bias is corrected." in told
     assert len(told) == len(set(told))
     before = json.loads((tmp_path / "run" / BEFORE).read_text())
