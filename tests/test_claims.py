@@ -36,7 +36,7 @@ folder.release()
 """
 
 
-def started(code, *words):
+def start(code, *words):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
     return subprocess.Popen(
         [sys.executable, "-c", code, *words], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -93,7 +93,7 @@ def test_what_was_made_and_is_empty_goes_again(tmp_path):
 
 
 def test_a_killed_process_holds_nothing_and_leaves_a_folder_that_is_welcome(tmp_path):
-    process = started(HOLDS, str(tmp_path / "run"))
+    process = start(HOLDS, str(tmp_path / "run"))
     assert process.stdout.readline() == "held\n"
     with pytest.raises(RunFolderError, match=rf"in use by process {process.pid} on "):
         RunFolder(tmp_path / "run").claim()
@@ -110,7 +110,7 @@ def test_a_killed_process_holds_nothing_and_leaves_a_folder_that_is_welcome(tmp_
 
 def test_processes_that_start_at_once_get_folders_of_their_own(tmp_path):
     (tmp_path / "runs").mkdir()
-    processes = [started(TAKES, str(tmp_path / "runs" / "net")) for _ in range(4)]
+    processes = [start(TAKES, str(tmp_path / "runs" / "net")) for _ in range(4)]
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
@@ -126,9 +126,9 @@ def test_free_folders_pass_over_what_is_there(tmp_path):
     (tmp_path / "net-2").symlink_to(tmp_path / "nowhere")
     (tmp_path / "net-3").mkdir()
     assert RunFolder.claim_free(tmp_path / "net").path == tmp_path / "net-4"
-    with pytest.raises(RunFolderError, match=r"net.* (is no folder|can't be written), so no run can be kept in it"):
+    with pytest.raises(RunFolderError, match=r"net.* (is not a folder|can't be written), so no run can be kept in it"):
         RunFolder.claim_free(tmp_path / "net" / "run")
-    with pytest.raises(RunFolderError, match=r"net-2 is no folder, so no run can be kept in it"):
+    with pytest.raises(RunFolderError, match=r"net-2 is not a folder, so no run can be kept in it"):
         RunFolder.claim_free(tmp_path / "net-2" / "run")
 
 

@@ -36,7 +36,7 @@ Path.replace = Path.rename = die
 """
 
 
-def killed(code, folder, number=1):
+def run_until_killed(code, folder, number=1):
     """Run code in a process that is killed when it renames for the n-th time."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), *sys.path])}
     done = subprocess.run(
@@ -53,7 +53,7 @@ def leftovers(folder):
 def test_a_report(tmp_path, monkeypatch):
     write_run(tmp_path / "net")
     monkeypatch.chdir(tmp_path)
-    killed("from idap.cli.main import app; app(['report', 'net'])", tmp_path)
+    run_until_killed("from idap.cli.main import app; app(['report', 'net'])", tmp_path)
     assert len(leftovers(tmp_path / "net")) == 1 and not (tmp_path / "net" / "report.html").exists()
     assert idap("report", "net").exit_code == 0
     assert not leftovers(tmp_path / "net") and (tmp_path / "net" / "report.html").exists()
@@ -61,7 +61,7 @@ def test_a_report(tmp_path, monkeypatch):
 
 def test_an_export(tmp_path):
     code = "from torch import nn; from idap.deploy.export import export_weights; "
-    killed(f"{code}export_weights(nn.Linear(2, 2), 'net.safetensors')", tmp_path)
+    run_until_killed(f"{code}export_weights(nn.Linear(2, 2), 'net.safetensors')", tmp_path)
     (left,) = leftovers(tmp_path)
     assert list((tmp_path / left).iterdir())
     export_weights(nn.Linear(2, 2), tmp_path / "net.safetensors")
@@ -73,7 +73,7 @@ def test_a_folder_of_transformers(tmp_path, number):
     """The first move takes the old folder aside, the second brings the new one."""
     _put(tmp_path / "net", lambda new: (new / "old").touch())
     code = "from pathlib import Path; from idap.hugging_face.folder import _put; "
-    killed(f"{code}_put(Path('net'), lambda new: (new / 'new').touch())", tmp_path, number)
+    run_until_killed(f"{code}_put(Path('net'), lambda new: (new / 'new').touch())", tmp_path, number)
     assert len(leftovers(tmp_path)) == number
     _put(tmp_path / "net", lambda new: (new / "new").touch())
     assert [each.name for each in tmp_path.rglob("*")] == ["net", "new"]
@@ -88,7 +88,7 @@ def test_a_plan_that_is_applied_to_files(tmp_path, number):
         "import json; from idap.saving.stream import apply_to_checkpoint; from idap.structure.plan import Plan; "
         "plan = Plan.from_json(json.load(open('plan.json'))); apply_to_checkpoint(plan, 'big.safetensors', 'small')"
     )
-    killed(code, tmp_path, number)
+    run_until_killed(code, tmp_path, number)
     assert (tmp_path / "small" / MARKER).exists() and leftovers(tmp_path / "small")
     apply_to_checkpoint(plan, tmp_path / "big.safetensors", tmp_path / "small")
     assert sorted(each.name for each in (tmp_path / "small").iterdir()) == ["model.safetensors", "plan.json"]
@@ -100,7 +100,7 @@ def test_nothing_lies_in_the_folder_before_its_marker(tmp_path):
     code = "from idap.saving import stream; from idap.structure.plan import Plan\n"
     code += "Path.touch = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
     code += "plan = Plan(tensors={'weight': {0: (0, 2)}}, shapes={'weight': (4, 2)})\n"
-    killed(f"{code}stream.apply_to_checkpoint(plan, 'big.safetensors', 'small')", tmp_path)
+    run_until_killed(f"{code}stream.apply_to_checkpoint(plan, 'big.safetensors', 'small')", tmp_path)
     assert not any((tmp_path / "small").iterdir())
     plan = Plan(tensors={"weight": {0: (0, 2)}}, shapes={"weight": (4, 2)})
     apply_to_checkpoint(plan, tmp_path / "big.safetensors", tmp_path / "small")
@@ -108,7 +108,7 @@ def test_nothing_lies_in_the_folder_before_its_marker(tmp_path):
 
 def test_a_run_that_was_killed_while_it_wrote_its_settings_begins_with_the_same_call(tmp_path):
     code = "from idap.record import RunFolder; folder = RunFolder('run'); folder.claim(); folder.open({'seed': 1})"
-    killed(code, tmp_path)
+    run_until_killed(code, tmp_path)
     assert len(list((tmp_path / "run").iterdir())) == 4  # lock, holder, checkpoints, unfinished settings
     folder = RunFolder(tmp_path / "run")
     folder.check()

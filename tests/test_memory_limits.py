@@ -14,7 +14,7 @@ from idap.memory import Need, Room, allowed_bytes, free_bytes, pack, parse_bytes
 
 
 @pytest.fixture(autouse=True)
-def no_bound_of_the_user(monkeypatch):
+def unset_limit(monkeypatch):
     monkeypatch.delenv("IDAP_MEMORY", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 

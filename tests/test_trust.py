@@ -73,7 +73,7 @@ def test_a_stranger_who_guesses_everything_but_the_key(seal, tmp_path):
     noted = settings(tmp_path)
     noted["environment"]["seal"] = seal
     assert signs(tmp_path, noted) == [
-        "it says that it was made here, but its seal does not fit: somebody changed its recipe, or wrote it all"
+        "it says that it was made here, but its seal does not fit: its recipe was changed, or all of it is forged"
     ]
 
 
@@ -109,12 +109,12 @@ def test_only_the_user_can_read_the_key(tmp_path, state):
     assert stat.S_IMODE(key.stat().st_mode) == 0o600 and stat.S_IMODE(key.parent.stat().st_mode) == 0o700
     assert [file.name for file in key.parent.iterdir()] == ["key"]
     key.chmod(0o640)
-    assert "is not yours alone" in signs(tmp_path, noted)[0]
-    assert "is not yours alone" in seal_place(tmp_path, RECIPE)[1]
+    assert "is not private: " in signs(tmp_path, noted)[0]
+    assert "is not private: " in seal_place(tmp_path, RECIPE)[1]
     key.chmod(0o600)
     key.rename(tmp_path / "known")
     key.symlink_to(tmp_path / "known")
-    assert "is no key of idap; delete it" in signs(tmp_path, noted)[0]
+    assert "is not a key of idap; delete it" in signs(tmp_path, noted)[0]
 
 
 def test_a_folder_that_cannot_hold_a_key(tmp_path, state):
@@ -127,27 +127,27 @@ def test_a_folder_that_cannot_hold_a_key(tmp_path, state):
 def test_a_user_without_a_home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", "relative")  # means nothing
 
-    def homeless():
+    def find_no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(ownership.Path, "home", homeless)
+    monkeypatch.setattr(ownership.Path, "home", find_no_home)
     why = seal_place(tmp_path, RECIPE)[1]
-    assert why == "you have no home folder for a key; set XDG_STATE_HOME to a folder of yours"
+    assert why == "you have no home folder for a key; set XDG_STATE_HOME to a folder of your own"
 
 
 def test_a_user_without_a_name(tmp_path, monkeypatch):
-    def nameless():
+    def find_no_name():
         raise KeyError("uid not found")
 
-    monkeypatch.setattr(ownership.getpass, "getuser", nameless)
+    monkeypatch.setattr(ownership.getpass, "getuser", find_no_name)
     assert signs(tmp_path, settings(tmp_path)) == []
 
 
 def test_a_file_system_without_links(tmp_path, state, monkeypatch):
-    def unsupported(*_):
+    def refuse_link(*_):
         raise PermissionError("no links here")
 
-    monkeypatch.setattr(ownership.os, "link", unsupported)
+    monkeypatch.setattr(ownership.os, "link", refuse_link)
     assert signs(tmp_path, settings(tmp_path)) == []
     assert [file.name for file in (state / "idap").iterdir()] == ["key"]
 

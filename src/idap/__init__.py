@@ -116,7 +116,7 @@ class _Package(types.ModuleType):
         return value
 
     def __setattr__(self, name: str, value: typing.Any) -> None:
-        # The import system would put the folder compress/ where the function of that name belongs.
+        # Otherwise the import system would replace the function `compress` by the package of that name.
         if not (name in _HOMES and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 

@@ -1,4 +1,4 @@
-"""Every error that idap raises on purpose, and the check that settings have the right kind."""
+"""Define every error that idap raises on purpose, and check that settings have the right types."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -19,7 +19,7 @@ class UnknownOperatorError(TraceError):
 
 
 class StructureError(IdapError):
-    """The analysis found nothing to prune, or was asked for a name it does not know."""
+    """The analysis found nothing that can be removed, or was given a name that it does not know."""
 
 
 class PlanError(IdapError):
@@ -27,15 +27,15 @@ class PlanError(IdapError):
 
 
 class RewrittenModuleError(IdapError):
-    """A module whose code was rewritten was called in another way than it was rewritten for."""
+    """A module was called in a way that its rewritten code does not support."""
 
 
 class VerificationError(IdapError):
-    """The pruned model does not equal the masked original."""
+    """The cut model does not equal the masked original."""
 
 
 class ExportError(IdapError):
-    """The model cannot be brought into another form, or gives other outputs in it."""
+    """The model cannot be exported, or the exported model gives different outputs."""
 
 
 class TaskError(IdapError):
@@ -43,7 +43,7 @@ class TaskError(IdapError):
 
 
 class DivergedError(TaskError):
-    """A loss, a gradient or a metric is no finite number any more, or an output is NaN, in training or after a cut."""
+    """A loss, a gradient or a metric is no longer finite, or an output is NaN, in training or after a cut."""
 
 
 class ConfigError(IdapError):
@@ -59,11 +59,11 @@ class RunFolderError(IdapError):
 
 
 class InsufficientMemoryError(IdapError):
-    """A piece of work would take more memory than may be taken."""
+    """A piece of work would take more memory than is allowed."""
 
 
 class TrustError(IdapError):
-    """A run folder from elsewhere names code that nobody agreed to run."""
+    """A run folder from elsewhere names code that the user has not agreed to run."""
 
 
 class ReportError(IdapError):
@@ -75,7 +75,7 @@ class CheckpointError(IdapError):
 
 
 class UncheckedFileWarning(UserWarning):
-    """A saved file carries no checksum, so whether it was damaged is not known."""
+    """A saved file carries no checksum, so damage to it cannot be detected."""
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
@@ -85,14 +85,14 @@ def check_kinds(settings: object, *, prefix: str = "", word: str = "found", only
     """Compare the fields of a dataclass with their annotations.
 
     Args:
-        settings: the instance; fields of other kinds than numbers, texts, switches, tuples and mappings of these are
-            left to its own checks, and so are the choices of a Literal.
-        prefix: before each name in the message.
+        settings: the instance. Only numbers, texts, switches, and tuples and mappings of these are checked; other
+            fields, and the choices of a Literal, are left to the class's own checks.
+        prefix: text before each name in the message.
         word: "found" or "got", before the value in the message.
-        only: the fields that are checked; empty: all.
+        only: the fields to check; empty: all.
 
     Raises:
-        ConfigError: names the field, what it must be, and what it is.
+        ConfigError: a field has the wrong type; the message names the field, the expected type and the value.
 
     Example:
         >>> from dataclasses import dataclass

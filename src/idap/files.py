@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever ends the process, and JSON that is read strictly."""
+"""Write files whole or not at all, whatever ends the process, and read JSON strictly."""
 
 import json
 import math
@@ -19,13 +19,13 @@ if sys.platform != "win32":
     import fcntl
 
 LARGEST_JSON = 2**29
-"""Bytes of the largest JSON file that is read: the decisions of a run on 70 billion parameters have about 300 MB."""
+"""Bytes of the largest JSON file that is read. The decisions of a run on 70 billion parameters take about 300 MB."""
 
 DEEPEST_JSON = 100
-"""Levels of lists and objects in each other that are read."""
+"""Most levels of nested lists and objects that are read."""
 
 LONGEST_NUMBER = 20
-"""Digits of the longest whole number that is read: those of 2**64."""
+"""Most digits of a whole number that is read: 2**64 has as many."""
 
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -40,7 +40,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def json_text(data: Any, *, indent: int | None = None) -> str:
-    """Data as JSON, which has no numbers that are not finite: null stands for them.
+    """Data as JSON text. JSON has only finite numbers, so null is written for any other.
 
     >>> json_text({"loss": float("inf"), "steps": (1, 2)})
     '{"loss": null, "steps": [1, 2]}'
@@ -67,9 +67,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears whole or not at all: a neighbour is written, and takes its name in the end.
+    """Open a file that appears whole or not at all: a temporary file beside it is written, then renamed.
 
-    What earlier processes left of this file when they were killed is removed.
+    Half-written versions of this file that killed processes left are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_unfinished(path)
@@ -79,9 +79,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if sys.platform != "win32":  # while its lock is held, so that nobody takes it for a leftover
+            if sys.platform != "win32":  # while its lock is held, so that no process takes it for a leftover
                 neighbour.replace(path)
-        if sys.platform == "win32":  # where an open file can't be renamed, and nobody else can remove it
+        if sys.platform == "win32":  # an open file can't be renamed there, but no other process can remove it either
             neighbour.replace(path)
     except BaseException:
         neighbour.unlink(missing_ok=True)
@@ -90,12 +90,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Make a folder beside a path, in which what is to come there is written; it is removed in the end.
+    """Make a temporary folder beside a path, for the contents that belong at the path; it is removed at the end.
 
-    What earlier processes left of this path when they were killed is removed.
+    Half-written folders for this path that killed processes left are removed.
 
     Yields:
-        The folder, whose contents are to be moved, or which itself is to be renamed.
+        The folder. The caller moves its contents to the path, or renames the folder itself.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_unfinished(path)
@@ -109,19 +109,19 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename what lies at a path, so that something else can take its place; gives where it lies now."""
+    """Rename the file or folder at a path to make room for another one; returns its new path."""
     aside = _beside(path)
     path.rename(aside)
     return aside
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name is what a killed process left half-written."""
+    """Whether this is the name of a half-written file that a killed process left."""
     return _UNFINISHED.fullmatch(name) is not None
 
 
 def clear_unfinished(path: Path) -> None:
-    """Remove what killed processes left half-written beside a path; what a process still writes stays."""
+    """Remove half-written files that killed processes left beside a path, but none that a process is still writing."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}")
     if path.parent.is_dir():
         for each in [each for each in path.parent.iterdir() if name.fullmatch(each.name)]:
@@ -133,10 +133,10 @@ def remove_unfinished(file: Path) -> None:
     if file.is_symlink():
         return
     if sys.platform == "win32":
-        with suppress(OSError):  # it is open, so somebody still writes it
+        with suppress(OSError):  # an open file: another process is still writing it
             file.unlink()
         return
-    with suppress(OSError):  # somebody else's, or gone in the meantime: it stays, and harms nobody
+    with suppress(OSError):  # another user's file, or removed meanwhile: leaving it does no harm
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             if _lock(descriptor):
@@ -147,8 +147,8 @@ def remove_unfinished(file: Path) -> None:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Let no other process take a folder for what a killed one left; it may be renamed."""
-    if sys.platform == "win32":  # where folders that were left are not removed
+    """Keep other processes from taking a folder for a leftover; the folder may be renamed meanwhile."""
+    if sys.platform == "win32":  # leftover folders are not removed there
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -160,7 +160,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed: whether nobody else held it. It dies with the process."""
+    """Lock an open file until it is closed or the process ends; False if another process holds the lock."""
     if sys.platform == "win32":
         return True
     try:
@@ -178,7 +178,7 @@ def _open_beside(path: Path) -> tuple[Path, BinaryIO]:
         _lock(file.fileno())
         if sys.platform == "win32" or os.fstat(file.fileno()).st_nlink:
             return neighbour, file
-        file.close()  # it was taken for a leftover before it was locked
+        file.close()  # another process took it for a leftover and removed it before it was locked
 
 
 def _beside(path: Path) -> Path:
@@ -186,7 +186,7 @@ def _beside(path: Path) -> Path:
 
 
 def plain(value: object) -> object:
-    """What stands for a value in JSON: text for a path, an object for a dataclass, a number for a tensor of one."""
+    """The JSON form of a value: text for a path, an object for a dataclass, a number for a tensor of one element."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "__dataclass_fields__"):
@@ -202,7 +202,7 @@ def nearest(path: Path) -> Path:
 
 
 def number_paths(first: Path) -> Iterator[Path]:
-    """NAME, NAME-2, NAME-3, ... without an end."""
+    """Yield NAME, NAME-2, NAME-3, ... without end."""
     yield first
     yield from (first.with_name(f"{first.name}-{number}") for number in count(2))
 
@@ -214,15 +214,15 @@ def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
     """Read a text file of a sane size.
 
     Raises:
-        OSError: it is missing, no file, or can't be read.
-        ValueError: it is too large, or not UTF-8.
+        OSError: the file is missing, is not a regular file, or can't be read.
+        ValueError: the file is too large, or not UTF-8.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is no file")
+        raise OSError("it is not a file")
     with path.open("rb") as file:
         data = file.read(largest + 1)
     if len(data) > largest:
-        raise ValueError(f"{path.stat().st_size} bytes are more than any {path.name} has")
+        raise ValueError(f"its {path.stat().st_size} bytes are more than the {largest} that such a file may have")
     return data.decode("utf-8")
 
 
@@ -230,24 +230,24 @@ def load_json(path: Path) -> Any:
     """Read a JSON file strictly, see `parse_json`.
 
     Raises:
-        OSError: it is missing, no file, or can't be read.
-        ValueError: it is too large, or broken.
+        OSError: the file is missing, is not a regular file, or can't be read.
+        ValueError: the file is too large, or broken.
     """
     return parse_json(read_text(path))
 
 
 def parse_json(text: str) -> Any:
-    """Read JSON strictly: finite numbers of a sane length, no key twice, no broken letters, nothing nested too deep.
+    """Read JSON strictly: only finite numbers of a sane length, unique keys, valid Unicode, and limited nesting.
 
     Raises:
-        ValueError: it is broken; says what was found.
+        ValueError: the text is broken; the message says what was found.
 
     Example:
         >>> parse_json('{"a": [1, 2.5]}')
         {'a': [1, 2.5]}
         >>> parse_json('{"a": NaN}')
         Traceback (most recent call last):
-        ValueError: NaN is no JSON
+        ValueError: NaN is not valid JSON
     """
     try:
         found = json.loads(
@@ -262,7 +262,7 @@ def parse_json(text: str) -> Any:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             letter = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(f"it holds {letter}, half of a pair of surrogates, which is no letter") from error
+            raise ValueError(f"it holds {letter}, half of a surrogate pair, which is not a character") from error
     return found
 
 
@@ -277,7 +277,7 @@ def _check_depth(data: Any) -> None:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _whole(text: str) -> int:
@@ -298,21 +298,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} comes twice")
+        raise ValueError(f"the key {twice!r} appears twice")
     return found
 
 
 def difference(one: Any, other: Any) -> str:
-    """Where two things that JSON holds differ, and how.
+    """The first place at which two JSON values differ, and both values there.
 
     >>> difference({"a": {"b": 1}}, {"a": {"b": 2}})
-    'a, b, 1 then, 2 now'
+    'a.b was 1 and is now 2'
     """
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in sorted({*one, *other}):
-            if one.get(name) != other.get(name):
-                return f"{name}, {difference(one.get(name), other.get(name))}"
-    return f"{_short(one)} then, {_short(other)} now"
+    path: list[str] = []
+    while isinstance(one, dict) and isinstance(other, dict):
+        name = next((name for name in sorted({*one, *other}) if one.get(name) != other.get(name)), None)
+        if name is None:
+            break
+        path.append(name)
+        one, other = one.get(name), other.get(name)
+    return f"{'.'.join(path)} was {_short(one)} and is now {_short(other)}"
 
 
 def _short(value: Any) -> str:

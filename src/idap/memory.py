@@ -1,7 +1,7 @@
-"""How much memory one piece of work may take, how work is packed into it, and the refusal of what does not fit.
+"""Limit the memory that one piece of work may take, pack work into that limit, and refuse what does not fit.
 
-A piece of work states beforehand what it takes, as a `Need`. This module alone knows what may be taken: 90 % of what is
-free at that moment, or what the environment variable IDAP_MEMORY says.
+A piece of work states beforehand how much memory it takes, as a `Need`. This module alone knows the limit: 90 % of the
+memory that is free at that moment, or the value of the environment variable IDAP_MEMORY.
 """
 
 import os
@@ -16,10 +16,10 @@ import psutil
 from idap.errors import ConfigError, InsufficientMemoryError
 
 VARIABLE = "IDAP_MEMORY"
-"""Environment variable: bytes that one piece of work may take on a device, whatever is free there."""
+"""Environment variable: bytes that one piece of work may take on a device, however much is free there."""
 
 SHARE = 0.9
-"""Share of the free memory that may be taken; the rest is for activations, and for what other programs ask for."""
+"""Share of the free memory that may be taken; the rest is for activations and for other programs."""
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{end}": base**power
@@ -33,9 +33,9 @@ class Need:
     """Bytes that a piece of work takes.
 
     Attributes:
-        held: on the device of the model, while data go by.
-        solving: besides that, on the same device, for a while.
-        on_cpu: besides that, on the CPU, for another while.
+        held: on the device of the model, while the data pass through the model.
+        solving: in addition, on the same device, while the work is solved.
+        on_cpu: in addition, on the CPU, at another moment than `solving`.
     """
 
     held: int = 0
@@ -50,7 +50,7 @@ class Room:
     Attributes:
         device: where the model is, such as "cpu" or "cuda:0".
         there: bytes on that device.
-        on_cpu: bytes on the CPU, which are the same ones where the model is on the CPU.
+        on_cpu: bytes on the CPU; if the model is on the CPU, these are the same bytes.
     """
 
     device: str
@@ -59,18 +59,18 @@ class Room:
 
     @classmethod
     def now(cls, device: Any = "cpu") -> "Room":
-        """What may be taken at this moment.
+        """The bytes that may be taken at this moment.
 
         Args:
             device: name of a device, or a torch.device.
 
         Raises:
-            ConfigError: the environment variable holds no size.
+            ConfigError: the environment variable is not a size.
         """
         return cls(str(device), allowed_bytes(device), allowed_bytes())
 
     def lacks(self, needs: Sequence[Need]) -> tuple[int, int, str] | None:
-        """Whether pieces of work that hold their memory at once, and are solved one by one, do not fit.
+        """Find out whether pieces of work fit that hold their memory at the same time and are solved one by one.
 
         Returns:
             Bytes that they take, bytes that may be taken, and the device on which they do not fit; None if they fit.
@@ -87,9 +87,9 @@ class Room:
         """Refuse a piece of work that does not fit.
 
         Args:
-            need: what it takes.
-            what: what would take it, such as "the second moments of group 'fc1'".
-            way_out: what the user can do, besides having more memory.
+            need: the memory that it takes.
+            what: the piece of work, such as "the second moments of group 'fc1'".
+            way_out: what the user can do, other than provide more memory.
 
         Raises:
             InsufficientMemoryError: it takes more than may be taken.
@@ -106,11 +106,11 @@ class Room:
 
 
 class Work(Protocol):
-    """A piece of work that knows what it takes."""
+    """A piece of work that knows how much memory it takes."""
 
     @property
     def need(self) -> Need:
-        """Estimated before it begins."""
+        """The memory that it takes, estimated before it begins."""
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
@@ -120,9 +120,9 @@ def pack(works: Sequence[AnyWork], limit: int, room: Room) -> list[list[AnyWork]
     """Distribute work over as few rounds as its memory allows.
 
     Args:
-        works: in the order in which they are done.
-        limit: bytes that the works of a round hold at most while data go by, unless there is a single one.
-        room: what may be taken in all.
+        works: the pieces of work, in the order in which they are done.
+        limit: most bytes that the work of a round holds while the data pass; a single piece may exceed it.
+        room: the bytes that may be taken in all.
 
     Returns:
         The rounds; at least one, perhaps empty.
@@ -143,7 +143,7 @@ def allowed_bytes(device: Any = "cpu") -> int:
         device: name of a device, or a torch.device.
 
     Raises:
-        ConfigError: the environment variable holds no size.
+        ConfigError: the environment variable is not a size.
     """
     if VARIABLE in os.environ:
         return parse_bytes(os.environ[VARIABLE])
@@ -151,9 +151,9 @@ def allowed_bytes(device: Any = "cpu") -> int:
 
 
 def free_bytes(device: Any = "cpu") -> int:
-    """Bytes that are free on a device, for this process where several of one launcher share a machine."""
+    """Bytes that are free on a device; of the CPU's, the share of this process if one launcher started several here."""
     if str(device).startswith("cuda"):
-        import torch  # noqa: PLC0415 - slow to import, and needed for GPUs alone
+        import torch  # noqa: PLC0415 - slow to import, and only needed for GPUs
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -162,13 +162,13 @@ def free_bytes(device: Any = "cpu") -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size.
+    """Parse a size of memory.
 
     Args:
         text: a number and, if it is not in bytes, a unit.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the text is not a size above 0.
 
     Example:
         >>> parse_bytes("8GB"), parse_bytes("512 MiB"), parse_bytes("2000000000")
@@ -210,11 +210,11 @@ def _left_in_groups(root: Path) -> list[int]:
     """Bytes left below the limit of each control group of this process, where Linux has set one.
 
     Args:
-        root: of the file system.
+        root: the root of the file system.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:  # another system than Linux
+    except OSError:  # not Linux
         return []
     found = []
     for line in lines:
@@ -236,16 +236,16 @@ def _left_in_groups(root: Path) -> list[int]:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file of a control group; None where there is none, or no limit."""
+    """The number in a file of a control group; None if there is no such file, or no limit."""
     try:
         text = file.read_text(encoding="utf-8").strip()
-    except OSError:  # the group is not visible from inside of a container
+    except OSError:  # the group is not visible from inside a container
         return None
     return int(text) if text.isdecimal() else None
 
 
 def _reclaimable(file: Path, name: str) -> int:
-    """Bytes of a control group that hold files which can be read again."""
+    """Bytes of a control group that cache files and can be freed, since the files can be read again."""
     try:
         entries = dict(line.split(" ", 1) for line in file.read_text(encoding="utf-8").splitlines() if " " in line)
     except OSError:

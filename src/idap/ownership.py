@@ -1,4 +1,4 @@
-"""Whose a run folder is: one process works on it at a time, and only one that was made here may name code to run."""
+"""Ownership of run folders: one process at a time works on each, and only one made here may name code to run."""
 
 import getpass
 import hashlib
@@ -26,14 +26,14 @@ _ATTEMPTS = 5
 
 
 class InUseError(Exception):
-    """A folder is claimed already; says by whom, as far as that is known."""
+    """A folder is already claimed; the message says by whom, as far as that is known."""
 
 
 class Claim:
-    """Holds a folder for one process, and within it for one user.
+    """Holds a folder for one process, and within the process for one `Claim`.
 
     Args:
-        folder: that is claimed, which may be yet to be made.
+        folder: the folder to claim; it need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,16 +42,16 @@ class Claim:
         self._made: list[Path] = []
 
     def acquire(self, *, new: bool = False) -> bool:
-        """Claim the folder until `release`; it is made where it does not exist.
+        """Claim the folder until `release`; it is made if it does not exist.
 
         Args:
-            new: expect that it does not exist.
+            new: require that it does not exist.
 
         Returns:
-            Whether it was claimed now; False where this object holds it already.
+            Whether this call claimed it; False if this object already holds it.
 
         Raises:
-            InUseError: another process holds it, or this one does elsewhere.
+            InUseError: another process holds it, or another object of this process does.
             FileExistsError: `new`, and it exists.
             OSError: the folder can't be made or written.
         """
@@ -63,7 +63,7 @@ class Claim:
                     self._make(new=new and attempt == 1)
                     self._lock = self._acquire()
                     break
-                except FileNotFoundError:  # the last holder has just removed its lock, and perhaps the folder
+                except FileNotFoundError:  # the previous holder has just removed its lock, and perhaps the folder
                     if attempt == _ATTEMPTS:
                         raise
             self._sign()
@@ -74,12 +74,12 @@ class Claim:
         return True
 
     def release(self) -> None:
-        """Give up the claim, if there is one; a folder that was made for it and is empty goes again."""
+        """Give up the claim, if there is one; a folder that was made for it and is empty is removed."""
         lock, self._lock = self._lock, None
         if lock is None:
             return
         for name in (HOLDER, LOCK):
-            with suppress(OSError):  # on Windows a file that is locked stays; it does no harm
+            with suppress(OSError):  # Windows keeps a file that is locked; it does no harm
                 (self._folder / name).unlink(missing_ok=True)
         lock.release()
         self._remove_made()
@@ -91,7 +91,7 @@ class Claim:
         for folder in reversed(missing):
             try:
                 folder.mkdir()
-            except FileExistsError:  # of another process, if it is a folder
+            except FileExistsError:  # another process made it, if it is a folder
                 if (new and folder == self._folder) or not folder.is_dir():
                     raise
             else:
@@ -103,16 +103,16 @@ class Claim:
             lock.acquire()
         except Timeout as error:
             raise InUseError(_holder(self._folder / HOLDER)) from error
-        if not (self._folder / LOCK).exists():  # its last holder removed it just before it was locked
+        if not (self._folder / LOCK).exists():  # the previous holder removed it just before it was locked
             lock.release()
             raise FileNotFoundError(f"{self._folder / LOCK} was removed")
         return lock
 
     def _sign(self) -> None:
-        """Note who holds the folder, for those who are refused."""
+        """Write down who holds the folder, for the message to processes that are refused."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        (self._folder / HOLDER).unlink(missing_ok=True)  # whatever it is: of a process that was killed
+        (self._folder / HOLDER).unlink(missing_ok=True)  # left by a process that was killed, whatever it is
         with (self._folder / HOLDER).open("x", encoding="utf-8") as file:
             file.write(json.dumps(who) + "\n")
             file.flush()
@@ -120,24 +120,24 @@ class Claim:
 
     def _remove_made(self) -> None:
         for folder in reversed(self._made):
-            with suppress(OSError):  # something lies in it by now
+            with suppress(OSError):  # it is not empty any more
                 folder.rmdir()
         self._made.clear()
 
 
 def _holder(file: Path) -> str:
-    """Who holds a folder, as far as it is known."""
+    """Who holds a folder, as far as that is known."""
     try:
         if not file.is_file():
             return "another process"
         found: Any = json.loads(file.read_text(encoding="utf-8")[:1000])
         return f"process {found['pid']:d} on {found['host']:s} since {found['since']:s}"
-    except (OSError, ValueError, TypeError, KeyError):  # it is just being written
+    except (OSError, ValueError, TypeError, KeyError):  # it is being written at this moment
         return "another process"
 
 
 FACTS = ("user", "host", "run_dir", "folder")
-"""What is noted of a place: who, on which machine, the run folder, and the working folder."""
+"""What is recorded of a place: the user, the machine, the run folder and the working folder."""
 KEY_BYTES = 32
 
 
@@ -146,17 +146,17 @@ class NoKeyError(Exception):
 
 
 def seal_place(run_dir: Path, recipe: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
-    """Note where a run begins, and seal that together with its recipe.
+    """Describe the place where a run begins, and seal that together with its recipe.
 
-    The key is made where there is none yet.
+    The user's key is made if there is none yet.
 
     Args:
         run_dir: folder of the run.
-        recipe: of the run; without one there is no code to run, and nothing to seal.
+        recipe: of the run; None: the run names no code, so nothing is sealed.
 
     Returns:
-        `FACTS` by name, with a "seal" that is None where there is none; and why there is none, "" where there is one or
-        none is needed.
+        `FACTS` by name, with the "seal" (None if there is none); and the reason why it can't be sealed, "" if it is
+        sealed or need not be.
     """
     place = _place(run_dir)
     if recipe is None:
@@ -168,15 +168,15 @@ def seal_place(run_dir: Path, recipe: Mapping[str, Any] | None) -> tuple[dict[st
 
 
 def foreign_signs(run_dir: Path, settings: Mapping[str, Any], *, folder_matters: bool) -> list[str]:
-    """Say what speaks against that a run was made here.
+    """List the signs that a run was not made here.
 
     Args:
         run_dir: folder of the run.
-        settings: that it noted when it began.
-        folder_matters: whether the working folder must be that of the beginning too: modules are looked for there.
+        settings: what the run wrote when it began.
+        folder_matters: whether the run must also have begun in this working folder, from which modules are imported.
 
     Returns:
-        Parts of a sentence, safe to print; none for a run that was made here.
+        Clauses that are safe to print; none for a run that was made here.
     """
     noted, now = settings.get("environment"), _place(run_dir)
     if not isinstance(noted, Mapping) or not all(isinstance(noted.get(name), str) for name in FACTS):
@@ -197,11 +197,11 @@ def foreign_signs(run_dir: Path, settings: Mapping[str, Any], *, folder_matters:
         return [f"whether it was made here can't be told: {error}"]
     if hmac.compare_digest(seal.encode(), str(noted.get("seal")).encode()):
         return []
-    return ["it says that it was made here, but its seal does not fit: somebody changed its recipe, or wrote it all"]
+    return ["it says that it was made here, but its seal does not fit: its recipe was changed, or all of it is forged"]
 
 
 def printable(text: str, longest: int = 200) -> str:
-    r"""Text of unknown origin, so that it can't do anything to a terminal, nor fill it.
+    r"""Text of unknown origin, escaped and shortened so that it can neither control nor fill a terminal.
 
     >>> printable("bob\x1b[2J")
     'bob\\x1b[2J'
@@ -227,17 +227,17 @@ def _seal(key: bytes, place: Mapping[str, str], recipe: Any) -> str:
 
 
 def key_file() -> Path:
-    """Where the key of this user lies: `$XDG_STATE_HOME/idap/key`, or `~/.local/state/idap/key`.
+    """The path of this user's key: `$XDG_STATE_HOME/idap/key`, or `~/.local/state/idap/key`.
 
     Raises:
-        NoKeyError: the user has no home.
+        NoKeyError: the user has no home folder.
     """
     state = Path(os.environ.get("XDG_STATE_HOME") or "")
     if not state.is_absolute():
         try:
             state = Path.home() / ".local" / "state"
         except RuntimeError as error:
-            raise NoKeyError("you have no home folder for a key; set XDG_STATE_HOME to a folder of yours") from error
+            raise NoKeyError("you have no home folder for a key; set XDG_STATE_HOME to a folder of your own") from error
     return state / "idap" / "key"
 
 
@@ -248,9 +248,12 @@ def _key(*, make: bool) -> bytes:
             _make_key(file)
         found = file.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_size != KEY_BYTES:
-            raise NoKeyError(f"{file} is no key of idap; delete it, and the next run makes another")
+            raise NoKeyError(f"{file} is not a key of idap; delete it, and the next run makes another")
         if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o077):
-            raise NoKeyError(f"the key {file} is not yours alone; delete it, and the next run makes another")
+            raise NoKeyError(
+                f"the key {file} is not private: another user owns it or may read it; delete it, and the next run "
+                "makes another"
+            )
         return file.read_bytes()
     except FileNotFoundError as error:
         raise NoKeyError(f"there is no key {file} here") from error
@@ -259,7 +262,7 @@ def _key(*, make: bool) -> bytes:
 
 
 def _make_key(file: Path) -> None:
-    """Make the key; where several processes begin at once, the first one's stays."""
+    """Make the key; if several processes make one at the same time, the first one's is kept."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     number, name = tempfile.mkstemp(dir=file.parent, prefix=".key.")  # nobody else can read it
     try:

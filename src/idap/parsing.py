@@ -1,4 +1,4 @@
-"""What may be believed of data from elsewhere: JSON of a sane size, names that stay in a folder, exact types."""
+"""Check data from elsewhere: JSON of a sane size, exact types, and file names that stay in their folder."""
 
 import reprlib
 import stat
@@ -14,7 +14,7 @@ from idap.files import load_json, parse_json
 from idap.memory import Need, Room, readable
 
 LARGEST = 2**63
-"""No size, index or attribute of a model reaches it."""
+"""Every size, index and attribute of a model is below it."""
 
 
 def items(data: Any) -> ItemsView[str, Any]:
@@ -41,24 +41,24 @@ def text(value: Any) -> str:
 
 
 def whole(value: Any) -> int:
-    """A whole number that a computer's word can hold; True and 3.0 are none."""
+    """A whole number that fits into 64 bits; True and 3.0 are refused."""
     if type(value) is not int:
         raise TypeError(f"expected a whole number, found {abbreviate(value)}")
     if not -LARGEST < value < LARGEST:
-        raise ValueError("a number is larger than any model's")
+        raise ValueError("a number is larger than any in a model")
     return value
 
 
 def sizes(data: Any) -> tuple[int, ...]:
-    """A list of whole numbers from 0 on."""
+    """A list of whole numbers of at least 0."""
     found = tuple(whole(value) for value in sequence(data))
     if any(value < 0 for value in found):
-        raise ValueError(f"expected numbers from 0 on, found {min(found)}")
+        raise ValueError(f"expected numbers of at least 0, found {min(found)}")
     return found
 
 
 def indices(data: Any) -> tuple[int, ...]:
-    """A list of whole numbers from 0 on, each larger than the one before.
+    """A list of whole numbers of at least 0, each larger than the one before.
 
     >>> indices([0, 2, 5])
     (0, 2, 5)
@@ -71,19 +71,19 @@ def indices(data: Any) -> tuple[int, ...]:
 
 
 def size(value: Any) -> int | tuple[int, ...]:
-    """What an attribute may hold: a whole number or a list of them."""
+    """The value of an attribute: a whole number or a list of them."""
     return tuple(whole(part) for part in value) if isinstance(value, list | tuple) else whole(value)
 
 
 def dimension(key: str) -> int:
-    """The number of a dimension, which JSON has as a string."""
+    """The number of a dimension, which is a string in JSON."""
     if not (key.isascii() and key.isdigit() and len(key) <= 2 and str(int(key)) == key):
         raise ValueError(f"expected the number of a dimension, found {abbreviate(key)}")
     return int(key)
 
 
 def abbreviate(value: Any) -> str:
-    """A value for a message, at most 60 characters of it."""
+    """A value for a message, shortened to 60 characters."""
     if isinstance(value, int) and not -LARGEST < value < LARGEST:
         return "a huge number"
     found = reprlib.repr(value)
@@ -99,20 +99,20 @@ LARGEST_JSON = 2**26
 """Bytes of the largest other JSON file that is read: the index of 100,000 tensors has 10 MiB."""
 
 PARSED = 44
-"""Bytes of memory that a byte of JSON takes at most once it is read: lists in lists; the numbers of a plan take 6."""
+"""Most bytes of memory that a byte of JSON takes once it is read: nested lists do; the numbers of a plan take 6."""
 
 
 def read_json(file: Path, *, largest: int = LARGEST_JSON) -> Any:
     """Read a JSON file strictly, see `idap.files.parse_json`.
 
     Args:
-        file: which.
+        file: the file to read.
         largest: most bytes that such a file has.
 
     Raises:
-        FileNotFoundError: it is missing.
-        CheckpointError: it can't be read, is too large, or is broken.
-        InsufficientMemoryError: what it holds may take more memory than may be taken.
+        FileNotFoundError: the file is missing.
+        CheckpointError: the file can't be read, is too large, or is broken.
+        InsufficientMemoryError: its contents might take more memory than is allowed.
     """
     try:
         check_size(file, largest)
@@ -129,24 +129,24 @@ def check_size(file: Path, largest: int) -> None:
     """Refuse a JSON file that is too large, before any of it is read.
 
     Args:
-        file: which.
+        file: the file to check.
         largest: most bytes that such a file has.
 
     Raises:
-        OSError: it is missing.
-        CheckpointError: it is no file, or too large.
-        InsufficientMemoryError: what it holds may take more memory than may be taken.
+        OSError: the file is missing.
+        CheckpointError: it is not a regular file, or is too large.
+        InsufficientMemoryError: its contents might take more memory than is allowed.
     """
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"cannot read {file}: it is no file")
+        raise CheckpointError(f"cannot read {file}: it is not a file")
     if found.st_size > largest:
         raise CheckpointError(
             f"{file} is broken: its {found.st_size:,} bytes are more than the {largest:,} that such a file has at most"
         )
     Room.now().check(
         Need(held=PARSED * found.st_size),
-        what=f"reading {file}, which has {readable(found.st_size)} and may hold up to {PARSED} times as much,",
+        what=f"reading {file}, which has {readable(found.st_size)} and may take up to {PARSED} times as much memory,",
         way_out="Read it on a machine with more memory.",
     )
 
@@ -159,7 +159,7 @@ def read_object(data: bytes, file: Path) -> Any:
         file: where it comes from, for messages.
 
     Raises:
-        CheckpointError: it is broken.
+        CheckpointError: the text is broken.
     """
     try:
         return parse_json(data.decode("utf-8"))
@@ -174,10 +174,10 @@ def weight_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
         path: a file, or a folder with `model.safetensors` or the index of a sharded checkpoint.
 
     Returns:
-        The files in order, and what the index says: tensor -> name of its file; None where there is no index.
+        The files in order, and the index as tensor -> name of its file; None if there is no index.
 
     Raises:
-        CheckpointError: there are none, the index is broken, or it leads out of the folder.
+        CheckpointError: the index is missing, broken, or leads out of the folder.
     """
     if not path.is_dir():
         return [path], None
@@ -198,12 +198,12 @@ def weight_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 
 
 def inside(folder: Path, name: str, source: str) -> Path:
-    """A file that must lie in a folder; in a snapshot of the Hugging Face cache, in the blobs that it links to.
+    """The path of a file that must lie in a folder, or among the blobs that a Hugging Face snapshot links to.
 
     Args:
         folder: where it must lie.
-        name: of the file, as `source` says it.
-        source: what is to blame if it does not.
+        name: of the file, as `source` gives it.
+        source: what names the file, for the message.
 
     Raises:
         CheckpointError: the name is a path, or a link that leads elsewhere.
@@ -214,7 +214,7 @@ def inside(folder: Path, name: str, source: str) -> Path:
         )
     try:
         home, real = folder.resolve(), (folder / name).resolve()
-    except (OSError, RuntimeError) as error:  # a circle of links
+    except (OSError, RuntimeError) as error:  # links that form a circle
         raise CheckpointError(f"cannot follow {folder / name}: {error}") from error
     homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
     if real.parent not in homes:
@@ -226,21 +226,21 @@ def inside(folder: Path, name: str, source: str) -> Path:
 
 
 def open_tensors(file: Path) -> Any:
-    """Open a safetensors file, whose header the library checks against the size of the file.
+    """Open a safetensors file; the library checks the header against the size of the file.
 
     Raises:
-        CheckpointError: it is missing, truncated or none.
+        CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
     try:
         if not file.exists():
             raise FileNotFoundError
         if not file.is_file():
-            raise CheckpointError(f"{file} is no safetensors file; copy or download it again")
+            raise CheckpointError(f"{file} is not a safetensors file; copy or download it again")
         return safetensors.safe_open(file, framework="pt")
     except FileNotFoundError as error:
         what = "the compressed model has no weights: " if file.name == WEIGHTS else ""
         raise CheckpointError(f"{what}{file} is missing") from error
     except (safetensors.SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}); copy or download it again"
+            f"{file} is truncated or not a safetensors file ({error}); copy or download it again"
         ) from error

@@ -1,6 +1,6 @@
-"""How long work tells the outside what it is doing, without knowing who listens.
+"""Report the progress of long work to a listener, whatever the listener does with it.
 
-Nothing below `cli/` prints. Work that takes time is given a `Progress`; the default says nothing.
+Nothing below `cli/` prints. Work that takes time is given a `Progress`; the default ignores every report.
 """
 
 import re
@@ -16,16 +16,16 @@ class Status:
 
     Attributes:
         stage: "filters", "layers", "interleaved" or "final".
-        step: number of the decision that is being prepared, from 0; so many decisions were taken before.
+        step: number of the decision that is being prepared, from 0; it is also the number of decisions taken before.
         accepted: decisions accepted so far.
         profile: mean divergence of the units of each group, in the order of the network; empty before the first
             measurement.
         costs: "MACs", "parameters", ... -> the share of the original's that is left, and the share wanted (None where
             there is no target).
         metric: on the validation data, of the last accepted state.
-        metric_name: what it is.
+        metric_name: name of the metric.
         baseline: metric of the original.
-        worst: the worst metric allowed; None if any is.
+        worst: the worst metric allowed; None if every metric is.
         higher_is_better: how to read the metric.
     """
 
@@ -42,25 +42,25 @@ class Status:
 
 
 class Phase(Protocol):
-    """One stretch of work with a known number of steps."""
+    """One part of the work, made of steps."""
 
     def advance(self, note: str = "") -> None:
-        """One step is done; `note` is shown beside the bar, and is kept as a measurement where it reads as one."""
+        """Report that one step is done; `note` is shown beside the bar, and may be logged if it is a `measurement`."""
 
 
 class Progress(Protocol):
-    """Listens to phases and to lines worth keeping."""
+    """Listens to the phases, decisions and measurements of a run."""
 
     def phase(self, title: str, total: int | None) -> AbstractContextManager[Phase]:
-        """Open a phase of `total` steps (None: not known)."""
+        """Open a phase of `total` steps; None: the number is not known."""
 
     def say(self, line: str) -> None:
         """Report one finished decision as one line of plain text."""
 
     def show(self, status: Status) -> None:
-        """Tell where the run stands; told after each measurement and each decision.
+        """Report where the run stands, after each measurement and each decision.
 
-        It is shown until the outermost phase ends, so the whole run should be a phase.
+        The status is shown until the outermost phase ends, so the whole run should be a phase.
         """
 
 
@@ -71,10 +71,10 @@ def measurement(note: str) -> tuple[str, float] | None:
     """Read a note as a measurement: one word and a number.
 
     Args:
-        note: of a step.
+        note: the note of a step.
 
     Returns:
-        What was measured, and its value; None for any other note.
+        What was measured, and its value; None if the note is not a measurement.
 
     Example:
         >>> measurement("loss 0.512"), measurement("blocks.0.attn")
@@ -85,11 +85,11 @@ def measurement(note: str) -> tuple[str, float] | None:
 
 
 class Silent:
-    """A `Progress` that says nothing."""
+    """A `Progress` that ignores every report."""
 
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator[Phase]:
-        """Open a phase that nobody hears of."""
+        """Open a phase that is not reported."""
         yield self
 
     def advance(self, note: str = "") -> None:
@@ -99,4 +99,4 @@ class Silent:
         """Ignore one line."""
 
     def show(self, status: Status) -> None:
-        """Ignore where the run stands."""
+        """Ignore one status."""

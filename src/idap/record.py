@@ -1,4 +1,4 @@
-"""The run folder: one JSON line per decision, every file written whole or not at all, one process at a time.
+"""Write and read the run folder: one JSON line per decision, files whole or not at all, one process at a time.
 
 run/
 ├── original.safetensors    weights of the original, where the recipe trained it first
@@ -6,7 +6,7 @@ run/
 ├── steps.jsonl             one line per decision, in order
 ├── divergence-before.json  of the original, part by part
 ├── divergence-after.json   of the result
-├── latency.json            the least latency where it is a goal; what each layer takes at several widths, once needed
+├── latency.json           if needed: the least latency that can be reached, and the times of layers at several widths
 ├── result.json             what was reached; a run that has it is finished
 ├── measured.json           original and result side by side, where `idap compress` measured them
 ├── checkpoints/            the accepted states
@@ -45,7 +45,7 @@ RESULT, MEASURED = "result.json", "measured.json"
 LATENCY, ORIGINAL = "latency.json", "original.safetensors"
 
 _REMEDIES: Mapping[str, str] = {
-    STEPS: "Delete the line and all behind it to have those decisions taken again, or begin anew in another folder.",
+    STEPS: "Delete the line and all after it to have those decisions taken again, or begin again in another folder.",
     **dict.fromkeys((BEFORE, AFTER), "Delete the file; the report then lacks this measurement."),
     **dict.fromkeys((RESULT, MEASURED, LATENCY), "Delete it to have it measured again (idap resume)."),
 }
@@ -53,14 +53,14 @@ _REMEDIES: Mapping[str, str] = {
 
 def remedy(file: Path) -> str:
     """What to do about a file of a run folder that is broken."""
-    return _REMEDIES.get(file.name, "Begin the run anew in another folder.")
+    return _REMEDIES.get(file.name, "Begin the run again in another folder.")
 
 
 class RunFolder:
     """A folder that holds one run.
 
     Args:
-        path: of the folder, which may be yet to be made.
+        path: of the folder; it need not exist yet.
 
     A process claims the folder before it writes there. The claim is a lock of the operating system, so it ends with the
     process, whatever ends it.
@@ -74,10 +74,10 @@ class RunFolder:
     def claim_free(cls, first: Path) -> Self:
         """Make and claim the first of NAME, NAME-2, NAME-3, ... that does not exist.
 
-        Two processes that ask at once get two folders.
+        Two processes that call this at the same time get two folders.
 
         Args:
-            first: NAME, with the folder that it lies in.
+            first: the path of NAME.
 
         Raises:
             RunFolderError: no folder can be made there.
@@ -90,18 +90,18 @@ class RunFolder:
         except (FileExistsError, InUseError):
             if os.path.lexists(self.path):
                 return False
-            raise RunFolderError(f"{self.path.parent} is no folder, so no run can be kept in it.") from None
+            raise RunFolderError(f"{self.path.parent} is not a folder, so no run can be kept in it.") from None
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
     def claim(self) -> bool:
-        """Claim the folder for this object, until `release`; it is made where it does not exist.
+        """Claim the folder for this object until `release`; it is made if it does not exist.
 
         Returns:
-            Whether it was claimed now; False where this object holds it already.
+            Whether this call claimed it; False if this object already holds it.
 
         Raises:
-            RunFolderError: another process works on the run, or this one does elsewhere; or nothing can be written.
+            RunFolderError: another process or object works on the run; or nothing can be written.
         """
         try:
             return self._claim.acquire()
@@ -114,21 +114,21 @@ class RunFolder:
             raise _unwritable(self.path, error) from error
 
     def release(self) -> None:
-        """Give up the claim, if there is one; a folder that was made for it and is empty goes again."""
+        """Give up the claim, if there is one; a folder that was made for it and is empty is removed."""
         self._claim.release()
 
     def check(self, *, size: int = 0) -> None:
-        """Make sure that a run may be written here; writes nothing.
+        """Check that a run may be written here, without writing anything.
 
-        The weights of an original that was trained for the run may lie there already, and what a process left that was
-        killed before the run began.
+        The folder may already hold the weights of an original that was trained for the run, and what a process left
+        that was killed before the run began.
 
         Args:
             size: bytes for which there must be room.
 
         Raises:
-            RunFolderError: the folder holds another run or other files, or is none; it can't be written, or the disk is
-                full.
+            RunFolderError: the folder holds another run or other files, or is not a folder; it can't be written, or the
+                disk is full.
         """
         try:
             begun = (self.path / RUN).exists()
@@ -158,7 +158,7 @@ class RunFolder:
         self.check_room(size)
 
     def check_room(self, size: int) -> None:
-        """Make sure that so many bytes can be written.
+        """Check that the disk has room for so many bytes.
 
         Raises:
             RunFolderError: the disk is full.
@@ -172,13 +172,13 @@ class RunFolder:
             )
 
     def reopen(self, settings: Mapping[str, Any]) -> None:
-        """Go on with a run that was stopped at any moment, or begin it where it had not come to its settings yet.
+        """Go on with a run that was stopped at any moment, or begin it if its settings were not written yet.
 
-        What a killed process left half-written is cleared away: unfinished files, and a last line cut short.
+        What a killed process left half-written is removed: unfinished files, and an incomplete last line.
 
         Args:
-            settings: of the run as it is now; all but its environment, recipe, time and calibration data must be what
-                it was begun with.
+            settings: of the run as it is now; all but its environment, recipe, time and calibration data must equal
+                those that it was begun with.
 
         Raises:
             RunFolderError: the folder holds something else, or another run; or can't be written.
@@ -194,9 +194,9 @@ class RunFolder:
         now = json.loads(json_text(settings))
         for name in sorted({*begun, *now} - {"environment", "recipe", "preparation", "calibration"}):
             if begun.get(name) != now.get(name):
-                what = difference(begun.get(name), now.get(name))
+                what = difference({name: begun.get(name)}, {name: now.get(name)})
                 raise RunFolderError(
-                    f"{self.path} holds a run with another {name}: {what}. Go on with the settings, model and data "
+                    f"{self.path} holds a different run: {what}. Go on with the settings, model and data "
                     "that it was begun with, or choose another folder."
                 )
 
@@ -212,14 +212,14 @@ class RunFolder:
                 (self.path / CHECKPOINTS).rmdir()
             return
         steps = self.path / STEPS
-        if steps.is_file():  # what else lies there is said by who reads it
+        if steps.is_file():  # anything else is reported when it is read
             data = steps.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
             if whole != data:
                 write_bytes(steps, whole)
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Create the folder and note the settings.
+        """Create the folder and write the settings.
 
         Raises:
             RunFolderError: the folder holds another run or other files, or can't be written.
@@ -239,7 +239,7 @@ class RunFolder:
             RunFolderError: the folder can't be written, or the file is a link.
         """
         try:
-            if (self.path / STEPS).is_symlink():  # what it leads to may lie anywhere
+            if (self.path / STEPS).is_symlink():  # its target may lie anywhere
                 raise OSError("it is a link")
             with (self.path / STEPS).open("a", encoding="utf-8") as steps:
                 steps.write(json_text(asdict(step)) + "\n")
@@ -249,7 +249,7 @@ class RunFolder:
             raise RunFolderError(f"cannot write decision {step.index} to {self.path / STEPS}: {error}") from error
 
     def keep(self, name: str, data: Mapping[str, Any]) -> None:
-        """Write one of the files that stand beside the decisions; one of the same name is replaced.
+        """Write one of the files beside the decisions; it replaces one of the same name.
 
         Raises:
             RunFolderError: the folder can't be written.
@@ -283,7 +283,7 @@ def read_json(file: Path) -> Any:
     """Read one of the JSON files of a run.
 
     Raises:
-        RunFolderError: it can't be read, or is broken.
+        RunFolderError: the file can't be read, or is broken.
     """
     try:
         return load_json(file)
@@ -292,10 +292,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Read one of the JSON files of a run, which holds an object.
+    """Read one of the JSON files of a run that hold an object.
 
     Raises:
-        RunFolderError: it can't be read, is broken, or holds something else.
+        RunFolderError: the file can't be read, is broken, or holds something else.
     """
     found = read_json(file)
     if not isinstance(found, dict):
@@ -304,11 +304,11 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_steps(folder: str | Path, *, whole: bool = True) -> list[dict[str, Any]]:
-    """The decisions of a run as they were written, in order; none where it has not come to one yet.
+    """The decisions of a run as they were written, in order; none if it has not taken one yet.
 
     Args:
         folder: of the run.
-        whole: expect whole lines; False leaves out a last line that is being written, or was cut short.
+        whole: require that the last line is complete; False leaves out an incomplete one, which is being written.
 
     Raises:
         RunFolderError: the folder holds no run, or a line is broken.
@@ -343,7 +343,7 @@ def _before_a_run(path: Path) -> bool:
     """Whether a file or folder may lie in a folder in which no run has begun."""
     if path.name == CHECKPOINTS:  # made just before the settings are written
         return path.is_dir() and not any(path.iterdir())
-    return path.name in (ORIGINAL, LOCK, HOLDER) or is_leftover(path.name)  # the last: of a process that was killed
+    return path.name in (ORIGINAL, LOCK, HOLDER) or is_leftover(path.name)  # the last: left by a killed process
 
 
 def _bytes(count: float) -> str:

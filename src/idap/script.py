@@ -1,4 +1,4 @@
-"""Objects from a user's own code: `python:path/to/file.py:name` and `python:package.module:name`."""
+"""Load objects from a user's own code: `python:path/to/file.py:name` and `python:package.module:name`."""
 
 import difflib
 import hashlib
@@ -28,13 +28,13 @@ def is_script(spec: str) -> bool:
 
 
 def place_of(value: object) -> tuple[Path | None, str, str] | None:
-    """Where the code is that a value of a recipe names; nothing is imported.
+    """The place of the code that a value of a recipe names; nothing is imported.
 
     Args:
         value: any value.
 
     Returns:
-        The file (None for a module), the place as it is written, and the name in it; None for what names no code.
+        The file (None for a module), the place as written, and the name in it; None if the value names no code.
 
     Example:
         >>> place_of("python:math:floor"), place_of("idap:digits_vit")
@@ -47,7 +47,7 @@ def place_of(value: object) -> tuple[Path | None, str, str] | None:
 
 
 def load_object(spec: str) -> Any:
-    """Find an object in a file or in an installed module; importing it runs the code there.
+    """Load an object from a file or an installed module, which runs the code there.
 
     A file gets a module name of its own, and its folder is importable while it runs. It runs once, unless it changes.
 
@@ -58,7 +58,7 @@ def load_object(spec: str) -> Any:
         The object of that name.
 
     Raises:
-        ConfigError: the spec has another form, the code can't be found or fails, or has no such name.
+        ConfigError: the spec has another form, or the code can't be found, fails, or has no such name.
 
     Example:
         >>> load_object("python:math:floor")(2.5)
@@ -77,13 +77,13 @@ def call_object(spec: str, build: Callable[[Any], Made]) -> Made:
 
     Args:
         spec: as for `load_object`.
-        build: given the object, calls it as it should be called.
+        build: receives the object, and calls it with its arguments.
 
     Returns:
         What `build` returns.
 
     Raises:
-        ConfigError: it can't be loaded, or `build` failed in it; names the user's line.
+        ConfigError: the object can't be loaded, or fails in `build`; the message names the line of the user's code.
     """
     found = load_object(spec)
     with _importable(_folder(_parts(spec)[0])):
@@ -118,7 +118,7 @@ def _importable(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # The user's code may have changed the list; only our own entry goes.
+        # The user's code may have changed the list; only our own entry is removed.
         if str(folder) in sys.path:
             sys.path.remove(str(folder))
 
@@ -172,7 +172,7 @@ def _import_error(spec: str, error: BaseException) -> ConfigError:
 
 
 def _line_of(error: BaseException) -> str:
-    """Say in which line of the user's own code an error arose, if in any."""
+    """The line of the user's own code in which an error arose, for a message; "" if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
         foreign = file.is_relative_to(_PACKAGE) or file.is_relative_to(_STDLIB) or "site-packages" in file.parts

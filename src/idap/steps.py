@@ -1,18 +1,18 @@
-"""What a run decided, step by step, and when a goal counts as met."""
+"""The record of the decisions of a run, and the rule when a goal counts as met."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 LATENCY_NOISE = 0.02
-"""By how much a last measurement of latency may be above what is wanted, as a share of it, and count as reached."""
+"""How far a final measurement of latency may lie above its target and still meet it, as a share of the target."""
 
 
 def is_met(goal: str, share: float, wanted: float) -> bool:
-    """Whether a cost came down to its target; a latency also within what a measurement of it is worth.
+    """Whether a cost is down to its target; a latency may lie above it by the noise of a measurement.
 
     Args:
         goal: name of the cost.
-        share: of the original's that is left.
+        share: what is left of the original's cost.
         wanted: the share that may be left.
 
     Example:
@@ -23,7 +23,7 @@ def is_met(goal: str, share: float, wanted: float) -> bool:
 
 
 def numbers_of(kind: str, count: int) -> str:
-    """The name of a kind of units for a number of them.
+    """The name of a kind of units in the singular or plural that suits a number of them.
 
     >>> numbers_of("heads", 1), numbers_of("head width", 1), numbers_of("channels", 3)
     ('head', 'head width', 'channels')
@@ -33,19 +33,19 @@ def numbers_of(kind: str, count: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """What one group or block lost in a step.
+    """What a step removed from one group, or one branch or block that it removed.
 
     Attributes:
         name: of the group, branch or block.
         kind: "channels", "neurons", "heads", "head width", "branch", "block" or "projection" (a
             block that became a linear map).
         units: the units removed, in the original's indices; empty for branches and blocks.
-        left: units that the group has left; 0 for branches and blocks.
+        left: number of units that the group has left; 0 for branches and blocks.
         divergence: lowest and highest divergence among what was removed.
-        scores: of each unit, beside `units`.
-        ranks: place of each unit in the ranking of its step, from 0 for the first to go.
+        scores: the score of each unit, in the order of `units`.
+        ranks: place of each unit in the ranking of its step; 0 is removed first.
         cost: of one more unit of the group when it was ranked: multiply-adds, parameters or seconds, as the run's
-            settings say; for a branch or block all that it cost.
+            settings say; of a branch or block, its whole cost.
     """
 
     name: str
@@ -60,15 +60,15 @@ class Removal:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """How one recovery went.
+    """The losses and metrics of one recovery.
 
     Attributes:
         title: of the recovery.
         steps: optimiser steps taken.
-        losses: training loss, as means over equal stretches of the steps, in order.
-        metrics: (steps taken, validation metric then), from before the first step on.
+        losses: training loss, as means over equal numbers of steps, in order.
+        metrics: (steps taken, validation metric at that moment); the first is from before any step.
         diverged: what ended it early; "" if nothing did.
-        average: validation metric of the average of the first and the last weights, where that was the best; else None.
+        average: validation metric of the average of the first and the last weights, if that was the best; else None.
     """
 
     title: str
@@ -81,11 +81,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Contest:
-    """A layer against filters that save as much; neither was trained.
+    """A layer compared with filters that save as much; neither cut was trained.
 
     Attributes:
-        layer: mean loss on the calibration data without the layer; None if it is no finite number.
-        filters: the same without the filters; None if filters can't save as much, or leave no finite loss.
+        layer: mean loss on the calibration data without the layer; None if it is not finite.
+        filters: the same without the filters; None if filters can't save as much, or the loss is not finite.
     """
 
     layer: float | None
@@ -93,7 +93,7 @@ class Contest:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the filters lose less, so that the layer stays."""
+        """Whether cutting filters loses less, so that the layer is kept."""
         return self.filters is not None and (self.layer is None or self.layer > self.filters)
 
 
@@ -107,19 +107,19 @@ class Step:
         removed: what the step removed.
         macs: multiply-adds for one sample after the step.
         parameters: after the step.
-        metric: on the validation data, after the step's recovery; of a layer that lost its contest, without one; 0
-            where it was no finite number.
-        accepted: whether the step was kept; otherwise everything was rolled back.
-        reason: why it was kept or not.
-        error: largest relative difference between the pruned model and the masked original, before recovery.
+        metric: on the validation data, after the step's recovery; without recovery if a layer lost its contest; 0
+            if it was not finite.
+        accepted: whether the step was accepted; otherwise it was rolled back.
+        reason: why it was accepted or rolled back.
+        error: largest relative difference between the cut model and the masked original, before recovery.
         seconds: that the step took.
-        shares: what is left of each of the original's costs: "macs", "parameters", "size", and "latency" where it is a
+        shares: what is left of each of the original's costs: "macs", "parameters", "size", and "latency" if it is a
             goal.
-        phases: kind of work -> seconds of the step that it took.
-        curve: of the step's recovery; None where nothing was trained.
-        contest: with filters, where a layer had to beat them.
-        fault: why what the step came to can't be used, whatever its metric; "" if it can.
-        turn: which call of a stage decided, from 0; each stage may have its turn more than once.
+        phases: kind of work -> seconds of the step that went into it.
+        curve: of the step's recovery; None if nothing was trained.
+        contest: of a layer with filters; None if they were not compared.
+        fault: why the model of the step can't be used, whatever its metric; "" if it can.
+        turn: number of the call of a stage that took the decision, from 0; a stage may be called more than once.
     """
 
     index: int
@@ -141,10 +141,10 @@ class Step:
 
     @property
     def is_beaten(self) -> bool:
-        """Whether a layer stayed because filters were better, which says nothing about the budget."""
+        """Whether a layer was kept because cutting filters loses less; the budget played no part."""
         return self.contest is not None and self.contest.is_lost
 
     @property
     def is_refused(self) -> bool:
-        """Whether it was rolled back for what it did to the metric."""
+        """Whether the step was rolled back for its metric or a fault, not because filters were better."""
         return not self.accepted and not self.is_beaten

@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 class TensorBoard:
-    """A `Progress` that logs for TensorBoard what it hears, and passes everything on.
+    """A `Progress` that logs every report for TensorBoard, and passes it on.
 
         with TensorBoard("logs/resnet20") as board:
             result = idap.compress(model, task, config, progress=board)
 
-    The horizontal axis counts decisions, but for what is measured at every step of a phase, such as the loss of
-    recovery: that counts the steps of all phases of the same title. The divergence is a histogram over depth: a bucket
-    for each group, as high as the mean divergence of its units; it is empty where that is not above 0.
+    The horizontal axis counts decisions. For values that are measured at every step of a phase, such as the loss of
+    recovery, it counts the steps of all phases of the same title. The divergence is a histogram over depth with a
+    bucket for each group, as high as the mean divergence of its units; the bucket is empty if that is not above 0.
 
-    A log that can't be written any further, such as on a full disk, is said; the run goes on without it.
+    If the log can't be written any further, for example on a full disk, a line says so, and the run goes on without it.
 
     Args:
-        folder: a new or empty one; it is made when there is something to log.
-        progress: also hears everything.
+        folder: a new or empty folder; it is made when there is something to log.
+        progress: receives every report as well.
 
     Raises:
         ConfigError: the package tensorboard is missing.
@@ -64,12 +64,12 @@ class TensorBoard:
         self.close()
 
     def close(self) -> None:
-        """Write what is still to be written, and close the file."""
+        """Write what has not been written yet, and close the file."""
         if self._made is not None:
             self._log(lambda writer: writer.close())
 
     def _log(self, write: "Callable[[SummaryWriter], None]") -> None:
-        """Write to the log, as long as that can be done."""
+        """Write to the log, unless an earlier write failed."""
         if self._broken:
             return
         try:
@@ -82,7 +82,7 @@ class TensorBoard:
 
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator["_Steps"]:
-        """Open a phase; where the notes of its steps are measurements they are logged."""
+        """Open a phase; the notes of its steps are logged if they are measurements."""
         with self._progress.phase(title, total) as phase:
             yield _Steps(self, title.rpartition(": ")[2], phase)
 
@@ -95,7 +95,7 @@ class TensorBoard:
         self._progress.say(line)
 
     def show(self, status: Status) -> None:
-        """Log where the run stands, as far as that is new."""
+        """Log what is new in a status."""
         last, self._last = self._last, status
         if last is None or last.step != status.step:
             self._log_decision(last, status)
@@ -105,7 +105,7 @@ class TensorBoard:
         self._progress.show(status)
 
     def log_value(self, title: str, name: str, value: float) -> None:
-        """Log what was measured at one step of a phase."""
+        """Log a value that was measured at one step of a phase."""
         tag = f"{name}/{title.replace(' ', '_')}"
         self._log(partial(_scalar, tag, value, self._next(tag)))
 
@@ -154,7 +154,7 @@ class _Steps:
         self._board, self._title, self._phase = board, title, phase
 
     def advance(self, note: str = "") -> None:
-        """Log what a step measured."""
+        """Log the measurement of a step, if its note is one."""
         found = measurement(note)
         if found is not None:
             self._board.log_value(self._title, *found)

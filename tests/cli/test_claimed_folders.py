@@ -127,7 +127,7 @@ def test_what_a_stopped_run_left_is_said_whatever_it_is(tmp_path, content):
     assert "The interruption came in the middle of writing: line 1 of" in state_of(Path("run"))
     (tmp_path / "run/steps.jsonl").unlink()
     (tmp_path / "run/steps.jsonl").mkdir()
-    assert "steps.jsonl can't be read: it is no file" in state_of(Path("run"))
+    assert "steps.jsonl can't be read: it is not a file" in state_of(Path("run"))
     assert "can't be read" in state_of(Path("n" * 300))
 
 

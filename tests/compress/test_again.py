@@ -12,9 +12,9 @@ from idap.compress.run import compress
 from idap.errors import PlanError
 from idap.saving.checkpoint import forget_, load, origin, read_plan
 from idap.structure.plan import Plan
-from tests.compress.tiny import Net, config, task, trained
+from tests.compress.tiny import Net, config, task, train_net
 
-NET = trained()
+NET = train_net()
 
 
 @pytest.fixture(scope="module")

@@ -32,29 +32,29 @@ from tests.compress.tiny import (
     assert_untouched,
     batches,
     config,
-    in_use,
-    shuffled,
+    shuffling_loader,
     snapshot,
     task,
-    trained,
+    train_net,
+    unsettle,
 )
 
-NET = trained()
+NET = train_net()
 ONLY_FILTERS = {"layers": LayerStage(removals=0)}
 ONLY_LAYERS = {"filters": FilterStage(steps=0)}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished_run(tmp_path_factory):
     """One run with both stages and a folder, of a model in the middle of its life."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    model, listener = in_use(copy.deepcopy(NET)), Noting()
+    model, listener = unsettle(copy.deepcopy(NET)), Noting()
     before = snapshot(model)
     result = compress(model, task(), config(), run_dir=folder, progress=listener)
     return model, before, result, folder, listener
 
 
-def counted(model):
+def count_costs(model):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 6))
     return counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters())
@@ -63,8 +63,8 @@ def counted(model):
 # ----------------------------------------------------------------------------------------------- what it promises
 
 
-def test_both_stages_reach_the_target_within_the_budget(finished):
-    model, _, result, _, _ = finished
+def test_both_stages_reach_the_target_within_the_budget(finished_run):
+    model, _, result, _, _ = finished_run
     assert result.reached
     assert result.message == "every goal was reached"
     assert result.macs[1] <= 0.5 * result.macs[0]
@@ -76,12 +76,12 @@ def test_both_stages_reach_the_target_within_the_budget(finished):
     assert type(result.model) is type(model) is Net
 
 
-def test_what_is_reported_is_what_is_returned(finished):
-    model, _, result, _, _ = finished
+def test_what_is_reported_is_what_is_returned(finished_run):
+    model, _, result, _, _ = finished_run
     assert result.metric == evaluate(result.model, task())
     assert result.baseline == evaluate(model, task())
-    assert (result.macs[0], result.parameters[0]) == counted(model)
-    assert (result.macs[1], result.parameters[1]) == counted(result.model)
+    assert (result.macs[0], result.parameters[0]) == count_costs(model)
+    assert (result.macs[1], result.parameters[1]) == count_costs(result.model)
     assert result.output_error == pytest.approx(output_error(result.model, copy.deepcopy(model), task()))
     assert result.metric_name == "accuracy"
     shapes = {name: parameter.shape for name, parameter in result.model.named_parameters()}
@@ -89,24 +89,24 @@ def test_what_is_reported_is_what_is_returned(finished):
     assert shapes == planned
 
 
-def test_the_metric_of_the_last_accepted_step_is_the_results(finished):
-    _, _, result, _, _ = finished
+def test_the_metric_of_the_last_accepted_step_is_the_results(finished_run):
+    _, _, result, _, _ = finished_run
     last = [step for step in result.steps if step.accepted][-1]
     assert (last.metric, last.macs, last.parameters) == (result.metric, result.macs[1], result.parameters[1])
     assert [step.index for step in result.steps] == list(range(len(result.steps)))
     assert all(step.error < 1e-4 and step.seconds > 0 for step in result.steps)
 
 
-def test_the_users_model_is_untouched(finished):
-    model, before, result, _, _ = finished
+def test_the_users_model_is_untouched(finished_run):
+    model, before, result, _, _ = finished_run
     assert_untouched(model, before)
     assert {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in result.model.parameters())
     pointers = {parameter.data_ptr() for parameter in model.parameters()}
     assert pointers.isdisjoint(parameter.data_ptr() for parameter in result.model.parameters())
 
 
-def test_the_result_is_in_the_originals_mode_and_trains_the_same_parameters(finished):
-    model, _, result, _, _ = finished
+def test_the_result_is_in_the_originals_mode_and_trains_the_same_parameters(finished_run):
+    model, _, result, _, _ = finished_run
     assert (result.model.training, result.model.stem.training) == (model.training, model.stem.training)
     assert not result.model.head.bias.requires_grad
     assert result.model.head.weight.requires_grad
@@ -114,8 +114,8 @@ def test_the_result_is_in_the_originals_mode_and_trains_the_same_parameters(fini
     assert_close(result.model.head.bias, NET.head.bias, rtol=0, atol=0)  # frozen, and not cut
 
 
-def test_in_words(finished):
-    _, _, result, _, listener = finished
+def test_in_words(finished_run):
+    _, _, result, _, listener = finished_run
     assert repr(result).startswith("Result(MACs ")
     assert f"accuracy {result.baseline:.4f} -> {result.metric:.4f}; every goal was reached)" in repr(result)
     assert len(listener.lines) == len(result.steps)
@@ -126,8 +126,8 @@ def test_in_words(finished):
 # ----------------------------------------------------------------------------------------------- what it records
 
 
-def test_the_run_folder(finished):
-    _, _, result, folder, _ = finished
+def test_the_run_folder(finished_run):
+    _, _, result, folder, _ = finished_run
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
         "divergence-after.json",
@@ -153,8 +153,8 @@ def test_the_run_folder(finished):
     assert settings["fingerprint"] == json.loads((folder / "model" / "plan.json").read_text())["fingerprint"]
 
 
-def test_the_decisions_on_disk_are_those_of_the_result(finished):
-    _, _, result, folder, _ = finished
+def test_the_decisions_on_disk_are_those_of_the_result(finished_run):
+    _, _, result, folder, _ = finished_run
     written = read_steps(folder)
     assert len(written) == len(result.steps)
     for line, step in zip(written, result.steps, strict=True):
@@ -167,19 +167,19 @@ def test_the_decisions_on_disk_are_those_of_the_result(finished):
         assert [removal["name"] for removal in line["removed"]] == [removal.name for removal in step.removed]
 
 
-def test_every_accepted_state_is_kept_and_is_what_was_judged(finished):
-    _, _, result, folder, _ = finished
+def test_every_accepted_state_is_kept_and_is_what_was_judged(finished_run):
+    _, _, result, folder, _ = finished_run
     accepted = [step for step in result.steps if step.accepted]
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == [f"step-{step.index:03d}" for step in accepted]
     for step, name in zip(accepted, names, strict=True):
         back = load(folder / "checkpoints" / name, Net().eval())
         assert evaluate(back, task()) == step.metric
-        assert counted(back) == (step.macs, step.parameters)
+        assert count_costs(back) == (step.macs, step.parameters)
 
 
-def test_the_result_comes_back_from_the_folder_and_from_where_it_is_saved(finished, tmp_path):
-    _, _, result, folder, _ = finished
+def test_the_result_comes_back_from_the_folder_and_from_where_it_is_saved(finished_run, tmp_path):
+    _, _, result, folder, _ = finished_run
     result.save(tmp_path / "mine")
     samples = batches(64, 5)[0][0]
     with torch.no_grad():
@@ -189,8 +189,8 @@ def test_the_result_comes_back_from_the_folder_and_from_where_it_is_saved(finish
             assert read_plan(place) == result.plan
 
 
-def test_a_folder_that_holds_another_run_is_refused_before_any_work(finished, monkeypatch):
-    model, before, _, folder, _ = finished
+def test_a_folder_that_holds_another_run_is_refused_before_any_work(finished_run, monkeypatch):
+    model, before, _, folder, _ = finished_run
     written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(Net, "forward", lambda *_: pytest.fail("the model was run"))
     with pytest.raises(RunFolderError, match=r"first already holds a run \(run\.json\); choose another folder"):
@@ -206,7 +206,7 @@ def test_the_same_seed_gives_the_same_result_whatever_torch_drew_before():
     def run(ambient, **changes):
         torch.manual_seed(ambient)
         random.seed(ambient)
-        own = task(train=shuffled(256, 1))
+        own = task(train=shuffling_loader(256, 1))
         return compress(NET, own, config(calibration_batches=1, **ONLY_FILTERS, **changes))
 
     first, second, other = run(1), run(2), run(1, seed=5)
@@ -285,7 +285,7 @@ def test_a_budget_that_nothing_meets_gives_the_original_back_with_the_reason(tmp
     assert result.baseline == result.metric == result.output_error == 0.0
     assert not result.reached
     assert result.message == (
-        "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
+        "nothing could be removed within the budget; the result is the original. Allow a larger max_drop"
     )
     assert result.steps
     assert not any(step.accepted for step in result.steps)
@@ -318,12 +318,12 @@ def test_a_task_of_dictionaries_with_a_torchmetrics_metric():
         def forward(self, *, values, scale=None):
             return {"logits": self.net(values)}
 
-    def named(found):
+    def name_samples(found):
         return [{"values": x, "labels": y} for x, y in found]
 
     own = Task(
-        train=named(batches(256, 1)),
-        val=named(batches(128, 2)),
+        train=name_samples(batches(256, 1)),
+        val=name_samples(batches(128, 2)),
         loss=lambda outputs, batch: F.cross_entropy(outputs["logits"], batch["labels"]),
         metric=MeanSquaredError(),
         update=lambda metric, outputs, batch: metric.update(
@@ -355,7 +355,7 @@ def test_the_final_training_has_its_own_settings(monkeypatch):
 
 @pytest.mark.parametrize(
     ("metric", "accepted", "reason"),
-    [(0.95, True, "the best so far"), (0.9, True, "as good as before"), (0.85, False, "no better than before")],
+    [(0.95, True, "the best so far"), (0.9, True, "as good as before"), (0.85, False, "worse than before")],
 )
 def test_the_last_training_is_kept_unless_it_is_worse(monkeypatch, metric, accepted, reason):
     monkeypatch.setattr(change, "recover", lambda *_: states.Judgement(0.9))
@@ -498,7 +498,7 @@ def test_a_cut_that_cannot_be_proved_touches_nothing(monkeypatch):
     "moment", ["check", "filters 0: measure", "filters 0: recovery", "layers: trial", "final recovery"]
 )
 def test_an_interrupt_at_any_moment_leaves_the_model_as_it_was(moment):
-    model = in_use(copy.deepcopy(NET))
+    model = unsettle(copy.deepcopy(NET))
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
         compress(model, task(), config(), progress=Noting(fail_at=moment))
@@ -548,7 +548,7 @@ def test_a_candidate_of_which_nothing_is_trained_is_judged_as_it_is(tune, of):
     settings = config(max_drop=1.0, macs=0.4, filters=FilterStage(steps=0), layers=LayerStage(removals=3, tune=tune))
     result = compress(model, task(), settings, optimizer=optimizer, progress=heard)
     assert result.reached, result.message
-    assert any("nothing that is left there is trained" in line for line in heard.lines)
+    assert any("no parameter that is left is trained" in line for line in heard.lines)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from idap.rebalance.run import Rebalance
             r"^max_drop must be at least 0 and finite, found -0\.01; 0\.01 allows one point or percent\.$",
         ),
         ({"max_drop": float("nan")}, r"^max_drop must be at least 0 and finite, found nan"),
-        ({"max_drop": None}, r"^there is no goal: set max_drop \(how much worse it may get\), or a target such as"),
+        ({"max_drop": None}, r"^there is no goal: set max_drop \(how much worse the metric may get\), or a target"),
         ({"max_relative_drop": -1}, r"^max_relative_drop must be at least 0 and finite, found -1;"),
         ({"worst_metric": float("inf")}, r"^worst_metric must be a finite number, found inf\.$"),
         ({"latency": 50}, r"^latency is the share of the original .* for 50 % write 0\.5\. latency=0\.5 asks for half"),
@@ -68,7 +68,7 @@ def test_impossible_goals(settings, match):
         ),
         (
             lambda: Config(filters=FilterStage(schedule="even")),
-            r"^filters\.schedule='even' goes by the target, and there",
+            r"^filters\.schedule='even' needs a target, and there",
         ),
         (lambda: LayerStage(tune="some"), r"^layers\.tune must be 'all' or 'neighbours', found 'some'\.$"),
         (
@@ -136,15 +136,15 @@ def test_own_criteria_are_taken_for_what_they_are():
     [
         (
             {"filters": FilterStage(keep={"*": 1.0})},
-            r" Hardly anything may go: lower filters\.keep or filters\.min_keep\.",
+            r" Hardly anything may be removed: lower filters\.keep or filters\.min_keep\.",
         ),
         (
             {"filters": FilterStage(steps=0)},
-            r" Hardly anything may go: let stage 1 take steps \(filters\.steps is 0\)\.",
+            r" Hardly anything may be removed: let stage 1 take steps \(filters\.steps is 0\)\.",
         ),
         (
             {"layers": LayerStage(removals=0)},
-            r" lower filters\.min_keep, or let layers go \(layers\.removals is 0\)\.$",
+            r" lower filters\.min_keep, or let stage 2 remove layers \(layers\.removals is 0\)\.$",
         ),
     ],
 )

@@ -22,18 +22,18 @@ from idap.report.page import run_page
 from idap.report.reading import read_run
 from idap.saving.checkpoint import load
 from idap.training.recovery import Recovery
-from tests.compress.tiny import config, task, trained
+from tests.compress.tiny import config, task, train_net
 from tests.fuzz.mutations import damages, misplacements, mutations
 from tests.report.runs import MEASUREMENT
 
-NET = trained()
+NET = train_net()
 RECIPE = {"model": {"build": "idap:digits_resnet"}, "data": {"name": "digits"}, "goals": {"macs": 0.7}}
 CASES = 200
 RESUMED = 16
 """Of so many damaged runs one is gone on with, which takes longest."""
 
 
-def begun(folder, *, resume=False):
+def begin_run(folder, *, resume=False):
     settings = config(max_drop=0.03, macs=0.4, recovery=Recovery(steps=4, lr=0.02))
     return compress(NET, task(), settings, run_dir=folder, resume=resume, recipe=RECIPE)
 
@@ -42,7 +42,7 @@ def begun(folder, *, resume=False):
 def runs(tmp_path_factory):
     """A run that is finished, and one that was stopped."""
     root = tmp_path_factory.mktemp("runs")
-    begun(root / "whole")
+    begin_run(root / "whole")
     (root / "whole" / MEASURED).write_text(json.dumps(MEASUREMENT))
     shutil.copytree(root / "whole", root / "part")
     lines = (root / "part" / STEPS).read_text().splitlines(keepends=True)
@@ -91,7 +91,7 @@ def evaluate(run, _):
 
 
 def resume(run, _):
-    begun(run, resume=True)
+    begin_run(run, resume=True)
 
 
 def test_no_damage_ends_in_a_raw_error(runs, tmp_path):
@@ -122,15 +122,15 @@ def test_no_damage_ends_in_a_raw_error(runs, tmp_path):
         (
             STEPS,
             ("stage", None),
-            r"line 1 of .*steps\.jsonl is not what .*: stage: .*Delete the line and all behind it",
+            r"line 1 of .*steps\.jsonl is not what .*: stage: .*Delete the line and all after it",
         ),
-        (STEPS, ("index", 7), r"line 1 of .*: it has the index 7, expected 0; .*Delete the line and all behind it"),
+        (STEPS, ("index", 7), r"line 1 of .*: it has the index 7, expected 0; .*Delete the line and all after it"),
         (STEPS, ("seconds", -1.0), r"line 1 of .*: seconds must be 0 or more; "),
         (STEPS, ("shares", {}), r"line 1 of .*: it does not say which share of the macs is left; "),
         (STEPS, ("accepted", "yes"), r"line 1 of .*: accepted: Input should be a valid boolean"),
-        (STEPS, ("metric", float("nan")), r"line 1 of .*steps\.jsonl is broken: NaN is no JSON\. Delete the line"),
-        (STEPS, ("reason", "\ud800"), r"line 1 of .*steps\.jsonl is broken: it holds \\ud800, half of a pair"),
-        (RUN, ("model", 3), r"run\.json is not what .*: model: .* Begin the run anew in another folder\."),
+        (STEPS, ("metric", float("nan")), r"line 1 of .*steps\.jsonl is broken: NaN is not valid JSON\. Delete"),
+        (STEPS, ("reason", "\ud800"), r"line 1 of .*steps\.jsonl is broken: it holds \\ud800, half of a"),
+        (RUN, ("model", 3), r"run\.json is not what .*: model: .* Begin the run again in another folder\."),
         (RUN, ("baseline", {"metric": 0.9}), r"run\.json is not what .*: baseline\.macs: Field required"),
         (RUN, ("groups", {}), r"(blocks\.0|blocks\.0.*): there is no group 'blocks\.0\.fc1'"),
         (RUN, ("environment", {"command": "idap"}), r"environment\.command: expected a list of words, found 'idap'"),
@@ -159,7 +159,7 @@ def test_each_file_is_named_with_what_is_wrong_and_the_way_out(runs, tmp_path, n
     assert re.search(r"[.!] ?$", str(refused.value))
     if name in (STEPS, RUN):
         with pytest.raises(RunFolderError):
-            begun(run, resume=True)
+            begin_run(run, resume=True)
 
 
 @pytest.mark.parametrize("name", [RUN, STEPS, RESULT, ".idap-holder.json"])
@@ -169,11 +169,11 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(runs, tmp_path, name):
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
     if name in (RUN, STEPS, RESULT):
-        for command in (partial(begun, run, resume=True), partial(read_run, run)):
-            with pytest.raises(RunFolderError, match="can't be read: it is no file"):
+        for command in (partial(begin_run, run, resume=True), partial(read_run, run)):
+            with pytest.raises(RunFolderError, match="can't be read: it is not a file"):
                 command()
     else:
-        assert begun(run, resume=True).steps
+        assert begin_run(run, resume=True).steps
 
 
 def test_a_decision_that_takes_what_is_not_there(runs, tmp_path):
@@ -183,7 +183,7 @@ def test_a_decision_that_takes_what_is_not_there(runs, tmp_path):
     removed = json.loads(first)["removed"]
     (run / STEPS).write_text("\n".join([first, json.dumps(json.loads(second) | {"removed": removed}), *rest]) + "\n")
     with pytest.raises(RunFolderError, match=r"line 2 of .*steps\.jsonl is a decision that does not fit the run: "):
-        begun(run, resume=True)
+        begin_run(run, resume=True)
 
 
 def test_an_accepted_state_whose_plan_was_changed(runs, tmp_path):
@@ -194,4 +194,4 @@ def test_an_accepted_state_whose_plan_was_changed(runs, tmp_path):
     data["plan"]["keep"] = 3
     plan.write_text(json.dumps(data))
     with pytest.raises(RunFolderError, match=r"the accepted state .*step-\d+ does not fit the run: .*Delete its line"):
-        begun(run, resume=True)
+        begin_run(run, resume=True)

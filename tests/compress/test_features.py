@@ -18,7 +18,7 @@ from idap.training.distill import feature_distance
 from idap.training.fit import fit
 from idap.training.recovery import Recovery
 from tests import nets
-from tests.compress.tiny import Net, batches, config, task, trained
+from tests.compress.tiny import Net, batches, config, task, train_net
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
 
@@ -50,7 +50,7 @@ def test_of_every_architecture(net):
 
 
 def test_the_teacher_is_seen_at_the_slots_that_are_kept():
-    net = trained()
+    net = train_net()
     structure = structure_of(net)
     stream = next(group for group in structure.groups if group.size == 12)
     plan = structure.plan({stream.name: (1, 4, 6, 11)}, [structure.blocks[1].name])
@@ -94,7 +94,7 @@ def test_a_model_that_takes_another_way_is_named():
 
 
 def test_training_brings_features_near():
-    net = trained()
+    net = train_net()
     structure = structure_of(net)
     plan = structure.plan({group.name: range(group.size // 2) for group in structure.groups})
     distance = {}
@@ -110,7 +110,7 @@ def test_training_brings_features_near():
 @pytest.mark.parametrize("final", [None, Recovery(epochs=1, lr=0.02, features=1.0)])
 def test_a_run_learns_features_until_no_block_is_left(final):
     settings = config(recovery=Recovery(epochs=1, lr=0.02, features=0.5), final=final, max_drop=None, macs=0.3)
-    result = compress(trained(1), task(), settings)
+    result = compress(train_net(1), task(), settings)
     assert result.plan.removed
     assert result.reached
 

@@ -11,9 +11,9 @@ from idap.errors import StructureError
 from idap.record import AFTER, BEFORE, RESULT, RUN, read_steps
 from idap.report.reading import read_run
 from idap.training.recovery import Recovery
-from tests.compress.tiny import Noting, config, task, trained
+from tests.compress.tiny import Noting, config, task, train_net
 
-NET = trained()
+NET = train_net()
 GROUPS = ["stem", "blocks.0.fc1", "blocks.1.fc1", "blocks.2.fc1"]
 
 
@@ -22,13 +22,13 @@ def read(folder, name):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "net"
     return folder, compress(NET, task(), config(), run_dir=folder)
 
 
-def test_what_was_before_any_decision(finished):
-    folder, _ = finished
+def test_what_was_before_any_decision(finished_run):
+    folder, _ = finished_run
     settings = read(folder, RUN)
     assert settings["task"]["metric"] == "accuracy" and settings["task"]["higher_is_better"]
     assert settings["task"]["worst"] == pytest.approx(settings["baseline"]["metric"] - 0.05)
@@ -39,8 +39,8 @@ def test_what_was_before_any_decision(finished):
     assert {"idap", "device", "begun", "folder", "command"} <= set(settings["environment"])
 
 
-def test_the_profiles_are_of_the_original_and_of_the_result(finished):
-    folder, result = finished
+def test_the_profiles_are_of_the_original_and_of_the_result(finished_run):
+    folder, result = finished_run
     before, after = read(folder, BEFORE), read(folder, AFTER)
     assert list(before["units"]) == GROUPS
     assert list(before["blocks"]) == ["blocks.0", "blocks.1", "blocks.2"]
@@ -64,8 +64,8 @@ def test_the_original_is_measured_whole_whichever_stage_comes_first(tmp_path, or
     assert (with_folder.plan, with_folder.metric) == (without.plan, without.metric)
 
 
-def test_each_recovery_has_its_curve(finished):
-    folder, result = finished
+def test_each_recovery_has_its_curve(finished_run):
+    folder, result = finished_run
     for step in read_run(folder).steps:
         assert step.curve is not None
         assert step.curve.steps == 8 == len(step.curve.losses)  # one epoch of 256 samples by 32
@@ -84,8 +84,8 @@ def test_without_training_there_is_no_curve_and_many_steps_are_drawn_together(tm
     assert last.curve is not None and (last.curve.steps, len(last.curve.losses)) == (100, 40)
 
 
-def test_the_end_is_written_with_all_the_time(finished):
-    folder, result = finished
+def test_the_end_is_written_with_all_the_time(finished_run):
+    folder, result = finished_run
     end = read(folder, RESULT)
     assert (end["reached"], end["message"], end["metric"]) == (result.reached, result.message, result.metric)
     assert (end["macs"], end["size"]) == (result.macs[1], result.size[1])
@@ -111,7 +111,7 @@ class StopsAfter(Noting):
             raise Stopped
 
 
-def test_a_run_that_goes_on_keeps_what_it_wrote_and_adds_the_rest(finished, tmp_path):
+def test_a_run_that_goes_on_keeps_what_it_wrote_and_adds_the_rest(finished_run, tmp_path):
     folder = tmp_path / "net"
     with pytest.raises(Stopped):
         compress(NET, task(), config(), run_dir=folder, progress=StopsAfter())
@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_keeps_what_it_wrote_and_adds_the_rest(finished, tmp_
     settings, before = (folder / RUN).read_bytes(), (folder / BEFORE).read_bytes()
     compress(NET, task(), config(), run_dir=folder, resume=True)
     assert ((folder / RUN).read_bytes(), (folder / BEFORE).read_bytes()) == (settings, before)
-    whole, undisturbed = read_run(folder), read_run(finished[0])
+    whole, undisturbed = read_run(folder), read_run(finished_run[0])
     assert whole.steps[:2] == half.steps
     assert [step.curve for step in whole.steps] == [step.curve for step in undisturbed.steps]
     assert whole.after == undisturbed.after
@@ -128,10 +128,10 @@ def test_a_run_that_goes_on_keeps_what_it_wrote_and_adds_the_rest(finished, tmp_
 
 
 def test_a_result_that_can_not_be_measured_is_still_a_result(tmp_path, monkeypatch):
-    def refused(*_):
+    def refuse(*_):
         raise StructureError("no unit can be seen")
 
-    monkeypatch.setattr(folders, "profile_of", refused)
+    monkeypatch.setattr(folders, "profile_of", refuse)
     heard = Noting()
     result = compress(NET, task(), config(), run_dir=tmp_path / "run", progress=heard)
     assert heard.lines[-1].startswith("The divergence of the result could not be measured")

@@ -36,9 +36,9 @@ from idap.training.task import classification
 from tests import nets
 from tests.compress.stages.test_stages import prepare
 from tests.compress.test_compress import imitation
-from tests.compress.tiny import Noting, batches, clusters, config, task, trained
+from tests.compress.tiny import Noting, batches, clusters, config, task, train_net
 
-NET = trained()
+NET = train_net()
 FREE = {"max_drop": None, "recovery": Recovery(epochs=0.25, lr=0.02)}
 
 
@@ -82,12 +82,12 @@ def latency_is(monkeypatch):
     """Let latency be what a function of the multiply-adds says, in place of the clock."""
 
     def install(function):
-        def measured(original, model, example):
+        def share_of(original, model, example):
             weights = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
             return function(weights(model) / weights(original))
 
-        monkeypatch.setattr(setting_module, "latency_share", measured)
-        monkeypatch.setattr(latencies, "latency_share", measured)
+        monkeypatch.setattr(setting_module, "latency_share", share_of)
+        monkeypatch.setattr(latencies, "latency_share", share_of)
 
     return install
 
@@ -107,14 +107,14 @@ def test_a_latency_out_of_reach_is_an_error_before_any_work(latency_is):
 
 
 @pytest.fixture
-def short_looks(monkeypatch):
+def short_measurements(monkeypatch):
     """Let the clock be read for a moment only, where how exactly is not what is asked."""
     monkeypatch.setattr(latencies, "SECONDS", 0.1)
     monkeypatch.setattr(latencies, "LONGEST", 0.2)
 
 
 @pytest.mark.slow
-def test_latency_by_the_clock(short_looks):
+def test_latency_by_the_clock(short_measurements):
     filters = FilterStage(steps=2, min_keep=0.5)
     result = compress(NET, task(), config(macs=None, latency=0.99, cost="macs", filters=filters, **FREE))
     assert result.latency is not None
@@ -135,26 +135,26 @@ def test_latency_by_the_clock(short_looks):
 def test_a_latency_is_measured_until_it_is_known(monkeypatch, shares, seconds, rounds):
     left = iter(shares)
 
-    def timed(models, args, kwargs, *, repeats, warmup):
+    def give_times(models, args, kwargs, *, repeats, warmup):
         return {
             name: Latency(time, (time, time)) for name, time in (("original", seconds), ("model", seconds * next(left)))
         }
 
-    monkeypatch.setattr(latencies, "measure_latency", timed)
+    monkeypatch.setattr(latencies, "measure_latency", give_times)
     assert latencies.latency_share(NET, NET, ((), {})) == pytest.approx(statistics.median(shares[:rounds]))
     assert len(shares) - len(list(left)) == rounds
 
 
 @pytest.mark.slow
-def test_latency_is_that_of_the_batch_that_is_asked_for(monkeypatch, short_looks):
+def test_latency_is_that_of_the_batch_that_is_asked_for(monkeypatch, short_measurements):
     seen = []
     real = latencies.measure_latency
 
-    def noted(models, args, kwargs, **settings):
+    def record_batch(models, args, kwargs, **settings):
         seen.append(len(args[0]))
         return real(models, args, kwargs, **settings)
 
-    monkeypatch.setattr(latencies, "measure_latency", noted)
+    monkeypatch.setattr(latencies, "measure_latency", record_batch)
     compress(NET, task(), config(macs=None, latency=0.999, latency_batch=40, cost="macs", **FREE))
     assert set(seen) == {40}  # more than a batch of the data holds
 
@@ -314,7 +314,7 @@ def test_neighbours_of_a_branch():
 
 
 def test_flags_come_back_after_training_some():
-    net = trained()
+    net = train_net()
     net.head.bias.requires_grad_(False)
     with only_training(net, frozenset({"head.weight", "head.bias"})):
         assert [name for name, p in net.named_parameters() if p.requires_grad] == ["head.weight"]
@@ -429,13 +429,13 @@ def test_what_is_split_off_leaves_no_batch_of_one_sample(count, size):
 def test_a_validation_that_changes_is_said(monkeypatch):
     end = running.finish_run
 
-    def later(*given):
+    def change_score(*given):
         monkeypatch.setattr(setting_module, "score", lambda *_, **__: Score(0.2, 4))
         return end(*given)
 
     for module in (prepare_module, setting_module):
         monkeypatch.setattr(module, "score", lambda *_, **__: Score(0.9, 4))
-    monkeypatch.setattr(running, "finish_run", later)
+    monkeypatch.setattr(running, "finish_run", change_score)
     result = compress(NET, task(), config(max_drop=0.1, macs=0.9, recovery=Recovery(epochs=0)))
     assert not result.reached
     assert result.metric == 0.2
@@ -469,8 +469,8 @@ def test_a_target_that_the_last_training_would_have_made_room_for_is_told(monkey
     result = compress(NET, imitation(), settings)
     assert not result.reached
     assert re.search(
-        r"not to 30\.0%: every further step left the accuracy budget, until the last training took the distance from "
-        r"0\.00\d+ to 0\.0000\. Train longer after each step",
+        r"not to 30\.0%: every further step exceeded the accuracy budget; only the last training then took the "
+        r"distance from 0\.00\d+ to 0\.0000\. Train longer after each step",
         result.message,
     )
 

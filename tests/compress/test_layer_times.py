@@ -22,9 +22,9 @@ from idap.errors import BudgetError, RunFolderError
 from idap.training.recovery import Recovery
 from tests.compress.stages.test_stages import prepare
 from tests.compress.test_resume import Interrupted, StopsAt, outcome
-from tests.compress.tiny import Noting, config, task, trained
+from tests.compress.tiny import Noting, config, task, train_net
 
-NET = trained()
+NET = train_net()
 ONLY = {"max_drop": None, "macs": None, "latency": 0.7, "recovery": Recovery(epochs=0.25, lr=0.02)}
 
 
@@ -45,10 +45,10 @@ def clock(monkeypatch):
     measured = []
 
     def share(original, model, example):
-        def padded(net):
+        def padded_macs(net):
             return sum(-(-layer.out_features // 4) for layer in net.modules() if isinstance(layer, nn.Linear))
 
-        return 0.3 + 0.7 * padded(model) / padded(original)
+        return 0.3 + 0.7 * padded_macs(model) / padded_macs(original)
 
     def table(*args, **settings):
         measured.append(args)
@@ -131,11 +131,11 @@ def test_a_run_that_goes_on_uses_the_table_that_it_had(clock, monkeypatch, tmp_p
     assert kept["least"] < 0.7
     shutil.copytree(tmp_path / "a", tmp_path / "b")
 
-    def never(*args, **settings):
+    def refuse(*args, **settings):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(latencies, "measure_table", never)
-    monkeypatch.setattr(latencies, "latency_share", never)
+    monkeypatch.setattr(latencies, "measure_table", refuse)
+    monkeypatch.setattr(latencies, "latency_share", refuse)
     first, second = (compress(NET, task(), config(**ONLY), run_dir=tmp_path / name, resume=True) for name in ("a", "b"))
     assert outcome(first) == outcome(second)
     assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
@@ -174,8 +174,8 @@ def test_what_another_model_can_reach_says_nothing_of_this_one(clock, tmp_path):
         compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", progress=StopsAt(14))
     file = tmp_path / "run" / "latency.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "least": 0.99}))
-    with pytest.raises(RunFolderError, match="holds a run with another "):
-        compress(trained(blocks=4), task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
+    with pytest.raises(RunFolderError, match="holds a different run: "):
+        compress(train_net(blocks=4), task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("late", [0.0, 0.2])
@@ -235,14 +235,14 @@ def test_what_is_out_of_reach_every_time_is(clock, monkeypatch):
 def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
     found = []
 
-    def noted(ways, loss):
+    def record_latencies(ways, loss):
         found.append({way: choice.left_after(*setting_and_state, cut)["latency"] for way, cut in ways.items()})
         return next(iter(ways))
 
     settings = {**ONLY, "filters": FilterStage(schedule="one-shot"), "layers": LayerStage(removals=0)}
     setting, start, _ = prepare(**settings)
     setting_and_state = setting, start
-    monkeypatch.setattr(choice, "best_of", noted)
+    monkeypatch.setattr(choice, "best_of", record_latencies)
     filter_stage(setting, start, setting.goals.budget, Journal(setting, start.metric))
     assert {way.power for way in found[0]} == {0.0, 1.0}
     first, *others = found[0].values()
@@ -256,11 +256,11 @@ def test_a_cut_measured_too_slow_lets_no_way_win_that_cuts_nothing(clock, monkey
     setting, start, _ = prepare(**settings)
     real, asked = choice.left_after, []
 
-    def disturbed(*given):
+    def disturb_first(*given):
         asked.append(given)
         return {**real(*given), "latency": 1.05} if len(asked) == 1 else real(*given)
 
-    monkeypatch.setattr(choice, "left_after", disturbed)
+    monkeypatch.setattr(choice, "left_after", disturb_first)
     monkeypatch.setattr(
         choice, "best_of", lambda ways, loss: max(ways, key=lambda way: sum(map(len, ways[way].keep.values())))
     )

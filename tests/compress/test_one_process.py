@@ -13,14 +13,14 @@ from idap.ownership import HOLDER, LOCK
 from idap.record import AFTER, RESULT, STEPS, RunFolder, read_steps
 from idap.report.reading import read_run
 from idap.training.recovery import Recovery
-from tests.compress.tiny import Noting, config, task, trained
+from tests.compress.tiny import Noting, config, task, train_net
 
-NET = trained()
+NET = train_net()
 QUICK = {"recovery": Recovery(epochs=0), "macs": 0.7}
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped_run(tmp_path_factory):
     """A run that was stopped after its first decision."""
     folder = tmp_path_factory.mktemp("runs") / "net"
     compress(NET, task(), config(**QUICK), run_dir=folder)
@@ -56,9 +56,9 @@ class Meets(Noting):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_second_of_two_that_go_on_is_refused(stopped, tmp_path, elsewhere):
+def test_the_second_of_two_that_go_on_is_refused(stopped_run, tmp_path, elsewhere):
     folder = tmp_path / "run"
-    shutil.copytree(stopped, folder)
+    shutil.copytree(stopped_run, folder)
     meets = Meets(lambda: compress(NET, task(), config(**QUICK), run_dir=folder, resume=True), elsewhere=elsewhere)
     compress(NET, task(), config(**QUICK), run_dir=folder, resume=True, progress=meets)
     assert len(meets.refused) == 1 and f"{folder} is in use by process " in meets.refused[0]
@@ -112,9 +112,9 @@ def test_where_several_work_only_what_all_hear_of_is_spared(monkeypatch):
     assert RuntimeError not in folders.tolerable_errors()
 
 
-def test_an_end_that_is_broken_is_named_with_the_way_out(stopped, tmp_path):
+def test_an_end_that_is_broken_is_named_with_the_way_out(stopped_run, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(stopped, folder)
+    shutil.copytree(stopped_run, folder)
     (folder / RESULT).write_text(json.dumps({"reached": True}))
     with pytest.raises(RunFolderError, match=r"result\.json is not what this version .*Delete it to have it measured"):
         compress(NET, task(), config(**QUICK), run_dir=folder, resume=True)

@@ -20,9 +20,9 @@ from idap.errors import ConfigError, RunFolderError
 from idap.record import RUN, STEPS, read_steps
 from idap.saving.checkpoint import load
 from idap.training.recovery import Recovery
-from tests.compress.tiny import Noting, batches, config, task, trained
+from tests.compress.tiny import Noting, batches, config, task, train_net
 
-NET = trained()
+NET = train_net()
 SETTINGS = {"max_drop": 0.03, "macs": 0.4}
 
 
@@ -31,7 +31,7 @@ def outcome(result):
 
 
 @pytest.fixture(scope="module")
-def undisturbed():
+def whole_run():
     result = compress(NET, task(), config(**SETTINGS))
     assert len(result.steps) >= 4
     return result
@@ -63,27 +63,27 @@ class StopsAt(Noting):
 
 
 @pytest.mark.parametrize("moment", [1, 3, 6, 9, 14, 20])
-def test_a_run_stopped_anywhere_goes_on_to_the_same_result(undisturbed, tmp_path, moment):
+def test_a_run_stopped_anywhere_goes_on_to_the_same_result(whole_run, tmp_path, moment):
     with pytest.raises(Interrupted) as stop:
         compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", progress=StopsAt(moment))
     told = [f"Every decision so far is in {tmp_path / 'run'}: the same call with resume=True goes on there."]
     assert getattr(stop.value, "__notes__", []) == (told if (tmp_path / "run" / RUN).exists() else [])
     resumed = compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
-    assert outcome(resumed) == outcome(undisturbed)
-    assert_close(resumed.model.state_dict(), undisturbed.model.state_dict(), rtol=0, atol=0)
-    assert len(read_steps(tmp_path / "run")) == len(undisturbed.steps)
-    assert_close(load(tmp_path / "run" / "model", NET).state_dict(), undisturbed.model.state_dict(), rtol=0, atol=0)
+    assert outcome(resumed) == outcome(whole_run)
+    assert_close(resumed.model.state_dict(), whole_run.model.state_dict(), rtol=0, atol=0)
+    assert len(read_steps(tmp_path / "run")) == len(whole_run.steps)
+    assert_close(load(tmp_path / "run" / "model", NET).state_dict(), whole_run.model.state_dict(), rtol=0, atol=0)
 
 
-def test_a_finished_run_is_recalled_without_training(undisturbed, tmp_path):
+def test_a_finished_run_is_recalled_without_training(whole_run, tmp_path):
     compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run")
     heard = Noting()
     again = compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True, progress=heard)
-    assert outcome(again) == outcome(undisturbed)
-    assert sum("(recalled)" in line for line in heard.lines) == len(undisturbed.steps)
+    assert outcome(again) == outcome(whole_run)
+    assert sum("(recalled)" in line for line in heard.lines) == len(whole_run.steps)
 
 
-def test_what_a_killed_process_leaves_half_written_is_cleared_away(undisturbed, tmp_path):
+def test_what_a_killed_process_leaves_half_written_is_cleared_away(whole_run, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         compress(NET, task(), config(**SETTINGS), run_dir=folder, progress=StopsAt(14))
@@ -91,15 +91,15 @@ def test_what_a_killed_process_leaves_half_written_is_cleared_away(undisturbed, 
         file.write('{"index": 9, "stage": "fil')
     (folder / "checkpoints" / f".plan.json.{'a' * 32}").write_text("{")
     resumed = compress(NET, task(), config(**SETTINGS), run_dir=folder, resume=True)
-    assert outcome(resumed) == outcome(undisturbed)
+    assert outcome(resumed) == outcome(whole_run)
     assert not list(folder.rglob(".*"))
 
 
-def test_a_run_that_never_began_begins(undisturbed, tmp_path):
+def test_a_run_that_never_began_begins(whole_run, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / f".run.json.{'b' * 32}").write_text("{")
     assert outcome(compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)) == outcome(
-        undisturbed
+        whole_run
     )
 
 
@@ -108,15 +108,15 @@ def test_another_run_is_refused_by_the_setting_that_differs(tmp_path):
         compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run", progress=StopsAt(14))
     before = (tmp_path / "run" / STEPS).read_text()
     with pytest.raises(
-        RunFolderError, match=r"holds a run with another config: macs, 0\.4 then, 0\.6 now\. Go on with"
+        RunFolderError, match=r"holds a different run: config\.macs was 0\.4 and is now 0\.6\. Go on with"
     ):
         compress(NET, task(), config(max_drop=0.03, macs=0.6), run_dir=tmp_path / "run", resume=True)
-    with pytest.raises(RunFolderError, match="holds a run with another baseline: macs, "):
-        compress(trained(blocks=4), task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
+    with pytest.raises(RunFolderError, match=r"holds a different run: baseline\.macs was "):
+        compress(train_net(blocks=4), task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
     other = copy.deepcopy(NET)
     with torch.no_grad():
         other.head.bias.mul_(1.0001)  # names every sample as the original does
-    with pytest.raises(RunFolderError, match=r'holds a run with another weights: "\w{16}" then, "\w{16}" now\. Go on'):
+    with pytest.raises(RunFolderError, match=r'different run: weights was "\w{16}" and is now "\w{16}"\. Go on'):
         compress(other, task(), config(**SETTINGS), run_dir=tmp_path / "run", resume=True)
     assert (tmp_path / "run" / STEPS).read_text() == before
     with pytest.raises(ConfigError, match=r"^to go on with a run, say where it is"):
@@ -142,13 +142,13 @@ def test_other_calibration_data_are_said(tmp_path):
 KILLED = """
 import sys
 from idap.compress.run import compress
-from tests.compress.tiny import config, task, trained
-compress(trained(), task(), config(max_drop=0.03, macs=0.4), run_dir=sys.argv[1], resume=True)
+from tests.compress.tiny import config, task, train_net
+compress(train_net(), task(), config(max_drop=0.03, macs=0.4), run_dir=sys.argv[1], resume=True)
 """
 
 
 @pytest.mark.slow
-def test_one_run_killed_again_and_again(undisturbed, tmp_path):
+def test_one_run_killed_again_and_again(whole_run, tmp_path):
     """Kill -9, each time a little later, until the run has come to its end."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     folder, root = tmp_path / "run", Path(__file__).parents[2]
@@ -165,9 +165,9 @@ def test_one_run_killed_again_and_again(undisturbed, tmp_path):
         if process.returncode == 0:
             break
     resumed = compress(NET, task(), config(**SETTINGS), run_dir=folder, resume=True)
-    assert outcome(resumed) == outcome(undisturbed)
+    assert outcome(resumed) == outcome(whole_run)
     lines = (folder / STEPS).read_text().splitlines()
-    assert [json.loads(line)["index"] for line in lines] == list(range(len(undisturbed.steps)))
+    assert [json.loads(line)["index"] for line in lines] == list(range(len(whole_run.steps)))
 
 
 KILLS = 20
@@ -177,10 +177,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)  # a process that was forked has none of the other threads
 from idap.compress.run import compress
-from tests.compress.tiny import config, task, trained
+from tests.compress.tiny import config, task, train_net
 
 def run(folder):
-    result = compress(trained(), task(), config(max_drop=0.03, macs=0.4), run_dir=folder, resume=True)
+    result = compress(train_net(), task(), config(max_drop=0.03, macs=0.4), run_dir=folder, resume=True)
     numbers = [value for tensor in result.model.state_dict().values() for value in tensor.flatten().tolist()]
     told = [result.metric, repr(result.plan), [(s.metric, s.accepted, repr(s.removed)) for s in result.steps], numbers]
     Path(f"{folder}.json").write_text(json.dumps(told))
@@ -222,7 +222,7 @@ print(json.dumps([killed, steps, len(whole[2])]))
 
 @pytest.mark.slow
 def test_twenty_runs_killed_at_random_moments_each_go_on_to_the_same_result(tmp_path):
-    """Kill -9 twenty times, each a run of its own; decisions, metrics and every weight are those of the undisturbed."""
+    """Kill -9 twenty times, each a run of its own; decisions, metrics and every weight are those of the whole run."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", TWENTY, str(tmp_path), str(KILLS)]
     done = subprocess.run(
@@ -259,7 +259,7 @@ def test_a_turn_that_ended_of_itself_ends_there_again_on_other_data(tmp_path):
     assert read_steps(tmp_path / "run") == kept
 
 
-def test_a_decision_that_the_run_does_not_come_to_is_refused(undisturbed, tmp_path):
+def test_a_decision_that_the_run_does_not_come_to_is_refused(whole_run, tmp_path):
     compress(NET, task(), config(**SETTINGS), run_dir=tmp_path / "run")
     file = tmp_path / "run" / STEPS
     lines = [json.loads(line) for line in file.read_text().splitlines()]

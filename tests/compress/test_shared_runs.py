@@ -18,7 +18,7 @@ from idap.record import STEPS, read_steps
 from idap.saving.checkpoint import load
 from idap.training.processes import on_main
 from idap.training.recovery import Recovery
-from tests.compress.tiny import Noting, config, shuffled, task, trained
+from tests.compress.tiny import Noting, config, shuffling_loader, task, train_net
 from tests.together import in_two
 
 ROOT = Path(__file__).parents[2]
@@ -51,12 +51,12 @@ def runs(folder):
 
 def runs_of(folder):
     """A run in a folder; one with fewer calibration batches than processes; one that is stopped and goes on."""
-    net, heard = trained(), Noting()
+    net, heard = train_net(), Noting()
     found = {"whole": outcome(compress(net, task(), settings(), run_dir=f"{folder}/whole", progress=heard))}
     found["heard"] = bool(heard.lines)
-    single = task(train=shuffled(256, 1))
+    single = task(train=shuffling_loader(256, 1))
     found["one batch"] = outcome(compress(net, single, settings(calibration_batches=1), optimizer=optimizer_of(net)))
-    on_main(lambda: stopped_after(2, Path(folder)))
+    on_main(lambda: stop_after(2, Path(folder)))
     found["resumed"] = outcome(compress(net, task(), settings(), run_dir=f"{folder}/stopped", resume=True))
     try:
         compress(net, task(), settings(), run_dir=f"{folder}/whole")
@@ -65,7 +65,7 @@ def runs_of(folder):
     return found
 
 
-def stopped_after(decisions, folder):
+def stop_after(decisions, folder):
     """Make of a whole run one that was stopped."""
     shutil.copytree(folder / "whole", folder / "stopped")
     steps = (folder / "stopped" / STEPS).read_text().splitlines(keepends=True)
@@ -92,7 +92,7 @@ def test_two_processes_decide_as_one(tmp_path):
     assert (first["heard"], second["heard"]) == (True, False)
     folder = tmp_path / "two" / "whole"
     assert [step["accepted"] for step in read_steps(folder)] == [accepted for _, accepted, _ in first["whole"][0]]
-    assert_close(load(folder / "model", trained().double()).state_dict(), first["whole"][3], rtol=0, atol=0)
+    assert_close(load(folder / "model", train_net().double()).state_dict(), first["whole"][3], rtol=0, atol=0)
     assert json.loads((folder / "run.json").read_text())["environment"]["processes"] == 2
 
 
@@ -120,7 +120,7 @@ calibration_batches = 2
 ANY_TORCHVISION = "from tests.conformance.vision_operators import make_importable; make_importable()"
 
 
-def launched(folder, *options):
+def launch(folder, *options):
     """Without a GPU, this kind of launch makes processes that meet on the CPU."""
     command = [
         *[
@@ -165,12 +165,12 @@ def test_a_launcher_runs_the_command_in_two_processes(tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE)
     if importlib.util.find_spec("torchvision") is not None:
         (tmp_path / "sitecustomize.py").write_text(ANY_TORCHVISION)
-    ran = launched(tmp_path, "--json")
+    ran = launch(tmp_path, "--json")
     assert ran.returncode == 0, ran.stderr
     document = json.loads(ran.stdout)
     assert document["reached"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["environment"]["processes"] == 2
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-    again = launched(tmp_path, "--resume")
+    again = launch(tmp_path, "--resume")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("(recalled)") == len(document["steps"])

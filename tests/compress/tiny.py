@@ -49,7 +49,7 @@ def batches(count: int, seed: int, size: int = 32) -> list[tuple[Tensor, Tensor]
     return list(zip(samples.split(size), labels.split(size), strict=True))
 
 
-def shuffled(count: int, seed: int) -> DataLoader:
+def shuffling_loader(count: int, seed: int) -> DataLoader:
     return DataLoader(TensorDataset(*clusters(count, seed)), batch_size=32, shuffle=True)
 
 
@@ -57,7 +57,7 @@ def task(**changes: object) -> Task:
     return classification(**({"train": batches(256, 1), "val": batches(128, 2), "num_classes": CLASSES} | changes))
 
 
-def trained(blocks: int = 3) -> nn.Module:
+def train_net(blocks: int = 3) -> nn.Module:
     """A net that names nearly all samples rightly."""
     torch.manual_seed(0)
     net = Net(blocks)
@@ -106,7 +106,7 @@ def assert_untouched(model: nn.Module, before: tuple[dict[str, object], dict[str
     assert others == before[1]
 
 
-def in_use(model: nn.Module) -> nn.Module:
+def unsettle(model: nn.Module) -> nn.Module:
     """The same model in the middle of its life: odd modes, gradients, a frozen parameter."""
     model.train()
     model.blocks[1].eval()

@@ -16,7 +16,7 @@ from idap.record import CHECKPOINTS, MODEL, RESULT, RUN, STEPS
 from idap.report.comparing import compare_page
 from idap.report.page import run_page
 from idap.report.reading import read_run
-from tests.compress.tiny import config, task, trained
+from tests.compress.tiny import config, task, train_net
 from tests.fuzz import structural
 from tests.fuzz.cases import CHECKED_RUNS, Broken, Trial, command, differing, state_of
 from tests.report.runs import write_run
@@ -30,7 +30,7 @@ class Runs:
     """Makes run folders: real ones of a tiny network, and made-up ones with all that a report can show."""
 
     def __init__(self, home: Path) -> None:
-        self.net = trained()
+        self.net = train_net()
         self.finished, self.stopped = home / "finished", home / "stopped"
         self.undisturbed = self._resumed(self.finished)
         shutil.copytree(self.finished, self.stopped)

@@ -9,14 +9,14 @@ from torch import nn
 import idap
 from idap.report.page import MOST, table_display
 from idap.steps import Contest
-from tests.compress.tiny import config, task, trained
+from tests.compress.tiny import config, task, train_net
 from tests.report.runs import HOSTILE
 from tests.report.test_page import Page
 
 
 @pytest.fixture(scope="module")
 def result():
-    return idap.compress(trained(), task(), config())
+    return idap.compress(train_net(), task(), config())
 
 
 def test_a_result_shows_itself(result):

@@ -278,13 +278,13 @@ def test_truncated_weights(folder_of_model, length):
     file = folder_of_model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
     rejects(
-        folder_of_model, r"model\.safetensors is truncated or no safetensors file \(.+\); copy or download it again"
+        folder_of_model, r"model\.safetensors is truncated or not a safetensors file \(.+\); copy or download it again"
     )
 
 
 def test_a_pickle_in_place_of_the_weights_is_never_opened(folder_of_model):
     torch.save({"0.weight": torch.zeros(1)}, folder_of_model / "model.safetensors")
-    rejects(folder_of_model, r"is truncated or no safetensors file")
+    rejects(folder_of_model, r"is truncated or not a safetensors file")
 
 
 @pytest.mark.parametrize("text", ['{"format": 1', "", "\udcff"])
@@ -302,7 +302,9 @@ def test_other_format(folder_of_model, content, found):
 def test_plan_without_a_part(folder_of_model):
     edit(folder_of_model, lambda data: data["plan"].pop("tensors"))
     rejects(
-        folder_of_model, r"plan\.json: this is not a plan: KeyError: 'tensors'; it must come from Plan\.to_json", error=PlanError
+        folder_of_model,
+        r"plan\.json: this is not a plan: KeyError: 'tensors'; it must come from Plan\.to_json",
+        error=PlanError,
     )
 
 

@@ -72,18 +72,18 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         set_key("tensors", "0.weight", {"0": [1, 8]}),
         r"keeps slot 8 of dimension 0 of tensor '0\.weight'",
     ),
-    "negative": (set_key("tensors", "0.weight", {"0": [-1]}), "expected numbers from 0 on, found -1"),
+    "negative": (set_key("tensors", "0.weight", {"0": [-1]}), "expected numbers of at least 0, found -1"),
     "nothing kept": (set_key("tensors", "0.weight", {"0": []}), r"keeps no slot of dimension 0 of tensor '0\.weight'"),
     "no such dimension": (set_key("tensors", "0.weight", {"2": [0]}), r"keeps slot 0 of dimension 2 of tensor"),
     "odd dimension": (set_key("tensors", "0.weight", {"00": [0]}), "expected the number of a dimension, found '00'"),
-    "no such tensor": (set_key("tensors", "9.weight", {"0": [0]}), r"cuts tensor '9\.weight' but does not say"),
+    "no such tensor": (set_key("tensors", "9.weight", {"0": [0]}), r"cuts tensor '9\.weight' but does not give"),
     "a float": (set_key("keep", "0", [1.0]), r"expected a whole number, found 1\.0"),
     "true": (set_key("keep", "0", [True]), "expected a whole number, found True"),
     "a string": (set_key("keep", "0", "12"), "expected a list, found '12'"),
-    "huge": (set_key("shapes", "0.weight", [10**30]), "a number is larger than any model's"),
-    "huge attribute": (set_key("attributes", "0", {"in_features": 2**70}), "a number is larger than any model's"),
+    "huge": (set_key("shapes", "0.weight", [10**30]), "a number is larger than any in a model"),
+    "huge attribute": (set_key("attributes", "0", {"in_features": 2**70}), "a number is larger than any in a model"),
     "number as kind": (set_key("replaced", "1", 3), "expected a string, found 3"),
-    "takes": (set_key("called", "1", [-1, ["stream"]]), "expected numbers from 0 on, found -1"),
+    "takes": (set_key("called", "1", [-1, ["stream"]]), "expected numbers of at least 0, found -1"),
     "gives": (set_key("called", "1", [0, ["exec", "x"]]), r"a stand-in can't return \('exec', 'x'\)"),
     "deep gives": (set_key("called", "1", [0, deep()]), "nested deeper than 64 lists|RecursionError"),
     "aliases": (set_key("aliases", "x", None), "expected a string, found None"),
@@ -156,8 +156,8 @@ def model_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": NaN}', "NaN is no JSON"),
-        ('{"format": 1, "format": 1}', "the key 'format' comes twice"),
+        ('{"format": NaN}', "NaN is not valid JSON"),
+        ('{"format": 1, "format": 1}', "the key 'format' appears twice"),
         ("[" * 200_000, "nested too deep"),
         ('{"format": ' + "9" * 5000 + "}", "broken: the whole number 999999999999... has 5000 digits"),
         ('{"format": ' + "9" * 50 + "}", "broken: the whole number 999999999999... has 50 digits"),
@@ -207,7 +207,7 @@ def test_the_largest_plan_has_room_for_a_model_of_70_billion_parameters() -> Non
 
 def test_a_folder_in_place_of_the_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"cannot read .*plan\.json: it is no file"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*plan\.json: it is not a file"):
         read_plan(tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_a_tensor_that_comes_twice(sharded_folder: Path) -> None:
 def test_a_shard_that_was_cut_short(sharded_folder: Path) -> None:
     shard = next(sharded_folder.glob("model-00002*"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    rejects(sharded_folder, r"model-00002.* is truncated or no safetensors file")
+    rejects(sharded_folder, r"model-00002.* is truncated or not a safetensors file")
 
 
 def test_a_type_that_torch_lacks(model_folder: Path) -> None:

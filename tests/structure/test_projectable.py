@@ -198,7 +198,7 @@ def plan_data(**changes: Any) -> dict[str, Any]:
         ({"inputs": []}, r"keeps inputs \[\]; expected ascending numbers from 0 to 3, at least one"),
         ({"inputs": [3, 0]}, r"keeps inputs \[3, 0\]; expected ascending"),
         ({"inputs": [0, 0]}, r"keeps inputs \[0, 0\]"),
-        ({"inputs": [-1]}, "not a plan: ValueError: expected numbers from 0 on, found -1"),
+        ({"inputs": [-1]}, "not a plan: ValueError: expected numbers of at least 0, found -1"),
         ({"outputs": [8]}, r"keeps outputs \[8\]; expected ascending numbers from 0 to 7"),
         ({"inputs": [True]}, "not a plan: TypeError: expected a whole number, found True"),
         ({"inputs": "01"}, "not a plan: TypeError: expected a list, found"),

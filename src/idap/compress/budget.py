@@ -1,4 +1,4 @@
-"""The goals of a run as shares of the original, and whether a state keeps them."""
+"""The goals of a run as shares of the original, and the checks that a state meets them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,17 +10,17 @@ from idap.steps import is_met
 from idap.structure.groups import Blocked, obstacles
 
 Shares = Mapping[str, float]
-"""What of the original's costs is left: the name of a goal -> its share."""
+"""The share that is left of each of the original's costs, by name of the goal."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What must hold.
+    """The accuracy budget and the targets of a run.
 
     Attributes:
-        worst: the worst metric allowed, None if any is.
+        worst: the worst metric allowed; None if every metric is.
         higher_is_better: how to read the metric.
-        targets: name of a goal -> the share of the original's cost that may stay at most; empty: as small as possible.
+        targets: name of a goal -> the share of the original's cost that may be left; empty: as small as possible.
     """
 
     worst: float | None
@@ -34,29 +34,29 @@ class Budget:
         return metric >= self.worst if self.higher_is_better else metric <= self.worst
 
     def is_reached(self, shares: Shares) -> bool:
-        """Whether every target is met; False if there is none, since there is always more to gain."""
+        """Whether every target is met; False if there are none, since there is always more to gain."""
         return bool(self.targets) and self.shortfall(shares) <= 0
 
     def shortfall(self, shares: Shares) -> float:
-        """How far costs are above the targets, as a share of the worst one; at most 0 when they are met.
+        """The largest excess of a cost over its target, as a share of the target; at most 0 when all are met.
 
         Args:
-            shares: of the goals that are known; others are left out.
+            shares: what is left of the costs that are known; targets of others are ignored.
         """
         return max((shares[name] / wanted - 1 for name, wanted in self.targets.items() if name in shares), default=0.0)
 
     def misses(self, shares: Shares) -> list[str]:
-        """Names of the goals that do not count as met; a latency may be above its target by the noise of a clock.
+        """Names of the goals that are not met; a latency may lie above its target by the noise of a measurement.
 
         Args:
-            shares: of the goals that are known; others are left out.
+            shares: what is left of the costs that are known; targets of others are ignored.
         """
         return [
             name for name, wanted in self.targets.items() if name in shares and not is_met(name, shares[name], wanted)
         ]
 
     def part_way(self, start: Shares, share: float) -> "Budget":
-        """The same budget with targets that lie `share` of the way from `start` to the real ones, and none lower."""
+        """The same budget with targets `share` of the way from `start` to the real ones, but not below these."""
         targets = {name: start[name] - share * (start[name] - end) for name, end in self.targets.items()}
         return replace(
             self, targets={name: max(end, min(start[name], targets[name])) for name, end in self.targets.items()}
@@ -64,7 +64,7 @@ class Budget:
 
 
 def shares_of(cost: Cost, whole: Cost) -> dict[str, float]:
-    """Which share of a model's costs is left."""
+    """The share that is left of each of a model's costs."""
     return {
         "macs": cost.macs / max(1, whole.macs),
         "parameters": cost.parameters / max(1, whole.parameters),
@@ -81,8 +81,8 @@ def budget_of(
         config: with its goals.
         baseline: metric of the original on the validation data.
         higher_is_better: how to read the metric.
-        least: what is left of each cost when everything removable is gone.
-        blocked: dimensions that can't shrink, told where hardly anything may go.
+        least: what is left of each cost when all that may be removed is removed.
+        blocked: dimensions that can't shrink; the message names some if hardly anything may be removed.
 
     Raises:
         BudgetError: no compression can meet a target, or the original does not keep the budget itself.
@@ -111,7 +111,7 @@ def budget_of(
 
 
 HARDLY = 0.9
-"""Of a cost that can't come below this share, it is told what holds it."""
+"""If a cost can't come below this share, the message names what stands in the way."""
 
 
 def _describe_obstacles(blocked: Sequence[Blocked], least: float) -> str:
@@ -122,7 +122,7 @@ def _describe_obstacles(blocked: Sequence[Blocked], least: float) -> str:
 
 
 def _way_out(config: Config, name: str, least: float) -> str:
-    """What may be asked for instead, and which settings hold more back: floors are multiples where these are set."""
+    """The advice in the message: a target that can be reached, and the settings that keep it from being lower."""
     filters, layers = config.filters, config.layers
     held = [] if filters.steps else ["let stage 1 take steps (filters.steps is 0)"]
     if filters.steps:
@@ -130,7 +130,7 @@ def _way_out(config: Config, name: str, least: float) -> str:
         names = {"keep": bool(filters.keep), "min_keep": True, "multiple": several}
         held.append(f"lower {' or '.join(f'filters.{each}' for each, counts in names.items() if counts)}")
     if not layers.removals:
-        held.append("let layers go (layers.removals is 0)")
+        held.append("let stage 2 remove layers (layers.removals is 0)")
     ask = int(least * 100 + 1) / 100
-    asked = f"Ask for {name}={ask:g} or more, or " if ask < 1 else "Hardly anything may go: "
+    asked = f"Ask for {name}={ask:g} or more, or " if ask < 1 else "Hardly anything may be removed: "
     return f"{asked}{', or '.join(held)}."

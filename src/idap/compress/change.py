@@ -1,4 +1,4 @@
-"""The way from one state of a run to the next: cut, prove, rebalance, recover, judge."""
+"""Make the next state of a run: cut, verify, rebalance, recover and judge a model."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -31,16 +31,15 @@ from idap.training.speed import channels_last_fault
 
 
 def neighbours(structure: Structure, block: Block, removed: Sequence[str]) -> frozenset[str]:
-    """Names of the weights next to a block: those of the nearest layers before and behind it, and of norms between.
+    """Names of the weights next to a block: those of the nearest layers before and after it, and of norms between.
 
-    Those of the projection that takes its place are among them.
-
-    Where the stream is a sum, the nearest layer is the last one of the branch that was added.
+    The weights of a projection that replaces the block are among them. If the stream is a sum, the nearest layer is the
+    last one of the branch that was added.
 
     Args:
         structure: of the original.
-        block: the branch or block that goes.
-        removed: all that is gone, the block included.
+        block: the branch or block that is removed.
+        removed: all branches and blocks that are removed, this one included.
 
     Returns:
         Canonical names of parameters; empty if the block lies between an input and an output.
@@ -79,7 +78,7 @@ def neighbours(structure: Structure, block: Block, removed: Sequence[str]) -> fr
 
 
 def _nearest(structure: Structure, start: list[str], onward: Callable[[Node], Iterator[str]]) -> frozenset[str]:
-    """The parameters of the first layers with a matrix on every way, and of what lies before them."""
+    """The parameters of the first layers with a matrix on every path, and of the layers on the way to them."""
     graph = structure.graph
     found: set[str] = set()
     seen: set[str] = set()
@@ -99,7 +98,7 @@ def _nearest(structure: Structure, start: list[str], onward: Callable[[Node], It
 
 @contextmanager
 def only_training(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """Let only some parameters of a model be trained for a while."""
+    """Allow only some parameters of a model to be trained inside this context."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for name, parameter in model.named_parameters():
@@ -111,14 +110,14 @@ def only_training(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
 
 
 POINTS = 40
-"""Points of a recovery's loss that are kept at most."""
+"""Most points of a recovery's loss that are recorded."""
 
 
 class CutModel(NamedTuple):
     """A model that was cut and rebalanced, but not trained.
 
     Attributes:
-        model: that was made.
+        model: the cut model.
         plan: from the original to the model.
         error: the largest relative difference from the masked original.
     """
@@ -129,21 +128,21 @@ class CutModel(NamedTuple):
 
 
 def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str]) -> CutModel:
-    """Cut a copy of a state's model further, prove the cut, and rebalance what is left.
+    """Cut a copy of a state's model further, verify the cut, and rebalance what is left.
 
-    Projections that stand in for blocks which the state still has are fitted to these. Where nothing is trained
-    between the cuts, each of them begins with the original anew: corrections of corrected weights lose more than
-    one correction does (docs/results.md#several-cuts).
+    Projections that replace blocks which the state still has are fitted to these. If nothing is trained between the
+    cuts, each of them starts from the original again: corrections of corrected weights lose more than one correction
+    does (docs/results.md#several-cuts).
 
     Args:
         setting: of the run.
         state: where to start; it is not changed.
-        keep: group name -> units that stay.
-        removed: branches and blocks that are gone then.
+        keep: group name -> units that are kept.
+        removed: all branches and blocks that are removed after the cut.
 
     Raises:
-        VerificationError: the cut model is not the masked original; the state is as it was.
-        StructureError: a block that should become a projection can't be seen while the model runs.
+        VerificationError: the cut model does not equal the masked original; the state is not changed.
+        StructureError: the values of a block that should become a projection can't be observed.
     """
     structure, clock = setting.subject.structure, setting.services.clock
     if not setting.goals.config.recovery.trains:
@@ -154,7 +153,7 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
         maps = {path: fitted.map for path, fitted in setting.projections(state, new).items()}
         if len(maps) < len(new):
             missing = min(set(new) - set(maps))
-            raise StructureError(f"block {missing!r} can't be seen while the model runs, so no projection fits it")
+            raise StructureError(f"the values of block {missing!r} can't be observed, so no projection can be fitted")
         model = apply_plan(state.model, plan.since(state.plan), maps)
     with clock.on("proof"):
         proof = verify(structure, state.model, model, plan, setting.subject.example, since=state.plan, maps=maps)
@@ -170,7 +169,7 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
         for correction in done:
             if correction.too_wide:
                 setting.tell(
-                    f"{correction.weight} reads more than {settings.columns:,} columns, so cuts correct its bias alone."
+                    f"{correction.weight} reads more than {settings.columns:,} columns, so only its bias is corrected."
                 )
     return CutModel(model, plan, proof.error)
 
@@ -190,14 +189,14 @@ def next_state(
     Args:
         setting: of the run.
         state: where to start; it is not changed.
-        keep: group name -> units that stay.
-        removed: branches and blocks that are gone then.
+        keep: group name -> units that are kept.
+        removed: all branches and blocks that are removed after the cut.
         title: of the recovery, for the progress.
-        tuned: names of the parameters that recover; empty: all.
-        made: the cut, if it was made before; its model becomes that of the next state.
+        tuned: names of the parameters that are trained in the recovery; empty: all.
+        made: the cut, if it was made before, whose model becomes that of the next state; None: it is made now.
 
     Raises:
-        VerificationError: the cut model is not the masked original; the state is as it was.
+        VerificationError: the cut model does not equal the masked original; the state is not changed.
     """
     model, plan, error = made or make_cut(setting, state, keep, removed)
     with only_training(model, tuned) if tuned else nullcontext():
@@ -209,7 +208,7 @@ def next_state(
 def _feasible_recovery(
     setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery
 ) -> tuple[Recovery, BlockOutputs | None]:
-    """The recovery without what can't be done with the model, and the outputs of blocks that it brings near."""
+    """The recovery without what the model does not allow, and the outputs of blocks that it compares, if any."""
     if recovery.channels_last is True and (fault := channels_last_fault(model, device_of(model))):
         setting.services.progress.say(f"{title}: channels_last is left out: {fault}.")
         recovery = replace(recovery, channels_last=False)
@@ -220,17 +219,17 @@ def _feasible_recovery(
 
 
 def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> Judgement:
-    """Train what a plan made of the original beside it, keep its best state, and judge it on the validation data.
+    """Train a cut model with the original as teacher, keep its best state, and judge it on the validation data.
 
     Args:
-        setting: of the run; gets the curve of the training.
+        setting: of the run; the curve of the training is added to its curves.
         model: is trained in place.
         plan: from the original to the model.
         title: of the recovery, for the progress.
         recovery: how it is trained.
 
     Returns:
-        What the validation data say of the best state; a fault only if no state is without.
+        The judgement of the best state on the validation data; it has a fault only if every state has one.
     """
     sign, faults = 1.0 if setting.subject.task.higher_is_better else -1.0, [""]
 
@@ -250,7 +249,7 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
     learned = model.parameters() if optimizer is None else chain(*(g["params"] for g in optimizer.param_groups))
     if not any(parameter.requires_grad for parameter in learned):
         setting.services.progress.say(
-            f"{title}: nothing that is left there is trained, so the model is judged as it is."
+            f"{title}: no parameter that is left is trained, so the model is judged as it is."
         )
         return judge_model(model)
     recovery, features = _feasible_recovery(setting, model, plan, title, recovery)
@@ -278,7 +277,7 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
 
 
 def _curve(title: str, report: FitReport, sign: float) -> Curve:
-    """What is kept of a training: its losses as means over equal stretches, and the metric whenever it was judged."""
+    """The record of a training: its losses as means over equal stretches, and the metric at each judgement."""
     losses = report.curve
     count = min(len(losses), POINTS)
     edges = [index * len(losses) // count for index in range(count + 1)] if count else []

@@ -1,4 +1,4 @@
-"""What a compression may cost and how it goes about it."""
+"""The goals and settings of a compression."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,35 +17,36 @@ GOALS = ("macs", "parameters", "size", "latency")
 
 
 MOST_GROWTH = 100
-"""Largest alpha: with more, every step but the first would take all that may go."""
+"""Largest alpha: with more, every step but the first would remove all that may be removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterStage:
-    """Stage 1, filters: which share of the units goes in each step (docs/method.md#filters).
+    """Stage 1, filters: which share of the units each step removes (docs/method.md#filters).
 
     Args:
-        schedule: "growing" removes a growing share of the remaining units in each step; "even" comes to the targets in
-            T steps of equal cost; "one-shot" comes there in one, in a fraction of the time. A step that is rejected is
-            halved in all of them.
-        streams: "keep" leaves the channels of residual streams whole, "cut" ranks them with the others; "auto" tries
+        schedule: "growing" removes a growing share of the remaining units in each step; "even" reaches the targets in
+            T steps of equal cost; "one-shot" reaches them in one, in a fraction of the time. All of them halve a step
+            that is rolled back.
+        streams: "keep" keeps all channels of residual streams, "cut" ranks them with the other units; "auto" tries
             both at each step, down to the same cost, and takes the one with the lower calibration loss.
-        steps: T, the number of accepted steps at most.
+        steps: T, the largest number of accepted steps.
         first_share: rho_0, share of the remaining units that the first step removes, in (0, 1).
         growth: alpha; step t removes rho_0 (1 + t/T)^alpha.
-        min_share: a step that was rejected is halved until it would remove less than this share of the units, or of
-            the original's cost where the schedule goes by cost.
-        min_keep: share of each group that always stays, in (0, 1].
+        min_share: a step that was rolled back is halved until it would remove less than this share of the units; with
+            "even" and "one-shot", less than this share of the original's cost.
+        min_keep: share of each group that is always kept, in (0, 1].
         keep: the same for some groups only, by name or pattern, such as ``{"layer1.*": 0.5}``; the last one that
             matches counts.
-        multiple: the number of units left of each group that is cut, but for heads, is a multiple of this (8, 16 or 32
-            suit the hardware), whatever ends the run: units go in bundles, down to the next multiple, and a step takes
-            one at least. A group that is not cut keeps its size, and one that is no larger always does. Floors are
-            rounded up to it. With 1 and a goal of latency, the steps found on the device, where that loses less.
-        multiples: the same for some groups only, by name or pattern, heads among them.
+        multiple: the number of units left of each group that is cut, except heads, is a multiple of this (8, 16 or 32
+            suit the hardware), whatever ends the run: units are removed in bundles, down to the next multiple, and at
+            least one bundle in each step. A group that is not cut keeps its size, and so does one that is not larger
+            than the multiple. Floors are rounded up to it. With 1 and a goal of latency, the latency steps found on
+            the device are the multiples, where that loses less.
+        multiples: the same for some groups only, by name or pattern; heads may be named too.
         alike: which groups end with the same number of units, so that a configuration with one number for all layers
-            can say it: "layers", those of one kind and size at the same place of repeated layers; "model", all of one
-            kind and size; "none". They lose a unit each at a time, and the mean of the scores counts.
+            can describe them: "layers", groups of one kind and size at the same place of repeated layers; "model", all
+            groups of one kind and size; "none". Such groups lose one unit each at a time, ranked by the mean score.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -84,23 +85,24 @@ class FilterStage:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStage:
-    """Stage 2, layers: how many branches and blocks may go (docs/method.md#layers).
+    """Stage 2, layers: how many branches and blocks may be removed (docs/method.md#layers).
 
     Args:
-        removals: branches and blocks removed at most.
-        short_list: how many of the lowest divergence are tried on calibration data before one is chosen.
-        patience: give up after so many rejections in a row.
-        replacement: what takes the place of what is removed. "identity": the stream passes unchanged, so only branches
-            and blocks go whose input and output agree in shape. "auto": where they don't, a projection, that is a
-            linear map of the channels, fitted by least squares on calibration data and then trained. "projection":
-            such a map in place of every whole block.
+        removals: the largest number of branches and blocks that are removed.
+        short_list: how many of those with the lowest divergence are tried on calibration data before one is chosen.
+        patience: stop after so many steps in a row were rolled back.
+        replacement: what replaces a removed branch or block. "identity": the stream passes unchanged, so only branches
+            and blocks whose input and output agree in shape can be removed. "auto": where they don't agree, a
+            projection, that is a linear map of the channels, fitted by least squares on calibration data and then
+            trained. "projection": such a map for every whole block that is removed.
         parts: "all", or "blocks": whole blocks only, never a single branch of one. A configuration of transformers
-            can say how many layers there are, not that one of them lacks its attention.
-        against: what a layer has to beat before it goes, where costs have targets and stage 1 comes first. "filters":
-            those that would save as much, or come to the targets; where they lose less on calibration data, stage 2
-            is over, unless filters don't come to the targets then. "nothing": no comparison, which makes a network
-            faster than its multiply-adds say. Where the budget ended stage 1 there is nothing to beat.
-        tune: which weights recover after a removal: "all", or "neighbours", those of the layers next to what went.
+            can say how many layers there are, but not that one of them lacks its attention.
+        against: what a layer is compared with before it is removed, if costs have targets and stage 1 comes first.
+            "filters": filters that save as much, or that reach the targets; if they lose less on calibration data,
+            stage 2 ends, and resumes only if filters then fail to reach the targets. "nothing": no comparison, which
+            makes a network faster than its multiply-adds say. If the budget ended stage 1, nothing is compared.
+        tune: which weights are trained after a removal: "all", or "neighbours", those of the layers next to the
+            removed part.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -130,38 +132,39 @@ class Config:
 
     Args:
         max_drop: largest loss of the validation metric, in the metric's own units (0.01 is one point of accuracy), at
-            least 0; "auto": 0.01, unless one of the next two is set; None, and no other bound: the metric is reported
-            but does not bind.
+            least 0; "auto": 0.01, unless one of the next two is set; None: no such bound. Without any of the three
+            bounds the metric is reported but limits nothing.
         max_relative_drop: the same as a share of the original's metric: 0.01 lets a perplexity of 20 rise to 20.2.
         worst_metric: the same as a value: 0.9 allows no accuracy below it. The tightest of the three counts.
         macs: target, as a share of the original's multiply-adds, in (0, 1); None: as small as the budget allows.
         parameters: target, as a share of the original's parameters, likewise.
         size: target, as a share of the bytes of all tensors in the saved file, likewise.
-        latency: target, as a share of the original's latency as measured here, on this machine, likewise.
+        latency: target, as a share of the original's latency as measured on this machine, likewise.
         latency_batch: samples in the batch whose latency is measured, at least 1.
         order: "filters-layers" is stage 1, then stage 2; "layers-filters" the reverse; "interleaved" ranks units,
             branches and blocks together, by a criterion that scores all of them.
         criterion: what ranks units: a name (`idap.divergence.criteria.CRITERIA`), or a function of a `Scene`. Where it
-            knows no branches and blocks, stage 2 takes "relative".
-        ranking: "global" compares the units of all groups; "uniform" takes the same share of each.
-        cost: what a unit is divided by: "macs", "parameters", "latency" (measured here, on this machine), or "auto":
-            what the goals count if they count only one of these, else multiply-adds.
-        cost_power: p in score / cost^p, in [0, 1]; None takes what suits the criterion, and 1 besides where latency is
-            counted; "auto" tries 0, 0.5 and 1. Where several are tried, each step takes the one with the lowest
+            scores no branches and blocks, stage 2 uses "relative".
+        ranking: "global" compares the units of all groups; "uniform" removes the same share of each group.
+        cost: the cost that a score is divided by: "macs", "parameters", "latency" (measured on this machine), or
+            "auto": the one that the goals count if they count only one of these, else multiply-adds.
+        cost_power: p in score / cost^p, in [0, 1]; None: the power that suits the criterion, and also 1 if latency is
+            counted; "auto" tries 0, 0.5 and 1. If several are tried, each step takes the one with the lowest
             calibration loss at the same cost.
-        rebalance: what is corrected in closed form after a cut; None corrects nothing.
+        rebalance: what is corrected in closed form after a cut; None: nothing is corrected.
         filters: stage 1.
         layers: stage 2.
-        filters_share: share of the way to the target that stage 1 goes, in [0, 1], where it comes first; the rest is
-            for stage 2, and what that leaves over is taken by a second round of stage 1. Where stage 2 comes first, it
-            goes the other share of the way.
+        filters_share: share of the way to the targets that stage 1 goes, in [0, 1], if it comes first; the rest is for
+            stage 2, and what stage 2 leaves over is for a second round of stage 1. If stage 2 comes first, it goes the
+            other share of the way.
         recovery: training after each change.
-        final: training of the final model; None trains it as `recovery` says.
-        contracts: outputs whose shape must stay, such as ``logits``; None: all that the model returns. Others, such as
-            hidden states, may shrink.
-        swap: write the code of a module anew where its own code can't come to the sizes of a cut; False leaves whole
-            what would need it.
-        freeze_unknown: leave whole what an operator without a rule touches; False refuses the model, naming it.
+        final: training of the final model; None: as `recovery` says.
+        contracts: outputs whose shape must not change, such as ``logits``; None: all that the model returns. Others,
+            such as hidden states, may shrink.
+        swap: rewrite the code of a module if its own code can't run at the sizes of a cut; False: groups that would
+            need this stay whole.
+        freeze_unknown: leave whole what an operator without a rule touches; False: the model is refused, and the
+            message names the operator.
         calibration_batches: batches on which divergence is measured, at least 1.
         seed: of everything that is random.
 
@@ -209,7 +212,8 @@ class Config:
         bounds = (self.drop, self.max_relative_drop, self.worst_metric)
         if all(value is None for value in (*bounds, *self.targets.values())):
             raise BudgetError(
-                "there is no goal: set max_drop (how much worse it may get), or a target such as macs or parameters."
+                "there is no goal: set max_drop (how much worse the metric may get), or a target such as macs or "
+                "parameters."
             )
         opener_of(self.criterion)
         _one_of("ranking", self.ranking, ("global", "uniform"))
@@ -227,7 +231,7 @@ class Config:
 
     @property
     def drop(self) -> float | None:
-        """The loss of the metric that `max_drop` allows, in its units; None if that does not bind."""
+        """The loss of the metric that `max_drop` allows, in the metric's units; None if it sets no bound."""
         if self.max_drop != "auto":
             return self.max_drop
         return 0.01 if self.max_relative_drop is None and self.worst_metric is None else None
@@ -253,12 +257,12 @@ class Config:
             raise ConfigError("filters.steps and layers.removals are both 0, so nothing could be removed.")
         if self.filters.schedule != "growing" and not any(self.targets.values()):
             raise ConfigError(
-                f"filters.schedule={self.filters.schedule!r} goes by the target, and there is none: set macs, "
+                f"filters.schedule={self.filters.schedule!r} needs a target, and there is none: set macs, "
                 'parameters, size or latency, or take "growing".'
             )
         if self.order == "interleaved":
             name, opener = opener_of(self.criterion)
-            if CRITERIA.get(name) is opener and name not in WITH_BLOCKS:  # of others it shows when they are asked
+            if CRITERIA.get(name) is opener and name not in WITH_BLOCKS:  # others are checked when they score
                 raise ConfigError(
                     f"order='interleaved' compares units with blocks, and criterion {name!r} scores no blocks; take "
                     f"one of {', '.join(map(repr, WITH_BLOCKS))}."
@@ -300,10 +304,10 @@ class Config:
 
 
 def check_config(config: Config | None) -> Config:
-    """The settings of a run, the defaults where none are given.
+    """The settings of a run, or the defaults if none are given.
 
     Raises:
-        ConfigError: they are something else than a `Config`.
+        ConfigError: `config` is not a `Config`.
     """
     if config is None:
         return Config()

@@ -1,4 +1,4 @@
-"""What a smaller model learns from the inside of the original: the stream behind each of its blocks."""
+"""The features that a cut model learns from the original: the stream after each of its blocks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,14 +20,14 @@ from idap.training.recovery import Recovery
 
 
 class BlockOutputs:
-    """Sees the outputs of the outermost blocks that both models have, as `idap.training.distill.Features`.
+    """The outputs of the outermost blocks that both models have; implements `idap.training.distill.Features`.
 
-    Where the student's stream is narrower, the teacher's is compared at the slots that were kept.
+    If the student's stream is narrower, the teacher's is compared at the slots that were kept.
 
     Args:
         structure: of the original.
         plan: from the original to the student.
-        student: the smaller model.
+        student: the cut model.
         teacher: the original.
     """
 
@@ -46,11 +46,11 @@ class BlockOutputs:
         return len(self._ours)
 
     def student(self, run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
-        """Run the student, and give its outputs and those of its blocks."""
+        """Run the student, and return its outputs and those of its blocks."""
         return _catch(self._graph, self._student, self._ours, run)
 
     def teacher(self, run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
-        """Run the teacher, and give its outputs and those of the same blocks, in the sizes of the student."""
+        """Run the teacher, and return its outputs and those of the same blocks, in the sizes of the student."""
         outputs, found = _catch(self._graph, self._teacher, self._theirs, run)
         for index, kept in enumerate(self._kept):
             for place, indices in kept:
@@ -59,21 +59,21 @@ class BlockOutputs:
 
 
 def check_features(structure: Structure, *recoveries: Recovery | None) -> None:
-    """Make sure that there is something to compare where features are to be learned.
+    """Check that there are block outputs to compare if a recovery is to learn features.
 
     Raises:
-        ConfigError: nothing can be seen.
+        ConfigError: no block output can be observed.
     """
     wanted = max((recovery.features for recovery in recoveries if recovery is not None), default=0.0)
     if wanted > 0 and not _sights(structure):
         raise ConfigError(
-            f"features={wanted:g} compares the outputs of blocks, and this model has none that can be seen. "
+            f"features={wanted:g} compares the outputs of blocks, and this model has none that can be observed. "
             "Set features to 0."
         )
 
 
 def _sights(structure: Structure, removed: tuple[str, ...] = ()) -> dict[str, Sight]:
-    """Exit of each outermost block that is left -> where its value passes by."""
+    """Exit of each outermost block that is left -> where its value can be observed."""
     wiring = Wiring(structure, removed)
     inner = {name for block in structure.blocks for name in block.contains}
     exits = [block.exit for block in structure.blocks if block.name not in inner and block.exit not in wiring.gone]
@@ -84,7 +84,7 @@ def _sights(structure: Structure, removed: tuple[str, ...] = ()) -> dict[str, Si
 def _catch(
     graph: Graph, model: nn.Module, sights: list[Sight], run: Callable[[], Outputs]
 ) -> tuple[Outputs, list[Tensor]]:
-    """Run a model and catch values that pass by."""
+    """Run a model, and return its outputs and the values at some sights."""
     wanted: dict[CallKey, list[int]] = {}
     for index, sight in enumerate(sights):
         wanted.setdefault(sight.call, []).append(index)
@@ -114,5 +114,5 @@ def _catch(
 
 
 def _snapshot(graph: Graph, sight: Sight, value: Tensor) -> Tensor:
-    """The value as it is now, even if the model writes over it later."""
+    """The value as it is now; a copy if the model writes over it later."""
     return value.clone() if graph.memory.writers_before([sight.node], len(graph.nodes)) else value

@@ -1,4 +1,4 @@
-"""What a run folder holds beside the decisions: the settings, the profiles over depth, what was reached."""
+"""Write what a run folder holds beside the decisions: the settings, the profiles over depth, the result."""
 
 import math
 import platform
@@ -41,11 +41,11 @@ CHECKPOINTS_AT_LEAST = 3
 
 @contextmanager
 def claim_run(folder: RunFolder | None, *, resume: bool) -> Iterator[None]:
-    """Claim a run folder for this run, unless the caller has; of several processes, process 0 holds it for all.
+    """Claim a run folder for this run, unless the caller has claimed it; process 0 holds it for all processes.
 
     Raises:
-        RunFolderError: another process works on the run, or nothing can be written there; or it is to be a new one, and
-            the folder holds a run or other files.
+        RunFolderError: another process works on the run, or nothing can be written there; or the run is new, and the
+            folder holds a run or other files.
     """
     if folder is None:
         yield
@@ -57,7 +57,7 @@ def claim_run(folder: RunFolder | None, *, resume: bool) -> Iterator[None]:
         yield
     finally:
         if mine:
-            folder.release()  # in processes that claimed nothing this does nothing
+            folder.release()  # does nothing in processes that claimed nothing
 
 
 def run_size(model: nn.Module) -> int:
@@ -66,13 +66,13 @@ def run_size(model: nn.Module) -> int:
 
 
 def tolerable_errors() -> tuple[type[Exception], ...]:
-    """Errors of work beside the result, which is kept all the same; where several processes work, those of all."""
+    """Errors of extra work after which the result is still kept; with several processes, those that all raise."""
     return (Exception,) if process_count() == 1 else (IdapError,)
 
 
 @contextmanager
 def resumable(folder: RunFolder | None) -> Iterator[None]:
-    """Say with whatever ends the work, Ctrl-C too, how a run goes on that has a folder."""
+    """Add to any exception that ends the work, Ctrl-C included, how a run with a folder can go on."""
     try:
         yield
     except BaseException as error:
@@ -87,7 +87,7 @@ def begin_run(folder: RunFolder, settings: dict[str, Any], progress: Progress, *
     Args:
         folder: of the run, claimed by this process.
         settings: of the run as it is now; the place and its seal are added to the environment.
-        progress: is told of what the user should know.
+        progress: receives what the user should know.
         resume: whether to go on with the run that the folder holds.
 
     Returns:
@@ -101,7 +101,7 @@ def begin_run(folder: RunFolder, settings: dict[str, Any], progress: Progress, *
     if keyless:
         progress.say(
             f"Commands will ask before they run code that the recipe of this run names, since {keyless}. "
-            "--trust runs it unasked."
+            "--trust runs it without asking."
         )
     if not resume:
         folder.open(settings)
@@ -110,8 +110,9 @@ def begin_run(folder: RunFolder, settings: dict[str, Any], progress: Progress, *
     past = read_decisions(folder.path, read_settings(folder.path))
     if read_object(folder.path / RUN).get("calibration") != settings["calibration"]:
         progress.say(
-            "The calibration data are not those that the run was begun with: other data, or a loader that gives others "
-            "each time. What was decided stays; what comes may be decided otherwise than without the break."
+            "The calibration data are not those that the run was begun with: the data have changed, or the loader "
+            "gives different samples each time. Earlier decisions stand; later ones may differ from those of an "
+            "uninterrupted run."
         )
     return past
 
@@ -119,7 +120,7 @@ def begin_run(folder: RunFolder, settings: dict[str, Any], progress: Progress, *
 def settings_of(
     model: nn.Module, task: Task, config: Config, structure: Structure, baseline: float, cost: Cost, budget: Budget
 ) -> dict[str, Any]:
-    """What is written before any work: the settings, what the model was, and where the run takes place."""
+    """What is written before any work: the settings, a description of the model, and where the run takes place."""
     groups = structure.groups
     return {
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -170,8 +171,8 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
         keep: units that the measured model has.
 
     Returns:
-        Of each group the lowest, mean and highest divergence of its units, of each branch and block its own; and what
-        nothing could be seen of, or was measured in pieces.
+        The lowest, mean and highest divergence of the units of each group, the divergence of each branch and block,
+        the parts that could not be measured, and notes, such as on groups that were measured in pieces.
     """
     units = {}
     for group in structure.groups:
@@ -190,7 +191,7 @@ def profile_of(found: Divergence, structure: Structure, keep: Keep) -> dict[str,
 
 
 def past_result(folder: RunFolder | None) -> RunEnd | None:
-    """What a run that is finished came to, as it was written down; None for one that is not.
+    """The recorded end of a finished run; None if the run is not finished.
 
     Raises:
         RunFolderError: the file is broken.
@@ -199,15 +200,15 @@ def past_result(folder: RunFolder | None) -> RunEnd | None:
 
 
 def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool) -> None:
-    """Measure the result once more, part by part, and write down what was reached.
+    """Measure the divergence of the result, part by part, and write what was reached.
 
-    The model is saved by then: a measurement that fails, or can't be written, is said; the report lacks it.
+    The model is already saved. If the measurement fails, or can't be written, a line says so, and the report lacks it.
 
     Args:
         setting: of the run, which has a folder.
-        state: that the result was made of.
-        result: what `compress` returns, but for the seconds of this measurement.
-        untouched: nothing was removed, so there is nothing new to measure.
+        state: the state that the result was made from.
+        result: what `compress` returns, without the seconds of this measurement.
+        untouched: whether nothing was removed, so that there is nothing new to measure.
     """
     folder = setting.services.folder
     assert folder is not None
@@ -217,7 +218,7 @@ def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool)
             on_main(partial(folder.keep, AFTER, profile_of(found, setting.subject.structure, state.keep)))
         except tolerable_errors() as error:
             setting.services.progress.say(
-                f"The divergence of the result could not be measured, the report lacks it: {error}"
+                f"The divergence of the result could not be measured, so the report lacks it: {error}"
             )
     seconds = add_seconds(result.seconds, setting.services.clock.take())
     on_main(partial(folder.keep, RESULT, _summary(result, seconds)))

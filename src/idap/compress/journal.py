@@ -1,4 +1,4 @@
-"""The decisions of a run: told to whoever listens, written down, and recalled when a stopped run goes on."""
+"""Report and record the decisions of a run, and recall them when a stopped run goes on."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,16 +21,16 @@ from idap.structure.replacement import PROJECTION
 from idap.training.processes import on_main
 
 COST_NAMES = {"macs": "MACs", "parameters": "parameters", "size": "file size", "latency": "latency"}
-"""How costs are called in text."""
+"""The names of costs in messages."""
 
 
 class Decision(NamedTuple):
-    """What a step decides on.
+    """The candidate that a decision accepts or rolls back.
 
     Attributes:
-        state: that the step came to.
-        removed: what it took.
-        contest: with filters, where a layer had to beat them.
+        state: the state that the step came to.
+        removed: what the step removed.
+        contest: of a layer with filters; None if they were not compared.
     """
 
     state: State
@@ -39,10 +39,10 @@ class Decision(NamedTuple):
 
 
 class Journal:
-    """Tells the decisions of a run to whoever listens, and writes them down.
+    """Reports the decisions of a run, and writes them to its folder.
 
-    A run that goes on takes the same way again, since everything random in it is seeded; where it comes to a decision
-    that was taken before, it recalls it instead of measuring, cutting and training anew.
+    A run that goes on comes to the same decisions again, since everything random in it is seeded. A decision that was
+    taken before the run was stopped is recalled, instead of measuring, cutting and training again.
 
     Args:
         setting: of the run.
@@ -68,11 +68,11 @@ class Journal:
         self.steps: list[Step] = []
 
     def begin(self) -> None:
-        """Begin a turn of a stage: a turn without decisions leaves nothing behind, and the next one is another."""
+        """Begin a turn of a stage. Turns are counted, since a turn without decisions leaves no record."""
         self._turn += 1
 
     def is_stage_over(self, stage: str) -> bool:
-        """Whether the stopped run took no further decision in this turn of a stage: its next one is of a later turn."""
+        """Whether the stopped run took no more decisions in this turn: its next one is from a later turn or stage."""
         index = len(self.steps)
         if index >= len(self._past):
             return False
@@ -82,12 +82,12 @@ class Journal:
         """The next decision, if it was taken before the run was stopped.
 
         Args:
-            stage: which asks.
-            state: from which the decision was taken.
+            stage: the stage that takes the decision.
+            state: the state from which the decision was taken.
 
         Returns:
-            The decision of then; None if it is yet to be taken. The model of a candidate that was rejected is that of
-            `state`: it is not needed.
+            The recorded decision; None if it was not taken yet. A candidate that was rolled back has the model of
+            `state`, since its own is not needed.
 
         Raises:
             RunFolderError: an earlier decision does not fit the run.
@@ -117,22 +117,22 @@ class Journal:
             return load(checkpoint, self._setting.subject.original)
         except PlanError as error:
             raise RunFolderError(
-                f"the accepted state {checkpoint} does not fit the run: {error}. Delete its line and all behind it "
-                f"from {STEPS} to have those decisions taken again, or begin anew in another folder."
+                f"the accepted state {checkpoint} does not fit the run: {error}. Delete its line and all after it "
+                f"from {STEPS} to have those decisions taken again, or begin again in another folder."
             ) from error
 
     def _replay(self, found: Step, state: State) -> tuple[Keep, tuple[str, ...]]:
-        """The units and the removed parts that a decision of then came to from a state.
+        """The units and the removed parts that a recorded decision came to from a state.
 
         Raises:
-            PlanError, StructureError: it takes what is not there.
+            PlanError, StructureError: it removes what the state does not have.
         """
         keep, parts = dict(state.keep), list(state.removed)
         for item in found.removed:
             if item.units:
                 lacking = sorted(set(item.units) - set(keep.get(item.name, ())))
                 if lacking:
-                    raise PlanError(f"group {item.name!r} has no unit {lacking[0]} any more that could go")
+                    raise PlanError(f"group {item.name!r} has no unit {lacking[0]} that could be removed")
                 keep[item.name] = tuple(unit for unit in keep[item.name] if unit not in item.units)
             else:
                 inside = self._setting.subject.structure.block(item.name).contains
@@ -150,8 +150,8 @@ class Journal:
         if index < len(self._past) and not recalled:
             raise RunFolderError(
                 f"decision {index} of the run is one of stage {self._past[index].stage!r}, and the run now comes to "
-                f"one of stage {stage!r} there: the folder was changed, or written by another version. Begin anew in "
-                "another folder."
+                f"one of stage {stage!r} there: the folder was changed, or written by another version. Begin again "
+                "in another folder."
             )
         phases = self._past[index].phases if recalled else self._setting.services.clock.take()
         step = Step(
@@ -188,7 +188,7 @@ class Journal:
 
     @property
     def is_at_start(self) -> bool:
-        """Whether the next measurement is that of the original, for the record of the run: it measures everything."""
+        """Whether the next measurement is of the original and goes into the record of the run: it covers everything."""
         return self._setting.services.folder is not None and not self.steps and not self._past
 
     def _curve(self) -> Curve | None:
@@ -198,12 +198,12 @@ class Journal:
         return last
 
     def show(self, stage: str, state: State, measured: Divergence | None = None) -> None:
-        """Tell where the run stands.
+        """Report where the run stands.
 
         Args:
-            stage: that goes on.
+            stage: the current stage.
             state: the last accepted one.
-            measured: its divergence, where that was just measured.
+            measured: the divergence of `state`, if it was just measured.
         """
         setting, budget = self._setting, self._setting.goals.budget
         if measured is not None and self.is_at_start:
@@ -238,7 +238,7 @@ def _write(folder: RunFolder, step: Step, state: State) -> None:
 
 
 def block_removal(block: Block, score: float, rank: int, cost: float) -> Removal:
-    """What a step takes when a branch or block goes."""
+    """The record of a branch or block that a step removes."""
     return Removal(
         name=block.name,
         kind=block.kind,
@@ -252,7 +252,7 @@ def block_removal(block: Block, score: float, rank: int, cost: float) -> Removal
 
 
 def describe(step: Step, metric_name: str, costs: Sequence[str] = ("macs", "parameters")) -> str:
-    """One line for people: what went, its divergence, some costs, the metric, the decision."""
+    """One line for people: what was removed, its divergence, some costs, the metric, the decision."""
     what = f"removed {_what(step.removed)}" if step.removed else "nothing removed"
     if step.removed:
         low = min(removal.divergence[0] for removal in step.removed)
@@ -266,7 +266,7 @@ def describe(step: Step, metric_name: str, costs: Sequence[str] = ("macs", "para
 def _what(removed: Sequence[Removal]) -> str:
     counts: dict[str, int] = {}
     parts = [
-        f"block {removal.name} for a projection" if removal.kind == PROJECTION else f"{removal.kind} {removal.name}"
+        f"block {removal.name} (now a projection)" if removal.kind == PROJECTION else f"{removal.kind} {removal.name}"
         for removal in removed
         if not removal.units
     ]

@@ -1,4 +1,4 @@
-"""Seconds on this machine: of whole models, of blocks, and of layers as a table that is kept in the run folder."""
+"""Measure seconds on this machine: of whole models, of blocks, and of layers as a table kept in the run folder."""
 
 import math
 import statistics
@@ -23,30 +23,30 @@ from idap.training.batch import Inputs, device_name, device_of
 from idap.training.processes import call_locally, on_main
 
 REPEATS = 15
-"""Timed passes where a block is taken out."""
+"""Timed passes of a model with and without a block."""
 SECONDS, ROUNDS = 0.6, 3
-"""How long two models are compared at least, and in how many rounds."""
+"""Two models are compared for at least so many seconds, in at least so many rounds."""
 LONGEST, MOST_ROUNDS, SURE = 4.0, 20, 0.01
-"""More rounds follow, up to so many seconds and rounds, until their middle is known to this share of it."""
+"""More rounds follow, up to so many seconds and rounds, until the median is known to within this share of it."""
 FEWEST, MOST = 5, 100
-"""Timed passes of each model in a round."""
+"""Fewest and most timed passes of each model in a round."""
 DOUBTS = 4
-"""How often a latency that seems out of reach is measured."""
+"""How often a latency that seems out of reach is measured, at most."""
 
 Keep = Mapping[str, Sequence[int]]
 
 
 def latency_share(original: nn.Module, model: nn.Module, example: Inputs, *, seconds: float = SECONDS) -> float:
-    """The latency of a model as a share of the original's; both take turns.
+    """The latency of a model as a share of the original's; the two are timed in turn.
 
     Args:
-        original: the whole.
-        model: its successor.
+        original: the original model.
+        model: the compressed model.
         example: inputs for one pass.
-        seconds: about how long is measured at least; slow models take longer, as each passes `FEWEST` times a round.
+        seconds: about how long they are timed; slow models take longer, as each runs `FEWEST` times in a round.
 
     Returns:
-        The middle one of the shares of all rounds, each the ratio of two medians.
+        The median of the shares of all rounds; the share of a round is the ratio of two medians.
     """
     args, kwargs = example
     both, shares, repeats, spent = {"original": original, "model": model}, list[float](), FEWEST, 0.0
@@ -56,13 +56,13 @@ def latency_share(original: nn.Module, model: nn.Module, example: Inputs, *, sec
         times = on_main(partial(measure_latency, both, args, kwargs, repeats=repeats, warmup=2))
         shares.append(times["model"].median / times["original"].median)
         pair = times["model"].median + times["original"].median
-        spent += repeats * pair  # not by the clock, which says something else to each process
+        spent += repeats * pair  # not read from a clock, which differs between processes
         repeats = int(min(MOST, max(FEWEST, seconds / (ROUNDS * pair))))
     return statistics.median(shares)
 
 
 def _error(shares: Sequence[float]) -> float:
-    """How far the middle of some measurements may be off, as a share of it: its standard error, by the quartiles.
+    """The standard error of the median of some measurements, from their quartiles, as a share of the median.
 
     >>> _error([0.5, 0.5, 0.5, 0.5, 0.9, 0.5, 0.5])
     0.0
@@ -72,10 +72,10 @@ def _error(shares: Sequence[float]) -> float:
 
 
 def least_share(original: nn.Module, smallest: nn.Module, example: Inputs, wanted: float) -> float:
-    """The share of the latency that the smallest model has, in doubt for the one who wants it.
+    """The latency of the smallest model as a share of the original's, measured again while it is above the target.
 
-    A single measurement that is too high, because the machine did something else meanwhile, is not believed: what is
-    wanted is out of reach only if it is so every time.
+    A single measurement may be too high because the machine did something else meanwhile. A target is out of reach only
+    if every measurement is above it.
 
     Returns:
         The lowest of a few measurements, or the first that is low enough.
@@ -89,7 +89,7 @@ def least_share(original: nn.Module, smallest: nn.Module, example: Inputs, wante
 
 
 def inactive_nodes(structure: Structure, removed: Sequence[str]) -> set[str]:
-    """Nodes that are no longer computed as they were in the original once some branches and blocks are removed."""
+    """Nodes that are not computed as in the original any more after some branches and blocks were removed."""
     replaced = {block.exit for block in map(structure.block, removed) if block.projected is not None}
     return structure.dead_nodes(removed) | set(structure.skips(removed)) | replaced
 
@@ -104,15 +104,15 @@ def block_latencies(
     *,
     repeats: int = REPEATS,
 ) -> dict[str, float]:
-    """Seconds that each of some branches and blocks takes: what a pass without it saves, both measured in turn.
+    """Seconds that each of some branches and blocks takes: what a pass without it saves, both timed in turn.
 
     Args:
         original: is not changed; its copies are cut and timed.
         structure: of the original.
         example: inputs for one pass.
         keep: group name -> units that it has.
-        removed: branches and blocks that are gone.
-        names: those asked for.
+        removed: branches and blocks that are removed already.
+        names: the branches and blocks to time.
         repeats: timed passes of each variant.
 
     Returns:
@@ -132,14 +132,15 @@ Measure = Callable[[], LatencyTable]
 
 
 class LayerTimes:
-    """What the layers of a run's original take here, and where the steps of the hardware lie.
+    """The seconds that the layers of a run's original take on this machine, and the steps of the hardware in them.
 
     Args:
-        measure: the table, once.
-        file: where it is kept; None keeps it nowhere.
-        least: share of the original's latency that the smallest model has, kept beside it; None where it is no goal.
+        measure: measures the table; it is called at most once.
+        file: where the table is written; None: it is not written.
+        least: latency of the smallest model as a share of the original's, written beside the table; None if latency is
+            not a goal.
         known: the table, if it was measured before.
-        progress: hears which steps there are.
+        progress: receives a line about the steps.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class LayerTimes:
         self._steps: dict[str, int] | None = None
 
     def keep_least(self) -> None:
-        """Write down the least share as soon as the run has begun, unless its file is there already.
+        """Write the least share to its file, unless the file exists. To be called as soon as the run has begun.
 
         Raises:
             RunFolderError: it can't be written.
@@ -167,7 +168,7 @@ class LayerTimes:
 
     @property
     def table(self) -> LatencyTable:
-        """Measured now if it was not before.
+        """The table; it is measured now unless it was before.
 
         Raises:
             RunFolderError: the table can't be written.
@@ -180,7 +181,7 @@ class LayerTimes:
 
     @property
     def steps(self) -> Mapping[str, int]:
-        """Group name -> the number that widths worth having are a multiple of; groups without steps are left out."""
+        """Group name -> the step of its latency, of which widths should be a multiple; only groups with steps."""
         if self._steps is None:
             found = {name: step_of(self.table.curve(name)) for name in self.table.groups}
             self._steps = {name: step for name, step in found.items() if step > 1}
@@ -191,14 +192,14 @@ class LayerTimes:
 def load_times(
     folder: RunFolder | None, model: nn.Module, fingerprint: str, progress: Progress, *, resume: bool
 ) -> tuple[float | None, LatencyTable | None]:
-    """The least share of the latency and the table of a run that goes on; None and None where it has none for us.
+    """The least share of the latency and the table of a run that goes on; None and None if they don't apply here.
 
     Args:
         folder: of the run.
-        model: on the device that counts now; a table of another one, or of other threads, is measured again.
+        model: on the device of this run; a table of another device or number of threads is measured again.
         fingerprint: of the original; what another model's run has measured is not read.
-        progress: hears of what is measured again.
-        resume: the run goes on.
+        progress: receives a line if the table is to be measured again.
+        resume: whether the run goes on.
 
     Raises:
         RunFolderError: the file is broken.
@@ -221,8 +222,8 @@ def measure_times(
         model: the original.
         structure: of it.
         timed: inputs whose latency counts.
-        progress: hears of it.
-        few: inputs that the model was traced with, which count where it can't be traced with the others.
+        progress: receives the progress.
+        few: inputs that the model was traced with, used if it can't be traced with `timed`; None: there are none.
     """
     try:
         table = measure_table(model, structure, timed, probes, progress=progress)
@@ -245,24 +246,24 @@ def _describe_steps(steps: Mapping[str, int], groups: int) -> str:
     counts = Counter(steps.values())
     told = ", ".join(f"of {step} units in {counts[step]}" for step in sorted(counts))
     return (
-        f"The latency has steps {told} of {groups} groups." if told else f"No steps of the latency in {groups} groups."
+        f"The latency has steps {told} of {groups} groups." if told else f"The latency has no steps in {groups} groups."
     )
 
 
 def _read_own(
     folder: RunFolder, fingerprint: str, here: tuple[str, int]
 ) -> tuple[float | None, LatencyTable | None, str]:
-    """What the folder holds that is good for this model and machine, and what to say of the rest."""
+    """What the folder holds for this model and machine, and a line about what can't be used."""
     begun = read_object(folder.path / RUN) if (folder.path / RUN).exists() else {"fingerprint": fingerprint}
     if begun.get("fingerprint") != fingerprint:
-        return None, None, ""  # another model's, which is said when the folder is opened
+        return None, None, ""  # another model's, which is reported when the folder is opened
     least, table = _read(folder.latency)
-    finished = (folder.path / RESULT).exists()  # nothing is measured any longer
+    finished = (folder.path / RESULT).exists()  # nothing will be measured any more
     if table is None or finished or (table.device, table.threads) == here:
         return least, table, ""
     note = (
         f"The layers are timed anew: {folder.latency.name} was measured on {table.device} with {table.threads} "
-        f"threads, this is {here[0]} with {here[1]}."
+        f"threads, and this machine is {here[0]} with {here[1]}."
     )
     return None, None, note
 

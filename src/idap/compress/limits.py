@@ -1,4 +1,4 @@
-"""What can be cut, and how far: cuts are tried on the real model, and what is left when all goes is counted."""
+"""Find out what can be cut, by trying cuts on the real model, and how small the costs can become."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,16 +29,16 @@ def smallest_shares(
     timed: Inputs,
     latency: float | None,
 ) -> dict[str, float]:
-    """What is left of each cost when all goes that the settings let go; latency only where it is a goal.
+    """What is left of each cost when all that the settings allow is removed; latency only if it is a goal.
 
     Args:
         original: is not changed.
         structure: of it.
         costs: of it.
         config: of the run.
-        removable: blocks that may go.
+        removable: blocks that may be removed.
         timed: inputs whose latency counts.
-        latency: as it was measured before, in a run that goes on.
+        latency: of that model, as measured before the run was stopped; None: it is measured if it is a goal.
     """
     keep = {group.name: tuple(range(group.size)) for group in structure.groups}
     whole = costs.cost(keep)
@@ -61,19 +61,19 @@ def smallest_shares(
 
 
 class TrainingFailure(VerificationError):  # noqa: N818 - the cut is right
-    """A cut is what was planned, but code that only training runs fails with it."""
+    """A cut is what was planned, but code that only training runs fails on the cut model."""
 
 
 def verify_cuts(
     original: nn.Module, structure: Structure, example: Inputs, progress: Progress, config: Config
 ) -> tuple[list[str], Config]:
-    """Cut every group at once, and remove every block singly.
+    """Verify a cut of all groups at once, and the removal of each block by itself.
 
-    Code that only training runs is not in the structure. What makes it fail stays whole, and is reported.
+    Code that only training runs is not in the structure. Groups whose cut makes it fail stay whole, and are reported.
 
     Returns:
         The branches and blocks that may be removed, of the kinds that are wanted, and the settings, with groups that
-        must stay whole. Blocks whose removal could not be proved are reported.
+        must stay whole. Blocks whose removal could not be verified are reported.
 
     Raises:
         VerificationError: a group's cut is not what was planned; names the group.
@@ -101,23 +101,23 @@ def verify_cuts(
             trial.cut({}, (block.name,))
             removable.append(block.name)
         except (VerificationError, PlanError) as error:
-            progress.say(f"{block.kind} {block.name} stays: {error}")
+            progress.say(f"{block.kind} {block.name} is kept: {error}")
     return removable, _keep_whole(config, whole)
 
 
 class _Trial:
-    """Cuts that are tried and thrown away."""
+    """Tries cuts, and throws the cut models away."""
 
     def __init__(self, original: nn.Module, structure: Structure, example: Inputs) -> None:
         self._original, self._structure, self._example = original, structure, example
         self._trains = not training_failure(original, *example)
 
     def cut(self, keep: dict[str, tuple[int, ...]], removed: tuple[str, ...]) -> None:
-        """Prove a cut, and run it in training mode where the original runs there.
+        """Verify a cut, and run the cut model in training mode if the original runs there.
 
         Raises:
-            VerificationError, PlanError: it is not what was planned.
-            TrainingFailure: it is, but code that only training runs fails.
+            VerificationError, PlanError: the cut is not what was planned.
+            TrainingFailure: it is what was planned, but code that only training runs fails.
         """
         plan = self._structure.plan(keep, removed)
         maps = {path: trial_map(projected) for path, projected in plan.projections.items()}
@@ -125,10 +125,10 @@ class _Trial:
         verify(self._structure, self._original, small, plan, self._example, maps=maps)
         failure = training_failure(small, *self._example) if self._trains else ""
         if failure:
-            raise TrainingFailure(f"the smaller model fails in training, where its code does more: {failure}")
+            raise TrainingFailure(f"the cut model fails in training, where its code does more: {failure}")
 
 
 def _keep_whole(config: Config, groups: Sequence[str]) -> Config:
-    """The settings with groups of which nothing may go."""
+    """The settings with groups of which nothing may be removed."""
     keep = {**config.filters.keep, **{escape(name): 1.0 for name in groups}}
     return replace(config, filters=replace(config.filters, keep=keep)) if groups else config

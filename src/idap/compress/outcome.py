@@ -1,4 +1,4 @@
-"""The end of a run: one more training, the last measurement, what was reached, and what was not and why."""
+"""End a run: train once more, measure the result, and say what was reached, or what was not and why."""
 
 import math
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ from idap.training.processes import on_main
 def finish_run(
     setting: Setting, start: State, state: State, journal: Journal, recipe: Mapping[str, Any] | None = None
 ) -> Result:
-    """Measure what is returned once more, after the last change, and say what was reached.
+    """Measure the model that is returned once more, after the last change, and say what was reached.
 
-    A run that was finished before keeps the end that it wrote: the clock would show another latency each time.
+    A run that was finished before keeps the end that it wrote, since every measurement of latency differs a little.
     """
     past = past_result(setting.services.folder)
     with setting.services.clock.on("judging"):
@@ -36,7 +36,7 @@ def finish_run(
         latency = setting.latency_of(state.model)
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency, fault=fault)
     reached, message = _verdict(setting, final, journal, untouched=state is start)
-    message += _cut_short(journal)
+    message += _training_faults(journal)
     base = origin(setting.subject.original)
     result = Result(
         model=final.model,
@@ -65,7 +65,7 @@ def finish_run(
 
 
 def _output_error(setting: Setting, state: State) -> float:
-    """How far the outputs are from the original's; NaN, which is said, where no number can tell."""
+    """The relative error of the outputs against the original's; NaN, with a line that says why, if it is not known."""
     try:
         return output_error(state.model, setting.subject.original, setting.subject.task)
     except TaskError as error:
@@ -74,16 +74,16 @@ def _output_error(setting: Setting, state: State) -> float:
 
 
 def _build(recipe: Mapping[str, Any]) -> str | None:
-    """The call that builds the original as a recipe says; None where it takes more than the recipe's words."""
+    """The call that builds the original of a recipe; None if the recipe alone does not determine it."""
     model = recipe.get("model", {})
     spec, classes = model.get("build"), model.get("classes")
-    if not isinstance(spec, str) or (spec.startswith("hf:") and "data" in recipe):  # data choose the head of these
+    if not isinstance(spec, str) or (spec.startswith("hf:") and "data" in recipe):  # data determine its head
         return None
     return f"idap.models.resolve.build_model({spec!r}{'' if classes is None else f', classes={classes}'})"
 
 
 def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
-    """Seconds by kind of work, of all steps and of what lay around them."""
+    """Seconds by kind of work, of all steps and of the work before and after them."""
     found: dict[str, float] = {}
     for phases in (journal.preparation, *(step.phases for step in journal.steps), setting.services.clock.take()):
         for kind, seconds in phases.items():
@@ -91,8 +91,8 @@ def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
     return found
 
 
-def _cut_short(journal: Journal) -> str:
-    """What is said of trainings that broke; "" if none did."""
+def _training_faults(journal: Journal) -> str:
+    """The part of the message about trainings that ended early; "" if none did."""
     broken = [step.curve for step in journal.steps if step.curve is not None and step.curve.diverged]
     if not broken:
         return ""
@@ -107,12 +107,12 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         units = (
             "filters.steps is 0"
             if filters.steps == 0
-            else "filters.min_keep, keep, multiples and streams hold every group"
+            else "filters.min_keep, keep, multiples and streams keep every group whole"
         )
-        blocks = "layers.removals is 0" if layers.removals == 0 else "no branch or block may go"
-        return False, f"nothing may be removed: {units}, and {blocks}; this is the original"
+        blocks = "layers.removals is 0" if layers.removals == 0 else "no branch or block may be removed"
+        return False, f"nothing may be removed: {units}, and {blocks}; the result is the original"
     if untouched:
-        return False, "nothing could be removed within the budget; this is the original. Allow a larger max_drop"
+        return False, "nothing could be removed within the budget; the result is the original. Allow a larger max_drop"
     if not state.within(goal):
         found = state.fault or f"the {setting.subject.task.metric_name} was {state.metric:.4f}"
         worst = "" if state.fault else f", and {goal.worst:.4f} is the worst allowed"
@@ -130,22 +130,22 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
 
 
 def _obstacle(setting: Setting, journal: Journal) -> str:
-    """Why a run did not come to its targets, and what would help."""
+    """Why a run did not reach its targets, and what would help."""
     decided = [step for step in journal.steps if step.stage != "final"]
     if not any(step.is_refused for step in decided):
         return (
-            "the steps were used up, and none of them left the accuracy budget. Allow more of them "
+            "the steps were used up, and none of them exceeded the accuracy budget. Allow more of them "
             "(filters.steps, layers.removals), or larger ones (filters.first_share)"
         )
-    why = "every further step left the accuracy budget"
+    why = "every further step exceeded the accuracy budget"
     last = journal.steps[-1]
     before = next(step.metric for step in reversed(decided) if step.accepted)
     told = f"from {before:.4f} to {last.metric:.4f}"
     if last.stage == "final" and last.accepted and f"{before:.4f}" != f"{last.metric:.4f}":
         return (
-            f"{why}, until the last training took the {setting.subject.task.metric_name} {told}. Train longer "
-            f"after each step "
-            "(recovery), allow a larger max_drop, or compress the result again with what is left of the budget"
+            f"{why}; only the last training then took the {setting.subject.task.metric_name} {told}. Train longer "
+            "after each step (recovery), allow a larger max_drop, or compress the result again with what is left of "
+            "the budget"
         )
     return f"{why}. Allow a larger max_drop, more steps or a longer recovery"
 
@@ -167,7 +167,7 @@ def final_recovery(setting: Setting, start: State, state: State, journal: Journa
     metric, fault, higher = found.state.metric, found.state.fault, setting.subject.task.higher_is_better
     accepted = not fault and (metric >= state.metric if higher else metric <= state.metric)
     equal = "as good as before" if metric == state.metric else "the best so far"
-    reason = fault or (equal if accepted else "no better than before")
+    reason = fault or (equal if accepted else "worse than before")
     journal.note("final", found, accepted=accepted, reason=reason)
     return found.state if accepted else state
 

@@ -1,4 +1,4 @@
-"""Before the first cut: arguments are checked, the model is looked at and judged, its divergence is measured."""
+"""Prepare a run before the first cut: check the arguments, analyse and judge the model, set up measurements."""
 
 import hashlib
 import json
@@ -40,14 +40,14 @@ from idap.training.task import Task
 
 
 def calibration_batches(task: Task, config: Config) -> tuple[Any, ...]:
-    """The first batches of the calibration data; a loader that shuffles does so by the run's seed."""
+    """The first batches of the calibration data; a loader that shuffles uses the run's seed."""
     batches = task.batches("calibration")
     with seed_loader(batches, config.seed):
         return tuple(islice(batches, config.calibration_batches))
 
 
 def samples_digest(batches: Sequence[Batch]) -> str:
-    """A short name for batches: a hash of every tensor in them."""
+    """A short hash of every tensor in some batches."""
     found = hashlib.sha256()
     for tensor in tensors_of(move(batches, "cpu")):
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -56,7 +56,7 @@ def samples_digest(batches: Sequence[Batch]) -> str:
 
 
 def few_samples(example: Inputs, count: int) -> Inputs:
-    """The first samples of example inputs: tensors whose first dimension is the batch are shortened."""
+    """The first samples of example inputs; tensors whose first dimension is the batch are shortened."""
     return resize_inputs(*example, min(count, batch_size(*example) or 1))
 
 
@@ -66,15 +66,16 @@ def profile(
     """Measure the divergence of every unit, branch and block of a model.
 
     Args:
-        model: the trained model; it is left exactly as it is.
-        task: its data; the calibration split is measured on.
-        config: of its settings the criterion, the calibration batches, contracts, swap, `layers.replacement` and seed
-            count.
-        progress: hears of the phases.
+        model: the trained model; it is not changed.
+        task: its data; the calibration split is used for the measurement.
+        config: of its settings, the criterion, the calibration batches, contracts, swap, freeze_unknown,
+            `layers.replacement` and the seed have an effect.
+        progress: the listener that receives the phases; None: nothing is reported.
 
     Returns:
-        What may be removed, and the divergence of each part (in the relative form for branches and blocks if the
-        criterion knows none; of a block that may become a projection what the best one leaves over).
+        The structure, which says what may be removed, and the divergence of each part. Branches and blocks have the
+        relative form if the criterion does not score them. A block that may become a projection has the error that the
+        best one leaves.
 
     Raises:
         TaskError, TraceError, StructureError: the model and its data don't fit together.
@@ -110,10 +111,10 @@ TRACED_SAMPLES = 2
 
 
 def check_arguments(model: nn.Module, task: object, optimizer: object, run_dir: object, recipe: object) -> None:
-    """Refuse what is of another kind than it should be.
+    """Refuse arguments of the wrong type.
 
     Raises:
-        TaskError, ConfigError: names the argument.
+        TaskError, ConfigError: the message names the argument.
     """
     check_model(model)
     if not isinstance(task, Task):
@@ -136,7 +137,7 @@ def check_arguments(model: nn.Module, task: object, optimizer: object, run_dir: 
 def optimizer_slicer(
     optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting
 ) -> Callable[[nn.Module, Plan], torch.optim.Optimizer]:
-    """What cuts a user's optimiser; tried once, before any work."""
+    """The function that cuts a user's optimiser; it is tried once, before any work."""
 
     def slice_for(small: nn.Module, plan: Plan) -> torch.optim.Optimizer:
         return slice_optimizer(optimizer, model, small, plan)
@@ -157,7 +158,7 @@ def prepare_run(
     *,
     resume: bool = False,
 ) -> tuple[Setting, State, list[str], dict[str, Any]]:
-    """Check everything that can be checked before any work; measure where we stand."""
+    """Check everything that can be checked before any work, and judge the original."""
     if folder is not None and not resume:
         on_main(partial(folder.check, size=run_size(model)))
     clock = Clock()
@@ -200,7 +201,7 @@ def prepare_run(
 
 
 def _add_validation(task: Task, config: Config, progress: Progress) -> Task:
-    """The task with validation data, and what its reader should know of the data, said."""
+    """The task with validation data; what the user should know of the data is reported."""
     task, told = with_validation(task, seed=config.seed)
     for note in (*task.notes, told):
         if note:
@@ -209,7 +210,7 @@ def _add_validation(task: Task, config: Config, progress: Progress) -> Task:
 
 
 def _judge_original(original: nn.Module, task: Task, progress: Progress) -> Score:
-    """Judge the original, and say where it gives no numbers itself."""
+    """Judge the original, and report if its own outputs hold NaN."""
     found = score(original, task)
     if found.broken:
         progress.say(f"The original's outputs hold NaN on {found.broken} of {found.batches} validation batches.")

@@ -1,4 +1,4 @@
-"""What a compression returns."""
+"""The result of a compression."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from idap.structure.plan import Plan
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """A smaller model, and how it came about.
+    """The compressed model, and how it came about.
 
     Attributes:
         model: an ordinary module of the original's class, smaller, in the original's mode.
@@ -31,14 +31,14 @@ class Result:
         macs: multiply-adds for one sample, before and after.
         parameters: before and after.
         size: bytes of all tensors in the saved file, before and after.
-        latency: as a share of the original's, measured here at the end; None where it was no goal.
+        latency: as a share of the original's, measured here at the end; None if latency was not a goal.
         output_error: E‖N0(x) − N*(x)‖² / E‖N0(x)‖² on the validation data (docs/method.md#promise).
         reached: whether every goal was met.
         message: one sentence on what was reached, or which goal was not and why.
         metric_name: what the metric is.
         seconds: kind of work -> seconds that it took in all.
         base: from the original to the model that was compressed, if that was itself compressed (`idap.load`).
-        build: the call that builds the original, from its module on, where the run was told how it is built.
+        build: the call that builds the original, with its module; None if the run was not told how it is built.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Result:
 
     @property
     def whole_plan(self) -> Plan:
-        """From the original to the model, whatever was compressed in between."""
+        """The plan from the first original to the model, over every compression in between."""
         return self.plan if self.base is None else chain_plans(self.base, self.plan)
 
     def __repr__(self) -> str:
@@ -94,15 +94,15 @@ class Result:
 
         Args:
             folder: created where needed; a model saved there before is replaced.
-            build: for the card, the call that builds the original, from its module on, such as
-                ``torchvision.models.resnet50()``. Left out, it is what the run was told, or the card finds out whether
-                the class needs no arguments.
+            build: for the card, the call that builds the original, with its module, such as
+                ``torchvision.models.resnet50()``. None: the call that the run was told; without one, the card finds
+                out whether the class can be built without arguments.
 
         Returns:
             Tensor name -> how many subnormal numbers were written as zeros, for those that have any.
 
         Raises:
-            CheckpointError: the folder can't be written, or `build` is no call.
+            CheckpointError: the folder can't be written, or `build` is not a call.
         """
         plan, where = self.whole_plan, Path(folder)
         facts = Facts(

@@ -1,4 +1,4 @@
-"""The story of a run: look at the model, cut width, cut depth, finish, and say what was reached."""
+"""Run a compression: analyse the model, cut width, cut depth, finish, and say what was reached."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,31 +43,32 @@ def compress(
     """Compress a trained model in two stages, filters and then layers, within a budget.
 
     Args:
-        model: the trained model; it is left exactly as it is, and is the teacher of its successors.
+        model: the trained model; it is not changed. It is the teacher in every recovery.
         task: its data, loss and metric. Training data train and calibrate, validation data decide.
         config: goals and settings.
-        optimizer: of the model's parameters, left as it is. Each recovery trains with a copy of it that is cut as the
-            model was, momentum included, instead of the optimiser that the settings describe; of these, warmup and
-            the fall of the learning rate stay. None: the settings say all.
-        run_dir: a new or empty folder for the record of the run, its accepted states and the result; None keeps none.
-            It is claimed for this process until the run ends, unless it is a `RunFolder` that the caller has claimed.
-        resume: go on with the run in `run_dir` that was stopped, at whatever moment; a run that was never begun there
-            begins. Decisions that were taken are recalled, not taken again, and the result is that of a run that was
-            not stopped.
-        recipe: how model, task and `config` are made, as sections of a recipe file; kept in `run_dir` for whoever makes
-            them again, as `idap resume` and `idap export` do, and for the card of the result.
-        progress: hears of every phase and every decision.
+        optimizer: an optimiser of the model's parameters; it is not changed. Each recovery trains with a copy of it
+            that is cut like the model, momentum included, instead of the optimiser that the settings describe; their
+            warmup and decay of the learning rate still apply. None: the optimiser that the settings describe is used.
+        run_dir: a new or empty folder for the record of the run, its accepted states and the result; None: nothing is
+            written. The folder is claimed for this process until the run ends, unless it is a `RunFolder` that the
+            caller has claimed.
+        resume: go on with the run in `run_dir`, which may have been stopped at any moment; if no run was begun there,
+            begin it. Decisions that were taken are recalled, not taken again, and the result is that of a run that
+            was not stopped.
+        recipe: how model, task and `config` are made, as sections of a recipe file; it is written to `run_dir`, so that
+            `idap resume` and `idap export` can make them again, and serves the card of the result.
+        progress: the listener that receives every phase and every decision; None: nothing is reported.
 
-    In a distributed run (`torch.distributed` initialised) every process calls this with the same arguments: all decide
-    the same and end with the same model, and process 0 alone writes the folder, which all must be able to read.
+    In a distributed run (`torch.distributed` initialised) every process calls this with the same arguments. All take
+    the same decisions and end with the same model. Process 0 alone writes the folder, and all must be able to read it.
 
     Returns:
-        The smaller model with its plan, costs, metrics and decisions. It keeps the accuracy budget on the validation
+        The compressed model with its plan, costs, metrics and decisions. It keeps the accuracy budget on the validation
         data, measured after the last change; if a target was not reached, the message says why.
 
     Raises:
         TaskError, TraceError, StructureError, BudgetError, ConfigError, RunFolderError: before any work is done.
-        VerificationError: a cut did not equal the masked original; names the axis.
+        VerificationError: a cut model did not equal the masked original; the message names the axis.
     """
     check_arguments(model, task, optimizer, run_dir, recipe)
     config, progress = check_config(config), (progress if is_main() else None) or Silent()
@@ -89,7 +90,7 @@ def _compress(
     resume: bool,
     recipe: Mapping[str, Any] | None,
 ) -> Result:
-    """Compress in a folder that is claimed."""
+    """Compress a model; the folder is claimed already."""
     setting, state, removable, settings = prepare_run(model, task, config, folder, progress, resume=resume)
     if optimizer is not None:
         setting = replace(
@@ -98,7 +99,7 @@ def _compress(
         settings["optimizer"] = hyperparameters(optimizer)
     if recipe is not None:
         settings["recipe"] = dict(recipe)
-    if folder is not None:  # every weight is read
+    if folder is not None:  # only then, since every weight is read
         settings["weights"] = weights_digest(model)
         settings["calibration"] = samples_digest(setting.subject.calibration)
     settings["preparation"] = preparation = setting.services.clock.take()
@@ -111,7 +112,7 @@ def _compress(
 
 
 def _stages(setting: Setting, state: State, removable: list[str], journal: Journal) -> State:
-    """Cut width and depth in the order that is set."""
+    """Cut width and depth in the order that the settings give."""
     config, goal = setting.goals.config, setting.goals.budget
     width, depth = config.filters.steps > 0, config.layers.removals > 0
     if config.order == "interleaved" and width:
@@ -132,19 +133,19 @@ def _stages(setting: Setting, state: State, removable: list[str], journal: Journ
 
 
 def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable: list[str]) -> State:
-    """Cut depth, then width down to the targets; layers that were spared go after all if filters don't come there."""
+    """Cut depth, then width to the targets; if filters don't reach them, the remaining layers are tried after all."""
     goal, before = setting.goals.budget, len(journal.steps)
-    refused = before > 0 and not journal.steps[-1].accepted  # the budget ended stage 1, and would end it again
+    refused = before > 0 and not journal.steps[-1].accepted  # the budget ended stage 1, and would do so again
     contested = setting.goals.config.layers.against == "filters" and not refused
     shallow = layer_stage(setting, state, goal, journal, removable, contested=contested)
     turn = journal.steps[before:]
     in_a_row = len(list(takewhile(lambda step: step.is_refused, reversed(turn))))
-    narrow = shallow  # what stage 2 left over is for filters
+    narrow = shallow  # filters save what stage 2 left over
     if shallow is not state or not refused:
         narrow = filter_stage(setting, shallow, goal, journal)
     if not goal.misses(setting.shares(narrow)) or in_a_row >= setting.goals.config.layers.patience:
         return narrow
     essential = {step.removed[0].name for step in turn if step.is_refused}
-    spared = [name for name in removable if name not in essential]
-    last = layer_stage(setting, narrow, goal, journal, spared, alone=True)
+    remaining = [name for name in removable if name not in essential]
+    last = layer_stage(setting, narrow, goal, journal, remaining, alone=True)
     return last if last is narrow else filter_stage(setting, last, goal, journal)

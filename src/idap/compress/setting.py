@@ -1,4 +1,4 @@
-"""What stays the same from one state of a run to the next, and what is measured of a state."""
+"""The setting of a run, which is the same for all its states, and the measurements of a state."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -42,18 +42,18 @@ class Subject:
     costs: CostModel
     example: Inputs
     whole: Cost
-    """Of the original."""
+    """The cost of the original."""
     calibration: tuple[Any, ...]
     """The calibration batches: the same ones at every step, so that scores can be compared."""
     timed: Inputs
     """The inputs whose latency counts."""
     val: Score | None = None
-    """Of the original; what comes of it is judged on as much data, and answers with numbers where it does."""
+    """The score of the original. Other models must be judged on as many batches, with NaN on no more of them."""
 
 
 @dataclass(frozen=True)
 class Goals:
-    """What a run is to come to, and how it goes about it."""
+    """The goals of a run, and its settings."""
 
     config: Config
     budget: Budget
@@ -61,46 +61,46 @@ class Goals:
 
 @dataclass(frozen=True)
 class Services:
-    """What serves a run and goes on with it: who listens, where it is written, clocks and notes."""
+    """The services of a run: its listener, its folder, its clocks, and what it keeps from step to step."""
 
     progress: Progress
     folder: RunFolder | None
     layer_times: LayerTimes
     clock: Clock = field(default_factory=Clock)
     curves: list[Curve] = field(default_factory=list)
-    """Of the recoveries since the last decision; who notes the decision takes them."""
+    """The curves of the recoveries since the last decision; the journal takes them when it records a decision."""
     optimizer: Callable[[nn.Module, Plan], torch.optim.Optimizer] | None = None
-    """Makes the user's optimiser fit for what a plan made of the original; None: recovery describes one."""
+    """Cuts the user's optimiser as a plan cuts the model; None: the optimiser that the recovery describes is used."""
     measured: dict[str, tuple[ReferenceType[State], Divergence]] = field(default_factory=dict)
-    """The last divergence by criterion, with the state that it is of: a state that did not change has the same."""
+    """The last divergence by criterion, with its state: a state that has not changed is not measured again."""
     told: set[str] = field(default_factory=set)
-    """Lines that are said once in a run, and were."""
+    """Lines that are reported only once in a run, and have been."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """All that stays the same during a run."""
+    """Everything that stays the same during a run."""
 
     subject: Subject
     goals: Goals
     services: Services
 
     def tell(self, line: str) -> None:
-        """Say a line, unless this run has said it before."""
+        """Report a line, unless this run has reported it before."""
         if line not in self.services.told:
             self.services.told.add(line)
             self.services.progress.say(line)
 
     def shares(self, state: State) -> dict[str, float]:
-        """What is left of each of the original's costs; latency only where it is a goal."""
+        """What is left of each of the original's costs; latency only if it is a goal."""
         found = shares_of(state.cost, self.subject.whole)
         return found if state.latency is None else {**found, "latency": state.latency}
 
     def judge(self, model: nn.Module) -> Judgement:
-        """What the validation data say of a model.
+        """Judge a model on the validation data.
 
         Raises:
-            TaskError: the data are others than those that the original was judged on.
+            TaskError: the data are not those that the original was judged on.
         """
         try:
             found = score(model, self.subject.task)
@@ -109,15 +109,15 @@ class Setting:
         first = self.subject.val
         if first is not None and found.batches != first.batches:
             raise TaskError(
-                f"the 'val' split gave {found.batches} batches, and {first.batches} when the original was judged. What "
-                "was measured on other data can't be compared: let its loader give the same samples every time."
+                f"the 'val' split gave {found.batches} batches, and {first.batches} when the original was judged. "
+                "Metrics on different data can't be compared: make its loader give the same samples every time."
             )
         if found.broken > (0 if first is None else first.broken):
             return Judgement(found.metric, f"outputs hold NaN on {found.broken} of {found.batches} validation batches")
         return Judgement(found.metric)
 
     def passes(self, batches: Sequence[Any] | None = None) -> list[Pass]:
-        """The calibration batches, ready to be run; or other batches."""
+        """The calibration batches, or other batches, ready to be run."""
         device = device_of(self.subject.original)
 
         def on(batch: Any) -> Pass:
@@ -133,16 +133,16 @@ class Setting:
     def divergence(
         self, state: State, *, units: bool = True, blocks: bool = True, title: str = "measure"
     ) -> Divergence:
-        """The divergence of what may still go; of blocks in the relative form if the criterion knows none.
+        """The divergence of what may still be removed; of blocks in the relative form if the criterion scores none.
 
-        Of what may become a projection it is what the best one leaves over, E‖y - P(x)‖² / E‖y‖². With such candidates
-        all blocks are measured in the relative form, so that they can be compared.
+        For a block that may become a projection it is the error that the best one leaves, E‖y - P(x)‖² / E‖y‖². If
+        there are such blocks, all blocks are measured in the relative form, so that they can be compared.
 
         Args:
-            state: what is left.
+            state: the state that is measured.
             units: measure units, which may cost much more than blocks.
             blocks: measure branches and blocks.
-            title: what the progress bar is called.
+            title: of the progress bar.
         """
         name, _ = opener_of(self.goals.config.criterion)
         comparable = WITH_BLOCKS if self.goals.config.layers.replacement == "identity" else LIKE_PROJECTIONS
@@ -163,7 +163,7 @@ class Setting:
         return Divergence(name, own.units, scores, tuple(unmeasured), own.notes)
 
     def projections(self, state: State, names: Iterable[str]) -> dict[str, FittedMap]:
-        """The best linear maps in place of those of some blocks that may become projections and are still there."""
+        """The best linear map for each of some blocks that may become a projection and is not removed yet."""
         gone = {inner for name in state.removed for inner in (name, *self.subject.structure.block(name).contains)}
         blocks = [self.subject.structure.block(name) for name in names if name not in gone]
         wanted = [block.name for block in blocks if block.projected is not None]
@@ -178,10 +178,10 @@ class Setting:
             removed=state.removed,
         )
         with self.services.clock.on("measurement"):
-            return call_locally(fit_all)  # alike in every process
+            return call_locally(fit_all)  # the same in every process
 
     def _once(self, state: State, criteria: Sequence[Criterion], title: str) -> dict[str, Divergence]:
-        """Measure what was not measured of this very state before."""
+        """Measure a state by some criteria, unless it was measured by them before."""
         names = {opener_of(criterion)[0]: criterion for criterion in criteria}
         known = {name: found for name, (of, found) in self.services.measured.items() if name in names and of() is state}
         missing = [names[name] for name in names if name not in known]
@@ -192,7 +192,7 @@ class Setting:
         return known | new
 
     def _measure(self, state: State, criteria: Sequence[Criterion], title: str) -> dict[str, Divergence]:
-        """Measure by several criteria; every process takes some of the calibration batches if there are enough."""
+        """Measure by several criteria; the processes share the calibration batches if there are enough for all."""
 
         def measure_here() -> dict[str, Divergence]:
             return measure_all(
@@ -214,7 +214,7 @@ class Setting:
 
     @property
     def cost_kind(self) -> str:
-        """What a part is divided by: "macs", "parameters" or "latency"."""
+        """The cost that a score is divided by: "macs", "parameters" or "latency"."""
         if self.goals.config.cost != "auto":
             return self.goals.config.cost
         targets = {
@@ -223,7 +223,7 @@ class Setting:
         return targets.pop() if len(targets) == 1 else "macs"
 
     def unit_costs(self, state: State) -> dict[str, float]:
-        """What the next unit of each group costs, in what is counted."""
+        """The cost of the next unit of each group, of the kind `cost_kind`."""
         if self.cost_kind == "latency":
             with self.services.clock.on("latency"):
                 return self.services.layer_times.table.unit_seconds(*self._left(state))
@@ -232,13 +232,13 @@ class Setting:
         return self.subject.costs.unit_macs(state.keep, state.removed)
 
     def _left(self, state: State) -> tuple[dict[str, int], set[str]]:
-        """Number of units of each group, and the nodes that are gone."""
+        """Number of units of each group, and the nodes that are not computed any more."""
         return {name: len(units) for name, units in state.keep.items()}, inactive_nodes(
             self.subject.structure, state.removed
         )
 
     def block_costs(self, state: State, names: Sequence[str]) -> dict[str, float]:
-        """What some branches and blocks cost, in what is counted."""
+        """The cost of each of some branches and blocks, of the kind `cost_kind`."""
         if self.cost_kind == "latency":
             with self.services.clock.on("latency"):
                 return self._block_seconds(state, names)
@@ -249,9 +249,7 @@ class Setting:
         return {name: float(present.macs - cost.macs) for name, cost in costs.items()}
 
     def _block_seconds(self, state: State, names: Sequence[str]) -> dict[str, float]:
-        if any(
-            self.subject.structure.block(name).projected for name in names
-        ):  # what a projection takes is not in the table
+        if any(self.subject.structure.block(name).projected for name in names):  # the table has no projections
             return block_latencies(
                 self.subject.original, self.subject.structure, self.subject.timed, state.keep, state.removed, names
             )
@@ -266,7 +264,7 @@ class Setting:
         """The original as a state.
 
         Args:
-            metric: of it; NaN where nobody asks.
+            metric: of the original; NaN if it is not needed.
         """
         keep = {group.name: tuple(range(group.size)) for group in self.subject.structure.groups}
         latency = 1.0 if "latency" in self.goals.budget.targets else None
@@ -281,7 +279,7 @@ class Setting:
         )
 
     def latency_of(self, model: nn.Module) -> float | None:
-        """The latency of a model as a share of the original's, measured now; None where it is no goal."""
+        """The latency of a model as a share of the original's, measured now; None if latency is not a goal."""
         if "latency" not in self.goals.budget.targets:
             return None
         with self.services.clock.on("latency"):

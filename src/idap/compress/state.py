@@ -1,4 +1,4 @@
-"""One state of a run, what the validation data say of one, and where the time goes."""
+"""A state of a run, its judgement on the validation data, and a clock for the kinds of work."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +15,10 @@ from idap.structure.plan import Plan
 
 
 class Clock:
-    """Adds up seconds by kind of work; work inside other work counts once, as what it is itself.
+    """Adds up seconds by kind of work; work inside other work counts once, as the inner kind.
 
     Args:
-        now: gives the time in seconds.
+        now: returns the time in seconds.
 
     Example:
         >>> ticks = iter([0.0, 1.0, 3.0, 7.0, 7.5, 8.0])
@@ -48,7 +48,7 @@ class Clock:
             self._kinds.pop()
 
     def take(self) -> dict[str, float]:
-        """Seconds by kind since the last call; what belongs to no kind is "other"."""
+        """Seconds by kind since the last call; work of no kind counts as "other"."""
         self._book()
         taken, self._seconds = self._seconds, {}
         return taken
@@ -65,18 +65,18 @@ Keep = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class State:
-    """A model on the way, with what led to it.
+    """A model that a run came to, with the cuts that led to it.
 
     Attributes:
         model: cut and recovered.
-        keep: group name -> units it has, for every group.
-        removed: branches and blocks that are gone.
+        keep: group name -> units that it has, for every group.
+        removed: branches and blocks that are removed.
         plan: from the original to the model.
         cost: of one sample.
         metric: on the validation data.
         error: largest relative difference from the masked original when it was cut.
-        latency: as a share of the original's, measured here; None where it is no goal.
-        fault: why it can't be used, whatever its metric; "" if it can.
+        latency: as a share of the original's, measured here; None if latency is not a goal.
+        fault: why the model can't be used, whatever its metric; "" if it can.
     """
 
     model: nn.Module
@@ -90,15 +90,15 @@ class State:
     fault: str = ""
 
     def within(self, goal: Budget) -> bool:
-        """Whether it can be used and keeps the accuracy budget."""
+        """Whether the model can be used and keeps the accuracy budget."""
         return not self.fault and goal.holds(self.metric)
 
 
 class Judgement(NamedTuple):
-    """What the validation data say of a model.
+    """The judgement of a model on the validation data.
 
     Attributes:
-        metric: 0 where it is no finite number.
+        metric: 0 if it is not finite.
         fault: why the model can't be used, whatever its metric; "" if it can.
     """
 
@@ -107,6 +107,6 @@ class Judgement(NamedTuple):
 
 
 def merge_removed(structure: Structure, before: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
-    """All that is gone once some more blocks are removed, without those that lie inside others."""
+    """All removed branches and blocks after some more are removed, without those inside the new ones."""
     inside = {inner for name in new for inner in structure.block(name).contains}
     return tuple(name for name in dict.fromkeys((*before, *new)) if name not in inside)

@@ -117,7 +117,7 @@ class Allowance:
         self._before = Count()
 
     @contextmanager
-    def spent_within(self) -> Iterator[None]:
+    def scope(self) -> Iterator[None]:
         """While the module runs: what it makes, and what the rewritten modules within it make, counts as one."""
         outermost = _OUTERMOST.get()
         token = None if outermost is not None else _OUTERMOST.set(self)

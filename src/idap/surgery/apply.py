@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from idap.graph.run import copy_computed, forget_cached
 from idap.structure.plan import Plan
-from idap.surgery.fit import check_fit, named_tensors
+from idap.surgery.fit import check_fit, tensor_items
 from idap.surgery.rewritten import SETTINGS_ABOVE, rewrite_
 from idap.surgery.stand_ins import LinearMap, Projection, stand_in
 
@@ -73,7 +73,7 @@ def exchange_(model: nn.Module, others: Mapping[int, Tensor]) -> None:
 def _slice_tensors(model: nn.Module, plan: Plan) -> dict[int, Tensor]:
     """The id of each tensor to be cut -> its new tensor; tied names share one tensor, so it is cut once."""
     found = {}
-    for name, tensor in named_tensors(model):
+    for name, tensor in tensor_items(model):
         if name in plan.tensors:
             small = cut_tensor(tensor.detach(), plan.tensors[name])
             if isinstance(tensor, nn.Parameter):

@@ -24,9 +24,9 @@ from idap.training.batch import default_padding, merge_batches
 from idap.training.evaluate import evaluate
 from idap.training.recovery import Recovery
 from tests.compress.stages.test_stages import prepare
-from tests.compress.tiny import assert_untouched, config, snapshot, task, trained
+from tests.compress.tiny import assert_untouched, config, snapshot, task, train_net
 
-NET = trained()
+NET = train_net()
 ONCE = {"layers": LayerStage(removals=0), "filters_share": 1.0, "filters": FilterStage(steps=9, first_share=0.5)}
 
 
@@ -45,13 +45,13 @@ def test_every_criterion_comes_to_the_target(criterion):
     assert 0.5 * result.macs[0] - one_unit <= result.macs[1] <= 0.5 * result.macs[0]
 
 
-def nothing(_scene: Scene):
+def score_nothing(_scene: Scene):
     return {}
 
 
 def test_a_criterion_that_finds_nothing_to_score_says_so():
-    with pytest.raises(ConfigError, match=r"^criterion 'nothing' could score no group of this model; take another\.$"):
-        compress(NET, task(), config(criterion=nothing))
+    with pytest.raises(ConfigError, match=r"^criterion 'score_nothing' could score no group of this model; take"):
+        compress(NET, task(), config(criterion=score_nothing))
 
 
 def largest_first(scene: Scene):
@@ -112,13 +112,13 @@ def test_auto_takes_the_power_with_the_lowest_calibration_loss(monkeypatch):
     seen = []
     real = best_of
 
-    def noted(powers, loss):
+    def record_best(powers, loss):
         losses = {power: loss(keep) for power, keep in powers.items()}
         chosen = real(powers, loss)
         seen.append((losses, chosen))
         return chosen
 
-    monkeypatch.setattr(choice, "best_of", noted)
+    monkeypatch.setattr(choice, "best_of", record_best)
     cut_once(cost_power="auto", criterion="relative")
     assert seen
     for losses, chosen in seen:
@@ -145,14 +145,14 @@ def test_streams_stay_whole_on_request():
 def test_auto_cuts_streams_where_that_costs_less_loss(monkeypatch, better):
     seen = []
 
-    def chosen(ways, loss):
+    def choose(ways, loss):
         seen.append({way.streams: setting_costs(cut) for way, cut in ways.items()})
         return next(way for way in ways if way.streams is better)
 
     def setting_costs(cut):
         return sum(map(len, cut.keep.values())), len(cut.keep["stem"])
 
-    monkeypatch.setattr(choice, "best_of", chosen)
+    monkeypatch.setattr(choice, "best_of", choose)
     _, end, _ = cut_once(criterion=largest_first, cost_power=0.0, filters=FilterStage(schedule="one-shot"))
     assert (len(end.keep["stem"]) < 12) is better
     assert seen[0][False][1] == 12
@@ -161,11 +161,11 @@ def test_auto_cuts_streams_where_that_costs_less_loss(monkeypatch, better):
 def test_ways_are_compared_at_the_same_cost(monkeypatch):
     costs = []
 
-    def noted(ways, loss):
+    def record_costs(ways, loss):
         costs.append([setting.subject.costs.cost(cut.keep, cut.removed).macs for cut in ways.values()])
         return next(iter(ways))
 
-    monkeypatch.setattr(choice, "best_of", noted)
+    monkeypatch.setattr(choice, "best_of", record_costs)
     setting, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.3, "cost_power": "auto"}))
     filter_stage(setting, start, setting.goals.budget, Journal(setting, start.metric))
     assert costs
@@ -196,7 +196,7 @@ def test_each_removed_unit_is_recorded_with_score_rank_and_cost():
 
 
 def test_rebalancing_without_training_keeps_more():
-    def left(rebalance):
+    def error_after_cut(rebalance):
         setting, start, _ = prepare(**(ONCE | {"max_drop": None, "rebalance": rebalance}))
         keep = {group.name: tuple(range(group.size // 2)) for group in setting.subject.structure.groups}
         model, _, error = make_cut(setting, start, keep, ())
@@ -206,12 +206,12 @@ def test_rebalancing_without_training_keeps_more():
                 float((model(x) - setting.subject.original(x)).square().sum()) for x, _ in task().batches("val")
             ), model
 
-    (plain, _), (corrected, _) = left(None), left(Rebalance())
+    (plain, _), (corrected, _) = error_after_cut(None), error_after_cut(Rebalance())
     assert corrected < 0.5 * plain
 
 
 def test_a_run_without_rebalancing_and_the_model_stay_as_they_were():
-    net = trained()
+    net = train_net()
     before = snapshot(net)
     result = compress(net, task(), config(rebalance=None))
     assert result.reached
@@ -227,7 +227,7 @@ def test_blocks_are_scored_where_the_criterion_knows_none():
 
 
 def test_profile_measures_and_changes_nothing():
-    net = trained()
+    net = train_net()
     before = snapshot(net)
     structure, found = profile(net, task(), Config(criterion="paper"))
     assert set(found.units) == {group.name for group in structure.groups}

@@ -21,14 +21,14 @@ from idap.training.task import classification
 from tests import nets
 from tests.compress.stages.test_stages import prepare
 from tests.compress.test_resume import Interrupted, StopsAt, outcome
-from tests.compress.tiny import Noting, config, task, trained
+from tests.compress.tiny import Noting, config, task, train_net
 
-NET = trained()
+NET = train_net()
 SIZES = {"stem": 12, "blocks.0.fc1": 20, "blocks.1.fc1": 20, "blocks.2.fc1": 20}
 UNTRAINED = {"max_drop": None, "macs": None, "recovery": Recovery(epochs=0), "layers": LayerStage(removals=0)}
 
 
-def allowed(multiple, *sizes):
+def sizes_left(multiple, *sizes):
     """The numbers of units that may be left of groups of some sizes."""
     return {*sizes, *(number for size in sizes for number in range(multiple, size, multiple))}
 
@@ -51,7 +51,7 @@ def stage_1(**changes):
 
 
 @pytest.fixture
-def said(monkeypatch):
+def script_metrics(monkeypatch):
     """Let the metrics be what a script says."""
 
     def script(*metrics):
@@ -67,7 +67,7 @@ def test_without_a_target_and_ended_by_the_steps(steps):
     left, journal = stage_1(max_drop=1.0, filters=filters)
     assert len(journal.steps) == steps
     assert left != SIZES
-    assert all(set(widths.values()) <= allowed(8, 12, 20) for widths in after_each_step(journal))
+    assert all(set(widths.values()) <= sizes_left(8, 12, 20) for widths in after_each_step(journal))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 9])
@@ -75,7 +75,7 @@ def test_without_a_target_and_ended_by_the_steps(steps):
 def test_with_a_target_that_the_steps_come_to_or_not(steps, streams):
     filters = FilterStage(steps=steps, first_share=0.1, multiple=8, streams=streams)
     left, journal = stage_1(macs=0.5, filters=filters)
-    assert all(set(widths.values()) <= allowed(8, 12, 20) for widths in after_each_step(journal))
+    assert all(set(widths.values()) <= sizes_left(8, 12, 20) for widths in after_each_step(journal))
     assert (left["stem"] == 12) or streams != "keep"
     reached = journal.steps[-1].shares["macs"] <= 0.5
     assert reached or len(journal.steps) == steps
@@ -88,7 +88,7 @@ def test_small_steps_pass_no_multiple_that_is_in_reach(streams):
     left, journal = stage_1(macs=0.7, filters=filters)
     assert len(journal.steps) > 2
     costs = prepare()[0].subject.costs
-    bundles = [(name, size) for name in SIZES for size in allowed(8, SIZES[name]) if size > left[name]]
+    bundles = [(name, size) for name in SIZES for size in sizes_left(8, SIZES[name]) if size > left[name]]
     for name, size in bundles:  # whatever comes back, the target is missed
         more = {other: range(size if other == name else width) for other, width in left.items()}
         assert costs.cost(more).macs > 0.7 * costs.cost().macs, (name, size)
@@ -107,7 +107,7 @@ class Images(nn.Module):
         return self.f(F.relu(x + self.c3(F.relu(self.c2(x)))).mean((2, 3)))
 
 
-def in_turn(scene):
+def score_in_turn(scene):
     """The first few units of c1, of c2, and then the others of c1 before those of c2."""
     late = {"c1": (0.0, 2.0), "c2": (1.0, 3.0)}
     return {
@@ -119,7 +119,7 @@ def test_of_two_bundles_that_meet_the_target_the_last_step_takes_the_closer_one(
     """From 16 and 16, the stream would go to 8 first, 32.6 %; but 16 and 8, 35.4 %, do."""
     torch.manual_seed(0)
     images = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)]
-    settings = {**UNTRAINED, "criterion": in_turn, "cost_power": 0.0, "macs": 0.5}
+    settings = {**UNTRAINED, "criterion": score_in_turn, "cost_power": 0.0, "macs": 0.5}
     result = compress(
         Images(20).eval(),
         classification(images, images, num_classes=4),
@@ -134,25 +134,25 @@ def test_of_two_bundles_that_meet_the_target_the_last_step_takes_the_closer_one(
 
 
 @pytest.mark.parametrize("target", [None, 0.3])
-def test_ended_by_the_budget(said, target):
-    said(1.0, 1.0, *[0.0] * 9)
+def test_ended_by_the_budget(script_metrics, target):
+    script_metrics(1.0, 1.0, *[0.0] * 9)
     filters = FilterStage(steps=9, first_share=0.1, multiple=8)
     left, journal = stage_1(max_drop=0.05, macs=target, filters=filters)
     assert [step.accepted for step in journal.steps][:3] == [True, True, False]
     assert left == after_each_step(journal)[-1]
-    assert set(left.values()) <= allowed(8, 12, 20)
+    assert set(left.values()) <= sizes_left(8, 12, 20)
     tried = [step.removed for step in journal.steps[2:]]
     assert len(set(tried)) == len(tried)  # what was rejected is not trained again
 
 
-def test_a_bundle_that_was_rejected_ends_the_stage_and_that_is_said(said):
-    said(*[0.0] * 9)
+def test_a_bundle_that_was_rejected_ends_the_stage_and_that_is_said(script_metrics):
+    script_metrics(*[0.0] * 9)
     heard = Noting()
     filters = FilterStage(steps=9, first_share=0.1, min_share=0.001, multiple=8)
     result = compress(NET, task(), config(**(UNTRAINED | {"max_drop": 0.05, "filters": filters})), progress=heard)
     assert not any(step.accepted for step in result.steps)
     assert result.message.startswith("nothing could be removed within the budget")
-    assert heard.lines[-1] == f"filters {len(result.steps)}: no smaller step is possible; units go in bundles."
+    assert heard.lines[-1] == f"filters {len(result.steps)}: no smaller step is possible; units are removed in bundles."
 
 
 def test_groups_no_larger_than_their_multiple_stay_whole():
@@ -162,11 +162,11 @@ def test_groups_no_larger_than_their_multiple_stay_whole():
     filters = FilterStage(multiple=32)
     result = compress(NET, task(), config(**(UNTRAINED | {"max_drop": 1.0, "filters": filters})))
     assert result.message.startswith(
-        "nothing may be removed: filters.min_keep, keep, multiples and streams hold every group"
+        "nothing may be removed: filters.min_keep, keep, multiples and streams keep every group whole"
     )
     assert (result.macs[0], result.reached) == (result.macs[1], False)
-    hopeless = r"^macs=0\.5 can't be reached: .*, 100\.0% of the macs would stay\. Hardly anything may go: lower "
-    with pytest.raises(BudgetError, match=hopeless + r"filters\.min_keep or filters\.multiple, or let layers go "):
+    hopeless = r"^macs=0\.5 can't be reached: .*, 100\.0% of the macs would stay\. Hardly anything may be removed: "
+    with pytest.raises(BudgetError, match=hopeless + r"lower filters\.min_keep or filters\.multiple, or let stage 2 "):
         compress(NET, task(), config(**(UNTRAINED | {"macs": 0.5, "filters": filters})))
 
 
@@ -188,7 +188,7 @@ def test_in_every_schedule_and_for_groups_alike(how):
     _, journal = stage_1(macs=0.5, filters=FilterStage(steps=3, multiple=8, **how))
     assert journal.steps[-1].shares["macs"] <= 0.5
     for widths in after_each_step(journal):
-        assert set(widths.values()) <= allowed(8, 12, 20)
+        assert set(widths.values()) <= sizes_left(8, 12, 20)
         assert "alike" not in how or len({widths[name] for name in SIZES if name != "stem"}) == 1
 
 
@@ -199,7 +199,7 @@ def test_in_every_order_of_the_stages(order):
     result = compress(NET, task(), config(**(settings | {"recovery": Recovery(epochs=0)})))
     assert result.reached
     left = {name: len(units) for name, units in result.plan.keep.items()}
-    assert set(left.values()) <= allowed(8, 12, 20)
+    assert set(left.values()) <= sizes_left(8, 12, 20)
 
 
 def test_floors_are_multiples():
@@ -219,11 +219,11 @@ def test_floors_are_multiples():
 def test_a_run_that_was_stopped_goes_on_to_the_same_multiples(monkeypatch, tmp_path, moment):
     real, whole_size = change.recover, sum(parameter.numel() for parameter in NET.parameters())
 
-    def judged_by_size(setting, model, *rest):
+    def judge_by_size(setting, model, *rest):
         real(setting, model, *rest)
         return Judgement(float(sum(parameter.numel() for parameter in model.parameters()) > 0.6 * whole_size))
 
-    monkeypatch.setattr(change, "recover", judged_by_size)
+    monkeypatch.setattr(change, "recover", judge_by_size)
     filters = FilterStage(steps=9, first_share=0.2, min_share=0.001, multiple=8)
     chosen = config(**{**UNTRAINED, "max_drop": 0.05, "recovery": Recovery(epochs=0.25), "filters": filters})
     whole = compress(NET, task(), chosen)

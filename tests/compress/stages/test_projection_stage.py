@@ -49,7 +49,7 @@ def task() -> Task:
     return classification(train=pictures(192, 1), val=pictures(96, 2), num_classes=CLASSES)
 
 
-def trained() -> nn.Module:
+def train_net() -> nn.Module:
     torch.manual_seed(0)
     net = DigitsResNet(6, (1, 2, 1), num_classes=CLASSES)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
@@ -61,7 +61,7 @@ def trained() -> nn.Module:
     return net.eval()
 
 
-NET = trained()
+NET = train_net()
 
 
 def config(**changes: object) -> Config:
@@ -109,12 +109,12 @@ def test_trying_a_projection_by_hooks_is_what_replacing_it_does():
     for name, found in fits.items():
         loss = loss_without(setting, state, setting.subject.structure.block(name), found.map)
         model, _, _ = make_cut(setting, state, state.keep, [name])
-        setting_loss = running_loss(setting, model)
+        setting_loss = loss_by_running(setting, model)
         assert loss == pytest.approx(setting_loss, rel=1e-5)
         assert 0 < found.residual < 1
 
 
-def running_loss(setting: Setting, model: nn.Module) -> float:
+def loss_by_running(setting: Setting, model: nn.Module) -> float:
     total = count = 0
     with torch.no_grad():
         for samples, labels in setting.subject.calibration:
@@ -169,47 +169,47 @@ def test_every_kind_of_criterion_sees_the_units_that_only_projections_read(crite
 
 
 @pytest.fixture(scope="module")
-def undisturbed():
+def whole_run():
     result = compress(NET, task(), config())
     assert any(removal.kind == "projection" for step in result.steps if step.accepted for removal in step.removed)
     return result
 
 
-def test_a_run_with_projections_keeps_its_promises(undisturbed, tmp_path):
-    undisturbed.save(tmp_path)
+def test_a_run_with_projections_keeps_its_promises(whole_run, tmp_path):
+    whole_run.save(tmp_path)
     fresh = DigitsResNet(6, (1, 2, 1), num_classes=CLASSES).eval()
     loaded = load(tmp_path, fresh)
-    assert_close(loaded.state_dict(), undisturbed.model.state_dict(), rtol=0, atol=0)
+    assert_close(loaded.state_dict(), whole_run.model.state_dict(), rtol=0, atol=0)
     samples, _ = pictures(32, 3)[0]
     with torch.no_grad():
-        assert torch.equal(loaded(samples), undisturbed.model(samples))
-    assert undisturbed.plan.projections
-    assert sum(parameter.numel() for parameter in undisturbed.model.parameters()) == undisturbed.parameters[1]
+        assert torch.equal(loaded(samples), whole_run.model(samples))
+    assert whole_run.plan.projections
+    assert sum(parameter.numel() for parameter in whole_run.model.parameters()) == whole_run.parameters[1]
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
 @pytest.mark.parametrize("moment", [4, 9, 14, 19])
-def test_a_stopped_run_with_projections_goes_on_to_the_same_result(undisturbed, tmp_path, moment):
+def test_a_stopped_run_with_projections_goes_on_to_the_same_result(whole_run, tmp_path, moment):
     with pytest.raises(Interrupted):
         compress(NET, task(), config(), run_dir=tmp_path / "run", progress=StopsAt(moment))
     heard = Noting()
     resumed = compress(NET, task(), config(), run_dir=tmp_path / "run", resume=True, progress=heard)
-    assert outcome(resumed) == outcome(undisturbed)
-    assert_close(resumed.model.state_dict(), undisturbed.model.state_dict(), rtol=0, atol=0)
+    assert outcome(resumed) == outcome(whole_run)
+    assert_close(resumed.model.state_dict(), whole_run.model.state_dict(), rtol=0, atol=0)
     assert_close(load(tmp_path / "run" / "model", NET).state_dict(), resumed.model.state_dict(), rtol=0, atol=0)
 
 
-def test_the_original_on_disk_has_no_weights_of_projections(undisturbed, tmp_path):
+def test_the_original_on_disk_has_no_weights_of_projections(whole_run, tmp_path):
     save_file(NET.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(PlanError, match="by a projection, whose weights were fitted to data and are in no checkpoint"):
-        apply_to_checkpoint(undisturbed.plan, tmp_path, tmp_path / "out")
+        apply_to_checkpoint(whole_run.plan, tmp_path, tmp_path / "out")
 
 
-def test_the_result_can_be_exported(undisturbed):
+def test_the_result_can_be_exported(whole_run):
     samples, _ = pictures(32, 3)[0]
-    exported = torch.export.export(undisturbed.model, (samples,)).module()
+    exported = torch.export.export(whole_run.model, (samples,)).module()
     with torch.no_grad():
-        assert_close(exported(samples), undisturbed.model(samples))
+        assert_close(exported(samples), whole_run.model(samples))
 
 
 def test_a_profile_knows_what_projections_would_leave_over():

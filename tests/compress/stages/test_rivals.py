@@ -20,9 +20,9 @@ from idap.progress import Silent
 from idap.record import read_steps
 from idap.training.evaluate import evaluate
 from idap.training.recovery import Recovery
-from tests.compress.tiny import Noting, config, task, trained
+from tests.compress.tiny import Noting, config, task, train_net
 
-NET = trained()
+NET = train_net()
 UNTRAINED = {"max_drop": None, "recovery": Recovery(epochs=0)}
 CONTESTED = {**UNTRAINED, "layers": LayerStage(removals=2)}
 
@@ -60,8 +60,8 @@ def test_a_layer_stays_where_filters_lose_less():
     assert not step.accepted
     assert step.contest.filters < step.contest.layer
     assert step.reason == (
-        f"filters in its place lose less, {step.contest.filters:.4g} in place of {step.contest.layer:.4g} on "
-        "calibration data"
+        f"cutting filters instead would lose less ({step.contest.filters:.4g} against {step.contest.layer:.4g} on "
+        "calibration data)"
     )
     made = make_cut(setting, start, start.keep, [step.removed[0].name])
     assert step.contest.layer == pytest.approx(calibration_loss(setting, made.model))
@@ -98,13 +98,13 @@ def test_filters_have_to_save_as_much_as_the_layer_but_no_more_than_is_wanted(mo
     assert aims == [{"macs": pytest.approx(asked, abs=0.005)}]
 
 
-def test_layers_go_unasked_where_that_is_set_and_where_layers_come_first():
+def test_layers_are_not_compared_where_that_is_set_and_where_layers_come_first():
     _, _, end, steps = stage(NET, macs=0.8, contested=False, **CONTESTED)
     assert len(end.removed) == 1
     assert steps[0].contest is None
-    unasked = {**UNTRAINED, "layers": LayerStage(removals=1, against="nothing")}
+    uncompared = {**UNTRAINED, "layers": LayerStage(removals=1, against="nothing")}
     first = {**CONTESTED, "order": "layers-filters"}
-    for settings in (unasked, first):
+    for settings in (uncompared, first):
         result = compress(NET, task(), config(macs=0.6, **settings))
         assert result.plan.removed
         assert all(step.contest is None for step in result.steps)
@@ -160,7 +160,7 @@ def test_removals_count_over_all_rounds():
     assert not result.reached
     assert len(result.plan.removed) == 1
     assert (
-        "the steps were used up, and none of them left the accuracy budget" in result.message
+        "the steps were used up, and none of them exceeded the accuracy budget" in result.message
     )  # a lost contest neither
 
 
@@ -202,7 +202,7 @@ def test_a_finished_run_is_recalled_as_it_was_though_some_turns_decided_nothing(
 def test_a_layer_that_saves_too_much_goes_where_filters_end_above_the_target():
     few = FilterStage(steps=1, first_share=0.12)
     held = {**UNTRAINED, "filters": few, "layers": LayerStage(removals=4)}
-    result = compress(trained(blocks=3), task(), config(macs=0.72, **held))
+    result = compress(train_net(blocks=3), task(), config(macs=0.72, **held))
     assert result.reached
     assert len(result.plan.removed) == 1  # one that saves more than twice what was still wanted
     before, layer = result.steps[-2:]
@@ -229,11 +229,11 @@ def test_filters_without_a_finite_loss_are_no_rival(monkeypatch):
 def test_a_layer_without_which_the_loss_is_not_finite_is_not_chosen(monkeypatch):
     asked, real = [], layers.loss_without
 
-    def first_breaks(setting, state, block, *given):
+    def break_first(setting, state, block, *given):
         asked.append(block.name)
         return math.nan if len(asked) == 1 else real(setting, state, block, *given)
 
-    monkeypatch.setattr(layers, "loss_without", first_breaks)
+    monkeypatch.setattr(layers, "loss_without", break_first)
     _, _, end, _ = stage(NET, macs=0.8, contested=False, **CONTESTED)
     assert end.removed
     assert asked[0] not in end.removed

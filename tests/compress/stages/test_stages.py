@@ -29,9 +29,9 @@ from idap.surgery.apply import apply_plan
 from idap.training.evaluate import evaluate
 from idap.training.recovery import Recovery
 from idap.training.task import classification
-from tests.compress.tiny import assert_untouched, batches, config, snapshot, task, trained
+from tests.compress.tiny import assert_untouched, batches, config, snapshot, task, train_net
 
-NET = trained()
+NET = train_net()
 
 
 def prepare(**changes) -> tuple[Setting, State, list[str]]:
@@ -39,7 +39,7 @@ def prepare(**changes) -> tuple[Setting, State, list[str]]:
 
 
 @pytest.fixture
-def scripted(monkeypatch):
+def script_metrics(monkeypatch):
     """Let recoveries train for real, and then say that the metric is what a script says."""
 
     def script(*metrics):
@@ -59,10 +59,10 @@ def scripted(monkeypatch):
 # ----------------------------------------------------------------------------------------------------- filters
 
 
-def test_a_rejected_step_is_rolled_back_exactly_and_halved(scripted):
+def test_a_rejected_step_is_rolled_back_exactly_and_halved(script_metrics):
     setting, start, _ = prepare(max_drop=0.01, macs=None, filters=FilterStage(steps=5, first_share=0.4, min_share=0.04))
     before, journal = snapshot(start.model), Journal(setting, start.metric)
-    scripted(*[0.0] * 9)
+    script_metrics(*[0.0] * 9)
     end = filter_stage(setting, start, setting.goals.budget, journal)
     assert end is start
     assert_untouched(start.model, before)
@@ -81,20 +81,20 @@ def test_a_rejected_step_is_rolled_back_exactly_and_halved(scripted):
     assert lowest[0] > lowest[1] > lowest[2] > lowest[3]  # measured on the same state again: the same ranking
 
 
-def test_where_the_goal_asked_for_less_than_the_share_what_was_really_taken_is_halved(scripted):
+def test_where_the_goal_asked_for_less_than_the_share_what_was_really_taken_is_halved(script_metrics):
     setting, start, _ = prepare(max_drop=0.01, macs=0.8, filters=FilterStage(steps=5, first_share=0.9, min_share=0.01))
     journal = Journal(setting, start.metric)
-    scripted(*[0.0] * 9)
+    script_metrics(*[0.0] * 9)
     filter_stage(setting, start, setting.goals.budget, journal)
     gone = [sum(len(removal.units) for removal in step.removed) for step in journal.steps]
     assert gone[0] < 0.5 * 72
     assert all(abs(smaller - larger / 2) <= 1 for larger, smaller in itertools.pairwise(gone))
 
 
-def test_after_a_rejection_the_last_accepted_state_goes_on(scripted):
+def test_after_a_rejection_the_last_accepted_state_goes_on(script_metrics):
     setting, start, _ = prepare(max_drop=0.01, macs=None, filters=FilterStage(steps=2, first_share=0.2))
     journal = Journal(setting, start.metric)
-    scripted(1.0, 0.0, 1.0)
+    script_metrics(1.0, 0.0, 1.0)
     end = filter_stage(setting, start, setting.goals.budget, journal)
     assert [step.accepted for step in journal.steps] == [True, False, True]
     first, rejected, second = ({(r.name, u) for r in step.removed for u in r.units} for step in journal.steps)
@@ -220,22 +220,22 @@ def test_removals_stop_at_their_number_and_are_measured_anew():
     assert [len(list(block.parameters())) for block in end.model.blocks].count(0) == 2
 
 
-def test_rejected_layers_are_essential_and_patience_ends(scripted):
+def test_rejected_layers_are_essential_and_patience_ends(script_metrics):
     setting, start, removable = prepare(max_drop=0.01, macs=None, layers=LayerStage(removals=3, patience=2))
     before, journal = snapshot(start.model), Journal(setting, start.metric)
-    scripted(0.0, 0.0, 0.0)
+    script_metrics(0.0, 0.0, 0.0)
     end = layer_stage(setting, start, setting.goals.budget, journal, removable)
     assert end is start
     assert_untouched(start.model, before)
     tried = [step.removed[0].name for step in journal.steps]
     assert len(tried) == len(set(tried)) == 2
-    assert {step.reason for step in journal.steps} == {"outside the budget: it is essential"}
+    assert {step.reason for step in journal.steps} == {"outside the budget: the layer is essential"}
 
 
-def test_an_accepted_layer_renews_the_patience(scripted):
+def test_an_accepted_layer_renews_the_patience(script_metrics):
     setting, start, removable = prepare(max_drop=0.01, macs=None, layers=LayerStage(removals=3, patience=2))
     journal = Journal(setting, start.metric)
-    scripted(0.0, 1.0, 0.0, 0.0)
+    script_metrics(0.0, 1.0, 0.0, 0.0)
     end = layer_stage(setting, start, setting.goals.budget, journal, removable)
     assert [step.accepted for step in journal.steps] == [False, True, False]
     assert end.removed == (journal.steps[1].removed[0].name,)

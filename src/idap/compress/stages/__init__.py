@@ -1,1 +1,1 @@
-"""The two stages: each step is chosen, tried and decided here."""
+"""The two stages, which choose, try and decide each step."""

@@ -1,4 +1,4 @@
-"""What a step of stage 1 takes: the ranking, and how far down it the step goes."""
+"""Choose the cut of a step of stage 1: the ranking, and how far down it the step goes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,11 +26,11 @@ from idap.structure.groups import alike_groups
 
 
 class Way(NamedTuple):
-    """How to rank.
+    """A way to rank.
 
     Attributes:
         power: p in score / cost^p.
-        streams: whether the channels of residual streams may go too.
+        streams: whether the channels of residual streams may be removed too.
         stepped: whether widths end at the steps of the hardware.
     """
 
@@ -41,12 +41,12 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidates:
-    """What may go in a step.
+    """What a step may remove.
 
     Attributes:
         scores: group name -> divergence of each of its units.
-        costs: group name -> cost of its next unit, in what is counted.
-        blocks: branches and blocks that may go too.
+        costs: group name -> cost of its next unit, of the kind that is counted.
+        blocks: branches and blocks that may be removed too.
     """
 
     scores: Mapping[str, Tensor]
@@ -57,7 +57,7 @@ class Candidates:
     def of(
         cls, setting: Setting, state: State, units: Mapping[str, Tensor], blocks: Mapping[str, float]
     ) -> "Candidates":
-        """Add what each unit and block costs."""
+        """Add the cost of each unit and block to their scores."""
         prices = setting.block_costs(state, list(blocks)) if blocks else {}
         scored = {
             name: ScoredBlock(score, prices[name], setting.subject.structure.block(name).contains)
@@ -69,7 +69,7 @@ class Candidates:
 def ways(setting: Setting) -> list[Way]:
     """The ways to rank that are tried: powers of the cost, with and without the streams.
 
-    Where seconds are counted, the score per second is tried besides what suits the criterion.
+    If seconds are counted, the score per second is tried in addition to the power that suits the criterion.
     """
     config = setting.goals.config
     everywhere = config.ranking == "global"
@@ -83,7 +83,7 @@ def ways(setting: Setting) -> list[Way]:
 
 
 def rank(setting: Setting, state: State, candidates: Candidates, way: Way) -> Ranking:
-    """Rank what may go by score / cost^power."""
+    """Rank what may be removed by score / cost^power."""
     floors = least_units(setting.subject.structure, setting.goals.config.filters)
     if not candidates.scores and setting.subject.structure.groups:
         raise ConfigError(
@@ -106,9 +106,9 @@ def rank(setting: Setting, state: State, candidates: Candidates, way: Way) -> Ra
 
 
 def multiples_of(structure: Structure, stage: FilterStage, steps: Mapping[str, int] | None = None) -> dict[str, int]:
-    """What the number of units of each group is a multiple of: as set, else where these steps of the hardware are.
+    """The multiple for the number of units of each group: the one that is set, else these steps of the hardware.
 
-    What is set for all groups does not count for heads: the width of a layer is a multiple of theirs in any case.
+    The setting for all groups does not apply to heads: the width of a layer is a multiple of theirs in any case.
     """
     usual = {group.name: 1 if group.kind == "heads" else stage.multiple for group in structure.groups}
     usual |= steps or {}
@@ -116,9 +116,9 @@ def multiples_of(structure: Structure, stage: FilterStage, steps: Mapping[str, i
 
 
 def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
-    """The number of units that always stay of each group: a multiple if one is set, or the whole group.
+    """The number of units of each group that are always kept: a multiple if one is set, or the whole group.
 
-    Streams that are to be left whole hold back the groups that are to stay alike with them.
+    Groups that must have the size of a stream that is kept whole are kept whole as well.
 
     Raises:
         ConfigError: a pattern of the settings fits no group.
@@ -147,7 +147,7 @@ def least_units(structure: Structure, stage: FilterStage) -> dict[str, int]:
 
 
 def match_name(settings: Mapping[str, float], name: str, default: float) -> float:
-    """What is set for a name by the last pattern that matches it.
+    """The setting for a name: that of the last pattern that matches it, or the default.
 
     >>> match_name({"layer1.*": 0.5, "layer1.0.*": 0.8}, "layer1.0.conv1", 0.1)
     0.8
@@ -156,14 +156,14 @@ def match_name(settings: Mapping[str, float], name: str, default: float) -> floa
 
 
 class Choice(NamedTuple):
-    """The cut that a step takes.
+    """The cut that a step makes.
 
     Attributes:
-        ranking: that it follows.
-        cut: what stays.
-        made: the model that the cut makes, where it was made to find the loss.
+        ranking: the ranking that it follows.
+        cut: what is kept.
+        made: the cut model, if it was made to find the loss.
         loss: of that model on the calibration data.
-        left: of each of the original's costs, where that was measured.
+        left: what is left of each of the original's costs, if that was measured.
     """
 
     ranking: Ranking
@@ -176,14 +176,14 @@ class Choice(NamedTuple):
 def best_cut(
     setting: Setting, state: State, candidates: Candidates, aim: Budget, share: float, *, last: bool
 ) -> Choice:
-    """What a step takes; of several ways to rank, that with the lowest calibration loss.
+    """The cut of a step; of several ways to rank, the one with the lowest calibration loss.
 
     Args:
         setting: of the run.
         state: before the step.
-        candidates: what may go.
+        candidates: what may be removed.
         aim: targets of the step.
-        share: of the units that may go at most.
+        share: largest share of the units that may be removed.
         last: the aim is that of the stage, so that widths may end at the steps of the hardware.
 
     Raises:
@@ -197,13 +197,13 @@ def best_cut(
         return Choice(rankings[first], cuts[first])
     lefts: dict[Way, Shares] = {first: left_after(setting, state, cuts[first])}
     left = lefts[first]
-    may_step = may_step and not aim.misses(left)  # steps of the hardware only where the step gets to its aim
-    # The others go as far down as the first, so that their losses can be compared.
+    may_step = may_step and not aim.misses(left)  # steps of the hardware only if the step reaches its aim
+    # The others cut as far down as the first, so that their losses can be compared.
     level = replace(aim, targets={name: left[name] for name in aim.targets or ("macs",)})
 
     def compare(way: Way, multiples: Mapping[str, int]) -> None:
         cut = _cut(setting, state, rankings[way], level, 1.0, multiples)
-        # A first cut that was measured too slow asks for nothing, and doing nothing loses nothing.
+        # If the first cut was measured too slow, an empty cut reaches its level too, and would win with no loss.
         if cut.takes_from(state) and not level.misses(found := left_after(setting, state, cut)):
             cuts[way], lefts[way] = cut, found
 
@@ -228,7 +228,7 @@ def best_cut(
 
 
 class _Trial:
-    """Cuts that are made to compare their calibration losses; each once, and only the best model is held."""
+    """Makes cuts to compare their calibration losses, each once, and holds only the best model."""
 
     def __init__(self, setting: Setting, state: State) -> None:
         self._setting, self._state = setting, state
@@ -257,20 +257,20 @@ class _Trial:
 def _cut(
     setting: Setting, state: State, ranking: Ranking, aim: Budget, share: float, multiples: Mapping[str, int]
 ) -> Cut:
-    """Take the lowest share of the ranking, but not more than the step aims at.
+    """Remove the lowest share of the ranking, but not more than the step aims at.
 
     Args:
         setting: of the run.
         state: before the step.
-        ranking: of what may go.
+        ranking: of what may be removed.
         aim: targets of the step.
-        share: of the units that may go at most; where units go in bundles, one bundle may go in any case.
-        multiples: of the number of units of each group: those that are set, or steps of the hardware besides.
+        share: largest share of the units that may be removed; one bundle of units may be removed in any case.
+        multiples: of the number of units of each group: those that are set, or steps of the hardware as well.
     """
     units = sum(len(units) for units in state.keep.values())
     most = min(len(ranking), max(1, round(share * units), shortest_beginning(ranking)))
     if not aim.targets:
-        taken = replace(ranking, parts=ranking.parts[:most])  # so that a bundle that is not all among them stays
+        taken = replace(ranking, parts=ranking.parts[:most])  # so that a bundle that is only partly among them is kept
         keep = round_units(taken, taken.keep(most), multiples)
         return Cut(keep, merge_removed(setting.subject.structure, state.removed, taken.blocks_among(most)))
 
@@ -283,7 +283,7 @@ def _cut(
 
         choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=most)
         if choice.cost <= 1 and most < len(ranking) and max(multiples.values(), default=1) > 1:
-            # The last bundle may save much too much, and one that ranks further behind come closer.
+            # The last bundle may save far too much, and one that ranks further down may come closer.
             choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=len(ranking))
         return Cut(choice.keep, merge_removed(setting.subject.structure, state.removed, choice.removed))
 
@@ -293,7 +293,7 @@ def _cut(
 
 
 def removals(setting: Setting, state: State, after: Cut, ranking: Ranking, candidates: Candidates) -> list[Removal]:
-    """What a step takes, with the score, the rank and the cost of each unit and block."""
+    """What a step removes, with the score, the rank and the cost of each unit and block."""
     places = {(part.name, part.unit): (place, part.score) for place, part in enumerate(ranking.parts)}
     found = []
     for name, units in state.keep.items():

@@ -15,7 +15,7 @@ from idap.selection.reach import step_share
 
 
 class Pace:
-    """Says how far the next step goes, and halves it after a rejection.
+    """Determines how far the next step goes, and halves it after a step was rolled back.
 
     Args:
         stage: settings of stage 1.
@@ -28,32 +28,32 @@ class Pace:
         self.step = 0
 
     def next(self, shares: Shares) -> tuple[Budget, float]:
-        """What the next step aims at.
+        """The aim of the next step.
 
         Args:
-            shares: of the original's costs that are left.
+            shares: what is left of the original's costs.
 
         Returns:
-            The targets of the step, and the share of the units that may go at most.
+            The targets of the step, and the largest share of the units that it may remove.
         """
         if self._stage.schedule == "growing":
             return self._goal, self._units()
         return self._goal.part_way(shares, self._part()), 1.0
 
     def accept(self) -> None:
-        """The step was kept."""
+        """Count a step that was accepted."""
         self.step += 1
 
     def reject(self, shares: Shares, taken: int, units: int) -> str:
-        """The step was rolled back: halve what is tried next.
+        """Halve the next step, since this one was rolled back.
 
         Args:
-            shares: of the original's costs that are left.
-            taken: units that the rejected step took; its goal may have asked for less than it might take.
-            units: that there are.
+            shares: what is left of the original's costs.
+            taken: number of units that the step removed; its goal may have needed fewer than its share allowed.
+            units: number of units before the step.
 
         Returns:
-            What is tried next; "" if it would be too little to be worth trying.
+            The size of the next step in words; "" if it would be too small to be worth trying.
         """
         if self._stage.schedule == "growing":
             self._factor *= min(1.0, taken / max(1, round(self._units() * units))) / 2
@@ -82,7 +82,7 @@ def filter_stage(
         state: where to start; it is not changed.
         goal: targets of this stage and the accuracy budget.
         journal: gets one entry per decision.
-        blocks: branches and blocks that may go too, ranked together with the units; the stage is "interleaved" then.
+        blocks: branches and blocks that are ranked together with the units; with any, the stage is "interleaved".
 
     Returns:
         The last accepted state.
@@ -117,7 +117,7 @@ def filter_stage(
 
 
 def _stage(blocks: Sequence[str]) -> str:
-    """What the stage is called in the record."""
+    """The name of the stage in the record."""
     return "interleaved" if blocks else "filters"
 
 
@@ -131,14 +131,15 @@ def _candidate(
     blocks: Sequence[str],
     rejected: State | None,
 ) -> Decision | None:
-    """Measure, rank, cut and recover; None if nothing more may go, or only what was rejected just now."""
+    """Measure, rank, cut and recover; None if nothing more may be removed, or only what was just rolled back."""
     stage, number = _stage(blocks), len(journal.steps)
     found = setting.divergence(state, blocks=bool(blocks) or journal.is_at_start, title=f"{stage} {number}: measure")
     journal.show(stage, state, found)
     if blocks and not found.blocks:
         raise ConfigError(
             f"order='interleaved' compares units with blocks, and criterion {found.criterion!r} scored no block of "
-            f"this model; take one of {', '.join(map(repr, WITH_BLOCKS))}, or let blocks() of your own give scores."
+            f"this model; take one of {', '.join(map(repr, WITH_BLOCKS))}, or let blocks() of your own "
+            "criterion give scores."
         )
     with setting.services.clock.on("selection"):
         free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}
@@ -148,13 +149,13 @@ def _candidate(
     if not cut.takes_from(state):
         return None
     if rejected is not None and not cut.takes_from(rejected):
-        setting.services.progress.say(f"{stage} {number}: no smaller step is possible; units go in bundles.")
+        setting.services.progress.say(f"{stage} {number}: no smaller step is possible; units are removed in bundles.")
         return None
     candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=choice.made)
     return Decision(candidate, removals(setting, state, cut, choice.ranking, candidates))
 
 
 def _free(setting: Setting, state: State, scored: Collection[str], blocks: Sequence[str]) -> list[str]:
-    """The blocks that have a score and are still there."""
+    """The blocks that have a score and are not removed yet."""
     taken = {inner for name in state.removed for inner in (name, *setting.subject.structure.block(name).contains)}
     return [name for name in blocks if name in scored and name not in taken]

@@ -34,9 +34,9 @@ def layer_stage(
         state: where to start; it is not changed.
         goal: targets and the accuracy budget.
         journal: gets one entry per decision.
-        removable: branches and blocks whose removal was proved on the original.
-        contested: end as soon as filters in place of the next layer lose less.
-        alone: filters don't come to the goal any more, so a layer may save much more than is wanted.
+        removable: branches and blocks whose removal was verified on the original.
+        contested: end as soon as cutting filters instead of the next layer would lose less.
+        alone: filters can't reach the goal any more, so a layer may save much more than is needed.
 
     Returns:
         The last accepted state.
@@ -64,7 +64,7 @@ def layer_stage(
             essential.add(found.removed[0].name)
             rejected += 1
             why = found.state.fault or "outside the budget"
-            journal.note(STAGE, found, accepted=False, reason=f"{why}: it is essential")
+            journal.note(STAGE, found, accepted=False, reason=f"{why}: the layer is essential")
     return state
 
 
@@ -78,9 +78,9 @@ def _candidate(
     contested: bool,
     alone: bool,
 ) -> Decision | None:
-    """Measure, try the lowest few, remove the best of them and recover; None if nothing more may go.
+    """Measure, try the lowest few, remove the best of them and recover; None if nothing more may be removed.
 
-    What filters beat is judged as it was cut, and not trained.
+    A layer that loses its contest is judged as it was cut, without recovery.
     """
     if not allowed:
         return None
@@ -115,16 +115,16 @@ def _candidate(
 
 
 def _choose_layer(setting: Setting, state: State, names: Sequence[str], title: str) -> tuple[str, float] | None:
-    """The best of the first few layers and what it saves; the next few are tried where no loss is finite.
+    """The best of the first few layers and what it saves; if no loss is finite, the next few are tried.
 
     Args:
         setting: of the run.
         state: before the removal.
-        names: of layers, the one that may go first at the front.
+        names: of layers, in the order in which they are tried.
         title: of the decision.
 
     Returns:
-        None if no layer leaves a finite loss.
+        The name of the layer and the cost that it saves; None if no layer leaves a finite loss.
     """
     few = setting.goals.config.layers.short_list
     for tried in (names[place : place + few] for place in range(0, len(names), few)):
@@ -140,10 +140,10 @@ def _choose_layer(setting: Setting, state: State, names: Sequence[str], title: s
 def _contest(
     setting: Setting, state: State, goal: Budget, removed: tuple[str, ...], title: str
 ) -> tuple[CutModel, Shares, Contest]:
-    """Cut a state without some layers, and filters that save as much, but not more than is wanted; compare the losses.
+    """Compare the loss without some layers to the loss without filters that save as much, but not more than needed.
 
     Returns:
-        The model without the layers, what it leaves of each cost, and the contest.
+        The model without the layers, what it leaves of each cost, and the comparison.
     """
     made = make_cut(setting, state, state.keep, removed)
     with setting.services.clock.on("trial"):
@@ -157,25 +157,24 @@ def _contest(
 def _verdict(contest: Contest) -> str:
     if contest.filters is None:
         return "filters can't save as much"
-    verdict = "less" if contest.is_lost else "no less"
-    layer = "no finite number" if contest.layer is None else f"{contest.layer:.4g}"
-    losses = f"{contest.filters:.4g} in place of {layer}"
-    return f"filters in its place lose {verdict}, {losses} on calibration data"
+    verdict = "less" if contest.is_lost else "as much" if contest.layer == contest.filters else "more"
+    layer = "no finite loss" if contest.layer is None else f"{contest.layer:.4g}"
+    return f"cutting filters instead would lose {verdict} ({contest.filters:.4g} against {layer} on calibration data)"
 
 
 def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:
-    """Whether removing a layer saves more than twice what is still wanted: filters come closer, and cost less."""
+    """Whether removing a layer saves more than twice what is still needed: filters come closer, and lose less."""
     if not goal.targets or not setting.goals.config.filters.steps:
         return False
     now = setting.shares(state)
     without = shares_of(setting.subject.costs.cost(state.keep, [*state.removed, name]), setting.subject.whole)
-    if "latency" in goal.targets:  # not measured for each; about as the multiply-adds
+    if "latency" in goal.targets:  # not measured for each layer, but estimated from the multiply-adds
         without["latency"] = now["latency"] * without["macs"] / now["macs"]
     return all(now[cost] - without[cost] > 2 * (now[cost] - wanted) for cost, wanted in goal.targets.items())
 
 
 def _saves_nothing(setting: Setting, state: State, name: str) -> bool:
-    """Whether a block would become a projection that costs as much."""
+    """Whether a block would become a projection that costs at least as much."""
     projected = setting.subject.structure.block(name).projected is not None
     return projected and setting.subject.costs.block_macs(name, state.keep, state.removed) <= 0
 
@@ -185,7 +184,7 @@ def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mappi
     maps = {name: fitted.map for name, fitted in setting.projections(state, names).items()}
     with setting.services.progress.phase(f"{STAGE}: trial", len(names) + 1) as phase:
         before = calibration_loss(setting, state.model)
-        before = before if isfinite(before) else 0.0  # then any layer without which it is finite may go
+        before = before if isfinite(before) else 0.0  # then any layer without which it is finite may be removed
         phase.advance()
         price: dict[str, float] = {}
         for name in names:
@@ -199,19 +198,19 @@ def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mappi
 
 
 def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> float | None:
-    """The calibration loss that filters alone leave when they come down to an aim.
+    """The calibration loss after filters alone are cut down to an aim.
 
     Returns:
-        The loss of the model that was cut and corrected; None if filters don't come there, or leave no finite loss.
+        The loss of the model that was cut and corrected; None if filters don't reach the aim, or leave no finite loss.
     """
-    if aim.shortfall(setting.shares(state)) <= 0:  # a layer that saves nothing of what counts has to beat doing nothing
+    if aim.shortfall(setting.shares(state)) <= 0:  # the layer saves none of the targets' costs: compare with no cut
         return calibration_loss(setting, state.model)
     found = setting.divergence(state, blocks=False, title=title)
     with setting.services.clock.on("selection"):
         candidates = Candidates.of(setting, state, found.units, {})
         try:
             choice = best_cut(setting, state, candidates, aim, 1.0, last=False)
-        except DivergedError:  # so the layer has nothing to beat
+        except DivergedError:  # so there is nothing to compare the layer with
             return None
         cut, loss = choice.cut, choice.loss
         if not cut.takes_from(state) or aim.misses(choice.left or left_after(setting, state, cut)):

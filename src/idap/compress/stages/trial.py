@@ -1,4 +1,4 @@
-"""Try a cut: what it leaves of each cost, and what it loses on the calibration data."""
+"""Try a cut: measure what it leaves of each cost, and the loss on the calibration data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from idap.training.processes import local_items, totals
 
 @torch.no_grad()
 def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], Any] | None = None) -> float:
-    """Mean loss of a model on the calibration batches, perhaps run in another way."""
+    """Mean loss of a model on the calibration batches; `run` replaces the usual way to run it."""
     task, total, count = setting.subject.task, 0.0, 0
     with keep_modes(model):
         for batch in local_items(setting.subject.calibration):
@@ -41,7 +41,7 @@ def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], An
 
 
 def loss_without(setting: Setting, state: State, block: Block, given: LinearMap | None = None) -> float:
-    """Mean calibration loss with one more branch or block bypassed, by a linear map if given; nothing is copied."""
+    """Mean calibration loss with one more branch or block bypassed, by a linear map if one is given."""
     way: nn.Module = nn.Identity()
     if given is not None:
         projected = setting.subject.structure.projection_of(block.name, setting.subject.structure.presence(state.keep))
@@ -51,7 +51,7 @@ def loss_without(setting: Setting, state: State, block: Block, given: LinearMap 
 
 
 def _run_without(setting: Setting, state: State, block: Block, way: nn.Module, batch: Any) -> Any:
-    """Run a model with a branch or block bypassed: its result is replaced by the stream, as it is or as it goes on."""
+    """Run a model with a branch or block bypassed: its result is replaced by the stream, as `way` maps it."""
     wiring = Wiring(setting.subject.structure, state.removed)
     graph, entry = wiring.graph, wiring.sight(block.entry)
     assert entry is not None  # otherwise it would have no divergence
@@ -64,7 +64,7 @@ def _run_without(setting: Setting, state: State, block: Block, way: nn.Module, b
         if key == entry.call and entry.argument is None:
             seen.append(_tensor(graph, entry.node, result).clone())
         if key == graph.nodes[block.exit].call:
-            # In place, since code that works in place may not look at what a call returns.
+            # In place, since code that works in place may ignore what a call returns.
             _tensor(graph, block.exit, result).copy_(way.to(seen[-1])(seen[-1]))
         return result
 
@@ -83,26 +83,26 @@ class Cut:
     """What is left after a step.
 
     Attributes:
-        keep: group name -> units that stay.
-        removed: branches and blocks that are gone.
+        keep: group name -> units that are kept.
+        removed: branches and blocks that are removed.
     """
 
     keep: Keep
     removed: tuple[str, ...]
 
     def takes_from(self, state: State) -> bool:
-        """Whether it leaves less than a state has."""
+        """Whether the cut removes anything from a state."""
         return dict(self.keep) != dict(state.keep) or self.removed != state.removed
 
 
 def left_after(setting: Setting, state: State, cut: Cut, model: nn.Module | None = None) -> dict[str, float]:
-    """What a cut leaves of each of the original's costs; latency, where it is a goal, as measured now.
+    """What a cut leaves of each of the original's costs; latency is measured now, if it is a goal.
 
     Args:
         setting: of the run.
         state: before the cut.
-        cut: what stays.
-        model: that the cut makes, if it was made.
+        cut: what is kept.
+        model: the cut model, if it was made.
     """
     found = shares_of(setting.subject.costs.cost(cut.keep, cut.removed), setting.subject.whole)
     if "latency" not in setting.goals.budget.targets:
@@ -113,13 +113,13 @@ def left_after(setting: Setting, state: State, cut: Cut, model: nn.Module | None
 
 
 def _apply(setting: Setting, state: State, cut: Cut) -> nn.Module:
-    """A state's model after a cut, for the clock only: projections are not fitted."""
+    """A state's model after a cut, only to be timed: projections are not fitted."""
     plan = setting.subject.structure.plan(cut.keep, cut.removed).since(state.plan)
     return apply_plan(state.model, plan)
 
 
 def _hardware_steps(setting: Setting) -> Mapping[str, int]:
-    """Where the latency of each group has steps."""
+    """Group name -> the step of its latency, see `LayerTimes.steps`."""
     with setting.services.clock.on("latency"):
         return setting.services.layer_times.steps
 
@@ -127,7 +127,7 @@ def _hardware_steps(setting: Setting) -> Mapping[str, int]:
 def _down_to_latency(
     setting: Setting, state: State, ranking: Ranking, aim: Budget, down_to: Callable[[Shares], Cut]
 ) -> Cut:
-    """Find the multiply-adds at which the measured latency is as wanted, and the other targets are met."""
+    """Cut down to the multiply-adds at which the measured latency meets its target, and the other targets are met."""
     others = {name: share for name, share in aim.targets.items() if name != "latency"}
     shares = setting.shares(state)
     cuts: dict[float, Cut] = {}

@@ -219,7 +219,7 @@ def exclusions() -> frozenset[str]:
     return frozenset(name for line in told for name in line.split())
 
 
-def unchecked_module(bases: Iterable[str]) -> str | None:
+def call_refusal(bases: Iterable[str]) -> str | None:
     """Why a program may not call a module; None if it may.
 
     Programs decide what the modules that they call are given. The kernels of a few classes read memory by their inputs
@@ -228,9 +228,9 @@ def unchecked_module(bases: Iterable[str]) -> str | None:
     Args:
         bases: the names of its class and of all that it derives from, with their packages.
 
-    >>> unchecked_module(["mine.Bag", "torch.nn.modules.sparse.EmbeddingBag"])
+    >>> call_refusal(["mine.Bag", "torch.nn.modules.sparse.EmbeddingBag"])
     'its kernel reads its tables by offsets that it does not check'
-    >>> unchecked_module(["torch.nn.modules.sparse.Embedding"]) is None
+    >>> call_refusal(["torch.nn.modules.sparse.Embedding"]) is None
     True
     """
     return next((UNCHECKED_MODULES[name] for name in bases if name in UNCHECKED_MODULES), None)
