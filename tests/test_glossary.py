@@ -7,7 +7,7 @@ import pytest
 
 from tests.pages import PAGES, ROOT
 
-CHECKS_CODE = False
+CHECKS_CODE = True
 """Whether src/ is checked as well; set it to True once the messages and docstrings there are rewritten."""
 GLOSSARY = ROOT / "docs" / "contributing.md"
 CODE = [file for ending in ("*.py", "*.toml") for file in sorted((ROOT / "src" / "idap").rglob(ending))]
