@@ -156,7 +156,7 @@ def _shapes_after(module: nn.RNNBase, path: str, cut: Mapping[int, tuple[int, ..
         )
     try:
         for hook in computes:
-            hook(small, ())  # type: ignore[operator]
+            hook(small, ())
         return {name: tuple(tensor.shape) for name, tensor in _weights(small)}
     except (RuntimeError, ValueError) as error:
         raise PlanError(
