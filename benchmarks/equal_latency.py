@@ -31,7 +31,7 @@ from benchmarks.latency import RANKINGS, Subject, example, has_images, networks
 from benchmarks.rows import vit_bench
 from benchmarks.subjects import add_data_argument
 from idap import Config, FilterStage, LayerStage, compress, measure_latency
-from idap.compress.latencies import latency_share
+from idap.compress.latency_table import latency_share
 from idap.selection.reach import cost_at_latency
 
 KEYS = ("network", "batch", "share")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import RESULTS, Rows
 from idap import CostModel, analyze, apply_plan, measure, measure_latency, trace
 from idap.cost.latency import LatencyTable
-from idap.cost.layers import measure_table
+from idap.cost.layer_latency import measure_table
 from idap.divergence.observe import Pass
 from idap.selection.ranking import Ranking, rank_units
 from idap.selection.reach import reach

@@ -14,8 +14,8 @@ from torchmetrics import MeanSquaredError
 
 from idap.compress import change, limits
 from idap.compress import change as change_module
+from idap.compress import context as context_module
 from idap.compress import outcome as outcome_module
-from idap.compress import setting as setting_module
 from idap.compress import state as states
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.run import compress
@@ -342,9 +342,9 @@ def test_the_final_training_has_its_own_settings(monkeypatch):
     used = []
     real = change.recover
 
-    def recover(setting, model, plan, title, recovery):
+    def recover(context, model, plan, title, recovery):
         used.append((title, recovery))
-        return real(setting, model, plan, title, recovery)
+        return real(context, model, plan, title, recovery)
 
     for module in (change_module, outcome_module):
         monkeypatch.setattr(module, "recover", recover)
@@ -434,13 +434,13 @@ def answers_nan_when_small(at_most):
     return score
 
 
-REAL_SCORE = setting_module.score
+REAL_SCORE = context_module.score
 SIZE = sum(parameter.numel() for parameter in NET.parameters())
 
 
 @pytest.mark.parametrize("epochs", [0, 0.25])
 def test_a_cut_that_answers_nan_is_rolled_back_whatever_the_budget(monkeypatch, tmp_path, epochs):
-    monkeypatch.setattr(setting_module, "score", answers_nan_when_small(0.6 * SIZE))
+    monkeypatch.setattr(context_module, "score", answers_nan_when_small(0.6 * SIZE))
     settings = config(max_drop=None, macs=0.3, recovery=Recovery(epochs=epochs, lr=0.02), layers=LayerStage(removals=0))
     result = compress(NET, task(), settings, run_dir=tmp_path / "run")
     wrong = [step for step in result.steps if step.fault]

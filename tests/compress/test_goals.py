@@ -10,12 +10,12 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from idap.compress import change, latencies
+from idap.compress import change, latency_table
 from idap.compress import change as change_module
+from idap.compress import context as context_module
 from idap.compress import outcome as outcome_module
 from idap.compress import prepare as prepare_module
 from idap.compress import run as running
-from idap.compress import setting as setting_module
 from idap.compress.change import make_cut, neighbours, only_training
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.run import compress
@@ -86,8 +86,8 @@ def latency_is(monkeypatch):
             weights = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
             return function(weights(model) / weights(original))
 
-        monkeypatch.setattr(setting_module, "latency_share", share_of)
-        monkeypatch.setattr(latencies, "latency_share", share_of)
+        monkeypatch.setattr(context_module, "latency_share", share_of)
+        monkeypatch.setattr(latency_table, "latency_share", share_of)
 
     return install
 
@@ -109,8 +109,8 @@ def test_a_latency_out_of_reach_is_an_error_before_any_work(latency_is):
 @pytest.fixture
 def short_measurements(monkeypatch):
     """Let the clock be read for a moment only, where how exactly is not what is asked."""
-    monkeypatch.setattr(latencies, "SECONDS", 0.1)
-    monkeypatch.setattr(latencies, "LONGEST", 0.2)
+    monkeypatch.setattr(latency_table, "SECONDS", 0.1)
+    monkeypatch.setattr(latency_table, "LONGEST", 0.2)
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_latency_by_the_clock(short_measurements):
     result = compress(NET, task(), config(macs=None, latency=0.99, cost="macs", filters=filters, **FREE))
     assert result.latency is not None
     assert result.latency > 0
-    found = latencies.latency_share(NET, NET, ((torch.zeros(4, 6),), {}))
+    found = latency_table.latency_share(NET, NET, ((torch.zeros(4, 6),), {}))
     assert 0.3 < found < 3
 
 
@@ -140,21 +140,21 @@ def test_a_latency_is_measured_until_it_is_known(monkeypatch, shares, seconds, r
             name: Latency(time, (time, time)) for name, time in (("original", seconds), ("model", seconds * next(left)))
         }
 
-    monkeypatch.setattr(latencies, "measure_latency", give_times)
-    assert latencies.latency_share(NET, NET, ((), {})) == pytest.approx(statistics.median(shares[:rounds]))
+    monkeypatch.setattr(latency_table, "measure_latency", give_times)
+    assert latency_table.latency_share(NET, NET, ((), {})) == pytest.approx(statistics.median(shares[:rounds]))
     assert len(shares) - len(list(left)) == rounds
 
 
 @pytest.mark.slow
 def test_latency_is_that_of_the_batch_that_is_asked_for(monkeypatch, short_measurements):
     seen = []
-    real = latencies.measure_latency
+    real = latency_table.measure_latency
 
     def record_batch(models, args, kwargs, **settings):
         seen.append(len(args[0]))
         return real(models, args, kwargs, **settings)
 
-    monkeypatch.setattr(latencies, "measure_latency", record_batch)
+    monkeypatch.setattr(latency_table, "measure_latency", record_batch)
     compress(NET, task(), config(macs=None, latency=0.999, latency_batch=40, cost="macs", **FREE))
     assert set(seen) == {40}  # more than a batch of the data holds
 
@@ -247,14 +247,14 @@ def test_even_steps_are_even():
 
 
 def test_a_pace_is_halved_after_a_rejection():
-    setting, _, _ = prepare(filters=FilterStage(schedule="even", steps=4, min_share=0.05))
-    pace, now = Pace(setting.goals.config.filters, setting.goals.budget), {"macs": 1.0}
+    context, _, _ = prepare(filters=FilterStage(schedule="even", steps=4, min_share=0.05))
+    pace, now = Pace(context.goals.config.filters, context.goals.budget), {"macs": 1.0}
     assert pace.next(now)[0].targets == {"macs": 0.875}
     assert pace.reject(now, 9, 70) == "6.2% of the cost"
     assert pace.next(now)[0].targets["macs"] == pytest.approx(0.9375)
     assert not pace.reject(now, 4, 70)  # 3 % is not worth it
-    straight = Pace(FilterStage(schedule="one-shot"), setting.goals.budget)
-    assert straight.next(now) == (setting.goals.budget, 1.0)
+    straight = Pace(FilterStage(schedule="one-shot"), context.goals.budget)
+    assert straight.next(now) == (context.goals.budget, 1.0)
     assert straight.reject(now, 30, 70) == "25.0% of the cost"
 
 
@@ -263,8 +263,8 @@ def test_without_training_several_cuts_are_corrected_like_one():
     settings = {"max_drop": None, "macs": 0.5, "recovery": Recovery(epochs=0), "layers": LayerStage(removals=0)}
     result = compress(NET, task(), config(filters=FilterStage(schedule="even", steps=3), **settings))
     assert len(result.steps) == 3
-    setting, start, _ = prepare(**settings)
-    model, _, _ = make_cut(setting, start, {**start.keep, **result.plan.keep}, ())
+    context, start, _ = prepare(**settings)
+    model, _, _ = make_cut(context, start, {**start.keep, **result.plan.keep}, ())
     assert_close(result.model.state_dict(), model.state_dict())
 
 
@@ -275,9 +275,9 @@ def test_only_the_neighbours_of_what_went_recover(monkeypatch):
     trained_names = []
     real = change.recover
 
-    def recover(setting, model, plan, title, recovery):
+    def recover(context, model, plan, title, recovery):
         trained_names.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
-        return real(setting, model, plan, title, recovery)
+        return real(context, model, plan, title, recovery)
 
     for module in (change_module, outcome_module):
         monkeypatch.setattr(module, "recover", recover)
@@ -430,10 +430,10 @@ def test_a_validation_that_changes_is_said(monkeypatch):
     end = running.finish_run
 
     def change_score(*given):
-        monkeypatch.setattr(setting_module, "score", lambda *_, **__: Score(0.2, 4))
+        monkeypatch.setattr(context_module, "score", lambda *_, **__: Score(0.2, 4))
         return end(*given)
 
-    for module in (prepare_module, setting_module):
+    for module in (prepare_module, context_module):
         monkeypatch.setattr(module, "score", lambda *_, **__: Score(0.9, 4))
     monkeypatch.setattr(running, "finish_run", change_score)
     result = compress(NET, task(), config(max_drop=0.1, macs=0.9, recovery=Recovery(epochs=0)))

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from idap.compress import latencies
-from idap.compress import setting as setting_module
+from idap.compress import context as context_module
+from idap.compress import latency_table
 from idap.compress.config import FilterStage, LayerStage
 from idap.compress.journal import Journal
-from idap.compress.latencies import least_share
+from idap.compress.latency_table import least_share
 from idap.compress.run import compress
 from idap.compress.stages import choice
 from idap.compress.stages.filters import filter_stage
@@ -54,9 +54,9 @@ def clock(monkeypatch):
         measured.append(args)
         return stairs(*args, **settings)
 
-    monkeypatch.setattr(setting_module, "latency_share", share)
-    monkeypatch.setattr(latencies, "latency_share", share)
-    monkeypatch.setattr(latencies, "measure_table", table)
+    monkeypatch.setattr(context_module, "latency_share", share)
+    monkeypatch.setattr(latency_table, "latency_share", share)
+    monkeypatch.setattr(latency_table, "measure_table", table)
     return measured
 
 
@@ -85,7 +85,7 @@ def test_steps_that_are_none_are_not_followed(clock, monkeypatch):
         weights = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
         return 0.3 + 0.7 * weights(model) / weights(original)
 
-    monkeypatch.setattr(setting_module, "latency_share", share)
+    monkeypatch.setattr(context_module, "latency_share", share)
     losses = []
 
     def loss(trial, cut):
@@ -111,8 +111,8 @@ def test_what_is_gone_costs_no_seconds_either(clock):
     """A group that was still paid for would hold back those that are to end like it."""
     paid = {}
     for cost in ("macs", "latency"):
-        setting, start, _ = prepare(cost=cost, latency=0.7)
-        costs = setting.unit_costs(replace(start, removed=("blocks.1",)))
+        context, start, _ = prepare(cost=cost, latency=0.7)
+        costs = context.unit_costs(replace(start, removed=("blocks.1",)))
         paid[cost] = {name for name, each in costs.items() if each > 0}
     assert paid["latency"] == paid["macs"]
     assert "blocks.1.fc1" not in paid["latency"]
@@ -134,8 +134,8 @@ def test_a_run_that_goes_on_uses_the_table_that_it_had(clock, monkeypatch, tmp_p
     def refuse(*args, **settings):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(latencies, "measure_table", refuse)
-    monkeypatch.setattr(latencies, "latency_share", refuse)
+    monkeypatch.setattr(latency_table, "measure_table", refuse)
+    monkeypatch.setattr(latency_table, "latency_share", refuse)
     first, second = (compress(NET, task(), config(**ONLY), run_dir=tmp_path / name, resume=True) for name in ("a", "b"))
     assert outcome(first) == outcome(second)
     assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
@@ -149,7 +149,7 @@ def test_what_can_be_reached_is_kept_also_where_no_table_is_needed(clock, monkey
         compress(NET, task(), settings, run_dir=tmp_path / "run", progress=StopsAt(9))
     assert json.loads((tmp_path / "run" / "latency.json").read_text())["table"] is None
     # The machine is slow now: measured again, the goal would be out of reach.
-    monkeypatch.setattr(latencies, "latency_share", lambda *_: 0.9)
+    monkeypatch.setattr(latency_table, "latency_share", lambda *_: 0.9)
     assert compress(NET, task(), settings, run_dir=tmp_path / "run", resume=True).reached
     assert not clock
 
@@ -184,8 +184,8 @@ def test_a_finished_run_keeps_the_latency_and_the_end_that_it_wrote(clock, monke
     assert first.reached
     files = [(tmp_path / "run" / name) for name in ("result.json", "divergence-after.json")]
     written = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
-    share = latencies.latency_share
-    monkeypatch.setattr(setting_module, "latency_share", lambda *models: share(*models) + late)
+    share = latency_table.latency_share
+    monkeypatch.setattr(context_module, "latency_share", lambda *models: share(*models) + late)
     again = compress(NET, task(), config(**ONLY), run_dir=tmp_path / "run", resume=True)
     assert (again.latency, again.reached, again.message) == (first.latency, first.reached, first.message)
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == written
@@ -212,7 +212,7 @@ def test_a_broken_table_is_an_error(clock, tmp_path, text, what):
 
 def test_one_disturbed_measurement_puts_nothing_out_of_reach(monkeypatch):
     found = iter([0.9, 0.4, 0.9])
-    monkeypatch.setattr(latencies, "latency_share", lambda *_: next(found))
+    monkeypatch.setattr(latency_table, "latency_share", lambda *_: next(found))
     assert least_share(NET, NET, ((), {}), 0.5) == 0.4
     assert next(found) == 0.9  # it was asked for no more than that
 
@@ -224,12 +224,12 @@ def test_what_is_out_of_reach_every_time_is(clock, monkeypatch):
         asked.append(None)
         return 0.8 + 0.01 * len(asked)
 
-    monkeypatch.setattr(latencies, "latency_share", share)
+    monkeypatch.setattr(latency_table, "latency_share", share)
     with pytest.raises(
         BudgetError, match=r"^latency=0\.7 can't be reached: even with everything removable gone, 81\.0%"
     ):
         compress(NET, task(), config(**ONLY))
-    assert len(asked) == latencies.DOUBTS
+    assert len(asked) == latency_table.DOUBTS
 
 
 def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
@@ -240,10 +240,10 @@ def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
         return next(iter(ways))
 
     settings = {**ONLY, "filters": FilterStage(schedule="one-shot"), "layers": LayerStage(removals=0)}
-    setting, start, _ = prepare(**settings)
-    setting_and_state = setting, start
+    context, start, _ = prepare(**settings)
+    setting_and_state = context, start
     monkeypatch.setattr(choice, "best_of", record_latencies)
-    filter_stage(setting, start, setting.goals.budget, Journal(setting, start.metric))
+    filter_stage(context, start, context.goals.budget, Journal(context, start.metric))
     assert {way.power for way in found[0]} == {0.0, 1.0}
     first, *others = found[0].values()
     assert first <= 0.7
@@ -253,7 +253,7 @@ def test_ways_to_rank_are_compared_at_the_same_latency(clock, monkeypatch):
 def test_a_cut_measured_too_slow_lets_no_way_win_that_cuts_nothing(clock, monkeypatch):
     """Whoever removes nothing has the lowest loss."""
     settings = {**ONLY, "filters": FilterStage(schedule="one-shot"), "layers": LayerStage(removals=0)}
-    setting, start, _ = prepare(**settings)
+    context, start, _ = prepare(**settings)
     real, asked = choice.left_after, []
 
     def disturb_first(*given):
@@ -264,7 +264,7 @@ def test_a_cut_measured_too_slow_lets_no_way_win_that_cuts_nothing(clock, monkey
     monkeypatch.setattr(
         choice, "best_of", lambda ways, loss: max(ways, key=lambda way: sum(map(len, ways[way].keep.values())))
     )
-    state = filter_stage(setting, start, setting.goals.budget, Journal(setting, start.metric))
+    state = filter_stage(context, start, context.goals.budget, Journal(context, start.metric))
     assert asked
     assert state is not start
     assert state.latency <= 0.7

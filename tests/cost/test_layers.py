@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from idap.cost import layers
+from idap.cost import layer_latency
 from idap.cost.latency import Latency
-from idap.cost.layers import measure_table
+from idap.cost.layer_latency import measure_table
 from idap.graph.trace import trace
 from idap.structure.analysis import analyze
 from tests.nets import every_net, structure_of
@@ -57,7 +57,7 @@ def calls(monkeypatch):
             times[name] = Latency(seconds, (seconds, seconds))
         return times
 
-    monkeypatch.setattr(layers, "alternate", time_calls)
+    monkeypatch.setattr(layer_latency, "alternate", time_calls)
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from idap.deploy import formats
+from idap.deploy import writers
 from idap.deploy.export import export, export_weights
 from idap.errors import ConfigError, ExportError
 from idap.surgery.apply import apply_plan
@@ -203,7 +203,7 @@ class TestRefusals:
             export(Odd("tensor").bfloat16(), (torch.randn(2, 4).bfloat16(),), tmp_path / "net.onnx")
 
     def test_a_file_that_differs(self, tmp_path, monkeypatch):
-        true = formats.program_runner
+        true = writers.program_runner
         monkeypatch.setattr(
             "idap.deploy.export.program_runner",
             lambda file: lambda args, kwargs: [tensor + (len(tensor) == 5) for tensor in true(file)(args, kwargs)],
@@ -277,11 +277,11 @@ def test_a_fixed_batch_on_request(to, tmp_path):
 
 @needs_onnx
 def test_large_models_keep_their_weights_beside(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "_INLINE_BYTES", 0)
+    monkeypatch.setattr(writers, "_INLINE_BYTES", 0)
     model = nn.Linear(64, 64)
     done = export(model, (sequence(64),), tmp_path / "net.onnx")
     assert files(tmp_path) == ["net.onnx", "net.onnx.data"]
-    run = formats.onnx_runner(tmp_path / "net.onnx")
+    run = writers.onnx_runner(tmp_path / "net.onnx")
     x = torch.randn(3, 5, 64)
     assert torch.allclose(run((x,), {})[0], model(x), atol=1e-5) and done.bytes > 64 * 64 * 4
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from idap.cli import names
+from idap.cli import completions
 from idap.cli.lazy import OUTPUT
 
 GOALS, RUN = "Goals", "The run"
@@ -48,7 +48,7 @@ ModelSpec = Annotated[
         "--model",
         metavar="SPEC",
         help="The model: python:net.py:build, timm:NAME, torchvision:NAME or hf:FOLDER.",
-        autocompletion=names.models,
+        autocompletion=completions.models,
     ),
 ]
 TaskSpec = Annotated[
@@ -57,7 +57,7 @@ TaskSpec = Annotated[
         "--task",
         metavar="SPEC",
         help="The task, python:FILE.py:NAME: a Task, or a function that returns one.",
-        autocompletion=names.scripts,
+        autocompletion=completions.scripts,
     ),
 ]
 DataPath = Annotated[
@@ -138,7 +138,7 @@ Spec = Annotated[
         help="A model (python:FILE.py:NAME, idap:NAME, torchvision:NAME, timm:NAME, transformers:TYPE) or a recipe "
         "(FILE.toml).",
         show_default=False,
-        autocompletion=names.models,
+        autocompletion=completions.models,
     ),
 ]
 InputShapes = Annotated[
@@ -173,7 +173,7 @@ CriterionName = Annotated[
         "--criterion",
         metavar="NAME",
         help="The criterion: relative, innovation, paper, ...; idap list criteria lists all.",
-        autocompletion=names.criteria,
+        autocompletion=completions.criteria,
     ),
 ]
 ProfileFile = Annotated[
@@ -226,7 +226,7 @@ OriginalSpec = Annotated[
         metavar="SPEC",
         help="The model that was compressed, such as python:net.py:build, or its recipe (FILE.toml); the run's own "
         "recipe if left out.",
-        autocompletion=names.models,
+        autocompletion=completions.models,
     ),
 ]
 ExportTo = Annotated[
@@ -235,7 +235,7 @@ ExportTo = Annotated[
         "--to",
         metavar="FORM",
         help="onnx, pt2 (torch.export), safetensors or transformers.",
-        autocompletion=names.one_of(("onnx", "pt2", "safetensors", "transformers")),
+        autocompletion=completions.one_of(("onnx", "pt2", "safetensors", "transformers")),
     ),
 ]
 ExportFile = Annotated[
@@ -261,7 +261,7 @@ Engines = Annotated[
         "--engine",
         metavar="NAME",
         help="eager, compile (torch.compile) or onnxruntime; may be repeated; eager if left out.",
-        autocompletion=names.one_of(("eager", "compile", "onnxruntime")),
+        autocompletion=completions.one_of(("eager", "compile", "onnxruntime")),
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="COUNT", help="Number of CPU threads.")]
@@ -309,7 +309,7 @@ EvaluatedModel = Annotated[
         "--model",
         metavar="SPEC",
         help="The original, such as python:net.py:build; with --task it needs no recipe.",
-        autocompletion=names.models,
+        autocompletion=completions.models,
     ),
 ]
 SplitName = Annotated[
@@ -318,7 +318,7 @@ SplitName = Annotated[
         "--split",
         metavar="NAME",
         help="val (the validation data) or test.",
-        autocompletion=names.one_of(("val", "test")),
+        autocompletion=completions.one_of(("val", "test")),
     ),
 ]
 OnlyNumbers = Annotated[
@@ -331,7 +331,7 @@ OnlyNames = Annotated[
 ListKind = Annotated[
     str | None,
     typer.Argument(
-        metavar="KIND", help="models, data, criteria or recipes.", show_default=False, autocompletion=names.kinds
+        metavar="KIND", help="models, data, criteria or recipes.", show_default=False, autocompletion=completions.kinds
     ),
 ]
 ListWords = Annotated[list[str] | None, typer.Argument(metavar="WORD", help="Words to look for.", show_default=False)]
@@ -341,6 +341,6 @@ ShellName = Annotated[
         metavar="SHELL",
         help="bash, zsh or fish.",
         show_default=False,
-        autocompletion=names.one_of(("bash", "zsh", "fish")),
+        autocompletion=completions.one_of(("bash", "zsh", "fish")),
     ),
 ]

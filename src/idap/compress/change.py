@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from idap.compress.context import RunContext
 from idap.compress.features import BlockOutputs
-from idap.compress.setting import Setting
 from idap.compress.state import Judgement, Keep, State
 from idap.errors import StructureError
 from idap.graph.ir import Node
@@ -127,7 +127,7 @@ class CutModel(NamedTuple):
     error: float
 
 
-def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str]) -> CutModel:
+def make_cut(context: RunContext, state: State, keep: Keep, removed: Sequence[str]) -> CutModel:
     """Cut a copy of a state's model further, verify the cut, and rebalance what is left.
 
     Projections that replace blocks which the state still has are fitted to these. If nothing is trained between the
@@ -135,7 +135,7 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
     does (docs/results.md#several-cuts).
 
     Args:
-        setting: of the run.
+        context: of the run.
         state: where to start; it is not changed.
         keep: group name -> units that are kept.
         removed: all branches and blocks that are removed after the cut.
@@ -144,38 +144,38 @@ def make_cut(setting: Setting, state: State, keep: Keep, removed: Sequence[str])
         VerificationError: the cut model does not equal the masked original; the state is not changed.
         StructureError: the values of a block that should become a projection can't be observed.
     """
-    structure, clock = setting.subject.structure, setting.services.clock
-    if not setting.goals.config.recovery.trains:
-        state = setting.initial_state()
+    structure, clock = context.subject.structure, context.services.clock
+    if not context.goals.config.recovery.trains:
+        state = context.initial_state()
     with clock.on("cut"):
         plan = structure.plan(keep, tuple(removed))
         new = [path for path in plan.projections if path not in state.plan.projections]
-        maps = {path: fitted.map for path, fitted in setting.projections(state, new).items()}
+        maps = {path: fitted.map for path, fitted in context.projections(state, new).items()}
         if len(maps) < len(new):
             missing = min(set(new) - set(maps))
             raise StructureError(f"the values of block {missing!r} can't be observed, so no projection can be fitted")
         model = apply_plan(state.model, plan.since(state.plan), maps)
     with clock.on("proof"):
-        proof = verify(structure, state.model, model, plan, setting.subject.example, since=state.plan, maps=maps)
-    if setting.goals.config.rebalance:
-        at_once = merge_batches(setting.subject.calibration)
-        passes = setting.passes([at_once]) if at_once is not None else setting.passes()
-        settings = setting.goals.config.rebalance
+        proof = verify(structure, state.model, model, plan, context.subject.example, since=state.plan, maps=maps)
+    if context.goals.config.rebalance:
+        at_once = merge_batches(context.subject.calibration)
+        passes = context.passes([at_once]) if at_once is not None else context.passes()
+        settings = context.goals.config.rebalance
         with clock.on("rebalance"):
             done = rebalance_(
-                model, setting.subject.original, structure, plan, passes, settings, progress=setting.services.progress
+                model, context.subject.original, structure, plan, passes, settings, progress=context.services.progress
             )
         align_(model)
         for correction in done:
             if correction.too_wide:
-                setting.tell(
+                context.tell(
                     f"{correction.weight} reads more than {settings.columns:,} columns, so only its bias is corrected."
                 )
     return CutModel(model, plan, proof.error)
 
 
 def next_state(
-    setting: Setting,
+    context: RunContext,
     state: State,
     keep: Keep,
     removed: Sequence[str],
@@ -187,7 +187,7 @@ def next_state(
     """Cut a copy of a state's model further, let it recover, and judge it.
 
     Args:
-        setting: of the run.
+        context: of the run.
         state: where to start; it is not changed.
         keep: group name -> units that are kept.
         removed: all branches and blocks that are removed after the cut.
@@ -198,31 +198,31 @@ def next_state(
     Raises:
         VerificationError: the cut model does not equal the masked original; the state is not changed.
     """
-    model, plan, error = made or make_cut(setting, state, keep, removed)
+    model, plan, error = made or make_cut(context, state, keep, removed)
     with only_training(model, tuned) if tuned else nullcontext():
-        metric, fault = recover(setting, model, plan, title, setting.goals.config.recovery)
-    cost, error = setting.subject.costs.cost(keep, removed), max(state.error, error)
-    return State(model, keep, tuple(removed), plan, cost, metric, error, setting.latency_of(model), fault)
+        metric, fault = recover(context, model, plan, title, context.goals.config.recovery)
+    cost, error = context.subject.costs.cost(keep, removed), max(state.error, error)
+    return State(model, keep, tuple(removed), plan, cost, metric, error, context.latency_of(model), fault)
 
 
 def _feasible_recovery(
-    setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery
+    context: RunContext, model: nn.Module, plan: Plan, title: str, recovery: Recovery
 ) -> tuple[Recovery, BlockOutputs | None]:
     """The recovery without what the model does not allow, and the outputs of blocks that it compares, if any."""
     if recovery.channels_last is True and (fault := channels_last_fault(model, device_of(model))):
-        setting.services.progress.say(f"{title}: channels_last is left out: {fault}.")
+        context.services.progress.say(f"{title}: channels_last is left out: {fault}.")
         recovery = replace(recovery, channels_last=False)
     if recovery.features <= 0:
         return recovery, None
-    features = BlockOutputs(setting.subject.structure, plan, model, setting.subject.original)
+    features = BlockOutputs(context.subject.structure, plan, model, context.subject.original)
     return recovery if len(features) else replace(recovery, features=0.0), features  # perhaps no block is left
 
 
-def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> Judgement:
+def recover(context: RunContext, model: nn.Module, plan: Plan, title: str, recovery: Recovery) -> Judgement:
     """Train a cut model with the original as teacher, keep its best state, and judge it on the validation data.
 
     Args:
-        setting: of the run; the curve of the training is added to its curves.
+        context: of the run; the curve of the training is added to its curves.
         model: is trained in place.
         plan: from the original to the model.
         title: of the recovery, for the progress.
@@ -231,11 +231,11 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
     Returns:
         The judgement of the best state on the validation data; it has a fault only if every state has one.
     """
-    sign, faults = 1.0 if setting.subject.task.higher_is_better else -1.0, [""]
+    sign, faults = 1.0 if context.subject.task.higher_is_better else -1.0, [""]
 
     def judge_model(candidate: nn.Module) -> Judgement:
-        with setting.services.clock.on("judging"):
-            return setting.judge(candidate)
+        with context.services.clock.on("judging"):
+            return context.judge(candidate)
 
     def judge(candidate: nn.Module) -> float:
         metric, fault = judge_model(candidate)
@@ -245,34 +245,34 @@ def recover(setting: Setting, model: nn.Module, plan: Plan, title: str, recovery
 
     if not recovery.trains:
         return judge_model(model)
-    optimizer = None if setting.services.optimizer is None else setting.services.optimizer(model, plan)
+    optimizer = None if context.services.optimizer is None else context.services.optimizer(model, plan)
     learned = model.parameters() if optimizer is None else chain(*(g["params"] for g in optimizer.param_groups))
     if not any(parameter.requires_grad for parameter in learned):
-        setting.services.progress.say(
+        context.services.progress.say(
             f"{title}: no parameter that is left is trained, so the model is judged as it is."
         )
         return judge_model(model)
-    recovery, features = _feasible_recovery(setting, model, plan, title, recovery)
-    with setting.services.clock.on("recovery"):
+    recovery, features = _feasible_recovery(context, model, plan, title, recovery)
+    with context.services.clock.on("recovery"):
         report = fit(
             model,
-            setting.subject.task,
+            context.subject.task,
             recovery,
-            teacher=setting.subject.original,
+            teacher=context.subject.original,
             features=features,
             optimizer=optimizer,
             judge=judge,
             salvage=True,
-            progress=setting.services.progress,
+            progress=context.services.progress,
             title=title,
         )
     best = report.best
     assert best is not None  # there was a judge
     if not report.diverged and any(value == -inf for steps, value in report.scores if steps):
         report = replace(report, diverged=faults[-1])
-    setting.services.curves.append(_curve(title, report, sign))
+    context.services.curves.append(_curve(title, report, sign))
     if report.diverged:
-        setting.services.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
+        context.services.progress.say(f"{title} ended early, and the best state before that is kept: {report.diverged}")
     return Judgement(0.0, faults[-1]) if best == -inf else Judgement(sign * best)
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from idap.compress.budget import Budget
 from idap.compress.config import Config
+from idap.compress.context import RunContext
 from idap.compress.result import Result
-from idap.compress.setting import Setting
 from idap.compress.state import Keep, State
 from idap.cost.count import Cost, tensor_bytes
 from idap.divergence.criteria import opener_of
@@ -199,28 +199,28 @@ def past_result(folder: RunFolder | None) -> RunEnd | None:
     return None if folder is None else on_main(partial(read_end, folder.path))
 
 
-def keep_end(setting: Setting, state: State, result: Result, *, untouched: bool) -> None:
+def keep_end(context: RunContext, state: State, result: Result, *, untouched: bool) -> None:
     """Measure the divergence of the result, part by part, and write what was reached.
 
     The model is already saved. If the measurement fails, or can't be written, a line says so, and the report lacks it.
 
     Args:
-        setting: of the run, which has a folder.
+        context: of the run, which has a folder.
         state: the state that the result was made from.
         result: what `compress` returns, without the seconds of this measurement.
         untouched: whether nothing was removed, so that there is nothing new to measure.
     """
-    folder = setting.services.folder
+    folder = context.services.folder
     assert folder is not None
     if not untouched:
         try:
-            found = setting.divergence(state)
-            on_main(partial(folder.keep, AFTER, profile_of(found, setting.subject.structure, state.keep)))
+            found = context.divergence(state)
+            on_main(partial(folder.keep, AFTER, profile_of(found, context.subject.structure, state.keep)))
         except tolerable_errors() as error:
-            setting.services.progress.say(
+            context.services.progress.say(
                 f"The divergence of the result could not be measured, so the report lacks it: {error}"
             )
-    seconds = add_seconds(result.seconds, setting.services.clock.take())
+    seconds = add_seconds(result.seconds, context.services.clock.take())
     on_main(partial(folder.keep, RESULT, _summary(result, seconds)))
 
 

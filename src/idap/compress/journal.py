@@ -1,4 +1,4 @@
-"""Report and record the decisions of a run, and recall them when a stopped run goes on."""
+"""Report and record the decisions of a run, and replay them when the run is resumed."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from idap.compress.context import RunContext
 from idap.compress.folder import profile_of
-from idap.compress.setting import Setting
 from idap.compress.state import Keep, State
 from idap.divergence.measure import Divergence
 from idap.errors import PlanError, RunFolderError, StructureError
@@ -45,7 +45,7 @@ class Journal:
     taken before the run was stopped is recalled, instead of measuring, cutting and training again.
 
     Args:
-        setting: of the run.
+        context: of the run.
         baseline: metric of the original.
         past: decisions taken before the run was stopped, in order.
         preparation: seconds by kind of work before the first decision.
@@ -53,13 +53,13 @@ class Journal:
 
     def __init__(
         self,
-        setting: Setting,
+        context: RunContext,
         baseline: float,
         past: Sequence[Step] = (),
         preparation: Mapping[str, float] | None = None,
     ) -> None:
         self.preparation = dict(preparation or {})
-        self._setting = setting
+        self._context = context
         self._baseline = baseline
         self._profile: tuple[float, ...] = ()
         self._past = list(past)
@@ -96,25 +96,25 @@ class Journal:
         index = len(self.steps)
         if index >= len(self._past) or self.is_stage_over(stage):
             return None
-        found, setting = self._past[index], self._setting
-        assert setting.services.folder is not None
+        found, context = self._past[index], self._context
+        assert context.services.folder is not None
         try:
             keep, parts = self._replay(found, state)
-            plan = setting.subject.structure.plan(keep, parts)
+            plan = context.subject.structure.plan(keep, parts)
         except (PlanError, StructureError) as error:
-            file = setting.services.folder.path / STEPS
+            file = context.services.folder.path / STEPS
             raise RunFolderError(
                 f"line {index + 1} of {file} is a decision that does not fit the run: {error}. {remedy(file)}"
             ) from error
-        model = self._load_model(setting.services.folder.checkpoint(index)) if found.accepted else state.model
-        cost, latency = setting.subject.costs.cost(keep, parts), found.shares.get("latency")
+        model = self._load_model(context.services.folder.checkpoint(index)) if found.accepted else state.model
+        cost, latency = context.subject.costs.cost(keep, parts), found.shares.get("latency")
         then = State(model, keep, parts, plan, cost, found.metric, found.error, latency, found.fault)
         self._recalled = True
         return Decision(then, found.removed, found.contest)
 
     def _load_model(self, checkpoint: Path) -> nn.Module:
         try:
-            return load(checkpoint, self._setting.subject.original)
+            return load(checkpoint, self._context.subject.original)
         except PlanError as error:
             raise RunFolderError(
                 f"the accepted state {checkpoint} does not fit the run: {error}. Delete its line and all after it "
@@ -135,7 +135,7 @@ class Journal:
                     raise PlanError(f"group {item.name!r} has no unit {lacking[0]} that could be removed")
                 keep[item.name] = tuple(unit for unit in keep[item.name] if unit not in item.units)
             else:
-                inside = self._setting.subject.structure.block(item.name).contains
+                inside = self._context.subject.structure.block(item.name).contains
                 parts = [*(name for name in parts if name not in inside), item.name]
         return keep, tuple(parts)
 
@@ -153,7 +153,7 @@ class Journal:
                 f"one of stage {stage!r} there: the folder was changed, or written by another version. Begin again "
                 "in another folder."
             )
-        phases = self._past[index].phases if recalled else self._setting.services.clock.take()
+        phases = self._past[index].phases if recalled else self._context.services.clock.take()
         step = Step(
             index=index,
             stage=stage,
@@ -166,33 +166,33 @@ class Journal:
             reason=reason,
             error=state.error,
             seconds=self._past[index].seconds if recalled else sum(phases.values()),
-            shares=self._setting.shares(state),
+            shares=self._context.shares(state),
             phases=phases,
             curve=self._past[index].curve if recalled else self._curve(),
             contest=decision.contest,
             turn=self._turn,
         )
-        folder = self._setting.services.folder
+        folder = self._context.services.folder
         if folder is not None and not recalled:
             on_main(partial(_write, folder, step, state))
         self.steps.append(step)
         shown = (
             "macs",
             "parameters",
-            *(name for name in self._setting.goals.budget.targets if name in ("size", "latency")),
+            *(name for name in self._context.goals.budget.targets if name in ("size", "latency")),
         )
-        told = describe(step, self._setting.subject.task.metric_name, shown)
-        self._setting.services.progress.say(f"{told} (recalled)" if recalled else told)
+        told = describe(step, self._context.subject.task.metric_name, shown)
+        self._context.services.progress.say(f"{told} (recalled)" if recalled else told)
         if accepted:
             self.show(stage, state)
 
     @property
     def is_at_start(self) -> bool:
         """Whether the next measurement is of the original and goes into the record of the run: it covers everything."""
-        return self._setting.services.folder is not None and not self.steps and not self._past
+        return self._context.services.folder is not None and not self.steps and not self._past
 
     def _curve(self) -> Curve | None:
-        found = self._setting.services.curves
+        found = self._context.services.curves
         last = found[-1] if found else None
         found.clear()
         return last
@@ -205,17 +205,17 @@ class Journal:
             state: the last accepted one.
             measured: the divergence of `state`, if it was just measured.
         """
-        setting, budget = self._setting, self._setting.goals.budget
+        context, budget = self._context, self._context.goals.budget
         if measured is not None and self.is_at_start:
-            assert setting.services.folder is not None
-            profile = profile_of(measured, setting.subject.structure, state.keep)
-            on_main(partial(setting.services.folder.keep, BEFORE, profile))
+            assert context.services.folder is not None
+            profile = profile_of(measured, context.subject.structure, state.keep)
+            on_main(partial(context.services.folder.keep, BEFORE, profile))
         if measured is not None and measured.units:
-            order = [group.name for group in setting.subject.structure.groups if group.name in measured.units]
+            order = [group.name for group in context.subject.structure.groups if group.name in measured.units]
             self._profile = tuple(float(measured.units[name][list(state.keep[name])].mean()) for name in order)
-        shares = setting.shares(state)
+        shares = context.shares(state)
         shown = budget.targets or ("macs", "parameters")
-        setting.services.progress.show(
+        context.services.progress.show(
             Status(
                 stage=stage,
                 step=len(self.steps),
@@ -223,7 +223,7 @@ class Journal:
                 profile=self._profile,
                 costs={COST_NAMES[name]: (shares[name], budget.targets.get(name)) for name in shown},
                 metric=state.metric,
-                metric_name=setting.subject.task.metric_name,
+                metric_name=context.subject.task.metric_name,
                 baseline=self._baseline,
                 worst=budget.worst,
                 higher_is_better=budget.higher_is_better,

@@ -8,7 +8,7 @@ from torch import nn
 
 from idap.compress.budget import shares_of
 from idap.compress.config import Config
-from idap.compress.latencies import least_share
+from idap.compress.latency_table import least_share
 from idap.compress.stages.choice import least_units
 from idap.cost.count import CostModel
 from idap.errors import PlanError, VerificationError

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from idap.compress.change import recover
+from idap.compress.context import RunContext
 from idap.compress.folder import keep_end, past_result
 from idap.compress.journal import COST_NAMES, Decision, Journal
 from idap.compress.result import Result
-from idap.compress.setting import Setting
 from idap.compress.state import State
 from idap.errors import TaskError
 from idap.saving.checkpoint import origin, remember_
@@ -21,23 +21,23 @@ from idap.training.processes import on_main
 
 
 def finish_run(
-    setting: Setting, start: State, state: State, journal: Journal, recipe: Mapping[str, Any] | None = None
+    context: RunContext, start: State, state: State, journal: Journal, recipe: Mapping[str, Any] | None = None
 ) -> Result:
     """Measure the model that is returned once more, after the last change, and say what was reached.
 
     A run that was finished before keeps the end that it wrote, since every measurement of latency differs a little.
     """
-    past = past_result(setting.services.folder)
-    with setting.services.clock.on("judging"):
-        metric, fault = (start.metric, "") if state is start else setting.judge(state.model)
-        error = _output_error(setting, state)
+    past = past_result(context.services.folder)
+    with context.services.clock.on("judging"):
+        metric, fault = (start.metric, "") if state is start else context.judge(state.model)
+        error = _output_error(context, state)
     latency = None if past is None else past.latency
     if latency is None and state is not start:
-        latency = setting.latency_of(state.model)
+        latency = context.latency_of(state.model)
     final = replace(state, metric=metric, latency=latency if latency is not None else state.latency, fault=fault)
-    reached, message = _verdict(setting, final, journal, untouched=state is start)
+    reached, message = _verdict(context, final, journal, untouched=state is start)
     message += _training_faults(journal)
-    base = origin(setting.subject.original)
+    base = origin(context.subject.original)
     result = Result(
         model=final.model,
         plan=final.plan,
@@ -51,25 +51,25 @@ def finish_run(
         output_error=error,
         reached=reached,
         message=message,
-        metric_name=setting.subject.task.metric_name,
-        seconds=_seconds(setting, journal),
+        metric_name=context.subject.task.metric_name,
+        seconds=_seconds(context, journal),
         base=base,
         build=None if base is not None else _build(recipe or {}),
     )
-    if setting.services.folder is not None:
-        on_main(partial(result.save, setting.services.folder.model))
+    if context.services.folder is not None:
+        on_main(partial(result.save, context.services.folder.model))
         if past is None:
-            keep_end(setting, final, result, untouched=state is start)
+            keep_end(context, final, result, untouched=state is start)
     remember_(result.model, result.whole_plan)
     return result
 
 
-def _output_error(setting: Setting, state: State) -> float:
+def _output_error(context: RunContext, state: State) -> float:
     """The relative error of the outputs against the original's; NaN, with a line that says why, if it is not known."""
     try:
-        return output_error(state.model, setting.subject.original, setting.subject.task)
+        return output_error(state.model, context.subject.original, context.subject.task)
     except TaskError as error:
-        setting.services.progress.say(f"The relative output error is not known: {error}")
+        context.services.progress.say(f"The relative output error is not known: {error}")
         return math.nan
 
 
@@ -82,10 +82,10 @@ def _build(recipe: Mapping[str, Any]) -> str | None:
     return f"idap.models.resolve.build_model({spec!r}{'' if classes is None else f', classes={classes}'})"
 
 
-def _seconds(setting: Setting, journal: Journal) -> dict[str, float]:
+def _seconds(context: RunContext, journal: Journal) -> dict[str, float]:
     """Seconds by kind of work, of all steps and of the work before and after them."""
     found: dict[str, float] = {}
-    for phases in (journal.preparation, *(step.phases for step in journal.steps), setting.services.clock.take()):
+    for phases in (journal.preparation, *(step.phases for step in journal.steps), context.services.clock.take()):
         for kind, seconds in phases.items():
             found[kind] = found.get(kind, 0.0) + seconds
     return found
@@ -100,10 +100,10 @@ def _training_faults(journal: Journal) -> str:
     return f"; {len(broken)} of the trainings ended early, and the best states before that were kept ({first})"
 
 
-def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: bool) -> tuple[bool, str]:
-    goal, shares = setting.goals.budget, setting.shares(state)
+def _verdict(context: RunContext, state: State, journal: Journal, *, untouched: bool) -> tuple[bool, str]:
+    goal, shares = context.goals.budget, context.shares(state)
     if untouched and not journal.steps:
-        filters, layers = setting.goals.config.filters, setting.goals.config.layers
+        filters, layers = context.goals.config.filters, context.goals.config.layers
         units = (
             "filters.steps is 0"
             if filters.steps == 0
@@ -114,7 +114,7 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
     if untouched:
         return False, "nothing could be removed within the budget; the result is the original. Allow a larger max_drop"
     if not state.within(goal):
-        found = state.fault or f"the {setting.subject.task.metric_name} was {state.metric:.4f}"
+        found = state.fault or f"the {context.subject.task.metric_name} was {state.metric:.4f}"
         worst = "" if state.fault else f", and {goal.worst:.4f} is the worst allowed"
         return False, (
             f"{found} when it was measured once more after the last change{worst}: the validation data or the model "
@@ -125,11 +125,11 @@ def _verdict(setting: Setting, state: State, journal: Journal, *, untouched: boo
         for name in goal.misses(shares)
     ]
     if missed:
-        return False, f"{' and '.join(missed)}: {_obstacle(setting, journal)}"
+        return False, f"{' and '.join(missed)}: {_obstacle(context, journal)}"
     return True, "every goal was reached"
 
 
-def _obstacle(setting: Setting, journal: Journal) -> str:
+def _obstacle(context: RunContext, journal: Journal) -> str:
     """Why a run did not reach its targets, and what would help."""
     decided = [step for step in journal.steps if step.stage != "final"]
     if not any(step.is_refused for step in decided):
@@ -143,16 +143,16 @@ def _obstacle(setting: Setting, journal: Journal) -> str:
     told = f"from {before:.4f} to {last.metric:.4f}"
     if last.stage == "final" and last.accepted and f"{before:.4f}" != f"{last.metric:.4f}":
         return (
-            f"{why}; only the last training then took the {setting.subject.task.metric_name} {told}. Train longer "
+            f"{why}; only the last training then took the {context.subject.task.metric_name} {told}. Train longer "
             "after each step (recovery), allow a larger max_drop, or compress the result again with what is left of "
             "the budget"
         )
     return f"{why}. Allow a larger max_drop, more steps or a longer recovery"
 
 
-def final_recovery(setting: Setting, start: State, state: State, journal: Journal) -> State:
+def final_recovery(context: RunContext, start: State, state: State, journal: Journal) -> State:
     """Train the last accepted state once more; keep the better of the two."""
-    recovery = setting.goals.config.final or setting.goals.config.recovery
+    recovery = context.goals.config.final or context.goals.config.recovery
     if state is start or not recovery.trains:
         return state
     journal.begin()
@@ -161,10 +161,10 @@ def final_recovery(setting: Setting, start: State, state: State, journal: Journa
         model = apply_plan(
             state.model, Plan(shapes={name: state.plan.shape_after(name) for name in _tensor_names(state)})
         )
-        metric, fault = recover(setting, model, state.plan, "final recovery", recovery)
-        latency = setting.latency_of(model)
+        metric, fault = recover(context, model, state.plan, "final recovery", recovery)
+        latency = context.latency_of(model)
         found = Decision(replace(state, model=model, metric=metric, latency=latency, fault=fault), [])
-    metric, fault, higher = found.state.metric, found.state.fault, setting.subject.task.higher_is_better
+    metric, fault, higher = found.state.metric, found.state.fault, context.subject.task.higher_is_better
     accepted = not fault and (metric >= state.metric if higher else metric <= state.metric)
     equal = "as good as before" if metric == state.metric else "the best so far"
     reason = fault or (equal if accepted else "worse than before")

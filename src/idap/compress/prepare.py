@@ -13,11 +13,11 @@ from torch import nn
 
 from idap.compress.budget import Budget, budget_of
 from idap.compress.config import Config
+from idap.compress.context import Goals, RunContext, Services, Subject
 from idap.compress.features import check_features
 from idap.compress.folder import run_size, settings_of
-from idap.compress.latencies import LayerTimes, load_times, measure_times
+from idap.compress.latency_table import LayerTimes, load_times, measure_times
 from idap.compress.limits import smallest_shares, verify_cuts
-from idap.compress.setting import Goals, Services, Setting, Subject
 from idap.compress.state import Clock, State
 from idap.cost.count import CostModel, tensor_bytes
 from idap.divergence.measure import Divergence
@@ -84,7 +84,7 @@ def profile(
     with progress.phase("divergence", 3) as phase:
         structure, example = analyze_model(model, task, config, phase)
         costs = CostModel(structure, 1)
-        setting = Setting(
+        context = RunContext(
             Subject(
                 original=model,
                 task=task,
@@ -102,7 +102,7 @@ def profile(
                 layer_times=LayerTimes(partial(measure_times, model, structure, example, progress)),
             ),
         )
-        found = setting.divergence(setting.initial_state())
+        found = context.divergence(context.initial_state())
         phase.advance("divergence")
     return structure, found
 
@@ -135,17 +135,17 @@ def check_arguments(model: nn.Module, task: object, optimizer: object, run_dir: 
 
 
 def optimizer_slicer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, setting: Setting
+    optimizer: torch.optim.Optimizer, model: nn.Module, context: RunContext
 ) -> Callable[[nn.Module, Plan], torch.optim.Optimizer]:
     """The function that cuts a user's optimiser; it is tried once, before any work."""
 
     def slice_for(small: nn.Module, plan: Plan) -> torch.optim.Optimizer:
         return slice_optimizer(optimizer, model, small, plan)
 
-    plan = setting.subject.structure.plan(
-        {group.name: range(0, group.size, 2) for group in setting.subject.structure.groups}
+    plan = context.subject.structure.plan(
+        {group.name: range(0, group.size, 2) for group in context.subject.structure.groups}
     )
-    slice_for(apply_plan(setting.subject.original, plan), plan)
+    slice_for(apply_plan(context.subject.original, plan), plan)
     return slice_for
 
 
@@ -157,7 +157,7 @@ def prepare_run(
     progress: Progress,
     *,
     resume: bool = False,
-) -> tuple[Setting, State, list[str], dict[str, Any]]:
+) -> tuple[RunContext, State, list[str], dict[str, Any]]:
     """Check everything that can be checked before any work, and judge the original."""
     if folder is not None and not resume:
         on_main(partial(folder.check, size=run_size(model)))
@@ -191,13 +191,13 @@ def prepare_run(
         known=table,
         progress=progress,
     )
-    setting = Setting(
+    context = RunContext(
         Subject(original, task, structure, costs, example, whole, calibration_batches(task, config), timed, val),
         Goals(config=config, budget=budget),
         Services(progress=progress, folder=folder, layer_times=layer_times, clock=clock),
     )
     settings = settings_of(model, task, config, structure, val.metric, whole, budget)
-    return setting, setting.initial_state(val.metric), removable, settings
+    return context, context.initial_state(val.metric), removable, settings
 
 
 def _add_validation(task: Task, config: Config, progress: Progress) -> Task:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from idap.compress.config import Config, check_config
+from idap.compress.context import RunContext
 from idap.compress.folder import begin_run, claim_run, resumable
 from idap.compress.journal import Journal
 from idap.compress.outcome import final_recovery, finish_run
 from idap.compress.prepare import check_arguments, optimizer_slicer, prepare_run, samples_digest
 from idap.compress.result import Result
-from idap.compress.setting import Setting
 from idap.compress.stages.filters import filter_stage
 from idap.compress.stages.layers import layer_stage
 from idap.compress.state import State
@@ -91,61 +91,61 @@ def _compress(
     recipe: Mapping[str, Any] | None,
 ) -> Result:
     """Compress a model; the folder is claimed already."""
-    setting, state, removable, settings = prepare_run(model, task, config, folder, progress, resume=resume)
+    context, state, removable, settings = prepare_run(model, task, config, folder, progress, resume=resume)
     if optimizer is not None:
-        setting = replace(
-            setting, services=replace(setting.services, optimizer=optimizer_slicer(optimizer, model, setting))
+        context = replace(
+            context, services=replace(context.services, optimizer=optimizer_slicer(optimizer, model, context))
         )
         settings["optimizer"] = hyperparameters(optimizer)
     if recipe is not None:
         settings["recipe"] = dict(recipe)
     if folder is not None:  # only then, since every weight is read
         settings["weights"] = weights_digest(model)
-        settings["calibration"] = samples_digest(setting.subject.calibration)
-    settings["preparation"] = preparation = setting.services.clock.take()
+        settings["calibration"] = samples_digest(context.subject.calibration)
+    settings["preparation"] = preparation = context.services.clock.take()
     past = () if folder is None else on_main(partial(begin_run, folder, settings, progress, resume=resume))
-    setting.services.layer_times.keep_least()
-    journal = Journal(setting, state.metric, past, preparation)
+    context.services.layer_times.keep_least()
+    journal = Journal(context, state.metric, past, preparation)
     with resumable(folder):
-        end = final_recovery(setting, state, _stages(setting, state, removable, journal), journal)
-        return finish_run(setting, state, end, journal, recipe)
+        end = final_recovery(context, state, _stages(context, state, removable, journal), journal)
+        return finish_run(context, state, end, journal, recipe)
 
 
-def _stages(setting: Setting, state: State, removable: list[str], journal: Journal) -> State:
+def _stages(context: RunContext, state: State, removable: list[str], journal: Journal) -> State:
     """Cut width and depth in the order that the settings give."""
-    config, goal = setting.goals.config, setting.goals.budget
+    config, goal = context.goals.config, context.goals.budget
     width, depth = config.filters.steps > 0, config.layers.removals > 0
     if config.order == "interleaved" and width:
-        return filter_stage(setting, state, goal, journal, blocks=removable if depth else ())
+        return filter_stage(context, state, goal, journal, blocks=removable if depth else ())
     if config.order == "layers-filters" and depth:
-        shares = setting.shares(state)
+        shares = context.shares(state)
         aim = goal.part_way(shares, 1 - config.filters_share) if width else goal
-        state = layer_stage(setting, state, aim, journal, removable)
-        return filter_stage(setting, state, goal, journal) if width else state
+        state = layer_stage(context, state, aim, journal, removable)
+        return filter_stage(context, state, goal, journal) if width else state
     if width:
-        aim = goal.part_way(setting.shares(state), config.filters_share) if depth else goal
-        state = filter_stage(setting, state, aim, journal)
+        aim = goal.part_way(context.shares(state), config.filters_share) if depth else goal
+        state = filter_stage(context, state, aim, journal)
     if not depth:
         return state
     if not width or not goal.targets:
-        return layer_stage(setting, state, goal, journal, removable)
-    return _depth_and_rest(setting, state, journal, removable)
+        return layer_stage(context, state, goal, journal, removable)
+    return _depth_and_rest(context, state, journal, removable)
 
 
-def _depth_and_rest(setting: Setting, state: State, journal: Journal, removable: list[str]) -> State:
+def _depth_and_rest(context: RunContext, state: State, journal: Journal, removable: list[str]) -> State:
     """Cut depth, then width to the targets; if filters don't reach them, the remaining layers are tried after all."""
-    goal, before = setting.goals.budget, len(journal.steps)
+    goal, before = context.goals.budget, len(journal.steps)
     refused = before > 0 and not journal.steps[-1].accepted  # the budget ended stage 1, and would do so again
-    contested = setting.goals.config.layers.against == "filters" and not refused
-    shallow = layer_stage(setting, state, goal, journal, removable, contested=contested)
+    contested = context.goals.config.layers.against == "filters" and not refused
+    shallow = layer_stage(context, state, goal, journal, removable, contested=contested)
     turn = journal.steps[before:]
     in_a_row = len(list(takewhile(lambda step: step.is_refused, reversed(turn))))
     narrow = shallow  # filters save what stage 2 left over
     if shallow is not state or not refused:
-        narrow = filter_stage(setting, shallow, goal, journal)
-    if not goal.misses(setting.shares(narrow)) or in_a_row >= setting.goals.config.layers.patience:
+        narrow = filter_stage(context, shallow, goal, journal)
+    if not goal.misses(context.shares(narrow)) or in_a_row >= context.goals.config.layers.patience:
         return narrow
     essential = {step.removed[0].name for step in turn if step.is_refused}
     remaining = [name for name in removable if name not in essential]
-    last = layer_stage(setting, narrow, goal, journal, remaining, alone=True)
-    return last if last is narrow else filter_stage(setting, last, goal, journal)
+    last = layer_stage(context, narrow, goal, journal, remaining, alone=True)
+    return last if last is narrow else filter_stage(context, last, goal, journal)

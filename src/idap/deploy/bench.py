@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from idap.cost.count import tensor_bytes
 from idap.cost.latency import Latency, alternate
 from idap.deploy.export import export
-from idap.deploy.formats import need_onnx, onnx_runner
+from idap.deploy.writers import need_onnx, onnx_runner
 from idap.errors import ConfigError
 from idap.progress import Progress, Silent
 from idap.surgery.compare import batch_size, resize_inputs

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from idap.deploy.formats import Check, Program, onnx_runner, program_of, program_runner, write_onnx, write_program
+from idap.deploy.writers import Check, Program, onnx_runner, program_of, program_runner, write_onnx, write_program
 from idap.errors import CheckpointError, ConfigError, ExportError
 from idap.files import folder_beside
 from idap.graph.run import skeleton

@@ -163,6 +163,7 @@ CRITERIA: Mapping[str, Callable[..., Scorer | Mapping[str, object]]] = {
     "fpgm": fpgm,
     "random": random,
 }
+"""Name -> the criterion; a new one also gets a line in `idap.recipes.catalogue.CRITERIA`, for help and completion."""
 
 WITH_BLOCKS = ("relative", "fluctuation", "paper", "share")
 """Criteria that also score branches and blocks."""

@@ -1,4 +1,4 @@
-"""The losses of distillation: from the outputs of a teacher, and from its features."""
+"""The losses of distillation: from the outputs of a teacher, and from its features (`Loop` adds them up)."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from idap.cli import names
+from idap.cli import completions
 from idap.cli.commands.completion import SHELLS, script
 from tests.cli.commands.test_commands import idap, plain_terminal, text  # noqa: F401 - a fixture
 
@@ -108,11 +108,11 @@ def test_files_and_folders():
     Path("sub/deeper").mkdir(parents=True)
     for name in ("sub/a.toml", "sub/b.py", "sub/.hidden.toml", "c.toml"):
         Path(name).write_text("def f(:\n")
-    assert [path for path, _ in names.files("", ".toml")] == ["c.toml", "sub/"]
-    assert [path for path, _ in names.files("sub/", ".toml")] == ["sub/a.toml", "sub/deeper/"]
-    assert names.files("nowhere/x", ".toml") == []
-    assert [path for path, _ in names.models("python:sub/")] == ["python:sub/b.py:", "python:sub/deeper/"]
-    assert names.models("python:sub/b.py:") == []  # half-written
-    assert names.models("python:sub/none.py:") == []
-    assert names.models("nothing:x") == []
-    assert names.scripts("") == [("python:", names.models("python")[0][1])]
+    assert [path for path, _ in completions.files("", ".toml")] == ["c.toml", "sub/"]
+    assert [path for path, _ in completions.files("sub/", ".toml")] == ["sub/a.toml", "sub/deeper/"]
+    assert completions.files("nowhere/x", ".toml") == []
+    assert [path for path, _ in completions.models("python:sub/")] == ["python:sub/b.py:", "python:sub/deeper/"]
+    assert completions.models("python:sub/b.py:") == []  # half-written
+    assert completions.models("python:sub/none.py:") == []
+    assert completions.models("nothing:x") == []
+    assert completions.scripts("") == [("python:", completions.models("python")[0][1])]

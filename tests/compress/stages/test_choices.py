@@ -32,9 +32,9 @@ ONCE = {"layers": LayerStage(removals=0), "filters_share": 1.0, "filters": Filte
 
 def cut_once(**changes):
     """One run of stage 1 to half of the multiply-adds, without any budget of accuracy and without training."""
-    setting, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.5} | changes))
-    journal = Journal(setting, start.metric)
-    return setting, filter_stage(setting, start, setting.goals.budget, journal), journal
+    context, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.5} | changes))
+    journal = Journal(context, start.metric)
+    return context, filter_stage(context, start, context.goals.budget, journal), journal
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "bn_scale"])
@@ -60,40 +60,40 @@ def largest_first(scene: Scene):
 
 
 def test_a_function_of_the_users_own():
-    setting, end, journal = cut_once(criterion=largest_first, cost_power=0.0)
+    context, end, journal = cut_once(criterion=largest_first, cost_power=0.0)
     assert all(units == tuple(range(len(units))) for units in end.keep.values())
     assert journal.steps[0].removed[0].scores == tuple(
-        float(setting.subject.structure.group(journal.steps[0].removed[0].name).size - unit)
+        float(context.subject.structure.group(journal.steps[0].removed[0].name).size - unit)
         for unit in journal.steps[0].removed[0].units
     )
 
 
 def test_uniform_takes_the_same_share_of_every_group():
-    setting, end, _ = cut_once(ranking="uniform", criterion="magnitude")
-    shares = [len(end.keep[group.name]) / group.size for group in setting.subject.structure.groups]
+    context, end, _ = cut_once(ranking="uniform", criterion="magnitude")
+    shares = [len(end.keep[group.name]) / group.size for group in context.subject.structure.groups]
     assert max(shares) - min(shares) < 0.2  # the last step may not get round to every group
 
 
 def test_what_is_left_is_a_multiple():
-    setting, end, _ = cut_once(
+    context, end, _ = cut_once(
         filters=FilterStage(steps=9, first_share=0.5, multiple=4, multiples={"blocks.0.*": 5}), criterion="relative"
     )
-    for group in setting.subject.structure.groups:
+    for group in context.subject.structure.groups:
         left = len(end.keep[group.name])
         assert left == group.size or left % (5 if group.name.startswith("blocks.0") else 4) == 0, group.name
-    assert end.cost.macs <= 0.5 * setting.subject.costs.cost().macs
+    assert end.cost.macs <= 0.5 * context.subject.costs.cost().macs
 
 
 def test_floors_by_pattern():
-    setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, keep={"blocks.*": 0.3, "blocks.1.*": 1}))
-    for group in setting.subject.structure.groups:
+    context, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, keep={"blocks.*": 0.3, "blocks.1.*": 1}))
+    for group in context.subject.structure.groups:
         if group.name.startswith("blocks.1."):
             assert len(end.keep[group.name]) == group.size
         elif group.name.startswith("blocks."):
             assert len(end.keep[group.name]) >= round(0.3 * group.size)
     assert match_name({"a*": 0.5, "ab": 0.1}, "ab", 0.9) == 0.1
     with pytest.raises(ConfigError, match=r"^filters\.keep names 'layer9\.\*', which fits no group"):
-        least_units(setting.subject.structure, FilterStage(keep={"layer9.*": 0.5}))
+        least_units(context.subject.structure, FilterStage(keep={"layer9.*": 0.5}))
 
 
 def test_a_floor_that_makes_the_target_impossible_is_an_error_before_any_work():
@@ -126,19 +126,19 @@ def test_auto_takes_the_power_with_the_lowest_calibration_loss(monkeypatch):
         assert losses[chosen] == min(losses.values())
 
 
-def stream(setting):
+def stream(context):
     """The group that the residual stream of the tiny net carries."""
-    (name,) = setting.subject.structure.streams
+    (name,) = context.subject.structure.streams
     assert name == "stem"
     return name
 
 
 def test_streams_stay_whole_on_request():
-    setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, streams="keep"))
-    assert len(end.keep[stream(setting)]) == 12
-    assert end.cost.macs <= 0.5 * setting.subject.whole.macs
-    setting, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, streams="cut"))
-    assert len(end.keep[stream(setting)]) < 12
+    context, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, streams="keep"))
+    assert len(end.keep[stream(context)]) == 12
+    assert end.cost.macs <= 0.5 * context.subject.whole.macs
+    context, end, _ = cut_once(filters=FilterStage(steps=9, first_share=0.5, streams="cut"))
+    assert len(end.keep[stream(context)]) < 12
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -162,12 +162,12 @@ def test_ways_are_compared_at_the_same_cost(monkeypatch):
     costs = []
 
     def record_costs(ways, loss):
-        costs.append([setting.subject.costs.cost(cut.keep, cut.removed).macs for cut in ways.values()])
+        costs.append([context.subject.costs.cost(cut.keep, cut.removed).macs for cut in ways.values()])
         return next(iter(ways))
 
     monkeypatch.setattr(choice, "best_of", record_costs)
-    setting, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.3, "cost_power": "auto"}))
-    filter_stage(setting, start, setting.goals.budget, Journal(setting, start.metric))
+    context, start, _ = prepare(**(ONCE | {"max_drop": None, "macs": 0.3, "cost_power": "auto"}))
+    filter_stage(context, start, context.goals.budget, Journal(context, start.metric))
     assert costs
     for macs in costs:
         assert len(macs) > 1
@@ -176,12 +176,12 @@ def test_ways_are_compared_at_the_same_cost(monkeypatch):
 
 
 def test_latency_as_the_cost():
-    setting, start, _ = prepare(cost="latency")
-    costs = setting.unit_costs(start)
-    assert set(costs) == {group.name for group in setting.subject.structure.groups}
+    context, start, _ = prepare(cost="latency")
+    costs = context.unit_costs(start)
+    assert set(costs) == {group.name for group in context.subject.structure.groups}
     assert all(seconds > 0 for seconds in costs.values())
     cut = dataclasses.replace(start, removed=("blocks.0",))
-    assert set(costs) - set(setting.unit_costs(cut)) == {"blocks.0.fc1"}  # no layer of it is left
+    assert set(costs) - set(context.unit_costs(cut)) == {"blocks.0.fc1"}  # no layer of it is left
 
 
 def test_each_removed_unit_is_recorded_with_score_rank_and_cost():
@@ -197,13 +197,13 @@ def test_each_removed_unit_is_recorded_with_score_rank_and_cost():
 
 def test_rebalancing_without_training_keeps_more():
     def error_after_cut(rebalance):
-        setting, start, _ = prepare(**(ONCE | {"max_drop": None, "rebalance": rebalance}))
-        keep = {group.name: tuple(range(group.size // 2)) for group in setting.subject.structure.groups}
-        model, _, error = make_cut(setting, start, keep, ())
+        context, start, _ = prepare(**(ONCE | {"max_drop": None, "rebalance": rebalance}))
+        keep = {group.name: tuple(range(group.size // 2)) for group in context.subject.structure.groups}
+        model, _, error = make_cut(context, start, keep, ())
         assert error < 1e-4  # proved before it is corrected
         with torch.no_grad():
             return sum(
-                float((model(x) - setting.subject.original(x)).square().sum()) for x, _ in task().batches("val")
+                float((model(x) - context.subject.original(x)).square().sum()) for x, _ in task().batches("val")
             ), model
 
     (plain, _), (corrected, _) = error_after_cut(None), error_after_cut(Rebalance())
@@ -219,9 +219,9 @@ def test_a_run_without_rebalancing_and_the_model_stay_as_they_were():
 
 
 def test_blocks_are_scored_where_the_criterion_knows_none():
-    setting, start, _ = prepare(criterion="magnitude")
-    found = setting.divergence(start)
-    assert set(found.blocks) == {block.name for block in setting.subject.structure.blocks}
+    context, start, _ = prepare(criterion="magnitude")
+    found = context.divergence(start)
+    assert set(found.blocks) == {block.name for block in context.subject.structure.blocks}
     again, same, _ = prepare(criterion="relative")
     assert found.blocks == pytest.approx(again.divergence(same).blocks)
 
@@ -255,28 +255,28 @@ def test_padding_by_default():
 
 
 def test_metric_is_measured_after_rebalancing():
-    setting, start, _ = prepare(**(ONCE | {"max_drop": None, "recovery": Recovery(epochs=0)}))
-    keep = {group.name: tuple(range(group.size // 2)) for group in setting.subject.structure.groups}
-    state = next_state(setting, start, keep, (), "x")
+    context, start, _ = prepare(**(ONCE | {"max_drop": None, "recovery": Recovery(epochs=0)}))
+    keep = {group.name: tuple(range(group.size // 2)) for group in context.subject.structure.groups}
+    state = next_state(context, start, keep, (), "x")
     assert state.metric == pytest.approx(evaluate(state.model, task()))
 
 
 @pytest.mark.parametrize("ranking", ["global", "uniform"])
 def test_groups_that_are_alike_end_with_the_same_number(ranking):
     stage = FilterStage(steps=9, first_share=0.3, alike="layers", multiples={"blocks.1.*": 2}, keep={"blocks.2.*": 0.3})
-    setting, end, journal = cut_once(filters=stage, criterion="magnitude", ranking=ranking)
+    context, end, journal = cut_once(filters=stage, criterion="magnitude", ranking=ranking)
     widths = {name: len(units) for name, units in end.keep.items()}
     inner = {name: width for name, width in widths.items() if name.startswith("blocks.")}
     assert len(inner) == 3 and len(set(inner.values())) == 1
     assert 6 <= next(iter(inner.values())) < 20 and next(iter(inner.values())) % 2 == 0
-    assert end.cost.macs <= 0.5 * setting.subject.costs.cost().macs
+    assert end.cost.macs <= 0.5 * context.subject.costs.cost().macs
     assert all(step.error < 1e-4 for step in journal.steps)
 
 
 def test_a_step_that_may_take_little_still_takes_one_of_each_group_alike():
     stage = FilterStage(steps=1, first_share=0.011, growth=0.0, alike="layers", keep={"stem": 1.0})
-    setting, end, _ = cut_once(filters=stage, criterion=largest_first, cost_power=0.0, macs=None, max_drop=1.0)
-    gone = {group.name: group.size - len(end.keep[group.name]) for group in setting.subject.structure.groups}
+    context, end, _ = cut_once(filters=stage, criterion=largest_first, cost_power=0.0, macs=None, max_drop=1.0)
+    gone = {group.name: group.size - len(end.keep[group.name]) for group in context.subject.structure.groups}
     assert sorted(gone.values()) == [0, 1, 1, 1]
 
 

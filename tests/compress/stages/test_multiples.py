@@ -44,9 +44,9 @@ def after_each_step(journal):
 
 
 def stage_1(**changes):
-    setting, start, _ = prepare(**(UNTRAINED | changes))
-    journal = Journal(setting, start.metric)
-    end = filter_stage(setting, start, setting.goals.budget, journal)
+    context, start, _ = prepare(**(UNTRAINED | changes))
+    journal = Journal(context, start.metric)
+    end = filter_stage(context, start, context.goals.budget, journal)
     return {name: len(units) for name, units in end.keep.items()}, journal
 
 
@@ -203,24 +203,24 @@ def test_in_every_order_of_the_stages(order):
 
 
 def test_floors_are_multiples():
-    setting, _, _ = prepare()
+    context, _, _ = prepare()
     stage = FilterStage(keep={"blocks.0.*": 0.5}, multiples={"blocks.*": 8, "blocks.1.*": 6, "stem": 16})
-    assert least_units(setting.subject.structure, stage) == {
+    assert least_units(context.subject.structure, stage) == {
         "stem": 12,
         "blocks.0.fc1": 16,
         "blocks.1.fc1": 6,
         "blocks.2.fc1": 8,
     }
     together = FilterStage(alike="layers", multiples={"blocks.1.*": 6, "blocks.2.*": 4})
-    assert set(least_units(setting.subject.structure, together).values()) == {1, 12}
+    assert set(least_units(context.subject.structure, together).values()) == {1, 12}
 
 
 @pytest.mark.parametrize("moment", [9, 14, 18])
 def test_a_run_that_was_stopped_goes_on_to_the_same_multiples(monkeypatch, tmp_path, moment):
     real, whole_size = change.recover, sum(parameter.numel() for parameter in NET.parameters())
 
-    def judge_by_size(setting, model, *rest):
-        real(setting, model, *rest)
+    def judge_by_size(context, model, *rest):
+        real(context, model, *rest)
         return Judgement(float(sum(parameter.numel() for parameter in model.parameters()) > 0.6 * whole_size))
 
     monkeypatch.setattr(change, "recover", judge_by_size)

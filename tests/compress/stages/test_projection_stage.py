@@ -10,13 +10,13 @@ from torch.testing import assert_close
 from idap.compress import run as running
 from idap.compress.change import make_cut, neighbours, next_state
 from idap.compress.config import Config, FilterStage, LayerStage
+from idap.compress.context import RunContext
 from idap.compress.journal import Journal
 from idap.compress.prepare import profile
 from idap.compress.run import compress
-from idap.compress.setting import Setting
+from idap.compress.stages.cut import loss_without
 from idap.compress.stages.filters import filter_stage
 from idap.compress.stages.layers import layer_stage
-from idap.compress.stages.trial import loss_without
 from idap.compress.state import State
 from idap.cost.count import CostModel, tensor_bytes
 from idap.errors import ConfigError, PlanError
@@ -77,7 +77,7 @@ def config(**changes: object) -> Config:
     return Config(**(settings | changes))
 
 
-def prepare(**changes: object) -> tuple[Setting, State, list[str]]:
+def prepare(**changes: object) -> tuple[RunContext, State, list[str]]:
     return running.prepare_run(NET, task(), config(**changes), None, Silent())[:3]
 
 
@@ -93,8 +93,8 @@ def test_auto_offers_blocks_whose_shapes_differ_and_identity_does_not():
     assert {"stages.1.0", "stages.2"} <= set(removable)
     _, _, plain = prepare(layers=LayerStage())
     assert set(removable) - set(plain) >= {"stages.1.0", "stages.2"}
-    setting, _, _ = prepare(layers=LayerStage(replacement="projection"))
-    kinds = {block.name: block.kind for block in setting.subject.structure.blocks}
+    context, _, _ = prepare(layers=LayerStage(replacement="projection"))
+    kinds = {block.name: block.kind for block in context.subject.structure.blocks}
     assert kinds["stages.1.1"] == kinds["stages.1.0"] == "projection"
 
 
@@ -104,53 +104,53 @@ def test_an_unknown_replacement_is_refused():
 
 
 def test_trying_a_projection_by_hooks_is_what_replacing_it_does():
-    setting, state, _ = prepare(**ONLY_LAYERS, rebalance=None)
-    fits = setting.projections(state, ["stages.1.0", "stages.2"])
+    context, state, _ = prepare(**ONLY_LAYERS, rebalance=None)
+    fits = context.projections(state, ["stages.1.0", "stages.2"])
     for name, found in fits.items():
-        loss = loss_without(setting, state, setting.subject.structure.block(name), found.map)
-        model, _, _ = make_cut(setting, state, state.keep, [name])
-        setting_loss = loss_by_running(setting, model)
+        loss = loss_without(context, state, context.subject.structure.block(name), found.map)
+        model, _, _ = make_cut(context, state, state.keep, [name])
+        setting_loss = loss_by_running(context, model)
         assert loss == pytest.approx(setting_loss, rel=1e-5)
         assert 0 < found.residual < 1
 
 
-def loss_by_running(setting: Setting, model: nn.Module) -> float:
+def loss_by_running(context: RunContext, model: nn.Module) -> float:
     total = count = 0
     with torch.no_grad():
-        for samples, labels in setting.subject.calibration:
+        for samples, labels in context.subject.calibration:
             total += float(F.cross_entropy(model(samples), labels)) * len(labels)
             count += len(labels)
     return total / count
 
 
 def test_what_a_projection_costs_is_counted():
-    setting, state, _ = prepare(**ONLY_LAYERS)
-    keep = {group.name: tuple(range(0, group.size, 2)) for group in setting.subject.structure.groups}
+    context, state, _ = prepare(**ONLY_LAYERS)
+    keep = {group.name: tuple(range(0, group.size, 2)) for group in context.subject.structure.groups}
     for units in (state.keep, keep):
-        model = apply_plan(setting.subject.original, setting.subject.structure.plan(units, ["stages.1.0"]))
-        traced = CostModel(analyze(trace(model, *setting.subject.example)), 2, tensor_bytes(model)).cost()
-        assert setting.subject.costs.cost(units, ["stages.1.0"]) == traced
-        saved = setting.subject.costs.cost(units).macs - traced.macs
-        assert setting.subject.costs.block_macs("stages.1.0", units) == saved > 0
-    name = setting.subject.structure.group("stages.1.0.conv2").name
-    for count in (setting.subject.costs.unit_macs, setting.subject.costs.unit_parameters):
+        model = apply_plan(context.subject.original, context.subject.structure.plan(units, ["stages.1.0"]))
+        traced = CostModel(analyze(trace(model, *context.subject.example)), 2, tensor_bytes(model)).cost()
+        assert context.subject.costs.cost(units, ["stages.1.0"]) == traced
+        saved = context.subject.costs.cost(units).macs - traced.macs
+        assert context.subject.costs.block_macs("stages.1.0", units) == saved > 0
+    name = context.subject.structure.group("stages.1.0.conv2").name
+    for count in (context.subject.costs.unit_macs, context.subject.costs.unit_parameters):
         whole, fewer = state.keep, {**state.keep, name: state.keep[name][:-1]}
-        kind = "macs" if count == setting.subject.costs.unit_macs else "parameters"
-        before, after = (getattr(setting.subject.costs.cost(units, ["stages.1.0"]), kind) for units in (whole, fewer))
+        kind = "macs" if count == context.subject.costs.unit_macs else "parameters"
+        before, after = (getattr(context.subject.costs.cost(units, ["stages.1.0"]), kind) for units in (whole, fewer))
         assert count(whole, ["stages.1.0"])[name] == before - after
 
 
 def test_blocks_become_projections_which_later_cuts_go_through():
-    setting, start, _ = prepare(max_drop=None)
-    journal = Journal(setting, start.cost)
-    projected = layer_stage(setting, start, setting.goals.budget, journal, ["stages.1.0"])
+    context, start, _ = prepare(max_drop=None)
+    journal = Journal(context, start.cost)
+    projected = layer_stage(context, start, context.goals.budget, journal, ["stages.1.0"])
     assert projected.removed == ("stages.1.0",) and journal.steps[0].removed[0].kind == "projection"
     assert isinstance(projected.model.stages[1][0], Projection)
     layer = projected.model.stages[1][0].get_submodule("map")
     assert layer.weight.shape == (12, 6, 1, 1)
-    scores = setting.divergence(projected, blocks=False)
+    scores = context.divergence(projected, blocks=False)
     assert "stages.1.0.conv2" in scores.units
-    cut = filter_stage(setting, projected, setting.goals.budget, journal)
+    cut = filter_stage(context, projected, context.goals.budget, journal)
     layer = cut.model.stages[1][0].get_submodule("map")
     assert (layer.out_channels, layer.in_channels) == tuple(layer.weight.shape[:2])
     kept = cut.plan.projections["stages.1.0"]
@@ -161,9 +161,9 @@ def test_blocks_become_projections_which_later_cuts_go_through():
 
 @pytest.mark.parametrize("criterion", ["innovation", "paper", "magnitude", "taylor"])
 def test_every_kind_of_criterion_sees_the_units_that_only_projections_read(criterion):
-    setting, start, _ = prepare(criterion=criterion, max_drop=None)
-    state = next_state(setting, start, start.keep, ["stages.1.0"], "")
-    scores = setting.divergence(state).units
+    context, start, _ = prepare(criterion=criterion, max_drop=None)
+    state = next_state(context, start, start.keep, ["stages.1.0"], "")
+    scores = context.divergence(state).units
     assert {"stages.1.0.conv2", "stem.0"} <= set(scores)
     assert all(bool((values[~values.isnan()] > 0).any()) for values in scores.values())
 
@@ -229,13 +229,13 @@ def test_in_one_ranking_projections_go_beside_units():
 
 
 def test_recovery_trains_the_projection_and_its_neighbours():
-    setting, start, _ = prepare(**ONLY_LAYERS)
-    fitted, _, _ = make_cut(setting, start, start.keep, ["stages.2"])
-    tuned = neighbours(setting.subject.structure, setting.subject.structure.block("stages.2"), ["stages.2"])
+    context, start, _ = prepare(**ONLY_LAYERS)
+    fitted, _, _ = make_cut(context, start, start.keep, ["stages.2"])
+    tuned = neighbours(context.subject.structure, context.subject.structure.block("stages.2"), ["stages.2"])
     assert tuned == {"stages.1.1.conv2.weight", "stages.1.1.bn2.weight", "stages.1.1.bn2.bias"} | {
         *("stages.2.map.weight", "stages.2.map.bias", "head.weight", "head.bias")
     }
-    state = next_state(setting, start, start.keep, ["stages.2"], "", tuned=tuned)
+    state = next_state(context, start, start.keep, ["stages.2"], "", tuned=tuned)
     before = dict(fitted.named_parameters())
     changed = {name for name, tensor in state.model.named_parameters() if not torch.equal(tensor, before[name])}
     assert changed == tuned

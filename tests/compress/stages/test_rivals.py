@@ -14,8 +14,8 @@ from idap.compress.config import FilterStage, LayerStage
 from idap.compress.journal import Journal
 from idap.compress.run import compress
 from idap.compress.stages import choice, layers
+from idap.compress.stages.cut import calibration_loss
 from idap.compress.stages.layers import layer_stage
-from idap.compress.stages.trial import calibration_loss
 from idap.progress import Silent
 from idap.record import read_steps
 from idap.training.evaluate import evaluate
@@ -48,14 +48,14 @@ def strict():
 
 def stage(model, *, contested=True, **changes):
     """Stage 2 alone, from the original; what it came to, and its decisions."""
-    setting, start, removable = running.prepare_run(model, task(), config(**changes), None, Silent())[:3]
-    journal = Journal(setting, start.metric)
-    end = layer_stage(setting, start, setting.goals.budget, journal, removable, contested=contested)
-    return setting, start, end, journal.steps
+    context, start, removable = running.prepare_run(model, task(), config(**changes), None, Silent())[:3]
+    journal = Journal(context, start.metric)
+    end = layer_stage(context, start, context.goals.budget, journal, removable, contested=contested)
+    return context, start, end, journal.steps
 
 
 def test_a_layer_stays_where_filters_lose_less():
-    setting, start, end, (step,) = stage(NET, macs=0.8, **CONTESTED)
+    context, start, end, (step,) = stage(NET, macs=0.8, **CONTESTED)
     assert end is start
     assert not step.accepted
     assert step.contest.filters < step.contest.layer
@@ -63,11 +63,11 @@ def test_a_layer_stays_where_filters_lose_less():
         f"cutting filters instead would lose less ({step.contest.filters:.4g} against {step.contest.layer:.4g} on "
         "calibration data)"
     )
-    made = make_cut(setting, start, start.keep, [step.removed[0].name])
-    assert step.contest.layer == pytest.approx(calibration_loss(setting, made.model))
-    assert step.metric == pytest.approx(evaluate(made.model, setting.subject.task))  # as it was cut, untrained
+    made = make_cut(context, start, start.keep, [step.removed[0].name])
+    assert step.contest.layer == pytest.approx(calibration_loss(context, made.model))
+    assert step.metric == pytest.approx(evaluate(made.model, context.subject.task))  # as it was cut, untrained
     assert step.shares["macs"] == pytest.approx(
-        setting.subject.costs.cost(start.keep, made.plan.removed).macs / start.cost.macs
+        context.subject.costs.cost(start.keep, made.plan.removed).macs / start.cost.macs
     )
 
 
@@ -125,9 +125,9 @@ def test_filters_go_on_in_place_of_the_layer():
 def test_a_layer_that_saves_nothing_has_to_beat_doing_nothing(monkeypatch):
     """As where the clock says that the network without it is as slow as with it."""
     monkeypatch.setattr(layers, "left_after", lambda *_: {"macs": 1.01})
-    setting, start, end, (step,) = stage(NET, macs=0.8, **CONTESTED)
+    context, start, end, (step,) = stage(NET, macs=0.8, **CONTESTED)
     assert end is start
-    assert step.contest.filters == pytest.approx(calibration_loss(setting, start.model))
+    assert step.contest.filters == pytest.approx(calibration_loss(context, start.model))
 
 
 def test_layers_are_asked_again_only_where_one_was_beaten_and_the_essential_ones_are_remembered(monkeypatch):
@@ -229,9 +229,9 @@ def test_filters_without_a_finite_loss_are_no_rival(monkeypatch):
 def test_a_layer_without_which_the_loss_is_not_finite_is_not_chosen(monkeypatch):
     asked, real = [], layers.loss_without
 
-    def break_first(setting, state, block, *given):
+    def break_first(context, state, block, *given):
         asked.append(block.name)
-        return math.nan if len(asked) == 1 else real(setting, state, block, *given)
+        return math.nan if len(asked) == 1 else real(context, state, block, *given)
 
     monkeypatch.setattr(layers, "loss_without", break_first)
     _, _, end, _ = stage(NET, macs=0.8, contested=False, **CONTESTED)

@@ -15,13 +15,13 @@ from idap.compress import outcome as outcome_module
 from idap.compress import run as running
 from idap.compress.change import next_state
 from idap.compress.config import FilterStage, LayerStage
+from idap.compress.context import RunContext
 from idap.compress.journal import Journal, describe
 from idap.compress.prepare import few_samples
-from idap.compress.setting import Setting
 from idap.compress.stages.choice import Candidates, Way, rank
+from idap.compress.stages.cut import calibration_loss, loss_without
 from idap.compress.stages.filters import filter_stage
 from idap.compress.stages.layers import layer_stage
-from idap.compress.stages.trial import calibration_loss, loss_without
 from idap.compress.state import Judgement, State
 from idap.progress import Silent
 from idap.steps import Removal, Step
@@ -34,7 +34,7 @@ from tests.compress.tiny import assert_untouched, batches, config, snapshot, tas
 NET = train_net()
 
 
-def prepare(**changes) -> tuple[Setting, State, list[str]]:
+def prepare(**changes) -> tuple[RunContext, State, list[str]]:
     return running.prepare_run(NET, task(), config(**changes), None, Silent())[:3]
 
 
@@ -46,8 +46,8 @@ def script_metrics(monkeypatch):
         left = iter(metrics)
         real = change.recover
 
-        def recover(setting, model, plan, title, recovery):
-            real(setting, model, plan, title, recovery)
+        def recover(context, model, plan, title, recovery):
+            real(context, model, plan, title, recovery)
             return Judgement(next(left))
 
         for module in (change_module, outcome_module):
@@ -60,13 +60,13 @@ def script_metrics(monkeypatch):
 
 
 def test_a_rejected_step_is_rolled_back_exactly_and_halved(script_metrics):
-    setting, start, _ = prepare(max_drop=0.01, macs=None, filters=FilterStage(steps=5, first_share=0.4, min_share=0.04))
-    before, journal = snapshot(start.model), Journal(setting, start.metric)
+    context, start, _ = prepare(max_drop=0.01, macs=None, filters=FilterStage(steps=5, first_share=0.4, min_share=0.04))
+    before, journal = snapshot(start.model), Journal(context, start.metric)
     script_metrics(*[0.0] * 9)
-    end = filter_stage(setting, start, setting.goals.budget, journal)
+    end = filter_stage(context, start, context.goals.budget, journal)
     assert end is start
     assert_untouched(start.model, before)
-    units = sum(group.size for group in setting.subject.structure.groups)
+    units = sum(group.size for group in context.subject.structure.groups)
     gone = [sum(len(removal.units) for removal in step.removed) for step in journal.steps]
     assert gone == [29, 14, 7, 4]
     assert units == 72
@@ -82,67 +82,67 @@ def test_a_rejected_step_is_rolled_back_exactly_and_halved(script_metrics):
 
 
 def test_where_the_goal_asked_for_less_than_the_share_what_was_really_taken_is_halved(script_metrics):
-    setting, start, _ = prepare(max_drop=0.01, macs=0.8, filters=FilterStage(steps=5, first_share=0.9, min_share=0.01))
-    journal = Journal(setting, start.metric)
+    context, start, _ = prepare(max_drop=0.01, macs=0.8, filters=FilterStage(steps=5, first_share=0.9, min_share=0.01))
+    journal = Journal(context, start.metric)
     script_metrics(*[0.0] * 9)
-    filter_stage(setting, start, setting.goals.budget, journal)
+    filter_stage(context, start, context.goals.budget, journal)
     gone = [sum(len(removal.units) for removal in step.removed) for step in journal.steps]
     assert gone[0] < 0.5 * 72
     assert all(abs(smaller - larger / 2) <= 1 for larger, smaller in itertools.pairwise(gone))
 
 
 def test_after_a_rejection_the_last_accepted_state_goes_on(script_metrics):
-    setting, start, _ = prepare(max_drop=0.01, macs=None, filters=FilterStage(steps=2, first_share=0.2))
-    journal = Journal(setting, start.metric)
+    context, start, _ = prepare(max_drop=0.01, macs=None, filters=FilterStage(steps=2, first_share=0.2))
+    journal = Journal(context, start.metric)
     script_metrics(1.0, 0.0, 1.0)
-    end = filter_stage(setting, start, setting.goals.budget, journal)
+    end = filter_stage(context, start, context.goals.budget, journal)
     assert [step.accepted for step in journal.steps] == [True, False, True]
     first, rejected, second = ({(r.name, u) for r in step.removed for u in r.units} for step in journal.steps)
     assert first.isdisjoint(rejected)
     assert second < rejected
     kept = {(name, unit) for name, units in end.keep.items() for unit in units}
-    everything = {(group.name, unit) for group in setting.subject.structure.groups for unit in range(group.size)}
+    everything = {(group.name, unit) for group in context.subject.structure.groups for unit in range(group.size)}
     assert kept == everything - first - second
-    assert end.cost == setting.subject.costs.cost(end.keep)
+    assert end.cost == context.subject.costs.cost(end.keep)
 
 
 def test_a_step_stops_at_the_target_and_goes_no_further():
-    setting, start, _ = prepare(max_drop=None, macs=0.8, filters=FilterStage(steps=9, first_share=0.6, streams="cut"))
-    journal = Journal(setting, start.metric)
-    end = filter_stage(setting, start, setting.goals.budget, journal)
+    context, start, _ = prepare(max_drop=None, macs=0.8, filters=FilterStage(steps=9, first_share=0.6, streams="cut"))
+    journal = Journal(context, start.metric)
+    end = filter_stage(context, start, context.goals.budget, journal)
     assert len(journal.steps) == 1
     assert end.cost.macs <= 0.8 * start.cost.macs
     ranking = rank(
-        setting, start, Candidates.of(setting, start, setting.divergence(start).units, {}), Way(0.0, streams=True)
+        context, start, Candidates.of(context, start, context.divergence(start).units, {}), Way(0.0, streams=True)
     )
     last = sum(len(removal.units) for removal in journal.steps[0].removed)
-    assert setting.subject.costs.cost(ranking.keep(last)).macs == end.cost.macs
-    assert setting.subject.costs.cost(ranking.keep(last - 1)).macs > 0.8 * start.cost.macs
+    assert context.subject.costs.cost(ranking.keep(last)).macs == end.cost.macs
+    assert context.subject.costs.cost(ranking.keep(last - 1)).macs > 0.8 * start.cost.macs
 
 
 def test_floors_hold_to_the_end():
-    setting, start, _ = prepare(
+    context, start, _ = prepare(
         max_drop=None,
         macs=0.25,
         filters=FilterStage(steps=9, first_share=0.5, min_keep=0.4),
         layers=LayerStage(removals=3),
     )
-    journal = Journal(setting, start.metric)
-    end = filter_stage(setting, start, dataclasses.replace(setting.goals.budget, targets={"macs": 0.001}), journal)
-    sizes = {group.name: group.size for group in setting.subject.structure.groups}
+    journal = Journal(context, start.metric)
+    end = filter_stage(context, start, dataclasses.replace(context.goals.budget, targets={"macs": 0.001}), journal)
+    sizes = {group.name: group.size for group in context.subject.structure.groups}
     assert {name: len(units) for name, units in end.keep.items()} == {
         name: round(0.4 * size) for name, size in sizes.items()
     }
     assert (
-        filter_stage(setting, end, dataclasses.replace(setting.goals.budget, targets={"macs": 0.001}), journal) is end
+        filter_stage(context, end, dataclasses.replace(context.goals.budget, targets={"macs": 0.001}), journal) is end
     )
 
 
 def test_a_goal_of_parameters_ranks_by_parameters():
-    setting, start, _ = prepare(macs=None, parameters=0.5, cost_power=1.0)
-    scores = setting.divergence(start).units
-    ranking = rank(setting, start, Candidates.of(setting, start, scores, {}), Way(1.0, streams=True))
-    costs = setting.subject.costs.unit_parameters()
+    context, start, _ = prepare(macs=None, parameters=0.5, cost_power=1.0)
+    scores = context.divergence(start).units
+    ranking = rank(context, start, Candidates.of(context, start, scores, {}), Way(1.0, streams=True))
+    costs = context.subject.costs.unit_parameters()
     values = [float(scores[name][u]) / costs[name] for name, u in zip(ranking.groups, ranking.units, strict=True)]
     assert values == sorted(values)
 
@@ -150,27 +150,27 @@ def test_a_goal_of_parameters_ranks_by_parameters():
 # ------------------------------------------------------------------------------------------------------ layers
 
 
-def blocks_of(setting):
-    return [block.name for block in setting.subject.structure.blocks]
+def blocks_of(context):
+    return [block.name for block in context.subject.structure.blocks]
 
 
 @pytest.mark.parametrize("already", [(), ("blocks.0",), ("blocks.0", "blocks.1"), ("blocks.1",)])
 def test_a_trial_has_the_loss_of_the_model_that_is_really_cut(already):
-    setting, start, removable = prepare()
-    assert removable == blocks_of(setting) == ["blocks.0", "blocks.1", "blocks.2"]
-    model = apply_plan(start.model, setting.subject.structure.plan({}, already))
+    context, start, removable = prepare()
+    assert removable == blocks_of(context) == ["blocks.0", "blocks.1", "blocks.2"]
+    model = apply_plan(start.model, context.subject.structure.plan({}, already))
     state = dataclasses.replace(start, model=model, removed=already)
 
     def loss(judged):
         with torch.no_grad():
-            each = [F.cross_entropy(judged(x), y) * len(y) for x, y in setting.subject.calibration]
-        return float(sum(each)) / sum(len(y) for _, y in setting.subject.calibration)
+            each = [F.cross_entropy(judged(x), y) * len(y) for x, y in context.subject.calibration]
+        return float(sum(each)) / sum(len(y) for _, y in context.subject.calibration)
 
-    assert calibration_loss(setting, state.model) == pytest.approx(loss(model))
+    assert calibration_loss(context, state.model) == pytest.approx(loss(model))
     for name in set(removable) - set(already):
-        real = apply_plan(start.model, setting.subject.structure.plan({}, (*already, name)))
-        assert loss_without(setting, state, setting.subject.structure.block(name)) == pytest.approx(loss(real))
-    assert_close(model.state_dict(), apply_plan(start.model, setting.subject.structure.plan({}, already)).state_dict())
+        real = apply_plan(start.model, context.subject.structure.plan({}, (*already, name)))
+        assert loss_without(context, state, context.subject.structure.block(name)) == pytest.approx(loss(real))
+    assert_close(model.state_dict(), apply_plan(start.model, context.subject.structure.plan({}, already)).state_dict())
 
 
 class Hasty(nn.Module):
@@ -201,30 +201,30 @@ def test_a_trial_is_right_for_code_that_works_in_place():
     torch.manual_seed(0)
     net = Hasty().eval()
     settings = config(macs=0.9, recovery=Recovery(epochs=0))  # its gradient can't be computed
-    setting, start, removable, _ = running.prepare_run(net, task(), settings, None, Silent())
+    context, start, removable, _ = running.prepare_run(net, task(), settings, None, Silent())
     assert removable
     for name in removable:
-        real = apply_plan(net, setting.subject.structure.plan({}, (name,)))
-        expected = calibration_loss(setting, real)
-        assert loss_without(setting, start, setting.subject.structure.block(name)) == pytest.approx(expected), name
+        real = apply_plan(net, context.subject.structure.plan({}, (name,)))
+        expected = calibration_loss(context, real)
+        assert loss_without(context, start, context.subject.structure.block(name)) == pytest.approx(expected), name
 
 
 def test_removals_stop_at_their_number_and_are_measured_anew():
-    setting, start, removable = prepare(max_drop=None, macs=None, parameters=0.3, layers=LayerStage(removals=2))
-    journal = Journal(setting, start.metric)
-    end = layer_stage(setting, start, setting.goals.budget, journal, removable)
+    context, start, removable = prepare(max_drop=None, macs=None, parameters=0.3, layers=LayerStage(removals=2))
+    journal = Journal(context, start.metric)
+    end = layer_stage(context, start, context.goals.budget, journal, removable)
     assert len(end.removed) == len(journal.steps) == 2
     assert [step.removed[0].kind for step in journal.steps] == ["block", "block"]
-    assert end.cost == setting.subject.costs.cost(end.keep, end.removed)
+    assert end.cost == context.subject.costs.cost(end.keep, end.removed)
     assert type(end.model.blocks) is nn.Sequential
     assert [len(list(block.parameters())) for block in end.model.blocks].count(0) == 2
 
 
 def test_rejected_layers_are_essential_and_patience_ends(script_metrics):
-    setting, start, removable = prepare(max_drop=0.01, macs=None, layers=LayerStage(removals=3, patience=2))
-    before, journal = snapshot(start.model), Journal(setting, start.metric)
+    context, start, removable = prepare(max_drop=0.01, macs=None, layers=LayerStage(removals=3, patience=2))
+    before, journal = snapshot(start.model), Journal(context, start.metric)
     script_metrics(0.0, 0.0, 0.0)
-    end = layer_stage(setting, start, setting.goals.budget, journal, removable)
+    end = layer_stage(context, start, context.goals.budget, journal, removable)
     assert end is start
     assert_untouched(start.model, before)
     tried = [step.removed[0].name for step in journal.steps]
@@ -233,18 +233,18 @@ def test_rejected_layers_are_essential_and_patience_ends(script_metrics):
 
 
 def test_an_accepted_layer_renews_the_patience(script_metrics):
-    setting, start, removable = prepare(max_drop=0.01, macs=None, layers=LayerStage(removals=3, patience=2))
-    journal = Journal(setting, start.metric)
+    context, start, removable = prepare(max_drop=0.01, macs=None, layers=LayerStage(removals=3, patience=2))
+    journal = Journal(context, start.metric)
     script_metrics(0.0, 1.0, 0.0, 0.0)
-    end = layer_stage(setting, start, setting.goals.budget, journal, removable)
+    end = layer_stage(context, start, context.goals.budget, journal, removable)
     assert [step.accepted for step in journal.steps] == [False, True, False]
     assert end.removed == (journal.steps[1].removed[0].name,)
 
 
 def test_only_what_was_proved_may_go():
-    setting, start, removable = prepare(max_drop=None, macs=None, parameters=0.3)
-    journal = Journal(setting, start.metric)
-    end = layer_stage(setting, start, setting.goals.budget, journal, removable[1:2])
+    context, start, removable = prepare(max_drop=None, macs=None, parameters=0.3)
+    journal = Journal(context, start.metric)
+    end = layer_stage(context, start, context.goals.budget, journal, removable[1:2])
     assert end.removed == (removable[1],)
 
 
@@ -252,19 +252,19 @@ def test_only_what_was_proved_may_go():
 
 
 def test_a_state_is_judged_by_what_it_was_restored_to():
-    setting, start, _ = prepare(recovery=Recovery(epochs=2, lr=0.02))
-    keep = {group.name: tuple(range(group.size // 2)) for group in setting.subject.structure.groups}
-    following = next_state(setting, start, keep, (), "recovery")
-    assert following.metric == evaluate(following.model, setting.subject.task)
-    assert following.cost == setting.subject.costs.cost(keep)
+    context, start, _ = prepare(recovery=Recovery(epochs=2, lr=0.02))
+    keep = {group.name: tuple(range(group.size // 2)) for group in context.subject.structure.groups}
+    following = next_state(context, start, keep, (), "recovery")
+    assert following.metric == evaluate(following.model, context.subject.task)
+    assert following.cost == context.subject.costs.cost(keep)
     assert following.error < 1e-4
-    assert following.plan == setting.subject.structure.plan(keep)
+    assert following.plan == context.subject.structure.plan(keep)
 
 
 def test_calibration_data_stay_the_same_for_the_whole_run():
-    setting, _, _ = prepare(calibration_batches=3)
-    assert len(setting.subject.calibration) == 3
-    assert_close(list(setting.subject.calibration), list(batches(256, 1)[:3]), rtol=0, atol=0)
+    context, _, _ = prepare(calibration_batches=3)
+    assert len(context.subject.calibration) == 3
+    assert_close(list(context.subject.calibration), list(batches(256, 1)[:3]), rtol=0, atol=0)
 
 
 def test_few_samples_shorten_what_has_the_batch_first():
@@ -314,8 +314,8 @@ def test_a_decision_in_one_line():
 
 def test_a_classification_without_calibration_data_uses_training_data():
     own = classification(batches(64, 1), batches(64, 2), num_classes=3, calibration=batches(64, 9))
-    setting, _, _, _ = running.prepare_run(NET, own, config(), None, Silent())
-    assert_close(setting.subject.calibration[0], batches(64, 9)[0], rtol=0, atol=0)
+    context, _, _, _ = running.prepare_run(NET, own, config(), None, Silent())
+    assert_close(context.subject.calibration[0], batches(64, 9)[0], rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------- whole blocks only
@@ -339,8 +339,8 @@ def test_single_branches_stay_where_only_whole_blocks_may_go():
 
     def removable(parts):
         settings = config(layers=LayerStage(parts=parts), recovery=Recovery(epochs=0), macs=0.6, max_drop=None)
-        setting, _, names, _ = running.prepare_run(model, task(), settings, None, Silent())
-        return {name: setting.subject.structure.block(name).kind for name in names}
+        context, _, names, _ = running.prepare_run(model, task(), settings, None, Silent())
+        return {name: context.subject.structure.block(name).kind for name in names}
 
     every = removable("all")
     assert set(every.values()) == {"branch", "block"}

@@ -146,7 +146,7 @@ def _latency(
     spec: str, recipe: "Recipe | None", shapes: list[str], contracts: list[str] | None, batch: int, *, swap: bool
 ) -> "tuple[LatencyTable, dict[str, int]]":
     """Measure the latency table of a model, and find its steps."""
-    from idap.cost.layers import measure_table  # noqa: PLC0415 - torch is slow to import
+    from idap.cost.layer_latency import measure_table  # noqa: PLC0415 - torch is slow to import
     from idap.graph.trace import trace  # noqa: PLC0415 - as above
     from idap.selection.rounding import probes, step_of  # noqa: PLC0415 - as above
     from idap.structure.analysis import analyze  # noqa: PLC0415 - as above

@@ -11,9 +11,9 @@ from torch import Tensor
 from idap.compress.budget import Budget, Shares, shares_of
 from idap.compress.change import CutModel, make_cut
 from idap.compress.config import FilterStage
+from idap.compress.context import RunContext
 from idap.compress.journal import block_removal
-from idap.compress.setting import Setting
-from idap.compress.stages.trial import Cut, _down_to_latency, _hardware_steps, calibration_loss, left_after
+from idap.compress.stages.cut import Cut, _down_to_latency, _hardware_steps, calibration_loss, left_after
 from idap.compress.state import Keep, State, merge_removed
 from idap.divergence.criteria import opener_of
 from idap.errors import ConfigError
@@ -55,52 +55,52 @@ class Candidates:
 
     @classmethod
     def of(
-        cls, setting: Setting, state: State, units: Mapping[str, Tensor], blocks: Mapping[str, float]
+        cls, context: RunContext, state: State, units: Mapping[str, Tensor], blocks: Mapping[str, float]
     ) -> "Candidates":
         """Add the cost of each unit and block to their scores."""
-        prices = setting.block_costs(state, list(blocks)) if blocks else {}
+        prices = context.block_costs(state, list(blocks)) if blocks else {}
         scored = {
-            name: ScoredBlock(score, prices[name], setting.subject.structure.block(name).contains)
+            name: ScoredBlock(score, prices[name], context.subject.structure.block(name).contains)
             for name, score in blocks.items()
         }
-        return cls(units, setting.unit_costs(state), scored)
+        return cls(units, context.unit_costs(state), scored)
 
 
-def ways(setting: Setting) -> list[Way]:
+def ways(context: RunContext) -> list[Way]:
     """The ways to rank that are tried: powers of the cost, with and without the streams.
 
     If seconds are counted, the score per second is tried in addition to the power that suits the criterion.
     """
-    config = setting.goals.config
+    config = context.goals.config
     everywhere = config.ranking == "global"
     powers = config.powers if everywhere else (0.0,)
-    if everywhere and config.cost_power is None and setting.cost_kind == "latency":
+    if everywhere and config.cost_power is None and context.cost_kind == "latency":
         powers = tuple(dict.fromkeys((*powers, 1.0)))
-    streams = setting.subject.structure.streams
-    both = everywhere and streams and len(streams) < len(setting.subject.structure.groups)
+    streams = context.subject.structure.streams
+    both = everywhere and streams and len(streams) < len(context.subject.structure.groups)
     choices = {"cut": (True,), "keep": (False,), "auto": (True, False) if both else (True,)}
     return [Way(power, cut) for cut in choices[config.filters.streams] for power in powers]
 
 
-def rank(setting: Setting, state: State, candidates: Candidates, way: Way) -> Ranking:
+def rank(context: RunContext, state: State, candidates: Candidates, way: Way) -> Ranking:
     """Rank what may be removed by score / cost^power."""
-    floors = least_units(setting.subject.structure, setting.goals.config.filters)
-    if not candidates.scores and setting.subject.structure.groups:
+    floors = least_units(context.subject.structure, context.goals.config.filters)
+    if not candidates.scores and context.subject.structure.groups:
         raise ConfigError(
-            f"criterion {opener_of(setting.goals.config.criterion)[0]!r} could score no group of this model; "
+            f"criterion {opener_of(context.goals.config.criterion)[0]!r} could score no group of this model; "
             f"take another."
         )
     costs = candidates.costs
-    whole = () if way.streams else setting.subject.structure.streams
+    whole = () if way.streams else context.subject.structure.streams
     plain = {name: values.tolist() for name, values in candidates.scores.items() if name not in whole}
-    there = [group for group in setting.subject.structure.groups if costs.get(group.name, 0.0) > 0]
-    alike = alike_groups(there, setting.goals.config.filters.alike)
-    multiples = multiples_of(setting.subject.structure, setting.goals.config.filters)
-    if setting.goals.config.ranking == "uniform":
+    there = [group for group in context.subject.structure.groups if costs.get(group.name, 0.0) > 0]
+    alike = alike_groups(there, context.goals.config.filters.alike)
+    multiples = multiples_of(context.subject.structure, context.goals.config.filters)
+    if context.goals.config.ranking == "uniform":
         plain = {name: values for name, values in plain.items() if costs.get(name, 0.0) > 0}
         return tie_units(rank_uniform(plain, state.keep, floors=floors), alike, multiples)
     ranking = rank_units(plain, state.keep, costs, floors=floors, power=way.power, blocks=candidates.blocks)
-    allowed = set(ranking.blocks[: max(0, setting.goals.config.layers.removals - len(state.removed))])
+    allowed = set(ranking.blocks[: max(0, context.goals.config.layers.removals - len(state.removed))])
     parts = tuple(part for part in ranking.parts if part.unit is not None or part.name in allowed)
     return tie_units(replace(ranking, parts=parts), alike, multiples)
 
@@ -174,12 +174,12 @@ class Choice(NamedTuple):
 
 
 def best_cut(
-    setting: Setting, state: State, candidates: Candidates, aim: Budget, share: float, *, last: bool
+    context: RunContext, state: State, candidates: Candidates, aim: Budget, share: float, *, last: bool
 ) -> Choice:
     """The cut of a step; of several ways to rank, the one with the lowest calibration loss.
 
     Args:
-        setting: of the run.
+        context: of the run.
         state: before the step.
         candidates: what may be removed.
         aim: targets of the step.
@@ -189,31 +189,31 @@ def best_cut(
     Raises:
         DivergedError: there are several ways, and none of them leaves a finite loss.
     """
-    first, *others = ways(setting)
-    rankings = {way: rank(setting, state, candidates, way) for way in (first, *others)}
-    cuts = {first: _cut(setting, state, rankings[first], aim, share, rankings[first].multiples)}
-    may_step = last and setting.goals.config.filters.multiple == 1 and "latency" in setting.goals.budget.targets
+    first, *others = ways(context)
+    rankings = {way: rank(context, state, candidates, way) for way in (first, *others)}
+    cuts = {first: _cut(context, state, rankings[first], aim, share, rankings[first].multiples)}
+    may_step = last and context.goals.config.filters.multiple == 1 and "latency" in context.goals.budget.targets
     if not others and not may_step:
         return Choice(rankings[first], cuts[first])
-    lefts: dict[Way, Shares] = {first: left_after(setting, state, cuts[first])}
+    lefts: dict[Way, Shares] = {first: left_after(context, state, cuts[first])}
     left = lefts[first]
     may_step = may_step and not aim.misses(left)  # steps of the hardware only if the step reaches its aim
     # The others cut as far down as the first, so that their losses can be compared.
     level = replace(aim, targets={name: left[name] for name in aim.targets or ("macs",)})
 
     def compare(way: Way, multiples: Mapping[str, int]) -> None:
-        cut = _cut(setting, state, rankings[way], level, 1.0, multiples)
+        cut = _cut(context, state, rankings[way], level, 1.0, multiples)
         # If the first cut was measured too slow, an empty cut reaches its level too, and would win with no loss.
-        if cut.takes_from(state) and not level.misses(found := left_after(setting, state, cut)):
+        if cut.takes_from(state) and not level.misses(found := left_after(context, state, cut)):
             cuts[way], lefts[way] = cut, found
 
-    trial = _Trial(setting, state)
+    trial = _Trial(context, state)
     for way in others:
         compare(way, rankings[way].multiples)
     chosen = best_of(cuts, trial.loss) if len(cuts) > 1 else first
     multiples = rankings[chosen].multiples
     steps = (
-        multiples_of(setting.subject.structure, setting.goals.config.filters, _hardware_steps(setting))
+        multiples_of(context.subject.structure, context.goals.config.filters, _hardware_steps(context))
         if may_step
         else multiples
     )
@@ -230,8 +230,8 @@ def best_cut(
 class _Trial:
     """Makes cuts to compare their calibration losses, each once, and holds only the best model."""
 
-    def __init__(self, setting: Setting, state: State) -> None:
-        self._setting, self._state = setting, state
+    def __init__(self, context: RunContext, state: State) -> None:
+        self._context, self._state = context, state
         self._losses: list[tuple[Cut, float]] = []
         self._best: tuple[float, Cut, CutModel] | None = None
 
@@ -240,8 +240,8 @@ class _Trial:
         known = next((loss for other, loss in self._losses if other == cut), None)
         if known is not None:
             return known
-        made = make_cut(self._setting, self._state, cut.keep, cut.removed)
-        loss = calibration_loss(self._setting, made.model)
+        made = make_cut(self._context, self._state, cut.keep, cut.removed)
+        loss = calibration_loss(self._context, made.model)
         self._losses.append((cut, loss))
         if isfinite(loss) and (self._best is None or loss < self._best[0]):
             self._best = loss, cut, made
@@ -255,12 +255,12 @@ class _Trial:
 
 
 def _cut(
-    setting: Setting, state: State, ranking: Ranking, aim: Budget, share: float, multiples: Mapping[str, int]
+    context: RunContext, state: State, ranking: Ranking, aim: Budget, share: float, multiples: Mapping[str, int]
 ) -> Cut:
     """Remove the lowest share of the ranking, but not more than the step aims at.
 
     Args:
-        setting: of the run.
+        context: of the run.
         state: before the step.
         ranking: of what may be removed.
         aim: targets of the step.
@@ -272,27 +272,27 @@ def _cut(
     if not aim.targets:
         taken = replace(ranking, parts=ranking.parts[:most])  # so that a bundle that is only partly among them is kept
         keep = round_units(taken, taken.keep(most), multiples)
-        return Cut(keep, merge_removed(setting.subject.structure, state.removed, taken.blocks_among(most)))
+        return Cut(keep, merge_removed(context.subject.structure, state.removed, taken.blocks_among(most)))
 
     def down_to(targets: Shares) -> Cut:
         wanted = replace(aim, targets=targets)
 
         def times_the_goal(keep: Keep, removed: tuple[str, ...]) -> float:
-            cost = setting.subject.costs.cost(keep, merge_removed(setting.subject.structure, state.removed, removed))
-            return 1 + wanted.shortfall(shares_of(cost, setting.subject.whole))
+            cost = context.subject.costs.cost(keep, merge_removed(context.subject.structure, state.removed, removed))
+            return 1 + wanted.shortfall(shares_of(cost, context.subject.whole))
 
         choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=most)
         if choice.cost <= 1 and most < len(ranking) and max(multiples.values(), default=1) > 1:
             # The last bundle may save far too much, and one that ranks further down may come closer.
             choice = reach(ranking, times_the_goal, 1.0, multiples=multiples, most=len(ranking))
-        return Cut(choice.keep, merge_removed(setting.subject.structure, state.removed, choice.removed))
+        return Cut(choice.keep, merge_removed(context.subject.structure, state.removed, choice.removed))
 
     if "latency" not in aim.targets:
         return down_to(aim.targets)
-    return _down_to_latency(setting, state, ranking, aim, down_to)
+    return _down_to_latency(context, state, ranking, aim, down_to)
 
 
-def removals(setting: Setting, state: State, after: Cut, ranking: Ranking, candidates: Candidates) -> list[Removal]:
+def removals(context: RunContext, state: State, after: Cut, ranking: Ranking, candidates: Candidates) -> list[Removal]:
     """What a step removes, with the score, the rank and the cost of each unit and block."""
     places = {(part.name, part.unit): (place, part.score) for place, part in enumerate(ranking.parts)}
     found = []
@@ -303,7 +303,7 @@ def removals(setting: Setting, state: State, after: Cut, ranking: Ranking, candi
             found.append(
                 Removal(
                     name=name,
-                    kind=setting.subject.structure.group(name).kind,
+                    kind=context.subject.structure.group(name).kind,
                     units=tuple(gone),
                     left=len(after.keep[name]),
                     divergence=(min(scores), max(scores)),
@@ -316,5 +316,5 @@ def removals(setting: Setting, state: State, after: Cut, ranking: Ranking, candi
         if name not in state.removed:
             place, score = places[name, None]
             cost = candidates.blocks[name].cost
-            found.append(block_removal(setting.subject.structure.block(name), score, place, cost))
+            found.append(block_removal(context.subject.structure.block(name), score, place, cost))
     return found

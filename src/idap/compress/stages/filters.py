@@ -1,12 +1,15 @@
-"""Stage 1, filters: remove the units of lowest divergence step by step within the budget (docs/method.md#filters)."""
+"""Stage 1, filters: remove the units of lowest divergence step by step within the budget (docs/method.md#filters).
+
+The size of each step (`Pace`), and whether it is accepted, are decided here; which units it removes, in `choice`.
+"""
 
 from collections.abc import Collection, Sequence
 
 from idap.compress.budget import Budget, Shares
 from idap.compress.change import next_state
 from idap.compress.config import FilterStage
+from idap.compress.context import RunContext
 from idap.compress.journal import Decision, Journal
-from idap.compress.setting import Setting
 from idap.compress.stages.choice import Candidates, best_cut, removals
 from idap.compress.state import State
 from idap.divergence.criteria import WITH_BLOCKS
@@ -73,12 +76,12 @@ class Pace:
 
 
 def filter_stage(
-    setting: Setting, state: State, goal: Budget, journal: Journal, *, blocks: Sequence[str] = ()
+    context: RunContext, state: State, goal: Budget, journal: Journal, *, blocks: Sequence[str] = ()
 ) -> State:
     """Cut width until the goal is reached, nothing more is accepted, or the steps are used up.
 
     Args:
-        setting: of the run.
+        context: of the run.
         state: where to start; it is not changed.
         goal: targets of this stage and the accuracy budget.
         journal: gets one entry per decision.
@@ -88,14 +91,14 @@ def filter_stage(
         The last accepted state.
     """
     journal.begin()
-    stage, pace = _stage(blocks), Pace(setting.goals.config.filters, goal)
+    stage, pace = _stage(blocks), Pace(context.goals.config.filters, goal)
     rejected: State | None = None
-    while pace.step < setting.goals.config.filters.steps and not goal.is_reached(setting.shares(state)):
+    while pace.step < context.goals.config.filters.steps and not goal.is_reached(context.shares(state)):
         if journal.is_stage_over(stage):
             break
-        aim, share = pace.next(setting.shares(state))
+        aim, share = pace.next(context.shares(state))
         found = journal.recall(stage, state)
-        found = found or _candidate(setting, state, goal, aim, share, journal, blocks, rejected)
+        found = found or _candidate(context, state, goal, aim, share, journal, blocks, rejected)
         if found is None:
             break
         candidate = found.state
@@ -107,7 +110,7 @@ def filter_stage(
         rejected = candidate
         units = sum(map(len, state.keep.values()))
         taken = units - sum(map(len, candidate.keep.values()))
-        smaller = pace.reject(setting.shares(state), taken, units)
+        smaller = pace.reject(context.shares(state), taken, units)
         why = candidate.fault or "outside the budget"
         reason = f"{why}; {f'next step {smaller}' if smaller else 'no smaller step is worth trying'}"
         journal.note(stage, found, accepted=False, reason=reason)
@@ -122,7 +125,7 @@ def _stage(blocks: Sequence[str]) -> str:
 
 
 def _candidate(
-    setting: Setting,
+    context: RunContext,
     state: State,
     goal: Budget,
     aim: Budget,
@@ -133,7 +136,7 @@ def _candidate(
 ) -> Decision | None:
     """Measure, rank, cut and recover; None if nothing more may be removed, or only what was just rolled back."""
     stage, number = _stage(blocks), len(journal.steps)
-    found = setting.divergence(state, blocks=bool(blocks) or journal.is_at_start, title=f"{stage} {number}: measure")
+    found = context.divergence(state, blocks=bool(blocks) or journal.is_at_start, title=f"{stage} {number}: measure")
     journal.show(stage, state, found)
     if blocks and not found.blocks:
         raise ConfigError(
@@ -141,21 +144,21 @@ def _candidate(
             f"this model; take one of {', '.join(map(repr, WITH_BLOCKS))}, or let blocks() of your own "
             "criterion give scores."
         )
-    with setting.services.clock.on("selection"):
-        free = {name: found.blocks[name] for name in _free(setting, state, found.blocks, blocks)}
-        candidates = Candidates.of(setting, state, found.units, free)
-        choice = best_cut(setting, state, candidates, aim, share, last=aim == goal)
+    with context.services.clock.on("selection"):
+        free = {name: found.blocks[name] for name in _free(context, state, found.blocks, blocks)}
+        candidates = Candidates.of(context, state, found.units, free)
+        choice = best_cut(context, state, candidates, aim, share, last=aim == goal)
         cut = choice.cut
     if not cut.takes_from(state):
         return None
     if rejected is not None and not cut.takes_from(rejected):
-        setting.services.progress.say(f"{stage} {number}: no smaller step is possible; units are removed in bundles.")
+        context.services.progress.say(f"{stage} {number}: no smaller step is possible; units are removed in bundles.")
         return None
-    candidate = next_state(setting, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=choice.made)
-    return Decision(candidate, removals(setting, state, cut, choice.ranking, candidates))
+    candidate = next_state(context, state, cut.keep, cut.removed, f"{stage} {number}: recovery", made=choice.made)
+    return Decision(candidate, removals(context, state, cut, choice.ranking, candidates))
 
 
-def _free(setting: Setting, state: State, scored: Collection[str], blocks: Sequence[str]) -> list[str]:
+def _free(context: RunContext, state: State, scored: Collection[str], blocks: Sequence[str]) -> list[str]:
     """The blocks that have a score and are not removed yet."""
-    taken = {inner for name in state.removed for inner in (name, *setting.subject.structure.block(name).contains)}
+    taken = {inner for name in state.removed for inner in (name, *context.subject.structure.block(name).contains)}
     return [name for name in blocks if name in scored and name not in taken]

@@ -6,10 +6,10 @@ from math import inf, isfinite
 
 from idap.compress.budget import Budget, Shares, shares_of
 from idap.compress.change import CutModel, make_cut, neighbours, next_state
+from idap.compress.context import RunContext
 from idap.compress.journal import Decision, Journal, block_removal
-from idap.compress.setting import Setting
 from idap.compress.stages.choice import Candidates, best_cut
-from idap.compress.stages.trial import Cut, calibration_loss, left_after, loss_without
+from idap.compress.stages.cut import Cut, calibration_loss, left_after, loss_without
 from idap.compress.state import State, merge_removed
 from idap.errors import DivergedError
 from idap.steps import Contest
@@ -18,7 +18,7 @@ STAGE = "layers"
 
 
 def layer_stage(
-    setting: Setting,
+    context: RunContext,
     state: State,
     goal: Budget,
     journal: Journal,
@@ -30,7 +30,7 @@ def layer_stage(
     """Remove layers until the goal is reached, the removals are used up, or all that is left is essential.
 
     Args:
-        setting: of the run.
+        context: of the run.
         state: where to start; it is not changed.
         goal: targets and the accuracy budget.
         journal: gets one entry per decision.
@@ -41,16 +41,16 @@ def layer_stage(
     Returns:
         The last accepted state.
     """
-    stage = setting.goals.config.layers
+    stage = context.goals.config.layers
     journal.begin()
     essential: set[str] = set()
     rejected, accepted = 0, sum(step.stage == STAGE and step.accepted for step in journal.steps)
-    while accepted < stage.removals and rejected < stage.patience and not goal.is_reached(setting.shares(state)):
+    while accepted < stage.removals and rejected < stage.patience and not goal.is_reached(context.shares(state)):
         if journal.is_stage_over(STAGE):
             break
         found = journal.recall(STAGE, state)
         allowed = set(removable) - essential
-        found = found or _candidate(setting, state, goal, allowed, journal, contested=contested, alone=alone)
+        found = found or _candidate(context, state, goal, allowed, journal, contested=contested, alone=alone)
         if found is None:
             break
         if found.contest is not None and found.contest.is_lost:
@@ -69,7 +69,7 @@ def layer_stage(
 
 
 def _candidate(
-    setting: Setting,
+    context: RunContext,
     state: State,
     goal: Budget,
     allowed: Set[str],
@@ -85,40 +85,40 @@ def _candidate(
     if not allowed:
         return None
     number = len(journal.steps)
-    measured = setting.divergence(state, units=journal.is_at_start, title=f"{STAGE} {number}: measure")
+    measured = context.divergence(state, units=journal.is_at_start, title=f"{STAGE} {number}: measure")
     journal.show(STAGE, state, measured)
     scores = measured.blocks
-    left = [name for name in scores if name in allowed and not _saves_nothing(setting, state, name)]
-    left = [name for name in left if alone or not _overshoots(setting, state, goal, name)]
-    found = _choose_layer(setting, state, sorted(left, key=lambda name: scores[name]), f"{STAGE} {number}")
+    left = [name for name in scores if name in allowed and not _saves_nothing(context, state, name)]
+    left = [name for name in left if alone or not _overshoots(context, state, goal, name)]
+    found = _choose_layer(context, state, sorted(left, key=lambda name: scores[name]), f"{STAGE} {number}")
     if found is None:
         return None
     chosen, saving = found
-    block = setting.subject.structure.block(chosen)
-    removed = merge_removed(setting.subject.structure, state.removed, [chosen])
+    block = context.subject.structure.block(chosen)
+    removed = merge_removed(context.subject.structure, state.removed, [chosen])
     rank = sorted(scores, key=lambda name: scores[name]).index(chosen)
     removal = block_removal(block, scores[chosen], rank, saving)
     made = contest = None
     if contested:
-        made, saved, contest = _contest(setting, state, goal, removed, f"{STAGE} {number}: measure filters")
+        made, saved, contest = _contest(context, state, goal, removed, f"{STAGE} {number}: measure filters")
         if contest.is_lost:
-            with setting.services.clock.on("judging"):
-                metric, fault = setting.judge(made.model)
-            cost, error = setting.subject.costs.cost(state.keep, removed), max(state.error, made.error)
+            with context.services.clock.on("judging"):
+                metric, fault = context.judge(made.model)
+            cost, error = context.subject.costs.cost(state.keep, removed), max(state.error, made.error)
             beaten = State(made.model, state.keep, removed, made.plan, cost, metric, error, saved.get("latency"), fault)
             return Decision(beaten, [removal], contest)
     tuned = frozenset[str]()
-    if setting.goals.config.layers.tune == "neighbours":
-        tuned = neighbours(setting.subject.structure, block, removed)
-    candidate = next_state(setting, state, state.keep, removed, f"{STAGE} {number}: recovery", tuned=tuned, made=made)
+    if context.goals.config.layers.tune == "neighbours":
+        tuned = neighbours(context.subject.structure, block, removed)
+    candidate = next_state(context, state, state.keep, removed, f"{STAGE} {number}: recovery", tuned=tuned, made=made)
     return Decision(candidate, [removal], contest)
 
 
-def _choose_layer(setting: Setting, state: State, names: Sequence[str], title: str) -> tuple[str, float] | None:
+def _choose_layer(context: RunContext, state: State, names: Sequence[str], title: str) -> tuple[str, float] | None:
     """The best of the first few layers and what it saves; if no loss is finite, the next few are tried.
 
     Args:
-        setting: of the run.
+        context: of the run.
         state: before the removal.
         names: of layers, in the order in which they are tried.
         title: of the decision.
@@ -126,31 +126,31 @@ def _choose_layer(setting: Setting, state: State, names: Sequence[str], title: s
     Returns:
         The name of the layer and the cost that it saves; None if no layer leaves a finite loss.
     """
-    few = setting.goals.config.layers.short_list
+    few = context.goals.config.layers.short_list
     for tried in (names[place : place + few] for place in range(0, len(names), few)):
-        costs = setting.block_costs(state, tried)
-        with setting.services.clock.on("trial"):
-            best = _cheapest(setting, state, tried, costs)
+        costs = context.block_costs(state, tried)
+        with context.services.clock.on("trial"):
+            best = _cheapest(context, state, tried, costs)
         if best is not None:
             return best, costs[best]
-        setting.services.progress.say(f"{title}: without {' or '.join(tried)} the loss is not finite.")
+        context.services.progress.say(f"{title}: without {' or '.join(tried)} the loss is not finite.")
     return None
 
 
 def _contest(
-    setting: Setting, state: State, goal: Budget, removed: tuple[str, ...], title: str
+    context: RunContext, state: State, goal: Budget, removed: tuple[str, ...], title: str
 ) -> tuple[CutModel, Shares, Contest]:
     """Compare the loss without some layers to the loss without filters that save as much, but not more than needed.
 
     Returns:
         The model without the layers, what it leaves of each cost, and the comparison.
     """
-    made = make_cut(setting, state, state.keep, removed)
-    with setting.services.clock.on("trial"):
-        loss = calibration_loss(setting, made.model)
-    left = left_after(setting, state, Cut(state.keep, removed), made.model)
+    made = make_cut(context, state, state.keep, removed)
+    with context.services.clock.on("trial"):
+        loss = calibration_loss(context, made.model)
+    left = left_after(context, state, Cut(state.keep, removed), made.model)
     level = {name: max(left[name], wanted) for name, wanted in goal.targets.items()}
-    rival = filters_instead(setting, state, replace(goal, targets=level), title)
+    rival = filters_instead(context, state, replace(goal, targets=level), title)
     return made, left, Contest(loss if isfinite(loss) else None, rival)
 
 
@@ -162,33 +162,33 @@ def _verdict(contest: Contest) -> str:
     return f"cutting filters instead would lose {verdict} ({contest.filters:.4g} against {layer} on calibration data)"
 
 
-def _overshoots(setting: Setting, state: State, goal: Budget, name: str) -> bool:
+def _overshoots(context: RunContext, state: State, goal: Budget, name: str) -> bool:
     """Whether removing a layer saves more than twice what is still needed: filters come closer, and lose less."""
-    if not goal.targets or not setting.goals.config.filters.steps:
+    if not goal.targets or not context.goals.config.filters.steps:
         return False
-    now = setting.shares(state)
-    without = shares_of(setting.subject.costs.cost(state.keep, [*state.removed, name]), setting.subject.whole)
+    now = context.shares(state)
+    without = shares_of(context.subject.costs.cost(state.keep, [*state.removed, name]), context.subject.whole)
     if "latency" in goal.targets:  # not measured for each layer, but estimated from the multiply-adds
         without["latency"] = now["latency"] * without["macs"] / now["macs"]
     return all(now[cost] - without[cost] > 2 * (now[cost] - wanted) for cost, wanted in goal.targets.items())
 
 
-def _saves_nothing(setting: Setting, state: State, name: str) -> bool:
+def _saves_nothing(context: RunContext, state: State, name: str) -> bool:
     """Whether a block would become a projection that costs at least as much."""
-    projected = setting.subject.structure.block(name).projected is not None
-    return projected and setting.subject.costs.block_macs(name, state.keep, state.removed) <= 0
+    projected = context.subject.structure.block(name).projected is not None
+    return projected and context.subject.costs.block_macs(name, state.keep, state.removed) <= 0
 
 
-def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mapping[str, float]) -> str | None:
+def _cheapest(context: RunContext, state: State, names: Sequence[str], costs: Mapping[str, float]) -> str | None:
     """The candidate whose removal costs least calibration loss for what it saves; None if no loss is finite."""
-    maps = {name: fitted.map for name, fitted in setting.projections(state, names).items()}
-    with setting.services.progress.phase(f"{STAGE}: trial", len(names) + 1) as phase:
-        before = calibration_loss(setting, state.model)
+    maps = {name: fitted.map for name, fitted in context.projections(state, names).items()}
+    with context.services.progress.phase(f"{STAGE}: trial", len(names) + 1) as phase:
+        before = calibration_loss(context, state.model)
         before = before if isfinite(before) else 0.0  # then any layer without which it is finite may be removed
         phase.advance()
         price: dict[str, float] = {}
         for name in names:
-            loss = loss_without(setting, state, setting.subject.structure.block(name), maps.get(name))
+            loss = loss_without(context, state, context.subject.structure.block(name), maps.get(name))
             saved = max(1e-12, costs[name])
             more = loss - before if isfinite(loss) else inf
             price[name] = more / saved if more > 0 else more * saved
@@ -197,26 +197,26 @@ def _cheapest(setting: Setting, state: State, names: Sequence[str], costs: Mappi
     return best if isfinite(price[best]) else None
 
 
-def filters_instead(setting: Setting, state: State, aim: Budget, title: str) -> float | None:
+def filters_instead(context: RunContext, state: State, aim: Budget, title: str) -> float | None:
     """The calibration loss after filters alone are cut down to an aim.
 
     Returns:
         The loss of the model that was cut and corrected; None if filters don't reach the aim, or leave no finite loss.
     """
-    if aim.shortfall(setting.shares(state)) <= 0:  # the layer saves none of the targets' costs: compare with no cut
-        return calibration_loss(setting, state.model)
-    found = setting.divergence(state, blocks=False, title=title)
-    with setting.services.clock.on("selection"):
-        candidates = Candidates.of(setting, state, found.units, {})
+    if aim.shortfall(context.shares(state)) <= 0:  # the layer saves none of the targets' costs: compare with no cut
+        return calibration_loss(context, state.model)
+    found = context.divergence(state, blocks=False, title=title)
+    with context.services.clock.on("selection"):
+        candidates = Candidates.of(context, state, found.units, {})
         try:
-            choice = best_cut(setting, state, candidates, aim, 1.0, last=False)
+            choice = best_cut(context, state, candidates, aim, 1.0, last=False)
         except DivergedError:  # so there is nothing to compare the layer with
             return None
         cut, loss = choice.cut, choice.loss
-        if not cut.takes_from(state) or aim.misses(choice.left or left_after(setting, state, cut)):
+        if not cut.takes_from(state) or aim.misses(choice.left or left_after(context, state, cut)):
             return None
     if loss is None:
-        made = choice.made or make_cut(setting, state, cut.keep, cut.removed)
-        with setting.services.clock.on("trial"):
-            loss = calibration_loss(setting, made.model)
+        made = choice.made or make_cut(context, state, cut.keep, cut.removed)
+        with context.services.clock.on("trial"):
+            loss = calibration_loss(context, made.model)
     return loss if isfinite(loss) else None

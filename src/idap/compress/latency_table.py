@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from idap.cost.latency import LatencyTable, measure_latency, positive_seconds, table_from
-from idap.cost.layers import measure_table
+from idap.cost.layer_latency import measure_table
 from idap.errors import RunFolderError, TraceError
 from idap.files import write_json
 from idap.progress import Progress, Silent

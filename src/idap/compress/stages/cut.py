@@ -1,4 +1,4 @@
-"""Try a cut: measure what it leaves of each cost, and the loss on the calibration data."""
+"""A cut that a stage considers: what it leaves of each cost, and the loss on the calibration data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from idap.compress.budget import Budget, Shares, shares_of
-from idap.compress.setting import Setting
+from idap.compress.context import RunContext
 from idap.compress.state import Keep, State
 from idap.divergence.observe import result_of, tensors_in
 from idap.divergence.ports import Wiring
@@ -26,11 +26,11 @@ from idap.training.processes import local_items, totals
 
 
 @torch.no_grad()
-def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], Any] | None = None) -> float:
+def calibration_loss(context: RunContext, model: nn.Module, run: Callable[[Any], Any] | None = None) -> float:
     """Mean loss of a model on the calibration batches; `run` replaces the usual way to run it."""
-    task, total, count = setting.subject.task, 0.0, 0
+    task, total, count = context.subject.task, 0.0, 0
     with keep_modes(model):
-        for batch in local_items(setting.subject.calibration):
+        for batch in local_items(context.subject.calibration):
             moved = move(batch, device_of(model))
             outputs = task.run(model, moved) if run is None else run(moved)
             size = task.size(moved)
@@ -40,19 +40,19 @@ def calibration_loss(setting: Setting, model: nn.Module, run: Callable[[Any], An
     return total / max(1, samples)
 
 
-def loss_without(setting: Setting, state: State, block: Block, given: LinearMap | None = None) -> float:
+def loss_without(context: RunContext, state: State, block: Block, given: LinearMap | None = None) -> float:
     """Mean calibration loss with one more branch or block bypassed, by a linear map if one is given."""
     way: nn.Module = nn.Identity()
     if given is not None:
-        projected = setting.subject.structure.projection_of(block.name, setting.subject.structure.presence(state.keep))
+        projected = context.subject.structure.projection_of(block.name, context.subject.structure.presence(state.keep))
         way = Projection(projected)
         way.take(given, projected)
-    return calibration_loss(setting, state.model, partial(_run_without, setting, state, block, way))
+    return calibration_loss(context, state.model, partial(_run_without, context, state, block, way))
 
 
-def _run_without(setting: Setting, state: State, block: Block, way: nn.Module, batch: Any) -> Any:
+def _run_without(context: RunContext, state: State, block: Block, way: nn.Module, batch: Any) -> Any:
     """Run a model with a branch or block bypassed: its result is replaced by the stream, as `way` maps it."""
-    wiring = Wiring(setting.subject.structure, state.removed)
+    wiring = Wiring(context.subject.structure, state.removed)
     graph, entry = wiring.graph, wiring.sight(block.entry)
     assert entry is not None  # otherwise it would have no divergence
     seen: list[Tensor] = []
@@ -69,7 +69,7 @@ def _run_without(setting: Setting, state: State, block: Block, way: nn.Module, b
         return result
 
     with intercept(state.model, handle):
-        return setting.subject.task.run(state.model, batch)
+        return context.subject.task.run(state.model, batch)
 
 
 def _tensor(graph: Graph, name: str, result: Any) -> Tensor:
@@ -95,41 +95,41 @@ class Cut:
         return dict(self.keep) != dict(state.keep) or self.removed != state.removed
 
 
-def left_after(setting: Setting, state: State, cut: Cut, model: nn.Module | None = None) -> dict[str, float]:
+def left_after(context: RunContext, state: State, cut: Cut, model: nn.Module | None = None) -> dict[str, float]:
     """What a cut leaves of each of the original's costs; latency is measured now, if it is a goal.
 
     Args:
-        setting: of the run.
+        context: of the run.
         state: before the cut.
         cut: what is kept.
         model: the cut model, if it was made.
     """
-    found = shares_of(setting.subject.costs.cost(cut.keep, cut.removed), setting.subject.whole)
-    if "latency" not in setting.goals.budget.targets:
+    found = shares_of(context.subject.costs.cost(cut.keep, cut.removed), context.subject.whole)
+    if "latency" not in context.goals.budget.targets:
         return found
-    latency = setting.latency_of(_apply(setting, state, cut) if model is None else model)
+    latency = context.latency_of(_apply(context, state, cut) if model is None else model)
     assert latency is not None  # it is a goal
     return {**found, "latency": latency}
 
 
-def _apply(setting: Setting, state: State, cut: Cut) -> nn.Module:
+def _apply(context: RunContext, state: State, cut: Cut) -> nn.Module:
     """A state's model after a cut, only to be timed: projections are not fitted."""
-    plan = setting.subject.structure.plan(cut.keep, cut.removed).since(state.plan)
+    plan = context.subject.structure.plan(cut.keep, cut.removed).since(state.plan)
     return apply_plan(state.model, plan)
 
 
-def _hardware_steps(setting: Setting) -> Mapping[str, int]:
+def _hardware_steps(context: RunContext) -> Mapping[str, int]:
     """Group name -> the step of its latency, see `LayerTimes.steps`."""
-    with setting.services.clock.on("latency"):
-        return setting.services.layer_times.steps
+    with context.services.clock.on("latency"):
+        return context.services.layer_times.steps
 
 
 def _down_to_latency(
-    setting: Setting, state: State, ranking: Ranking, aim: Budget, down_to: Callable[[Shares], Cut]
+    context: RunContext, state: State, ranking: Ranking, aim: Budget, down_to: Callable[[Shares], Cut]
 ) -> Cut:
     """Cut down to the multiply-adds at which the measured latency meets its target, and the other targets are met."""
     others = {name: share for name, share in aim.targets.items() if name != "latency"}
-    shares = setting.shares(state)
+    shares = context.shares(state)
     cuts: dict[float, Cut] = {}
 
     def at(macs: float) -> Cut:
@@ -138,12 +138,12 @@ def _down_to_latency(
         return cuts[macs]
 
     def latency_at(macs: float) -> float:
-        found = setting.latency_of(_apply(setting, state, at(macs)))
+        found = context.latency_of(_apply(context, state, at(macs)))
         assert found is not None  # it is a goal
         return found
 
-    everything = setting.subject.costs.cost(ranking.keep(len(ranking)), state.removed)
-    least = shares_of(everything, setting.subject.whole)["macs"]
+    everything = context.subject.costs.cost(ranking.keep(len(ranking)), state.removed)
+    least = shares_of(everything, context.subject.whole)["macs"]
     start = (shares["macs"], shares["latency"])
     if start[1] <= aim.targets["latency"]:
         return down_to(others)

@@ -1,4 +1,4 @@
-"""The setting of a run, which is the same for all its states, and the measurements of a state."""
+"""The context of a run, which is the same for all its states, and the measurements of a state."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ from torch import nn
 
 from idap.compress.budget import Budget, shares_of
 from idap.compress.config import Config
-from idap.compress.latencies import LayerTimes, block_latencies, inactive_nodes, latency_share
+from idap.compress.latency_table import LayerTimes, block_latencies, inactive_nodes, latency_share
 from idap.compress.state import Clock, Judgement, State
 from idap.cost.count import Cost, CostModel
 from idap.cost.latency import positive_seconds
@@ -78,7 +78,7 @@ class Services:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """Everything that stays the same during a run."""
 
     subject: Subject
