@@ -101,7 +101,7 @@ def returning(how: str, small_how: str) -> tuple[Structure, nn.Module, nn.Module
     ("how", "message"),
     [
         ("two", r"returns 2 tensors, the original 1 \(cut: one\)"),
-        ("short", r"output 0 of the pruned model has shape \(1, 5, 3\), that of the masked original \(2, 5, 3\)"),
+        ("short", r"output 0 of the cut model has shape \(1, 5, 3\), that of the masked original \(2, 5, 3\)"),
         ("nan", "differs from the masked original by inf"),
     ],
 )
