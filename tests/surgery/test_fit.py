@@ -239,7 +239,7 @@ def test_a_group_norm_of_two_types_is_refused(nested: Any) -> None:
     small = apply_plan(model, with_steps(data, "inner.inner", ones, norm)).inner.inner
     small(torch.ones(2, 4))
     with pytest.raises(
-        RewrittenModuleError, match=r"takes tensors of one type, found torch.bfloat16 and torch.float32"
+        RewrittenModuleError, match=r"takes tensors of one type only, found torch.bfloat16 and torch.float32"
     ):
         small(torch.ones(2, 4, dtype=torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
