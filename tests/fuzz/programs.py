@@ -77,7 +77,7 @@ def program(steps: list[Any], output: Any) -> list[Any]:
 
 
 def plan_of(code: Any, shapes: dict[str, tuple[int, ...]]) -> Plan:
-    """A plan that does nothing but give the network new code."""
+    """A plan that does nothing but rewrite the code of the network."""
     empty = {name: {} for name in ("keep", "tensors", "attributes", "replaced", "called", "aliases", "projections")}
     lists = {"removed": [], "unsaved": []}
     listed = {name: list(shape) for name, shape in shapes.items()}

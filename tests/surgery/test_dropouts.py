@@ -1,4 +1,4 @@
-"""Code that calls dropout only in training, as torch's attention does where it returns its weights, is written anew."""
+"""Code that calls dropout only in training, as torch's attention does where it returns its weights, is rewritten."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Modules whose forward was written anew: they are the modules they were, smaller, and nothing in a file runs."""
+"""Rewritten modules: they behave like the original modules, only smaller, and no text in a file is executed."""
 
 import copy
 import inspect

@@ -287,7 +287,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _elements(tensor: Tensor) -> int:
-    """The elements that a tensor counts for; for an empty one, the product of its other sizes, as loops run over them."""
+    """The elements that a tensor counts for; an empty one counts for its other sizes, since loops may run over them."""
     elements = tensor.numel()
     if not elements:
         elements = 1

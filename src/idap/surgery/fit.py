@@ -94,7 +94,7 @@ def _check_attributes(path: str, module: nn.Module, values: Mapping[str, Size]) 
 
 
 def _can_become(held: Size, value: Size) -> bool:
-    """Whether a plan may set an attribute to a value: the same count of ints, each unchanged or smaller, and positive."""
+    """Whether a plan may change an attribute so: the same count of ints, each unchanged, or smaller and positive."""
     before, after = (size if isinstance(size, tuple) else (size,) for size in (held, value))
     if isinstance(held, tuple) != isinstance(value, tuple) or len(before) != len(after):
         return False

@@ -1,4 +1,4 @@
-"""How the code follows a cut: first by new values of attributes, then by new code, else not at all."""
+"""How the code follows a cut: first by new values of attributes, then by rewritten code, else not at all."""
 
 from collections.abc import Callable
 

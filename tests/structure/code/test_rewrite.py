@@ -1,4 +1,4 @@
-"""Which code can be written anew, what the new code says, and why some can't."""
+"""Which code can be rewritten, what the rewritten code says, and why some code can't be."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +53,7 @@ def sizes(structure: Structure) -> dict[str, int]:
     return {group.name: group.size for group in structure.groups}
 
 
-def proven(model: nn.Module, structure: Structure, keep: dict[str, list[int]]) -> tuple[nn.Module, Plan]:
+def cut_and_verify(model: nn.Module, structure: Structure, keep: dict[str, list[int]]) -> tuple[nn.Module, Plan]:
     """Cut, and compare with the masked original."""
     plan = structure.plan(keep)
     small = apply_plan(model, plan)
@@ -74,7 +74,7 @@ def in_rows(_: nn.Module, x: Tensor) -> Tensor:
 def test_pruned_sizes_become_numbers_and_all_others_stay_free() -> None:
     model, structure = analysed(Around(in_rows))
     assert sizes(structure) == {"write": 3, "write#2": 4}
-    small, plan = proven(model, structure, {"write": [0, 2], "write#2": [1, 2, 3]})
+    small, plan = cut_and_verify(model, structure, {"write": [0, 2], "write#2": [1, 2, 3]})
     view = steps(plan)[0]
     assert view.function == "torch.Tensor.view"
     assert view.args == (("value", 0), ("size", ("value", 0), 0), ("size", ("value", 0), 1), 2, 3)
@@ -89,7 +89,7 @@ def test_a_product_with_the_batch_keeps_the_batch() -> None:
         return x.reshape(b * n * 3, 4).softmax(-1).reshape(b, n, 12)
 
     model, structure = analysed(Around(body))
-    small, plan = proven(model, structure, {"write": [0, 2]})
+    small, plan = cut_and_verify(model, structure, {"write": [0, 2]})
     batch, length = (("size", ("value", 0), dim) for dim in (0, 1))
     assert steps(plan)[0].args[1:] == (("calc", "*", batch, length, 2), 4)
     assert steps(plan)[-1].args[1:] == (batch, length, 8)
@@ -138,7 +138,7 @@ def test_heads_from_the_width_and_their_number() -> None:
     assert kinds == [("neurons", 8), ("heads", 4), ("head width", 2), ("neurons", 8)]
     width, heads, inside, _ = structure.groups
     for keep in ({heads.name: [3]}, {inside.name: [1]}, {width.name: [0, 5, 6]}, {heads.name: [0, 2], width.name: [1]}):
-        small, plan = proven(model, structure, keep)
+        small, plan = cut_and_verify(model, structure, keep)
         assert list(plan.programs) == ["1"]
         assert small(sequence(4, 9, 3)).shape == (3, 9, 3)
 
@@ -152,7 +152,7 @@ def test_the_scale_of_an_attention_stays_what_it_was(scale: str | None) -> None:
 
     model, structure = analysed(Around(body))
     inside = structure.group("write:head-width")
-    _, plan = proven(model, structure, {inside.name: [1, 3]})
+    _, plan = cut_and_verify(model, structure, {inside.name: [1, 3]})
     (attention,) = (step for step in steps(plan) if "scaled_dot" in step.function)
     assert dict(attention.kwargs)["scale"] == 0.5  # one over the root of 4, not of 2
     _, fixed = analysed(Around(body), swap=False)
@@ -176,9 +176,9 @@ def test_a_relation_is_kept_or_the_module_rewritten() -> None:
     model = nn.Sequential(nn.Linear(4, 12), Radix(), nn.Linear(12, 3))
     model, structure = analysed(model)
     assert sizes(structure) == {"0": 3, "0#2": 4}
-    _, plan = proven(model, structure, {"0": [0, 2]})
+    _, plan = cut_and_verify(model, structure, {"0": [0, 2]})
     assert not plan.programs and plan.attributes["1"] == {"radix": 2}  # the relation holds: nothing to rewrite
-    small, plan = proven(model, structure, {"0": [1]})
+    small, plan = cut_and_verify(model, structure, {"0": [1]})
     assert [step.function.rpartition(".")[2] for step in steps(plan, "1")] == ["view", "softmax", "flatten"]
     assert torch.allclose(small[1](torch.randn(2, 5, 4)), torch.ones(()))  # a softmax over one part, no sigmoid
 
@@ -204,14 +204,14 @@ def scaled(_: nn.Module, x: Tensor, factor: float) -> Tensor:
 
 def test_a_module_that_is_called_twice_in_one_way_is_rewritten_once() -> None:
     model, structure = analysed(Around(scaled, lambda self, x: self.inner(self.inner(x, 2.0), 2.0)))
-    _, plan = proven(model, structure, {"write": [0, 1], "write#2": [1, 3]})
+    _, plan = cut_and_verify(model, structure, {"write": [0, 1], "write#2": [1, 3]})
     assert len(plan.programs["inner"].routines) == 1
 
 
 def test_a_module_that_is_called_twice_in_different_ways_is_refused() -> None:
     _, structure = analysed(Around(scaled, lambda self, x: self.inner(self.inner(x, 2.0), 3.0)))
     assert sizes(structure) == {}
-    assert structure.rewriter.refused == {"inner": "it does something else each time it is called"}
+    assert structure.rewriter.refused == {"inner": "it does something different each time it is called"}
     assert any("test_rewrite.py:" in item.reason for item in structure.blocked if item.tensor == "write.weight")
 
 
@@ -221,7 +221,7 @@ ELSEWHERE = torch.ones(12)
 @pytest.mark.parametrize(
     ("body", "held", "why"),
     [
-        (lambda m, x: in_rows(m, x) * ELSEWHERE.sum(), {}, "hands on a tensor from elsewhere"),
+        (lambda m, x: in_rows(m, x) * ELSEWHERE.sum(), {}, "passes on a tensor from elsewhere"),
         (lambda m, x: in_rows(m, m.other[0](x)), {"other": [nn.ReLU()]}, None),
         (lambda m, x: (in_rows(m, x), Inner(in_rows))[0], {}, None),
     ],
@@ -229,7 +229,7 @@ ELSEWHERE = torch.ones(12)
 def test_what_the_code_takes_from_elsewhere(body: Callable[..., Any], held: dict[str, Any], why: str | None) -> None:
     model, structure = analysed(Around(body, **held))
     if why is None:
-        proven(model, structure, {"write": [0, 1], "write#2": [1, 3]})
+        cut_and_verify(model, structure, {"write": [0, 1], "write#2": [1, 3]})
     else:
         assert sizes(structure) == {}
         assert why in structure.rewriter.refused["inner"]
@@ -264,7 +264,7 @@ def test_containers_data_types_and_numbers_are_written_as_they_were() -> None:
         lambda self, x: self.inner(x, [x.relu()], options={"factor": 2.0, "x": x}),
     )
     model, structure = analysed(model)
-    small, plan = proven(model, structure, {"write": [0, 1]})
+    small, plan = cut_and_verify(model, structure, {"write": [0, 1]})
     (routine,) = plan.programs["inner"].routines
     assert routine.args[1][0] == "list" and dict(dict(routine.kwargs)["options"][1:])["factor"] == 2.0
     assert small.double()(sequence(4).double()).dtype == torch.float64
