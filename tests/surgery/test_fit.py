@@ -118,12 +118,16 @@ class Bags(nn.Module):
 
 def test_modules_that_read_memory_by_their_inputs_are_not_called_by_new_code() -> None:
     """At tracing, the group stays whole and the reason is told; at loading, it is an error."""
-    with pytest.raises(StructureError, match=r"calls part.inner, which rewritten code may not call: its kernel reads its tables"):
+    with pytest.raises(
+        StructureError, match=r"calls part.inner, which rewritten code may not call: its kernel reads its tables"
+    ):
         analyze(trace(Bags(nn.EmbeddingBag(5, 1)).eval(), (torch.ones(2, 4),)))
     free = Bags(nn.Embedding(5, 1)).eval()
     plan = analyze(trace(free, (torch.ones(2, 4),))).plan({"write": [0]})
     apply_plan(free, plan)
-    with pytest.raises(PlanError, match=r"calls 'part.inner', which contains a EmbeddingBag that .* may not call: its kernel"):
+    with pytest.raises(
+        PlanError, match=r"calls 'part.inner', which contains a EmbeddingBag that .* may not call: its kernel"
+    ):
         apply_plan(Bags(nn.EmbeddingBag(5, 1)), plan)
 
 
