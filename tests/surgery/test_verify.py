@@ -88,7 +88,7 @@ class Returns(nn.Module):
         }[self.how]
 
 
-def returning(how: str, small_how: str) -> tuple[Structure, nn.Module, nn.Module, Plan]:
+def cut_pair(how: str, small_how: str) -> tuple[Structure, nn.Module, nn.Module, Plan]:
     model = randomised(Returns(how).eval())
     structure = analyze(trace(model, (sequence(4),)))
     plan = structure.plan({"one": [0, 1, 4]})
@@ -106,13 +106,13 @@ def returning(how: str, small_how: str) -> tuple[Structure, nn.Module, nn.Module
     ],
 )
 def test_outputs_of_another_kind_are_caught(how: str, message: str) -> None:
-    structure, model, small, plan = returning("one", how)
+    structure, model, small, plan = cut_pair("one", how)
     with pytest.raises(VerificationError, match=message):
         verify(structure, model, small, plan, ((sequence(4),), {}))
 
 
 def test_integers_must_be_equal_and_infinities_in_their_places() -> None:
-    structure, model, small, plan = returning("ints", "ints")
+    structure, model, small, plan = cut_pair("ints", "ints")
     assert verify(structure, model, small, plan, ((sequence(4),), {})).error < 1e-5
     with torch.no_grad():
         small.two.bias[0] += 100
