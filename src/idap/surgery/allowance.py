@@ -120,7 +120,7 @@ class Allowance:
         self._before = Count()
 
     @contextmanager
-    def spent_within(self) -> Iterator[None]:
+    def enter_call(self) -> Iterator[None]:
         """A context for a run of the module: its work and that of rewritten modules within it are counted together."""
         outermost = _OUTERMOST.get()
         token = None if outermost is not None else _OUTERMOST.set(self)

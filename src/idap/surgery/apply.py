@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from idap.graph.run import copy_computed, forget_cached
 from idap.structure.plan import Plan
-from idap.surgery.fit import check_fit, named_tensors
+from idap.surgery.fit import check_fit, tensors_with_names
 from idap.surgery.rewritten import SETTINGS_ABOVE, rewrite_
 from idap.surgery.stand_ins import LinearMap, Projection, stand_in
 
@@ -74,7 +74,7 @@ def exchange_(model: nn.Module, others: Mapping[int, Tensor]) -> None:
 def _slice_tensors(model: nn.Module, plan: Plan) -> dict[int, Tensor]:
     """The id of each tensor to be cut -> its new tensor; a tensor with several (tied) names is cut once."""
     found = {}
-    for name, tensor in named_tensors(model):
+    for name, tensor in tensors_with_names(model):
         if name in plan.tensors:
             small = cut_tensor(tensor.detach(), plan.tensors[name])
             if isinstance(tensor, nn.Parameter):

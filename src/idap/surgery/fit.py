@@ -33,7 +33,7 @@ def check_fit(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None
         raise PlanError(
             f"{lazy!r} of the model is not initialised yet: run the model once on a batch before it is cut."
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_with_names(model)}
     learned = {name for name, _ in model.named_parameters()}  # a forward pass may make tables in buffers again
     for name, expected in plan.shapes.items():
         if name not in shapes:
@@ -56,7 +56,7 @@ def check_fit(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None
     _check_recurrent(model, plan)
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors_with_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of a model with their names; a tied one is listed once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
@@ -109,7 +109,7 @@ def _check_recurrent(model: nn.Module, plan: Plan) -> None:
     Raises:
         PlanError: names the first weight whose shape differs from the one that the layer's sizes give.
     """
-    cut = {id(tensor): plan.shape_after(name) for name, tensor in named_tensors(model) if name in plan.tensors}
+    cut = {id(tensor): plan.shape_after(name) for name, tensor in tensors_with_names(model) if name in plan.tensors}
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(path)
@@ -122,7 +122,7 @@ def _check_recurrent_layer(
     module: nn.RNNBase, path: str, values: Mapping[str, Size], cut: Mapping[int, tuple[int, ...]]
 ) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in _weights(module)}
-    if not {id(tensor) for _, tensor in named_tensors(module)}.isdisjoint(cut):
+    if not {id(tensor) for _, tensor in tensors_with_names(module)}.isdisjoint(cut):
         shapes = _shapes_after(module, path, cut)
     for name, wanted in _recurrent_shapes(module, values).items():
         if shapes.get(name, wanted) != wanted:
@@ -142,12 +142,12 @@ def _weights(module: nn.RNNBase) -> Iterator[tuple[str, Tensor]]:
 def _shapes_after(module: nn.RNNBase, path: str, cut: Mapping[int, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shapes of a recurrent layer's weights after the cut, including weights that it computes from others."""
     memo: dict[int, object] = {**copy_computed(module)}
-    for _, tensor in named_tensors(module):
+    for _, tensor in tensors_with_names(module):
         outline = torch.empty(cut.get(id(tensor), tensor.shape), dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(outline, False) if isinstance(tensor, nn.Parameter) else outline
     small = copy.deepcopy(module, memo)
     computes = [hook for hook in small._forward_pre_hooks.values() if isinstance(hook, _COMPUTE_WEIGHTS)]
-    known = {*module._parameters, *(getattr(module, "parametrizations", None) or ()), *map(_computed_by, computes)}
+    known = {*module._parameters, *(getattr(module, "parametrizations", None) or ()), *map(_weight_of, computes)}
     if unknown := [name for name, _ in _weights(module) if name not in known]:
         raise PlanError(
             f"the plan cuts the recurrent layer {path!r}, whose {unknown[0]!r} is neither a parameter nor computed by "
@@ -164,7 +164,7 @@ def _shapes_after(module: nn.RNNBase, path: str, cut: Mapping[int, tuple[int, ..
         ) from error
 
 
-def _computed_by(hook: Any) -> str:
+def _weight_of(hook: Any) -> str:
     """The name of the weight that a hook computes."""
     return str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", ""))
 

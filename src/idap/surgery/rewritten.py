@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from idap.errors import PlanError, RewrittenModuleError
 from idap.structure.code.program import Program, Routine, Tree, references
-from idap.structure.code.vocabulary import unchecked_module
+from idap.structure.code.vocabulary import module_hazard
 from idap.surgery.allowance import Allowance, Known, Unlimited
 from idap.surgery.source import function_of, inputs_of
 
@@ -102,7 +102,7 @@ def check_program(module: nn.Module, program: Program) -> None:
             called = _find(module, step.module, "module")
             for part in called.modules():
                 bases = (f"{base.__module__}.{base.__qualname__}" for base in type(part).__mro__)
-                if (reason := unchecked_module(bases)) is not None:
+                if (reason := module_hazard(bases)) is not None:
                     raise PlanError(
                         f"the code of a rewritten {type(module).__name__} calls {step.module!r}, which contains a "
                         f"{type(part).__name__} that a program may not call: {reason}"
@@ -178,7 +178,7 @@ class _Way:
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
         sizes = (module.training, autocast, *(_size_of(value) for value in values))
         allowance = Allowance(module, values, self._known.get(sizes), steps=self._steps)
-        with allowance.spent_within():
+        with allowance.enter_call():
             result = self._body(module, allowance, *values)
         if not allowance.fast and not allowance.by_content:
             if len(self._known) >= KNOWN_SIZES:

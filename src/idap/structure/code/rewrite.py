@@ -18,7 +18,7 @@ from idap.graph.rules.layers import default_scale
 from idap.structure.code.guards import Guards, Hand, comparisons_by_module, ever_at_hand
 from idap.structure.code.program import Instruction, Program, Routine, Tree
 from idap.structure.code.sizes import Values, size_position
-from idap.structure.code.vocabulary import mistake, unchecked_module
+from idap.structure.code.vocabulary import mistake, module_hazard
 from idap.structure.layout import Layout
 
 _HAS_TRAINING = ("dropout", "batch_norm", "instance_norm")
@@ -218,7 +218,7 @@ class _Writer:
         """The path of a called module, relative to the module that is rewritten."""
         for path, info in self._rewriter.graph.modules.items():
             within = path == called or path.startswith(f"{called}.")
-            if within and (reason := unchecked_module(info.bases)) is not None:
+            if within and (reason := module_hazard(info.bases)) is not None:
                 raise CannotRewriteError(f"its code calls {path}, which rewritten code may not call: {reason}")
         return self._rewriter.below(self._path, called, tensor=False)
 

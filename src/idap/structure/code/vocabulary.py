@@ -219,7 +219,7 @@ def exclusions() -> frozenset[str]:
     return frozenset(name for line in refused for name in line.split())
 
 
-def unchecked_module(bases: Iterable[str]) -> str | None:
+def module_hazard(bases: Iterable[str]) -> str | None:
     """Why a program may not call a module; None if it may.
 
     Programs choose the inputs of the modules that they call. The kernels of a few classes use inputs as positions in
@@ -228,9 +228,9 @@ def unchecked_module(bases: Iterable[str]) -> str | None:
     Args:
         bases: the names of the module's class and of all its base classes, with their packages.
 
-    >>> unchecked_module(["mine.Bag", "torch.nn.modules.sparse.EmbeddingBag"])
+    >>> module_hazard(["mine.Bag", "torch.nn.modules.sparse.EmbeddingBag"])
     'its kernel reads its tables by offsets that it does not check'
-    >>> unchecked_module(["torch.nn.modules.sparse.Embedding"]) is None
+    >>> module_hazard(["torch.nn.modules.sparse.Embedding"]) is None
     True
     """
     return next((UNCHECKED_MODULES[name] for name in bases if name in UNCHECKED_MODULES), None)
