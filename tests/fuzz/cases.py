@@ -86,14 +86,14 @@ def same(first: Tensor, second: Tensor) -> bool:
     return bool(torch.equal(one, other))
 
 
-def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+def first_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """The first tensor in which two states differ; "" if there is none."""
     if found.keys() != expected.keys():
         return str(min(found.keys() ^ expected.keys()))
     return next((name for name in expected if not same(found[name], expected[name])), "")
 
 
-def refused(action: Callable[[], Any]) -> bool:
+def refuses(action: Callable[[], Any]) -> bool:
     """Whether idap refuses something."""
     try:
         action()
@@ -130,7 +130,7 @@ def _innermost(lines: list[str]) -> str:
     return f"{frames[-1][1]}:{frames[-1][2]} in {frames[-1][3]}" if frames else "?"
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception, and the innermost place in idap that it came through."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/idap/" in frame.filename]
     last = frames[-1] if frames else None
@@ -138,6 +138,6 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:160]} at {place}"
 
 
-def copied(data: Any) -> Any:
+def copy_of(data: Any) -> Any:
     """Plain data that may be changed."""
     return copy.deepcopy(data)

@@ -118,16 +118,16 @@ class Grammar:
         module = dice.choice(("inner", "inner.weight", "", CANARY)) if dice.random() < 0.05 else ""
         if (schemas := schemas_of(name)) and dice.random() < 0.8:
             args, kwargs = self.typed.call(name.rpartition(".")[0], schemas)
-            return self._numbered(name, args, kwargs)
+            return self._with_number(name, args, kwargs)
         args = list(self._args())
         known = self.keys.get(name, KEYS)
         names = dict.fromkeys(
             dice.choice(known[: 12 + len(known) // 2]) for _ in range(dice.choice((0, 0, 0, 0, 1, 2)))
         )
         kwargs = [[key, self.tree(2)] for key in names]
-        return self._numbered(name if not module or dice.random() < 0.1 else "", args, kwargs, module)
+        return self._with_number(name if not module or dice.random() < 0.1 else "", args, kwargs, module)
 
-    def _numbered(self, name: str, args: list[Any], kwargs: list[Any], module: str = "") -> list[Any]:
+    def _with_number(self, name: str, args: list[Any], kwargs: list[Any], module: str = "") -> list[Any]:
         """The step, with a number for its result."""
         path = [] if self.dice.random() < 0.95 else [self.dice.choice((0, 1, -1, "values", 2**40))]
         self.made += 1

@@ -11,7 +11,7 @@ from idap.parsing import INDEX
 from idap.saving.checkpoint import load
 from idap.saving.stream import apply_to_checkpoint
 from tests.fuzz import structural
-from tests.fuzz.cases import Broken, Trial, copied, differing, refused, state_of
+from tests.fuzz.cases import Broken, Trial, copy_of, first_difference, refuses, state_of
 from tests.fuzz.plans import Valid
 from tests.saving.test_stream import store_tensors
 
@@ -65,7 +65,7 @@ class Indices:
             index.write_bytes(structural.json_bytes(data))
             return "; ".join(told)
         if way < 0.6:
-            return self._rename(index, copied(data), dice)
+            return self._rename(index, copy_of(data), dice)
         if way < 0.7:
             content, did = structural.mutate_bytes(index.read_bytes(), dice, json.dumps(self.indices[0]).encode())
             index.write_bytes(content)
@@ -81,20 +81,20 @@ class Indices:
         some = {name for name, file in places.items() if file == places[tensor]} if dice.random() < 0.4 else {tensor}
         places.update(dict.fromkeys(some, place))
         index.write_bytes(structural.json_bytes(data))
-        return f"{len(some)} tensors, of them {tensor}, in {structural.shown(place)}"
+        return f"{len(some)} tensors, of them {tensor}, in {structural.abbreviate(place)}"
 
     def _load(self, valid: Valid, folder: Path) -> str:
         found = state_of(load(folder, valid.model))
-        if name := differing(found, valid.state):
+        if name := first_difference(found, valid.state):
             raise Broken(f"changed: loaded with a changed index, other {name!r}")
         return "equal"
 
     def _cut_files(self, valid: Valid, folder: Path, out: Path) -> str:
-        if refused(lambda: apply_to_checkpoint(valid.plan, folder, out)):
+        if refuses(lambda: apply_to_checkpoint(valid.plan, folder, out)):
             if out.exists():
                 raise Broken("untidy: refused, but wrote to the folder")
             return "refused"
-        if name := differing(state_of(load(out, valid.model)), valid.state):
+        if name := first_difference(state_of(load(out, valid.model)), valid.state):
             raise Broken(f"changed: cut with a changed index, other {name!r}")
         return "equal"
 

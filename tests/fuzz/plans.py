@@ -18,7 +18,7 @@ from idap.surgery.apply import apply_plan
 from idap.surgery.stand_ins import trial_map
 from tests import nets
 from tests.fuzz import structural
-from tests.fuzz.cases import Broken, Trial, copied, differing, refused, same, state_of
+from tests.fuzz.cases import Broken, Trial, copy_of, first_difference, refuses, same, state_of
 from tests.saving.test_checkpoint import IDS, outputs, transformer
 from tests.saving.test_hostile import build as encoder
 from tests.saving.test_stream import write_checkpoint
@@ -92,7 +92,7 @@ class Plans:
         return Trial(f"{valid.name}: {about}", actions)
 
     def _write(self, valid: Valid, dice: random.Random, file: Path) -> str:
-        data, told = copied(valid.data), []
+        data, told = copy_of(valid.data), []
         others = [other["plan"] for other in self.descriptions if other is not valid.data]
         whole = dice.random() < 0.05
         part = data if whole else data["plan"]
@@ -120,31 +120,31 @@ class Plans:
         try:
             small = apply_plan(valid.model, plan)
         finally:
-            if name := differing(valid.model.state_dict(), valid.before):
+            if name := first_difference(valid.model.state_dict(), valid.before):
                 raise Broken(f"changed: the original's tensor {name!r}")
         if plan != valid.plan:
             return "changed"
-        if not plan.projections and differing(state_of(small), valid.state):
+        if not plan.projections and first_difference(state_of(small), valid.state):
             raise Broken("changed: an equal plan gives other tensors")
         return "equal"
 
     def _load(self, valid: Valid, folder: Path) -> str:
         small = load(folder, valid.model)
-        name = differing(state_of(small), valid.state)
+        name = first_difference(state_of(small), valid.state)
         if name or not same(valid.run(small), valid.outputs):
             raise Broken(f"changed: loaded beside a changed plan, other {name or 'outputs'}")
         return "equal"
 
     def _cut_files(self, valid: Valid, folder: Path, out: Path) -> str:
-        if refused(lambda: apply_to_checkpoint(folder / "plan.json", valid.original, out)):
+        if refuses(lambda: apply_to_checkpoint(folder / "plan.json", valid.original, out)):
             if out.exists():
                 raise Broken("untidy: refused, but wrote to the folder")
             return "refused"
         plan = read_plan(folder)
-        if refused(lambda: apply_plan(valid.model, plan)) or refused(lambda: load(out, valid.model)):
+        if refuses(lambda: apply_plan(valid.model, plan)) or refuses(lambda: load(out, valid.model)):
             return "accepted"  # it has no model, which has more to say
         found, expected = state_of(load(out, valid.model)), state_of(apply_plan(valid.model, plan))
-        if name := differing(found, expected):
+        if name := first_difference(found, expected):
             raise Broken(f"changed: files and model are cut differently, tensor {name!r}")
         return "equal" if plan == valid.plan else "changed"
 
@@ -156,7 +156,7 @@ class Plans:
         except Exception:
             return "raised"
         finally:
-            if name := differing(valid.model.state_dict(), valid.before):
+            if name := first_difference(valid.model.state_dict(), valid.before):
                 raise Broken(f"changed: the original's tensor {name!r}")
         return "ran"
 

@@ -124,19 +124,19 @@ def _batch(kind: str, numbers: range, seed: int) -> Iterator[Callable[[Report], 
                 about, number, ended = ended["about"] if ended else "", line["end"], None
                 failures = [Failure(kind, number, name, what, about) for name, what in line["failures"]]
                 first = number + 1
-                yield _noted(kind, line["outcomes"], failures)
+                yield _note(kind, line["outcomes"], failures)
             elif "died" in line:
                 if ended is None:
                     raise RuntimeError(f"the worker for {kind} {first} to {numbers.stop} failed: {line['died']}")
                 number = ended["begin"]
                 first = number + 1
                 failure = Failure(kind, number, "case", line["died"], ended["about"])
-                yield _noted(kind, {"failed": 1}, [failure])
+                yield _note(kind, {"failed": 1}, [failure])
         if ended is None and first < numbers.stop:
             raise RuntimeError(f"the worker for {kind} {first} to {numbers.stop} stopped early")
 
 
-def _noted(kind: str, outcomes: dict[str, int], failures: list[Failure]) -> Callable[[Report], None]:
+def _note(kind: str, outcomes: dict[str, int], failures: list[Failure]) -> Callable[[Report], None]:
     def note(report: Report) -> None:
         report.add(kind, outcomes)
         report.fail(failures)
@@ -158,7 +158,7 @@ def _worker(kind: str, numbers: range, seed: int, *extra: str) -> Iterator[dict[
         lines: queue.Queue[str | None] = queue.Queue()
         reader = threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True)
         reader.start()
-        yield from _heard(process, lines, errors)
+        yield from _messages(process, lines, errors)
     finally:
         process.kill()
         process.wait()
@@ -167,7 +167,7 @@ def _worker(kind: str, numbers: range, seed: int, *extra: str) -> Iterator[dict[
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _heard(process: Any, lines: "queue.Queue[str | None]", errors: Path) -> Iterator[dict[str, Any]]:
+def _messages(process: Any, lines: "queue.Queue[str | None]", errors: Path) -> Iterator[dict[str, Any]]:
     done, silent, spent = False, 0, 0.0
     while True:
         try:

@@ -18,9 +18,9 @@ from torch.overrides import get_overridable_functions, resolve_name
 from idap.errors import PlanError
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan
-from tests.fuzz.cases import Broken, Trial, differing, state_of
+from tests.fuzz.cases import Broken, Trial, first_difference, state_of
 from tests.fuzz.grammar import KEYS, Grammar, tensors
-from tests.fuzz.structural import HARM, json_text, mutate, shown
+from tests.fuzz.structural import HARM, abbreviate, json_text, mutate
 
 SPACES = {
     "torch": torch,
@@ -77,7 +77,7 @@ def program(steps: list[Any], output: Any) -> list[Any]:
 
 
 def plan_of(code: Any, shapes: dict[str, tuple[int, ...]]) -> Plan:
-    """A plan that does nothing but give the network new code."""
+    """A plan that does nothing but rewrite the code of the network."""
     empty = {name: {} for name in ("keep", "tensors", "attributes", "replaced", "called", "aliases", "projections")}
     lists = {"removed": [], "unsaved": []}
     listed = {name: list(shape) for name, shape in shapes.items()}
@@ -123,14 +123,14 @@ class Programs:
         text = json_text(code)
         (folder / "program.json").write_text(text, encoding="utf-8", errors="surrogatepass")
         actions = {"apply": partial(self._apply, text), "forward": partial(self._forward, text)}
-        return Trial(f"{shown(_short(code), 600)} {told}", actions)
+        return Trial(f"{abbreviate(_short(code), 600)} {told}", actions)
 
     def _name(self, dice: random.Random, first: str | None) -> str:
         if first is not None:
             return first
         return dice.choice(self.accepted if dice.random() < 0.85 else self.names)
 
-    def _applied(self, text: str) -> nn.Module:
+    def _apply_to_copy(self, text: str) -> nn.Module:
         import json
 
         try:
@@ -140,12 +140,12 @@ class Programs:
         return apply_plan(self.net, plan_of(code, self.shapes))
 
     def _apply(self, text: str) -> str:
-        self._applied(text)
+        self._apply_to_copy(text)
         return "accepted"
 
     def _forward(self, text: str) -> str:
         """A program may fail as any network may; it may not end or change the process, or what is not its own."""
-        net = self._applied(text)
+        net = self._apply_to_copy(text)
         guard, inputs = torch.arange(4096.0), torch.arange(48.0).reshape(2, 3, 8) / 7
         untouched = guard.clone()
         try:
@@ -157,7 +157,7 @@ class Programs:
         finally:
             if not torch.equal(guard, untouched):
                 raise Broken("crash: memory of another tensor changed")
-            if name := differing(self.net.state_dict(), self.before):
+            if name := first_difference(self.net.state_dict(), self.before):
                 raise Broken(f"changed: the original's tensor {name!r}")
         return "ran"
 

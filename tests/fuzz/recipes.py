@@ -14,7 +14,7 @@ from idap.recipes.new import Answers, compose_recipe
 from idap.recipes.recipe import make_recipe, read_recipe
 from idap.recipes.sections import SECTIONS
 from tests.fuzz import structural
-from tests.fuzz.cases import Broken, Trial, command, copied
+from tests.fuzz.cases import Broken, Trial, command, copy_of
 
 VALUES = (
     *(
@@ -57,7 +57,7 @@ class Recipes:
             )
             told.append(f"{name}: {did}")
         else:
-            table = copied(dice.choice(self.tables)) if way < 0.6 else draw_table(dice)
+            table = copy_of(dice.choice(self.tables)) if way < 0.6 else draw_table(dice)
             told.append("shipped" if way < 0.6 else "drawn")
             for _ in range(dice.choice((0, 1, 1, 2))):
                 table, did = structural.mutate(table, dice, self.tables)
@@ -69,11 +69,11 @@ class Recipes:
         if dice.random() < 0.03:
             told.append(structural.mutate_place(file, dice, folder.parent / "outside", pipes=False))
         overrides = [draw_override(dice) for _ in range(dice.choice((0, 0, 1, 2)))]
-        told += [f"--set {structural.shown(each)}" for each in overrides]
-        shown = structural.shown(content.decode("utf-8", "replace"), 300) if told[0] == "drawn" else ""
+        told += [f"--set {structural.abbreviate(each)}" for each in overrides]
+        shown = structural.abbreviate(content.decode("utf-8", "replace"), 300) if told[0] == "drawn" else ""
         actions: dict[str, Callable[[], str]] = {
             "read": partial(_read, file, overrides),
-            "parsed": partial(_parsed, content),
+            "parsed": partial(_parse, content),
             "new": partial(_new, dice.choice(VALUES), dice.choice(VALUES), dice.choice(VALUES), file),
         }
         if dice.random() < 0.05:
@@ -101,7 +101,7 @@ def _use(recipe: Any) -> None:
         json.dumps(recipe.table(), default=str)
 
 
-def _parsed(content: bytes) -> str:
+def _parse(content: bytes) -> str:
     """The same as it comes from a run folder, as plain data."""
     try:
         table = tomllib.loads(content.decode("utf-8"))

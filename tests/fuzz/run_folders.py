@@ -18,7 +18,7 @@ from idap.report.page import run_page
 from idap.report.reading import read_run
 from tests.compress.tiny import config, task, train_net
 from tests.fuzz import structural
-from tests.fuzz.cases import CHECKED_RUNS, Broken, Trial, command, differing, state_of
+from tests.fuzz.cases import CHECKED_RUNS, Broken, Trial, command, first_difference, state_of
 from tests.report.runs import write_run
 
 SETTINGS = {"max_drop": 0.03, "macs": 0.4}
@@ -135,7 +135,7 @@ class Runs:
     def _resume(self, run: Path) -> str:
         result = self._resumed(run)
         same = result.plan == self.undisturbed.plan and result.metric == self.undisturbed.metric
-        if same and not differing(state_of(result.model), state_of(self.undisturbed.model)):
+        if same and not first_difference(state_of(result.model), state_of(self.undisturbed.model)):
             return "equal"
         if CHECKED_RUNS:
             raise Broken("changed: the folder was changed, and the run went on to another result")

@@ -148,7 +148,7 @@ def mutate(data: Any, dice: random.Random, others: Sequence[Any] = ()) -> tuple[
     return data, f"{where}: {did}"
 
 
-def shown(value: Any, most: int = 80) -> str:
+def abbreviate(value: Any, most: int = 80) -> str:
     """A value for a report."""
     text = ascii(value)
     return text if len(text) <= most else f"{text[: most - 12]}… ({len(text)})"
@@ -156,13 +156,13 @@ def shown(value: Any, most: int = 80) -> str:
 
 def _put(holder: Any, key: Any, value: Any) -> str:
     before, holder[key] = holder[key], value
-    return f"{shown(before, 40)} -> {shown(value)}"
+    return f"{abbreviate(before, 40)} -> {abbreviate(value)}"
 
 
 def _delete(holder: Any, key: Any) -> str:
     before = holder[key]
     del holder[key]
-    return f"deleted {shown(before, 40)}"
+    return f"deleted {abbreviate(before, 40)}"
 
 
 def _splice(source: Any, holder: Any, key: Any, dice: random.Random) -> str:
@@ -175,22 +175,22 @@ def _add(holder: Any, key: Any, dice: random.Random) -> str:
     value = odd_value(dice)
     if isinstance(holder, list):
         holder.insert(key, copy.deepcopy(holder[key]) if dice.random() < 0.5 else value)
-        return f"inserted {shown(holder[key])}"
+        return f"inserted {abbreviate(holder[key])}"
     name = dice.choice((*STRINGS, f"{key}x", f"{key}.0"))
     holder[name] = value
-    return f"added {shown(name, 40)}: {shown(value)}"
+    return f"added {abbreviate(name, 40)}: {abbreviate(value)}"
 
 
 def _swap(holder: Any, key: Any, dice: random.Random) -> str:
     if isinstance(holder, dict) and dice.random() < 0.5:
         name = dice.choice(list(holder))
         holder[f"{name} " if name == key else key], holder[name] = holder[name], holder[key]
-        return f"swapped with {shown(name, 40)}"
+        return f"swapped with {abbreviate(name, 40)}"
     if isinstance(holder, dict):
         pairs = Pairs([*holder.items(), (key, odd_value(dice))])
         holder.clear()
         holder[PAIRS] = pairs
-        return f"key twice, then {shown(pairs[-1][1])}"
+        return f"key twice, then {abbreviate(pairs[-1][1])}"
     other = dice.randrange(len(holder))
     holder[key], holder[other] = holder[other], holder[key]
     return f"swapped with item {other}"

@@ -76,14 +76,14 @@ class Watch:
             return
         self._home = None  # what the check itself does is not heard
         try:
-            told = self._judged(event, args, home)
+            told = self._judge(event, args, home)
         finally:
             self._home = home
         if told:
             self.found.append(told)
             raise Stopped(told)
 
-    def _judged(self, event: str, args: tuple[Any, ...], home: str) -> str:
+    def _judge(self, event: str, args: tuple[Any, ...], home: str) -> str:
         if event.startswith(_FORBIDDEN) and event not in _HARMLESS:
             return f"executed: {event} {args!r:.120}"
         if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
@@ -99,7 +99,7 @@ class Watch:
                 if not _inside(path, home):
                     return f"written: {event} {path}"
         if event == "compile":
-            return _judged_source(args[0], args[1])
+            return _judge_source(args[0], args[1])
         if event == "exec":
             name = getattr(args[0], "co_filename", "")
             return f"executed: code of {name}" if CANARY in name or _inside(str(name), home) else ""
@@ -120,7 +120,7 @@ def _inside(path: str, home: str) -> bool:
     return path.startswith(f"{home}/") or path == home or path.startswith(("/dev/null", "/proc/"))
 
 
-def _judged_source(source: Any, filename: Any) -> str:
+def _judge_source(source: Any, filename: Any) -> str:
     text = source.decode("utf-8", "replace") if isinstance(source, bytes) else str(source or "")
     if CANARY in text and not str(filename).startswith("<rewritten"):
         return f"executed: compiles {text[:120]!r}"

@@ -20,7 +20,7 @@ from idap.saving.checksums import HEADER, TENSORS
 from idap.saving.stream import apply_to_checkpoint
 from idap.saving.tensors import CODES
 from tests.fuzz import structural
-from tests.fuzz.cases import Broken, Trial, copied, differing, refused, state_of
+from tests.fuzz.cases import Broken, Trial, copy_of, first_difference, refuses, state_of
 from tests.fuzz.plans import Valid
 
 WEIGHTS = "model.safetensors"
@@ -90,40 +90,40 @@ class Weights:
         return Trial(f"{valid.name}, {name}: {about}", {"torch": partial(self._checkpoint, valid, file, about, name)})
 
     def _load(self, valid: Valid, folder: Path) -> str:
-        return _judged(state_of(load(folder, valid.model)), valid.state, folder / WEIGHTS)
+        return _judge(state_of(load(folder, valid.model)), valid.state, folder / WEIGHTS)
 
     def _cut_files(self, valid: Valid, file: Path, out: Path) -> str:
-        if refused(lambda: apply_to_checkpoint(valid.plan, file, out)):
+        if refuses(lambda: apply_to_checkpoint(valid.plan, file, out)):
             if out.exists():
                 raise Broken("untidy: refused, but wrote to the folder")
             return "refused"
         found = state_of(load(out, valid.model))
-        return "changed" if differing(found, valid.state) else "equal"
+        return "changed" if first_difference(found, valid.state) else "equal"
 
     def _weights(self, valid: Valid, file: Path) -> str:
         made = fresh(valid)
         before = state_of(made)
-        if refused(lambda: load_weights(made, file)):
-            if name := differing(made.state_dict(), before):
+        if refuses(lambda: load_weights(made, file)):
+            if name := first_difference(made.state_dict(), before):
                 raise Broken(f"changed: refused, but tensor {name!r} is another")
             return "refused"
-        return _judged(state_of(made), valid.before, file)
+        return _judge(state_of(made), valid.before, file)
 
     def _checkpoint(self, valid: Valid, file: Path, about: str, name: str) -> str:
         made = fresh(valid)
         before = state_of(made)
-        if refused(lambda: load_weights(made, file)):
+        if refuses(lambda: load_weights(made, file)):
             if about == "as it is" and name != "odd":
                 raise Broken("refused: a checkpoint that is whole")
-            if changed := differing(made.state_dict(), before):
+            if changed := first_difference(made.state_dict(), before):
                 raise Broken(f"changed: refused, but tensor {changed!r} is another")
             return "refused"
-        return "changed" if differing(state_of(made), valid.before) else "equal"
+        return "changed" if first_difference(state_of(made), valid.before) else "equal"
 
 
 def fresh(valid: Valid) -> nn.Module:
     """A model of the same architecture with other numbers."""
-    made = copied(valid.model)
+    made = copy_of(valid.model)
     with torch.no_grad():
         for tensor in made.state_dict().values():
             tensor.zero_()
@@ -135,16 +135,16 @@ def _notes(file: Path) -> str:
     return "accepted"
 
 
-def _judged(found: dict[str, Tensor], expected: dict[str, Tensor], file: Path) -> str:
+def _judge(found: dict[str, Tensor], expected: dict[str, Tensor], file: Path) -> str:
     """What was loaded must be what was saved, or, from a file without checksums, at least what the file says."""
-    name = differing(found, expected)
+    name = first_difference(found, expected)
     if not name:
         return "equal"
     content = file.read_bytes()
     if TENSORS.encode() in content or HEADER.encode() in content:
         raise Broken(f"changed: the file has checksums and was changed, and tensor {name!r} loaded")
     told = read_plainly(content)
-    if told is not None and name in told and (wrong := differing({name: found[name]}, {name: told[name]})):
+    if told is not None and name in told and (wrong := first_difference({name: found[name]}, {name: told[name]})):
         raise Broken(f"changed: tensor {wrong!r} is not what the file says")
     return "changed"
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from idap.errors import IdapError
-from tests.fuzz.cases import KINDS, SELF, Broken, Trial, dice_of, kind_of, told
+from tests.fuzz.cases import KINDS, SELF, Broken, Trial, describe_error, dice_of, kind_of
 from tests.fuzz.watch import GROWTH, Watch, bound_memory, bound_time, peak, reset_peak
 
 
@@ -86,7 +86,7 @@ def attempt(action: Callable[[], str], folder: Path, watch: Watch) -> tuple[str,
     except Broken as error:
         outcome, failures = "failed", [str(error)]
     except BaseException as error:
-        outcome, failures = "failed", [] if watch.found else [f"raw: {told(error)}"]
+        outcome, failures = "failed", [] if watch.found else [f"raw: {describe_error(error)}"]
     return outcome, [*failures, *watch.found]
 
 

@@ -89,7 +89,7 @@ def test_nothing_to_prune_says_what_stands_in_the_way() -> None:
 
 
 class Noisy(nn.Module):
-    """Code that counts its channels by a number, and can't be written anew."""
+    """Code that counts its channels by a number, and can't be rewritten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,12 +102,12 @@ class Noisy(nn.Module):
         return split.reshape(x.shape[0], 6)
 
 
-def test_why_code_cant_be_written_anew_is_said_first() -> None:
+def test_the_reason_why_code_cant_be_rewritten_comes_first() -> None:
     model = nn.Sequential(Noisy(), nn.Linear(6, 2))
     held = (
         r"\n  0\.first\.weight, dimension 0 and 1 more: size\[1\] of aten\.view\.default "
         r"in module '0' \([^\n]*\) is always 2:"
-        r" no attribute of a module and no shape tells it; the code can't be written anew: "
+        r" it comes from no attribute of a module and from no shape; the code can't be rewritten: "
         r"it does something else in training, which a rewritten forward would not\n"
     )
     with pytest.raises(StructureError, match=rf"nothing can be pruned: [^\n]*{held}"):

@@ -157,7 +157,7 @@ def test_what_takes_too_much_is_refused_before_it_takes_it(written: Any, name: s
 )
 def test_numbers_that_no_size_reaches_are_refused(written: Any, calculation: list[Any]) -> None:
     small = with_step(written, ["torch.Tensor.narrow", [X, 0, 0, ["calc", *calculation]], []])
-    with pytest.raises(RewrittenModuleError, match="the new code of a module"):
+    with pytest.raises(RewrittenModuleError, match="the rewritten code of a module"):
         small(torch.ones(2, 4))
 
 

@@ -1,4 +1,4 @@
-"""Code that calls dropout only in training, as torch's attention does where it returns its weights, is written anew."""
+"""Code that calls dropout only in training, as torch's attention does where it returns its weights, is rewritten."""
 
 import copy
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Attentive(nn.Module):
         return self.head(x + found) + (weights.sum(1).mean(-1)[:, None, None] if self.weights else 0)
 
 
-def built(*given: Tensor, **settings: Any) -> tuple[nn.Module, Structure]:
+def model_and_structure(*given: Tensor, **settings: Any) -> tuple[nn.Module, Structure]:
     model = randomised(Attentive(**settings).eval())
     return model, analyze(trace(model, given or (sequence(4),)))
 
@@ -59,7 +59,7 @@ def narrower(model: nn.Module) -> nn.Module:
 
 
 def test_it_is_cut_and_equals_the_masked_original() -> None:
-    model, structure = built()
+    model, structure = model_and_structure()
     assert {group.name: group.size for group in structure.groups} == {"embed": 8, "attn:heads": 4, "attn:head-width": 2}
     plan = structure.plan({"attn:heads": [0, 3]})
     small = apply_plan(model, plan)
@@ -70,7 +70,7 @@ def test_it_is_cut_and_equals_the_masked_original() -> None:
 
 
 def test_dropout_is_active_in_training_and_right_on_average() -> None:
-    model, structure = built()
+    model, structure = model_and_structure()
     small = apply_plan(model, structure.plan({"attn:heads": [0, 3]}))
     expected = small(sequence(4))
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_dropout_is_active_in_training_and_right_on_average() -> None:
 def test_the_same_is_dropped_as_in_the_original(weights: bool, mask: Tensor | None) -> None:
     """With one seed the same weights go, where the cut leaves as many; those that are returned are dropped, too."""
     given = (sequence(4),) if mask is None else (sequence(4), mask)
-    model, structure = built(*given, dropout=0.4, weights=weights)
+    model, structure = model_and_structure(*given, dropout=0.4, weights=weights)
     small, masked = apply_plan(model, structure.plan({"attn:head-width": [1]})).train(), narrower(model).train()
     for seed in range(3):
         torch.manual_seed(seed)
@@ -98,7 +98,7 @@ def test_the_same_is_dropped_as_in_the_original(weights: bool, mask: Tensor | No
 
 
 def test_copies_and_files_drop_as_well(tmp_path: Path) -> None:
-    model, structure = built(dropout=0.5)
+    model, structure = model_and_structure(dropout=0.5)
     plan = structure.plan({"attn:heads": [1, 2]})
     small = apply_plan(model, Plan.from_json(plan.to_json()))
     idap.save(tmp_path / "small", small, plan)
@@ -165,7 +165,7 @@ class Doubled(TorchFunctionMode):
         return given["input"] * (1 + given["p"]) if active else given["input"]
 
 
-def masked_by(model: nn.Module, plan: Plan) -> nn.Module:
+def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """The original with zeros where the plan cuts."""
     made = copy.deepcopy(model)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_only_what_reads_it_is_dropped(name: str) -> None:
     model, x = randomised(Around(DROPS[name]).eval()), sequence(4)
     structure = analyze(trace(model, (x,)))
     plan = structure.plan({group.name: range(group.size - 1) for group in structure.groups})
-    small, masked = apply_plan(model, plan), masked_by(model, plan)
+    small, masked = apply_plan(model, plan), mask(model, plan)
     assert "part" in plan.programs
     assert verify(structure, model, small, plan, ((x,), {})).error <= 1e-5
     for given in (x, sequence(4, 7, 3)):

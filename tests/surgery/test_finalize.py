@@ -98,7 +98,7 @@ class TiedWeights(Twice):
         return self.norm(self.conv(x)) + self.conv.weight.sum()
 
 
-def hooked():
+def model_with_hook():
     model = build(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     model[1].register_forward_hook(lambda module, args, output: output * 2)
     return model
@@ -111,7 +111,7 @@ def hooked():
         (ReadTwice(), images(), {"norm": "the output of 'conv' is read elsewhere too"}),
         (Looks(), images(), {"norm": "is shared, has hooks"}),
         (TiedWeights(), images(), {"norm": "its tensors are used elsewhere"}),
-        (hooked(), images(), {"1": "has hooks"}),
+        (model_with_hook(), images(), {"1": "has hooks"}),
         (build(nn.ReLU(), nn.BatchNorm2d(3)), images(), {"1": "no convolution or linear layer comes before it"}),
         (build(weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)), images(), {"1": "its tensors are used elsewhere"}),
         (build(nn.ConvTranspose2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)), images(4), {"1": "transposed"}),

@@ -103,7 +103,7 @@ def test_no_size_becomes_zero(name: str, value: int) -> None:
 
 
 class Bags(nn.Module):
-    """Its view has a literal width, so a cut needs new code, which would have to call the table or the images."""
+    """Its view has a literal width, so a cut needs rewritten code, which would have to call the table or the images."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -118,12 +118,16 @@ class Bags(nn.Module):
 
 def test_modules_that_read_memory_by_their_inputs_are_not_called_by_new_code() -> None:
     """At tracing, the group stays whole and the reason is told; at loading, it is an error."""
-    with pytest.raises(StructureError, match=r"calls part.inner, which new code may not: its kernel reads its tables"):
+    with pytest.raises(
+        StructureError, match=r"calls part.inner, which rewritten code may not call: its kernel reads its tables"
+    ):
         analyze(trace(Bags(nn.EmbeddingBag(5, 1)).eval(), (torch.ones(2, 4),)))
     free = Bags(nn.Embedding(5, 1)).eval()
     plan = analyze(trace(free, (torch.ones(2, 4),))).plan({"write": [0]})
     apply_plan(free, plan)
-    with pytest.raises(PlanError, match=r"calls 'part.inner', with a EmbeddingBag in it, and may not: its kernel"):
+    with pytest.raises(
+        PlanError, match=r"calls 'part.inner', which contains a EmbeddingBag that .* may not call: its kernel"
+    ):
         apply_plan(Bags(nn.EmbeddingBag(5, 1)), plan)
 
 
@@ -239,7 +243,7 @@ def test_a_group_norm_of_two_types_is_refused(nested: Any) -> None:
     small = apply_plan(model, with_steps(data, "inner.inner", ones, norm)).inner.inner
     small(torch.ones(2, 4))
     with pytest.raises(
-        RewrittenModuleError, match=r"takes tensors of one type, found torch.bfloat16 and torch.float32"
+        RewrittenModuleError, match=r"takes tensors of one type only, found torch.bfloat16 and torch.float32"
     ):
         small(torch.ones(2, 4, dtype=torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -32,7 +32,7 @@ def groups_of(net):
     return [{"params": others}, {"params": heads, "weight_decay": 0.0, "lr": 0.002}]
 
 
-def stepped(make, net):
+def train_briefly(make, net):
     optimizer = make(groups_of(net))
     for samples, labels in batches(96, 1):
         optimizer.zero_grad()
@@ -48,7 +48,7 @@ def cut(net):
     return apply_plan(net, plan), plan
 
 
-def kept_of(tensor, name, plan):
+def cut_as_planned(tensor, name, plan):
     for dim, slots in plan.tensors.get(name, {}).items():
         if tensor.shape[dim] > 1:
             tensor = tensor.index_select(dim, torch.tensor(slots))
@@ -58,7 +58,7 @@ def kept_of(tensor, name, plan):
 @pytest.mark.parametrize("name", MAKERS)
 def test_state_is_cut_as_the_parameter_is(name):
     net = Net()
-    old = stepped(MAKERS[name], net)
+    old = train_briefly(MAKERS[name], net)
     before = copy.deepcopy(old.state_dict())
     small, plan = cut(net)
     new = slice_optimizer(old, net, small, plan)
@@ -74,7 +74,7 @@ def test_state_is_cut_as_the_parameter_is(name):
         held = old.state[named[path]]
         assert list(new.state[parameter]) == list(held)
         for key, value in held.items():
-            expected = kept_of(value, path, plan) if isinstance(value, torch.Tensor) and value.ndim else value
+            expected = cut_as_planned(value, path, plan) if isinstance(value, torch.Tensor) and value.ndim else value
             assert_close(new.state[parameter][key], expected, rtol=0, atol=0)
     assert_close(old.state_dict(), before, rtol=0, atol=0)
 
@@ -83,23 +83,23 @@ def test_state_is_cut_as_the_parameter_is(name):
 def test_it_steps_as_the_old_one_would(name):
     """Element-wise optimisers move what is left as they would have moved it in the whole model."""
     net = Net()
-    old = stepped(MAKERS[name], net)
+    old = train_briefly(MAKERS[name], net)
     small, plan = cut(net)
     new = slice_optimizer(old, net, small, plan)
     for path, parameter in net.named_parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(path)))
     for path, parameter in small.named_parameters():
-        parameter.grad = kept_of(dict(net.named_parameters())[path].grad, path, plan)
+        parameter.grad = cut_as_planned(dict(net.named_parameters())[path].grad, path, plan)
     old.step()
     new.step()
     large = dict(net.named_parameters())
     for path, parameter in small.named_parameters():
-        assert_close(parameter, kept_of(large[path], path, plan))
+        assert_close(parameter, cut_as_planned(large[path], path, plan))
 
 
 def test_schedulers_and_hooks_stay_with_the_old_one():
     net = Net()
-    old = stepped(MAKERS["sgd"], net)
+    old = train_briefly(MAKERS["sgd"], net)
     calls = []
     old.register_step_pre_hook(lambda *_: calls.append(1))
     torch.optim.lr_scheduler.StepLR(old, 1)
@@ -113,7 +113,7 @@ def test_tied_parameters_stay_one():
     net = Net()
     net.blocks[1].fc1.weight = net.blocks[2].fc1.weight
     small, plan = cut(net)
-    new = slice_optimizer(stepped(MAKERS["sgd"], net), net, small, plan)
+    new = slice_optimizer(train_briefly(MAKERS["sgd"], net), net, small, plan)
     listed = [id(parameter) for group in new.param_groups for parameter in group["params"]]
     assert id(small.blocks[2].fc1.weight) in listed
     assert len(listed) == len(set(listed))
@@ -124,7 +124,7 @@ def test_what_can_not_be_cut_is_refused():
     small, plan = cut(net)
     with pytest.raises(PlanError, match=r"^LBFGS keeps tensors in its attribute '_params', which can't be cut"):
         slice_optimizer(torch.optim.LBFGS(net.parameters()), net, small, plan)
-    strange = stepped(MAKERS["sgd"], net)
+    strange = train_briefly(MAKERS["sgd"], net)
     strange.state[net.stem.weight]["sketch"] = torch.zeros(5)
     with pytest.raises(PlanError, match=r"SGD keeps 'sketch' of shape \(5,\) for 'stem.weight', which has shape"):
         slice_optimizer(strange, net, small, plan)
@@ -132,7 +132,7 @@ def test_what_can_not_be_cut_is_refused():
     with pytest.raises(PlanError, match="SGD keeps a collection of tensors, 'sketch'"):
         slice_optimizer(strange, net, small, plan)
     with pytest.raises(PlanError, match=r"group 0 of the SGD holds a parameter of shape \(12, 6\) that Net does not"):
-        slice_optimizer(stepped(MAKERS["sgd"], Net()), net, small, plan)
+        slice_optimizer(train_briefly(MAKERS["sgd"], Net()), net, small, plan)
     with pytest.raises(PlanError, match=r"parameter 'stem\.weight' of the cut model has shape \(12, 6\), the plan"):
         slice_optimizer(MAKERS["sgd"](groups_of(net)), net, copy.deepcopy(net), plan)
 
@@ -145,7 +145,7 @@ class TestCompress:
 
     def test_it_is_used_left_alone_and_gives_the_same_again(self):
         net = train_net()
-        own = stepped(MAKERS["adamw"], net)
+        own = train_briefly(MAKERS["adamw"], net)
         before = copy.deepcopy(own.state_dict())
         first, second = self.run(net, own), self.run(net, own)
         assert_close(own.state_dict(), before, rtol=0, atol=0)
@@ -159,7 +159,7 @@ class TestCompress:
 
     def test_a_stopped_run_goes_on_to_the_same_result(self, tmp_path):
         net = train_net()
-        own = stepped(MAKERS["sgd"], net)
+        own = train_briefly(MAKERS["sgd"], net)
         whole = self.run(net, own)
         with pytest.raises(KeyboardInterrupt):
             self.run(net, own, run_dir=tmp_path / "run", progress=Noting(fail_at="filters 1: recovery"))
@@ -177,7 +177,7 @@ class TestCompress:
 
 def test_without_a_cut_all_stays():
     net = Net()
-    old = stepped(MAKERS["adam"], net)
+    old = train_briefly(MAKERS["adam"], net)
     twin = copy.deepcopy(net)
     new = slice_optimizer(old, net, twin, Plan())
     assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)

@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
 _built: dict[str, tuple[nn.Module, Structure]] = {}
 
 
-def built(name: str) -> tuple[nn.Module, Structure, tuple[Any, ...]]:
+def case(name: str) -> tuple[nn.Module, Structure, tuple[Any, ...]]:
     make, args = CASES[name]
     if name not in _built:
         torch.manual_seed(0)
@@ -125,7 +125,7 @@ def maps_for(plan: Plan) -> dict[str, LinearMap]:
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.3, 1.0]))
 def test_a_model_with_projections_equals_the_masked_reference(name: str, seed: int, share: float) -> None:
-    model, structure, args = built(name)
+    model, structure, args = case(name)
     before = copy.deepcopy(model.state_dict())
     plan = random_plan(structure, seed, share=share)
     maps = maps_for(plan)
@@ -143,7 +143,7 @@ def test_a_model_with_projections_equals_the_masked_reference(name: str, seed: i
 @pytest.mark.parametrize("name", CASES)
 def test_a_projection_computes_its_map_of_what_enters_the_block(name: str) -> None:
     """An oracle that knows nothing of graphs: hooks around the block of the original."""
-    model, structure, args = built(name)
+    model, structure, args = case(name)
     for block in structure.blocks:
         if block.projected is None:
             continue
@@ -171,7 +171,7 @@ def stream_around(model: nn.Module, path: str, args: tuple[Any, ...]) -> tuple[T
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", range(4))
 def test_plans_with_projections_compose(name: str, seed: int) -> None:
-    model, structure, args = built(name)
+    model, structure, args = case(name)
     first = random_plan(structure, seed, chance=0.3)
     maps = maps_for(first)
     keep = {
@@ -199,7 +199,7 @@ def test_plans_with_projections_compose(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("densenet", "conv1d")])
 def test_channels_of_a_projection_rolled_by_one_are_caught(name: str) -> None:
     """The negative control, for a new projection and for one that is cut later."""
-    model, structure, args = built(name)
+    model, structure, args = case(name)
     block = next(b for b in structure.blocks if b.projected and structure.layout.groups_in(_dim(structure, b)))
     keep = {
         structure.groups[index].name: range(0, structure.groups[index].size, 2)
@@ -225,7 +225,7 @@ def _dim(structure: Structure, block: Any) -> Any:
 
 
 def test_in_float64_the_difference_is_rounding() -> None:
-    model, structure, (x,) = built("resnet basic")
+    model, structure, (x,) = case("resnet basic")
     plan = random_plan(structure, 3)
     maps, wide = maps_for(plan), copy.deepcopy(model).double()
     small = apply_plan(wide, plan, maps)
@@ -235,7 +235,7 @@ def test_in_float64_the_difference_is_rounding() -> None:
 
 @pytest.mark.parametrize("name", ["resnet basic", "linear"])
 def test_what_is_compressed_again_has_one_plan_for_the_original(name: str) -> None:
-    model, structure, args = built(name)
+    model, structure, args = case(name)
     first = random_plan(structure, 5)
     small = apply_plan(model, first, maps_for(first))
     again = analyze(trace(small, args), replacement="auto")
@@ -285,7 +285,7 @@ def test_a_projection_takes_and_gives_what_the_removed_module_did() -> None:
 
 
 def test_a_part_that_vanishes_with_a_projection_may_be_named_beside_it() -> None:
-    model, structure, args = built("post norm")
+    model, structure, args = case("post norm")
     block = next(block for block in structure.blocks if block.projected is not None and block.contains)
     plan = structure.plan({}, [*block.contains, block.name])
     maps = maps_for(plan)
@@ -293,7 +293,7 @@ def test_a_part_that_vanishes_with_a_projection_may_be_named_beside_it() -> None
 
 
 def test_a_map_of_other_sizes_is_refused_before_anything_is_cut() -> None:
-    model, structure, _ = built("linear")
+    model, structure, _ = case("linear")
     plan = structure.plan({}, ["steps.0"])
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(

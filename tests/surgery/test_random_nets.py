@@ -157,10 +157,10 @@ def check(model: nn.Module, x: Tensor, data: st.DataObject) -> None:
         verify(structure, wide, apply_plan(wide, plan), plan, ((x.double(),), {}), tolerance=1e-9)
         if not proof.crossed and not plan.removed:
             with torch.no_grad():
-                torch.testing.assert_close(small(x), zeroed(model, plan)(x), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(small(x), mask(model, plan)(x), rtol=1e-4, atol=1e-5)
 
 
-def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
+def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """The original module with zeros in the removed slots of its own tensors: an oracle that knows no graph."""
     masked = copy.deepcopy(model)
     tensors = dict([*masked.named_parameters(), *masked.named_buffers()])

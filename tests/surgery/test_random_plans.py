@@ -94,7 +94,7 @@ CASES: dict[str, Case] = {
 _built: dict[str, tuple[nn.Module, Structure]] = {}
 
 
-def built(name: str) -> tuple[nn.Module, Structure, tuple[Any, ...], dict[str, Any]]:
+def case(name: str) -> tuple[nn.Module, Structure, tuple[Any, ...], dict[str, Any]]:
     make, args, kwargs = CASES[name]
     if name not in _built:
         torch.manual_seed(0)
@@ -125,7 +125,7 @@ def outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.3, 1.0]))
 def test_a_cut_module_equals_the_masked_original(name: str, seed: int, share: float) -> None:
-    model, structure, args, kwargs = built(name)
+    model, structure, args, kwargs = case(name)
     before = copy.deepcopy(model.state_dict())
     plan = random_plan(structure, seed, share=share)
     small = apply_plan(model, plan)
@@ -137,7 +137,7 @@ def test_a_cut_module_equals_the_masked_original(name: str, seed: int, share: fl
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_float64_the_difference_is_rounding(name: str) -> None:
-    model, structure, args, kwargs = built(name)
+    model, structure, args, kwargs = case(name)
     doubled = [leaf.double() if leaf.is_floating_point() else leaf for leaf in args]
     plan = random_plan(structure, 3, share=1.0)
     wide_model = copy.deepcopy(model).double()
@@ -149,7 +149,7 @@ def test_in_float64_the_difference_is_rounding(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_eager_original_with_zeroed_weights_agrees_where_no_norm_is_crossed(name: str) -> None:
     """An oracle that knows nothing of graphs: zeros in the original's own weights, run by its own code."""
-    model, structure, args, kwargs = built(name)
+    model, structure, args, kwargs = case(name)
     plan = random_plan(structure, 5, share=0.6, blocks=False)
     small = apply_plan(model, plan)
     if verify(structure, model, small, plan, (args, kwargs)).crossed:
@@ -167,7 +167,7 @@ def test_the_eager_original_with_zeroed_weights_agrees_where_no_norm_is_crossed(
 
 @pytest.mark.parametrize("name", CASES)
 def test_plans_compose(name: str) -> None:
-    model, structure, args, kwargs = built(name)
+    model, structure, args, kwargs = case(name)
     first = random_plan(structure, 7, share=0.7)
     keep = {
         group.name: first.keep.get(group.name, tuple(range(group.size)))[:: 2 if group.index % 2 else 1]
@@ -187,7 +187,7 @@ def test_plans_compose(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_place_does_the_same_and_ties_stay_tied(name: str) -> None:
-    model, structure, args, kwargs = built(name)
+    model, structure, args, kwargs = case(name)
     plan = random_plan(structure, 11, share=1.0)
     small, mutated = apply_plan(model, plan), copy.deepcopy(model)
     assert apply_plan_(mutated, plan) is mutated
@@ -200,7 +200,7 @@ def test_in_place_does_the_same_and_ties_stay_tied(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_block_and_branch_can_go_alone(name: str) -> None:
-    model, structure, args, kwargs = built(name)
+    model, structure, args, kwargs = case(name)
     for block in structure.blocks:
         plan = structure.plan({}, [block.name])
         small = apply_plan(model, plan)
@@ -211,7 +211,7 @@ def test_every_block_and_branch_can_go_alone(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_list_of_slots_rolled_by_one_is_caught(name: str) -> None:
     """The negative control: if this passed, the proof would prove nothing."""
-    model, structure, args, kwargs = built(name)
+    model, structure, args, kwargs = case(name)
     group = max((g for g in structure.groups if g.readers), key=lambda g: g.size)
     plan = structure.plan({group.name: list(range(0, group.size, 2))})
     key, dim = next((name, dim) for name, dim in reversed(group.members) if dim in plan.tensors.get(name, {}))

@@ -1,4 +1,4 @@
-"""Modules whose forward was written anew: they are the modules they were, smaller, and nothing in a file runs."""
+"""Rewritten modules: they behave like the original modules, only smaller, and no text in a file is executed."""
 
 import copy
 import inspect
@@ -41,14 +41,14 @@ class Attentive(nn.Module):
 PADDED = torch.tensor([[False, False, False, True, True], [False] * 5])
 
 
-def built(**settings: Any) -> tuple[nn.Module, Structure]:
+def model_and_structure(**settings: Any) -> tuple[nn.Module, Structure]:
     model = randomised(Attentive(**settings).eval())
     return model, analyze(trace(model, (sequence(4),)))
 
 
 @pytest.fixture(scope="module")
 def attentive() -> tuple[nn.Module, Structure]:
-    return built()
+    return model_and_structure()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_heads_of_torchs_attention_can_go(attentive: tuple[nn.Module, Structure]
     "settings", [{"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 8, "vdim": 8}]
 )
 def test_every_kind_of_it(settings: dict[str, Any]) -> None:
-    model, structure = built(**settings)
+    model, structure = model_and_structure(**settings)
     assert {group.kind for group in structure.groups} == {"neurons", "heads", "head width"}
     plan = structure.plan({group.name: range(0, group.size, 2) for group in structure.groups})
     small = apply_plan(model, plan)
@@ -133,18 +133,26 @@ def test_it_can_be_trained(small: nn.Module) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def pickled(model: nn.Module) -> nn.Module:
+def pickle_and_load(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
-def saved(model: nn.Module) -> nn.Module:
+def save_and_load(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, pickled, saved, lambda model: pickled(copy.deepcopy(pickled(model)))])
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.deepcopy,
+        pickle_and_load,
+        save_and_load,
+        lambda model: pickle_and_load(copy.deepcopy(pickle_and_load(model))),
+    ],
+)
 def test_copies_are_the_same_and_their_own(small: nn.Module, again: Callable[[nn.Module], nn.Module]) -> None:
     x, copied = sequence(4, 7, 3), again(small)
     expected = small(x)
@@ -283,7 +291,7 @@ def test_dropout_follows_the_training_mode(way: str) -> None:
 
 
 def test_dropout_of_torchs_attention_follows_the_training_mode() -> None:
-    model, structure = built(dropout=0.5)
+    model, structure = model_and_structure(dropout=0.5)
     assert not torch.equal(model.train()(sequence(4)), model(sequence(4)))
     model.eval()
     small = apply_plan(model, structure.plan({"attn:heads": [0, 3]}))
@@ -305,7 +313,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def fused(model: nn.Module, *args: Any, **kwargs: Any) -> set[str]:
+def fused_calls(model: nn.Module, *args: Any, **kwargs: Any) -> set[str]:
     with torch.no_grad(), Operators() as operators:
         model(*args, **kwargs)
     return {name for name in operators.seen if "transformer_encoder_layer" in name or "native_multi_head" in name}
@@ -319,14 +327,14 @@ def test_the_fused_kernel_of_an_encoder_layer_is_not_taken() -> None:
     """It would read the attention's weights without calling it, with the number of heads that it had."""
     model = randomised(nn.Sequential(nn.Linear(4, 8), encoder_layer(), nn.Linear(8, 3)).eval())
     structure = analyze(trace(model, (sequence(4),)))
-    assert fused(model, sequence(4))  # the original takes it
+    assert fused_calls(model, sequence(4))  # the original takes it
     for keep in ({"1.self_attn:heads": [0, 2]}, {"1.self_attn:head-width": [1]}, {"0": [0, 1, 4, 6]}):
         plan = structure.plan(keep)
         small = apply_plan(model, plan)
         assert "1.self_attn" in plan.programs
         assert verify(structure, model, small, plan, ((sequence(4),), {})).error <= 1e-5
-        assert not fused(small, sequence(4))
-        assert not fused(pickled(small), sequence(4))
+        assert not fused_calls(small, sequence(4))
+        assert not fused_calls(pickle_and_load(small), sequence(4))
         with torch.no_grad():
             quick = small(sequence(4, 7, 3))
         torch.testing.assert_close(quick, small(sequence(4, 7, 3)).detach(), rtol=1e-4, atol=1e-5)
@@ -350,7 +358,7 @@ def test_an_encoder_with_padding_makes_no_nested_tensors() -> None:
     with torch.no_grad():
         found = small(sequence(4), PADDED)
     torch.testing.assert_close(found[~PADDED], expected[~PADDED], rtol=1e-4, atol=1e-5)
-    assert not fused(small, sequence(4), PADDED)
+    assert not fused_calls(small, sequence(4), PADDED)
 
 
 # ------------------------------------------------------------------------------------------------------- hostile plans
@@ -379,7 +387,7 @@ def plain() -> tuple[nn.Module, dict[str, Any]]:
     return model, data
 
 
-def poisoned(data: dict[str, Any], *place: Any, value: Any) -> Plan:
+def poison(data: dict[str, Any], *place: Any, value: Any) -> Plan:
     data = copy.deepcopy(data)
     *path, last = place
     found = data["programs"][""][0]
@@ -431,14 +439,14 @@ def test_a_hostile_plan_is_refused_and_nothing_runs(
     monkeypatch.setattr("os.system", lambda *given: ran.append(given))
     monkeypatch.setattr("torch.load", lambda *given: ran.append(given))
     with pytest.raises(PlanError, match=message or None):
-        apply_plan(plain[0], poisoned(plain[1], *place, value=value))
+        apply_plan(plain[0], poison(plain[1], *place, value=value))
     assert not ran
 
 
 def test_a_hostile_plan_leaves_a_model_in_place_untouched(plain: tuple[nn.Module, dict[str, Any]]) -> None:
     model = copy.deepcopy(plain[0])
     with pytest.raises(PlanError, match=r"calls 'torch.load'"):
-        apply_plan_(model, poisoned(plain[1], "steps", VIEW, 0, value="torch.load"))
+        apply_plan_(model, poison(plain[1], "steps", VIEW, 0, value="torch.load"))
     assert type(model) is Plain and model.write.weight.shape == (12, 4)
 
 

@@ -88,7 +88,7 @@ class Returns(nn.Module):
         }[self.how]
 
 
-def returning(how: str, small_how: str) -> tuple[Structure, nn.Module, nn.Module, Plan]:
+def cut_pair(how: str, small_how: str) -> tuple[Structure, nn.Module, nn.Module, Plan]:
     model = randomised(Returns(how).eval())
     structure = analyze(trace(model, (sequence(4),)))
     plan = structure.plan({"one": [0, 1, 4]})
@@ -101,18 +101,18 @@ def returning(how: str, small_how: str) -> tuple[Structure, nn.Module, nn.Module
     ("how", "message"),
     [
         ("two", r"returns 2 tensors, the original 1 \(cut: one\)"),
-        ("short", r"output 0 of the pruned model has shape \(1, 5, 3\), that of the masked original \(2, 5, 3\)"),
+        ("short", r"output 0 of the cut model has shape \(1, 5, 3\), that of the masked original \(2, 5, 3\)"),
         ("nan", "differs from the masked original by inf"),
     ],
 )
 def test_outputs_of_another_kind_are_caught(how: str, message: str) -> None:
-    structure, model, small, plan = returning("one", how)
+    structure, model, small, plan = cut_pair("one", how)
     with pytest.raises(VerificationError, match=message):
         verify(structure, model, small, plan, ((sequence(4),), {}))
 
 
 def test_integers_must_be_equal_and_infinities_in_their_places() -> None:
-    structure, model, small, plan = returning("ints", "ints")
+    structure, model, small, plan = cut_pair("ints", "ints")
     assert verify(structure, model, small, plan, ((sequence(4),), {})).error < 1e-5
     with torch.no_grad():
         small.two.bias[0] += 100

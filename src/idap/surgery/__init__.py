@@ -1,1 +1,1 @@
-"""Carry out a plan on a real module, and prove that the result is what was planned."""
+"""Apply a plan to a module, and verify that the cut model computes what was planned."""

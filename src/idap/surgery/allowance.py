@@ -1,8 +1,8 @@
-"""How much the code of a plan may make: a bound on what each call of a rewritten module asks of memory and time.
+"""Bound the memory and the time that each call of a rewritten module may take.
 
-Plans come from strangers, and a program of a few lines could ask for any amount of memory. So where a module is called
-with sizes that it was not called with before, each step is first computed on torch's meta device, which takes no
-memory, and counted: what it makes, what it makes on the way, and how often it multiplies.
+Plans may come from strangers, and a program of a few lines could ask for any amount of memory. So when a module is
+called with new sizes, each step is first computed on torch's meta device, which takes no memory. The elements of its
+results, its temporary elements and its multiplications are counted.
 """
 
 import math
@@ -23,44 +23,47 @@ LEAST = 2**26
 """Elements that all steps of a call may make together, however small the module is."""
 
 TIMES = 1024
-"""They may make so many times the largest tensor at hand, or as many times as the widest dimension has slots."""
+"""They may make this many times the elements of the largest tensor at hand, or, if that is more, as many times as the
+widest dimension has slots."""
 
 LARGE = 2**34
-"""But no more than so many, or than `TIMES_ALL` times all tensors at hand together, where that is more."""
+"""But they may make no more than this, or than `TIMES_ALL` times the elements of all tensors at hand together, if that
+is more."""
 
 TIMES_ALL = 256
+"""See `LARGE`."""
 
 PRODUCTS = 2**12
 """Multiplications and comparisons that may be made for each element that may be made."""
 
 MOST_STEPS = 2**20
-"""Steps that one call may take, with those of the rewritten modules that it calls."""
+"""Steps that one call may take, including those of the rewritten modules that it calls."""
 
 SMALLEST = 512
-"""Elements that a tensor counts for at least: an empty one takes memory too."""
+"""Elements that each tensor counts for at least: even an empty one takes memory."""
 
 LARGEST_SIZE = 2**48
-"""No size that a program computes may be larger."""
+"""The largest size that a program may compute."""
 
 _META = torch.device("meta")
 _BY_CONTENT = ("torch.Tensor.__getitem__", "torch.Tensor.__setitem__")
-"""Functions whose result may depend on the content of a mask."""
+"""Functions whose result may have a shape that depends on the content of a mask."""
 
 Shapes = tuple[tuple[int, ...], ...]
-"""The shapes of the tensors in what a module returned."""
+"""The shapes of the tensors that a module returned."""
 
 _OUTERMOST: ContextVar["Allowance | None"] = ContextVar("outermost", default=None)
-"""The allowance of the rewritten module whose call began first, among those that are running."""
+"""The allowance of the outermost rewritten module among those that are running."""
 
 
 @dataclass
 class Count:
-    """What the steps of a call amount to.
+    """The counted work of the steps of a call.
 
     Attributes:
-        elements: that they make.
-        products: multiplications and comparisons.
-        steps: how many there are.
+        elements: number of elements that the steps make.
+        products: number of multiplications and comparisons.
+        steps: number of steps.
     """
 
     elements: int = 0
@@ -74,17 +77,17 @@ class Count:
         self.steps += other.steps
 
     def since(self, earlier: "Count") -> "Count":
-        """What was added since this count was as an earlier one."""
+        """The difference between this count and an earlier state of it."""
         return Count(self.elements - earlier.elements, self.products - earlier.products, self.steps - earlier.steps)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a call of a rewritten module with certain sizes.
+    """What was counted in an earlier call of a rewritten module with the same sizes.
 
     Attributes:
-        shapes: what the modules that it calls return, in order.
-        count: what all steps amount to, also those of the rewritten modules that it calls.
+        shapes: shapes of what the modules that it calls returned, in the order of the calls.
+        count: the work of all steps, including those of the rewritten modules that it calls.
     """
 
     shapes: tuple[Shapes, ...]
@@ -92,16 +95,16 @@ class Known:
 
 
 class Allowance:
-    """What one call of a rewritten module may still make; rewritten modules within it share what it may.
+    """Counts the work of one call of a rewritten module and bounds it; rewritten modules within it share the bound.
 
     Args:
         module: the rewritten module.
         given: the tensors and whole numbers that it was called with.
-        known: what is known of calls with the same sizes; None if there were none.
+        known: what an earlier call with the same sizes counted; None if there was none.
         steps: how many steps the module takes.
 
     Attributes:
-        fast: whether nothing needs to be counted, as all sizes are those of an earlier call.
+        fast: whether nothing needs to be counted, because all sizes are those of an earlier call.
         by_content: whether a step made a result whose size depends on the content of a mask.
     """
 
@@ -117,8 +120,8 @@ class Allowance:
         self._before = Count()
 
     @contextmanager
-    def scope(self) -> Iterator[None]:
-        """While the module runs: what it makes, and what the rewritten modules within it make, counts as one."""
+    def enter_call(self) -> Iterator[None]:
+        """A context for a run of the module: its work and that of rewritten modules within it are counted together."""
         outermost = _OUTERMOST.get()
         token = None if outermost is not None else _OUTERMOST.set(self)
         self._outer = outermost or self
@@ -135,7 +138,7 @@ class Allowance:
 
     @property
     def known(self) -> Known:
-        """What is known of such calls, once the module ran."""
+        """What this call counted, once the module has run."""
         return Known(tuple(self._shapes), self._outer._count.since(self._before))
 
     @property
@@ -152,7 +155,7 @@ class Allowance:
         return self._total
 
     def hand_on(self, name: str, result: Any) -> Any:
-        """Look at what a module returned, and give it back; other sizes than before must be counted from here on."""
+        """Check the shapes that a module returned, and return its result; if they are new, counting starts here."""
         shapes = tuple(tuple(tensor.shape) for tensor in _tensors(result))
         before = self._known.shapes if self._known else ()
         if self.fast and (len(self._shapes) >= len(before) or before[len(self._shapes)] != shapes):
@@ -163,20 +166,20 @@ class Allowance:
     def call(
         self, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, makes: bool
     ) -> Any:
-        """Call a function, once its result is known to be small enough.
+        """Call a function after a check that its result is small enough.
 
         Args:
-            name: of the function, for messages.
-            function: one that a program may call.
+            name: name of the function, for messages.
+            function: a function that a program may call.
             args: positional arguments.
             kwargs: keyword arguments.
-            makes: whether it makes tensors of numbers alone, on a device that it is told.
+            makes: whether it makes tensors from numbers alone, on a device that it takes as an argument.
 
         Raises:
             RewrittenModuleError: the call would make too much, or can't be computed.
         """
         if all(tensor.layout == torch.strided and not tensor.is_nested for tensor in _tensors((args, kwargs))):
-            # Neither modes that count calls, such as a probe of ours or a counter of FLOPs, nor hooks hear of this.
+            # Modes that count calls, such as idap's probes or a counter of FLOPs, and hooks must not see this estimate.
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
                 device = {"device": _META} if makes else {}
                 self._estimate(name, function, _on_meta(args), {**_on_meta(kwargs), **device})
@@ -197,50 +200,51 @@ class Allowance:
                 return
             kind = type(self._module).__name__
             raise RewrittenModuleError(
-                f"the new code of this {kind} can't compute {name} with what it was given: {error}"
+                f"the rewritten code of this {kind} can't compute {name} with these arguments: {error}"
             ) from error
-        beside, products = effort_of(name, args, kwargs, _tensors(result))
-        self._spend(Count(beside, products), name)
+        temporary, products = effort_of(name, args, kwargs, _tensors(result))
+        self._spend(Count(temporary, products), name)
         self.note(name, result)
 
     def note(self, name: str, result: Any) -> Any:
-        """Count what a step made, and give it back."""
+        """Count the elements of a step's result, and return it."""
         self._spend(Count(sum(map(_elements, _tensors(result)))), name)
         return result
 
     def _spend(self, count: Count, name: str) -> None:
-        """Count what a step makes.
+        """Add the work of a step to the count.
 
         Raises:
-            RewrittenModuleError: all steps together make too many elements, multiply too often, or are too many.
+            RewrittenModuleError: the steps together make too many elements, multiply too often, or are too many.
         """
         outer = self._outer
         outer._count.add(count)
         spent = outer._count
         if spent.elements > outer.total or spent.products > PRODUCTS * outer.total or spent.steps > MOST_STEPS:
             raise RewrittenModuleError(
-                f"the new code of this {type(outer._module).__name__} would make {spent.elements:,} numbers in "
-                f"{spent.products:,} multiplications and {spent.steps:,} steps up to {name}; for what the module holds "
-                f"and was given, {outer.total:,} numbers are the most, with {PRODUCTS:,} multiplications for each, and "
-                f"{MOST_STEPS:,} steps. A plan that idap wrote does not come near that: do not use this one."
+                f"the rewritten code of this {type(outer._module).__name__} would make {spent.elements:,} numbers in "
+                f"{spent.products:,} multiplications and {spent.steps:,} steps up to {name}. For the tensors of this "
+                f"module and its inputs, the limits are {outer.total:,} numbers, {PRODUCTS:,} multiplications for each "
+                f"of them, and {MOST_STEPS:,} steps. Plans that idap writes stay far below: do not use this one."
             )
 
 
 class Unlimited:
-    """What code may make while it is traced into another form: nothing is counted."""
+    """Replaces an `Allowance` while the code is exported or traced: nothing is counted."""
 
     fast = True
 
     def hand_on(self, _name: str, result: Any) -> Any:
-        """Give back what a module returned."""
+        """Return what a module returned."""
         return result
 
 
 def calculate(symbol: str, *operands: int) -> int:
-    """Arithmetic of sizes, from the left.
+    """Compute with sizes, from left to right.
 
     Raises:
-        RewrittenModuleError: a result is larger than any size, or no whole number.
+        RewrittenModuleError: a result is larger than `LARGEST_SIZE`, an exponent is negative or too large, or a divisor
+            is zero.
 
     >>> calculate("*", 2, 3, 4), calculate("neg", 5), calculate("**", 2, 10)
     (24, -5, 1024)
@@ -250,24 +254,26 @@ def calculate(symbol: str, *operands: int) -> int:
     first = operands[0]
     for other in operands[1:]:
         if type(other) is int and symbol == "**" and not 0 <= other <= math.log2(LARGEST_SIZE):
-            raise RewrittenModuleError(f"the new code of a module computes {first} to the power of {other}")
+            raise RewrittenModuleError(f"the rewritten code of a module computes {first} to the power of {other}")
         if type(other) is int and symbol in ("//", "%") and other == 0:
-            raise RewrittenModuleError(f"the new code of a module divides {first} by zero")
+            raise RewrittenModuleError(f"the rewritten code of a module divides {first} by zero")
         first = ARITHMETIC[symbol](first, other)
         if type(first) is int and not -LARGEST_SIZE <= first <= LARGEST_SIZE:
-            raise RewrittenModuleError("the new code of a module computes a size that is larger than any tensor's")
+            raise RewrittenModuleError(
+                f"the rewritten code of a module computes a size beyond {LARGEST_SIZE:,}, larger than any tensor's"
+            )
     return first
 
 
 def tensor_of(name: str, result: Any) -> Tensor:
-    """A value of a program, which must be a tensor: functions take other things apart in ways that nobody counts.
+    """Check that a value of a program is a tensor: what functions do with other values would not be counted.
 
     Raises:
         RewrittenModuleError: it is something else.
     """
     if not isinstance(result, Tensor):
         raise RewrittenModuleError(
-            f"the new code of a module takes what {name} returned for a tensor, found a {type(result).__name__}"
+            f"the rewritten code of a module takes the result of {name} for a tensor, found a {type(result).__name__}"
         )
     return result
 
@@ -281,7 +287,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _elements(tensor: Tensor) -> int:
-    """What a tensor counts for; of an empty one its other dimensions, over which functions may loop all the same."""
+    """The elements that a tensor counts for; an empty one counts for its other sizes, since loops may run over them."""
     elements = tensor.numel()
     if not elements:
         elements = 1
@@ -294,7 +300,7 @@ _PLAIN = (int, float, bool, str, torch.dtype, torch.memory_format, torch.SymInt,
 
 
 def _on_meta(tree: Any) -> Any:
-    """Arguments with tensors on the meta device in place of real ones, and that device in place of others."""
+    """Arguments in which meta tensors replace real ones, and the meta device replaces other devices."""
     if isinstance(tree, Tensor):
         return torch.empty_strided(tree.shape, tree.stride(), dtype=tree.dtype, device=_META)
     if type(tree) in (tuple, list):
@@ -304,11 +310,11 @@ def _on_meta(tree: Any) -> Any:
     if isinstance(tree, torch.device):
         return _META
     if not isinstance(tree, _PLAIN) and type(tree) is not slice:
-        raise RewrittenModuleError(f"the new code of a module hands on a {type(tree).__name__}")
+        raise RewrittenModuleError(f"the rewritten code of a module passes on a {type(tree).__name__}")
     return tree
 
 
 def _one_mask(index: Any) -> bool:
-    """Whether a mask is the only tensor of an index: then no more is picked than there is."""
+    """Whether a mask is the only tensor of an index, which then can't pick more elements than there are."""
     picked = _tensors(index)
     return len(picked) == 1 and picked[0].dtype == torch.bool

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from idap.graph.run import copy_computed, forget_cached
 from idap.structure.plan import Plan
-from idap.surgery.fit import check_fit, tensor_items
+from idap.surgery.fit import check_fit, tensors_with_names
 from idap.surgery.rewritten import SETTINGS_ABOVE, rewrite_
 from idap.surgery.stand_ins import LinearMap, Projection, stand_in
 
@@ -20,13 +20,14 @@ def apply_plan(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | Non
         model: the model that the plan was made for, or a freshly built one of the same architecture. It is left as it
             was, and the copy shares no memory with it. Kept tensors of the copy are new and contiguous.
         plan: from `Structure.plan` or a file.
-        maps: module path -> what the projection computes that replaces it; one without a map starts at zero.
+        maps: module path -> the linear map of the projection that replaces it; a projection without a map starts at
+            zero.
 
     Returns:
-        A module of the same class, smaller.
+        A smaller module of the same class.
 
     Raises:
-        PlanError: the plan does not fit the model; names the first tensor, its shape and the shape expected.
+        PlanError: the plan does not fit the model; names the first tensor, its shape and the expected shape.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -46,7 +47,7 @@ def apply_plan(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | Non
 
 
 def apply_plan_(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None = None) -> nn.Module:
-    """Cut a model in place; see `apply_plan`. The plan is checked first: on an error the model is untouched."""
+    """Cut a model in place; see `apply_plan`. The plan is checked first: after an error the model is unchanged."""
     check_fit(model, plan, maps)
     exchange_(model, _slice_tensors(model, plan))
     _restructure(model, plan, maps or {})
@@ -54,11 +55,11 @@ def apply_plan_(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | No
 
 
 def exchange_(model: nn.Module, others: Mapping[int, Tensor]) -> None:
-    """Put other tensors in the place of a model's parameters and buffers, wherever it holds them.
+    """Replace parameters and buffers of a model by other tensors, wherever the model holds them.
 
     Args:
         model: changed in place.
-        others: id of a tensor -> the one that takes its place.
+        others: id of a tensor -> the tensor that replaces it.
     """
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -71,14 +72,14 @@ def exchange_(model: nn.Module, others: Mapping[int, Tensor]) -> None:
 
 
 def _slice_tensors(model: nn.Module, plan: Plan) -> dict[int, Tensor]:
-    """The id of each tensor to be cut -> its new tensor; tied names share one tensor, so it is cut once."""
+    """The id of each tensor to be cut -> its new tensor; a tensor with several (tied) names is cut once."""
     found = {}
-    for name, tensor in tensor_items(model):
+    for name, tensor in tensors_with_names(model):
         if name in plan.tensors:
             small = cut_tensor(tensor.detach(), plan.tensors[name])
             if isinstance(tensor, nn.Parameter):
                 small = nn.Parameter(small, requires_grad=tensor.requires_grad)
-                vars(small).update(vars(tensor))  # marks that users leave for their optimizers
+                vars(small).update(vars(tensor))  # attributes that users set for their optimisers
             found[id(tensor)] = small
     return found
 
@@ -113,13 +114,13 @@ def _restructure(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap]) ->
         modules[parent]._modules[name] = _stand_in(modules[path], path, plan, maps.get(path))
 
 
-def _stand_in(old: nn.Module, path: str, plan: Plan, given: LinearMap | None) -> nn.Module:
+def _stand_in(old: nn.Module, path: str, plan: Plan, linear_map: LinearMap | None) -> nn.Module:
     projected = plan.projections.get(path)
     new = stand_in(plan.replaced[path], plan.called.get(path), projected).train(old.training)
     like = next((tensor for tensor in old.parameters() if tensor.is_floating_point()), None)
     if projected is None or like is None:
         return new
     new.to(device=like.device, dtype=like.dtype)
-    if given is not None and isinstance(new, Projection):
-        new.take(given, projected)
+    if linear_map is not None and isinstance(new, Projection):
+        new.take(linear_map, projected)
     return new

@@ -1,4 +1,4 @@
-"""Compare two models by what they return: on the example inputs, and on fresh ones like them."""
+"""Compare two models by their outputs, on the example inputs and on random inputs like them."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,10 +15,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Every tensor that a model returns in evaluation, in order; the modes of its modules are put back.
+    """Every tensor that a model returns in evaluation mode, in order; its modules then return to their own modes.
 
     Args:
-        model: may change its inputs in place: it is given copies.
+        model: it gets copies of the inputs, so it may change them in place.
         args: positional inputs.
         kwargs: keyword inputs.
     """
@@ -62,10 +62,10 @@ def is_batched(leaf: Any, batch: int | None) -> bool:
 
 
 def resize_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> Inputs:
-    """The example inputs with another batch size: their samples in turn, as often as needed."""
+    """The example inputs with another batch size; the samples are repeated in order, as often as needed."""
     old = batch_size(args, kwargs)
     leaves, spec = tree_flatten_with_path((args, dict(kwargs)))
-    new = [_in_turn(leaf, batch) if is_batched(leaf, old) else leaf for _, leaf in leaves]
+    new = [_repeat_samples(leaf, batch) if is_batched(leaf, old) else leaf for _, leaf in leaves]
     resized: Inputs = tree_unflatten(new, spec)
     return resized
 
@@ -73,17 +73,18 @@ def resize_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) 
 def fresh_inputs(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, batch: int | None, seed: int
 ) -> Inputs:
-    """Random inputs like the example's, on which a file can be checked that was made with the example.
+    """Random inputs like the example inputs, to check an exported file on inputs with which it was not made.
 
     Floating point inputs are drawn from a normal distribution with the example's mean and deviation, within the
-    example's range; of a constant example only the mean is kept. Whole numbers are drawn between the example's smallest
-    and largest. Masks (bool, or so named) and what is no tensor stay as they are.
+    example's range; for a constant example, only the mean is used. Whole numbers are drawn between the example's
+    smallest and largest value. Masks (bool tensors, and inputs with "mask" in their name) and inputs that are not
+    tensors stay as they are.
 
     Args:
-        model: its forward names the positional inputs.
+        model: the parameters of its forward give the names of positional inputs.
         args: positional example inputs.
         kwargs: keyword example inputs.
-        batch: of the new inputs; None: that of the example.
+        batch: batch size of the new inputs; None: that of the example.
         seed: the same seed gives the same inputs.
 
     Returns:
@@ -96,7 +97,7 @@ def fresh_inputs(
     new = []
     for path, leaf in leaves:
         if is_batched(leaf, old) and batch is not None:
-            leaf = _in_turn(leaf, batch)  # noqa: PLW2901 - the same input, larger
+            leaf = _repeat_samples(leaf, batch)  # noqa: PLW2901 - the same input, larger
         if isinstance(leaf, Tensor) and not _is_mask(leaf, _name(path, names)):
             leaf = _draw(leaf, generator)  # noqa: PLW2901 - as above
         new.append(leaf)
@@ -107,7 +108,7 @@ def fresh_inputs(
 def largest_difference(
     model: nn.Module, other: Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor]], inputs: Inputs
 ) -> tuple[float, str]:
-    """How far another form of a model is from it.
+    """The largest difference between the outputs of a model and those of another form of it, such as a file.
 
     Args:
         model: the reference.
@@ -115,35 +116,35 @@ def largest_difference(
         inputs: for both.
 
     Returns:
-        The largest relative difference over all outputs, and in words what differs.
+        The largest relative difference over all outputs, and a description of it.
     """
     args, kwargs = inputs
     expected = outputs_of(model, args, kwargs)
     found = other(*own_inputs(args, kwargs))
     if len(found) != len(expected):
         return float("inf"), f"it returns {len(found)} tensors, the model {len(expected)}"
-    worst, said = 0.0, ""
+    worst, description = 0.0, ""
     for place, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             kinds = [f"{each.dtype} of shape {tuple(each.shape)}" for each in (mine, theirs)]
             return float("inf"), f"output {place} is {kinds[0]}, that of the model {kinds[1]}"
         error = difference(mine.to(theirs.device), theirs)
         if error > worst:
-            worst, said = error, f"output {place} differs by {error:.2g} of its largest value"
-    return worst, said
+            worst, description = error, f"output {place} differs by {error:.2g} of its largest value"
+    return worst, description
 
 
-def _in_turn(tensor: Tensor, batch: int) -> Tensor:
+def _repeat_samples(tensor: Tensor, batch: int) -> Tensor:
     return tensor[torch.arange(batch, device=tensor.device) % max(1, len(tensor))]
 
 
 def path_keys(path: tuple[Any, ...]) -> list[int | str]:
-    """The places, keys and fields on the way to a leaf of a tree."""
+    """The indices, keys and fields that lead to a leaf of a tree."""
     return [next(getattr(key, name) for name in ("idx", "key", "name") if hasattr(key, name)) for key in path]
 
 
 def _name(path: tuple[Any, ...], parameters: list[str]) -> str:
-    """What the model calls an input; "" where it takes any number of them."""
+    """The name of an input in the model's forward; "" if forward has no parameter at the input's position."""
     keys = path_keys(path)
     first = keys[1]
     if keys[0] == 0:

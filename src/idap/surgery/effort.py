@@ -1,4 +1,4 @@
-"""What functions of torch make on the way to their result, and how often they multiply: bounds from shapes alone."""
+"""Bound what calls of torch functions take, from shapes alone: temporary elements and multiplications."""
 
 import math
 import re
@@ -28,16 +28,16 @@ _ONE_TYPE = ("group_norm", "native_group_norm")
 
 
 def effort_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]) -> tuple[int, int]:
-    """Estimate the effort of one call from above.
+    """Bound the effort of one call from above.
 
     Args:
-        name: of the function, such as ``torch.nn.functional.conv2d``.
+        name: name of the function, such as ``torch.nn.functional.conv2d``.
         args: positional arguments.
         kwargs: keyword arguments.
         results: the tensors that it returns.
 
     Returns:
-        Elements that are made on the way, and multiplications or comparisons.
+        The number of temporary elements besides the result, and the number of multiplications or comparisons.
 
     >>> import torch
     >>> row, column = torch.ones(1, 1000, device="meta"), torch.ones(1000, 1, device="meta")
@@ -47,8 +47,8 @@ def effort_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], results
     short = _short(name)
     tensors = _tensors_of(args, kwargs)
     made, read = sum(tensor.numel() for tensor in results), sum(tensor.numel() for tensor in tensors)
-    beside, products = _special_effort(short, args, kwargs, tensors, made)
-    return beside, max(products, made + read)  # a sum makes little of much
+    temporary, products = _special_effort(short, args, kwargs, tensors, made)
+    return temporary, max(products, made + read)  # a sum reads many elements and makes few
 
 
 def parts_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -71,16 +71,16 @@ def parts_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def check_types(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Check what functions of torch don't: a group norm of half precision with other weights has a broken gradient.
+    """Check types that torch does not: a group norm in half precision with weights of another type breaks gradients.
 
     Raises:
         TypeError: the types differ.
     """
     tensors = _tensors_of(args, kwargs)
     types = {tensor.dtype for tensor in tensors}
-    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))  # makes them of one type itself
+    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))  # it converts them to one type
     if _short(name) in _ONE_TYPE and len(types) > 1 and not autocast:
-        raise TypeError(f"it takes tensors of one type, found {' and '.join(sorted(map(str, types)))}")
+        raise TypeError(f"it takes tensors of one type only, found {' and '.join(sorted(map(str, types)))}")
 
 
 def _short(name: str) -> str:
@@ -111,7 +111,7 @@ def _special_effort(
     if short == "cdist":
         return 0, made * tensors[0].shape[-1]
     if "pool" in short and "adaptive" not in short:
-        place = 2 if short.startswith("lp_pool") else 1  # behind the data, and of lp_pool the norm
+        place = 2 if short.startswith("lp_pool") else 1  # it comes after the data; in lp_pool, after the norm
         size = kwargs.get("kernel_size", args[place] if place < len(args) else 1)
         dims = int(found[1]) if (found := re.search(r"(\d)d", short)) else 1
         sizes = tuple(size) if isinstance(size, list | tuple) else (size,)
@@ -122,23 +122,23 @@ def _special_effort(
 def _product(short: str, tensors: Sequence[Tensor], made: int) -> tuple[int, int]:
     """For a contraction of two tensors, rows · inner · columns = √(rows · inner × inner · columns × rows · columns)."""
     two = tensors[-2:] if short in ("addmm", "baddbmm") else tensors[:2]
-    sizes, beside = [tensor.numel() for tensor in two], 0
+    sizes, temporary = [tensor.numel() for tensor in two], 0
     if short in ("matmul", "rmatmul") and all(tensor.ndim > 2 for tensor in two):
         ranks = max(tensor.ndim for tensor in two)
         batches = [(1,) * (ranks - tensor.ndim) + tuple(tensor.shape[:-2]) for tensor in two]
         batch = math.prod(max(pair) for pair in zip(*batches, strict=True))
         expanded = [batch * math.prod(tensor.shape[-2:]) for tensor in two]
-        beside = sum(expanded) - sum(sizes)
+        temporary = sum(expanded) - sum(sizes)
         sizes = expanded
     if short == "bilinear":
         sizes[0] *= two[1].shape[-1]
-        beside = made * two[1].shape[-1]
+        temporary = made * two[1].shape[-1]
         sizes[1] = tensors[2].numel() if len(tensors) > 2 else sizes[1]
-    return beside, math.isqrt(sizes[0] * sizes[1] * max(made, 1))
+    return temporary, math.isqrt(sizes[0] * sizes[1] * max(made, 1))
 
 
 def _convolution(short: str, data: Tensor, weight: Tensor, made: int) -> tuple[int, int]:
-    """Each result is a product of a patch and a kernel; patches may be unfolded, if nothing faster is at hand."""
+    """Each result is a product of a patch and a kernel; torch may unfold the patches if it has no faster kernel."""
     first = max(weight.shape[0], 1)
     patch = weight.numel() // first
     positions = data.numel() // first if "transpose" in short else made // first

@@ -1,4 +1,4 @@
-"""Make a model ready for inference: fold batch norms, take out dropout and what only hands its input on."""
+"""Make a model ready for inference: fold batch norms, and remove dropouts and modules that only return their input."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -30,14 +30,14 @@ _TORCH_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 @dataclass(frozen=True, kw_only=True)
 class Finalized:
-    """What was done to a model; modules go by their paths in the model as it was.
+    """What `finalize` changed in a model; modules are named by their paths in the original model.
 
     Attributes:
-        folded: batch norm -> the convolution or linear layer that now does its work.
-        kept: batch norm -> why it stays.
+        folded: batch norm -> the convolution or linear layer into which it was folded.
+        kept: batch norm -> why it was not folded.
         silenced: dropouts and stand-ins of removed blocks that became an `nn.Identity`.
-        gone: identities that were taken out of their `nn.Sequential`; the names of the others stay.
-        difference: the largest difference from the model before over its largest output.
+        gone: identities that were removed from their `nn.Sequential`; the others there keep their names.
+        difference: the largest difference from the original's outputs, divided by the largest output.
     """
 
     folded: Mapping[str, str]
@@ -49,13 +49,13 @@ class Finalized:
 
 @dataclass(frozen=True)
 class _Change:
-    """What becomes of one module.
+    """The change of one module.
 
     Attributes:
-        path: of the module.
-        into: the layer that takes over a batch norm; "" for other modules.
-        then: children of the module that are still to be called, in order.
-        leave: whether it goes from its container.
+        path: path of the module.
+        into: the layer into which a batch norm is folded; "" for other modules.
+        then: children of the module that must still be called, in order.
+        leave: whether the module is removed from its container.
     """
 
     path: str
@@ -71,9 +71,9 @@ def finalize(
     *,
     tolerance: float = TOLERANCE,
 ) -> tuple[nn.Module, Finalized]:
-    """Make a copy of a model that computes the same in evaluation with fewer modules; it is not to be trained further.
+    """Make a copy of a model that computes the same in evaluation mode with fewer modules; do not train it further.
 
-    A batch norm is folded into the convolution or linear layer before it where the traced graph shows that it alone
+    A batch norm is folded into the convolution or linear layer before it if the traced graph shows that nothing else
     reads that layer's output. The copy is compared with the model on the example inputs and on random ones like them.
 
     Args:
@@ -83,7 +83,7 @@ def finalize(
         tolerance: largest relative difference allowed.
 
     Returns:
-        The copy, in evaluation mode, and what was done.
+        The copy, in evaluation mode, and what was changed.
 
     Raises:
         TraceError: the model could not be exported on the example inputs.
@@ -112,8 +112,8 @@ def finalize(
                     "larger tolerance if the difference is rounding."
                 )
         raise ExportError(
-            f"{type(model).__name__}, finalized, differs by {error:.2g} of its largest output, allowed is "
-            f"{tolerance:g}, though no single module does; use the model as it is."
+            f"the finalized {type(model).__name__} differs by {error:.2g} of the largest output, allowed is "
+            f"{tolerance:g}, though no change of a single module differs by so much; use the model as it is."
         )
     changes = plan.changes
     return finished, Finalized(
@@ -126,12 +126,12 @@ def finalize(
 
 
 class _Plan:
-    """Finds what can be changed.
+    """Finds the changes that can be made to a model.
 
     Attributes:
-        changes: one per module.
-        kept: batch norm -> why it stays.
-        silenced: modules that become an identity, without batch norms and what was one.
+        changes: one per changed module.
+        kept: batch norm -> why it can't be folded.
+        silenced: modules that become an identity, without batch norms and modules that already are identities.
     """
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:
@@ -155,7 +155,7 @@ class _Plan:
                     self.kept[path] = found
 
     def _fold(self, node: Node, path: str, norm: _BatchNorm) -> _Change | str:
-        """How a batch norm can be folded, or why it can't."""
+        """The change that folds a batch norm, or why it can't be folded."""
         given = arguments(node)
         before = self._graph.nodes[given["input"].name]
         layer = self._modules.get(before.owner)
@@ -192,7 +192,7 @@ class _Plan:
         return True
 
     def _after(self, node: Node, path: str, norm: nn.Module) -> tuple[str, ...] | None:
-        """The children that a norm with a forward of its own calls after it has normalised; None if it does more."""
+        """The children that a norm with its own forward calls after normalising; None if it does anything else."""
         if type(norm).forward in _TORCH_NORMS:
             return ()
         own = [n.name for n in self._graph.nodes.values() if n.owner == path and n.op not in SPECIAL_OPS]
@@ -221,7 +221,7 @@ class _Plan:
                 yield _Change(path, leave=leave)
 
     def _hands_on(self, path: str) -> bool:
-        """Whether a module is called, with one tensor each time, and nobody looks into it or hooks it."""
+        """Whether a module is called, each time only takes and returns a stream, and no hook or other code uses it."""
         calls = self._graph.modules[path].calls
         alike = all(call.takes == 0 and call.gives == ("stream",) for call in calls)
         return bool(calls) and alike and self._free(path)
@@ -235,7 +235,7 @@ class _Plan:
         return not hooked and not seen.read_by and path not in self._shared
 
     def _may_leave(self, path: str) -> bool:
-        """Whether a module stands in a Sequential that is always run as a whole."""
+        """Whether a module lies in a Sequential that is always run as a whole."""
         above = path.rpartition(".")[0]
         container = self._modules[above]
         if type(container).forward is not nn.Sequential.forward or above in self._shared:

@@ -19,12 +19,12 @@ from idap.surgery.stand_ins import LinearMap, check_stand_in
 
 
 def check_fit(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None = None) -> None:
-    """Check that every tensor and module that a plan names is there, in the shape it expects, and that its maps fit.
+    """Check that a model has every tensor and module that a plan names, in the expected shapes, and that maps fit.
 
     Args:
         model: the model that the plan is for.
         plan: from `Structure.plan` or a file.
-        maps: module path -> what the projection computes that replaces it.
+        maps: module path -> the linear map of the projection that replaces it.
 
     Raises:
         PlanError: names the first tensor or module that does not fit.
@@ -33,8 +33,8 @@ def check_fit(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None
         raise PlanError(
             f"{lazy!r} of the model is not initialised yet: run the model once on a batch before it is cut."
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensor_items(model)}
-    learned = {name for name, _ in model.named_parameters()}  # a forward pass may make tables in buffers anew
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_with_names(model)}
+    learned = {name for name, _ in model.named_parameters()}  # a forward pass may make tables in buffers again
     for name, expected in plan.shapes.items():
         if name not in shapes:
             raise PlanError(f"the plan does not fit this model: it has no tensor {name!r} (expected shape {expected})")
@@ -56,8 +56,8 @@ def check_fit(model: nn.Module, plan: Plan, maps: Mapping[str, LinearMap] | None
     _check_recurrent(model, plan)
 
 
-def tensor_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of a model, a tied one once."""
+def tensors_with_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a model with their names; a tied one is listed once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
@@ -89,12 +89,12 @@ def _check_attributes(path: str, module: nn.Module, values: Mapping[str, Size]) 
         if not _can_become(held[name], value):
             raise PlanError(
                 f"the plan does not fit this model: {name!r} of module {path!r} is {held[name]!r} and can't become "
-                f"{value!r}; a plan makes sizes smaller, down to 1"
+                f"{value!r}; a plan may only make sizes smaller, down to 1"
             )
 
 
 def _can_become(held: Size, value: Size) -> bool:
-    """Whether a plan may set an attribute: as many whole numbers as it holds, each the same or smaller and positive."""
+    """Whether a plan may change an attribute so: the same count of ints, each unchanged, or smaller and positive."""
     before, after = (size if isinstance(size, tuple) else (size,) for size in (held, value))
     if isinstance(held, tuple) != isinstance(value, tuple) or len(before) != len(after):
         return False
@@ -102,14 +102,14 @@ def _can_become(held: Size, value: Size) -> bool:
 
 
 def _check_recurrent(model: nn.Module, plan: Plan) -> None:
-    """Check that the weights of each recurrent layer fit each other, and its sizes, after the cut.
+    """Check that the weights of each recurrent layer fit its sizes, and so each other, after the cut.
 
-    The kernels of torch read these weights without checking their shapes.
+    torch's kernels read these weights without checking their shapes.
 
     Raises:
         PlanError: names the first weight whose shape differs from the one that the layer's sizes give.
     """
-    cut = {id(tensor): plan.shape_after(name) for name, tensor in tensor_items(model) if name in plan.tensors}
+    cut = {id(tensor): plan.shape_after(name) for name, tensor in tensors_with_names(model) if name in plan.tensors}
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(path)
@@ -122,13 +122,13 @@ def _check_recurrent_layer(
     module: nn.RNNBase, path: str, values: Mapping[str, Size], cut: Mapping[int, tuple[int, ...]]
 ) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in _weights(module)}
-    if not {id(tensor) for _, tensor in tensor_items(module)}.isdisjoint(cut):
+    if not {id(tensor) for _, tensor in tensors_with_names(module)}.isdisjoint(cut):
         shapes = _shapes_after(module, path, cut)
     for name, wanted in _recurrent_shapes(module, values).items():
         if shapes.get(name, wanted) != wanted:
             raise PlanError(
-                f"the plan makes {f'{path}.{name}'.removeprefix('.')!r} {shapes[name]}, and the sizes of that "
-                f"recurrent layer make it {wanted}; a plan that idap wrote cuts them together"
+                f"the plan gives {f'{path}.{name}'.removeprefix('.')!r} the shape {shapes[name]}, but the sizes of its "
+                f"recurrent layer require {wanted}; a plan that idap wrote cuts them together"
             )
 
 
@@ -140,19 +140,19 @@ def _weights(module: nn.RNNBase) -> Iterator[tuple[str, Tensor]]:
 
 
 def _shapes_after(module: nn.RNNBase, path: str, cut: Mapping[int, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a recurrent layer's weights after the cut, also of those that it computes from others."""
+    """The shapes of a recurrent layer's weights after the cut, including weights that it computes from others."""
     memo: dict[int, object] = {**copy_computed(module)}
-    for _, tensor in tensor_items(module):
+    for _, tensor in tensors_with_names(module):
         outline = torch.empty(cut.get(id(tensor), tensor.shape), dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(outline, False) if isinstance(tensor, nn.Parameter) else outline
     small = copy.deepcopy(module, memo)
     computes = [hook for hook in small._forward_pre_hooks.values() if isinstance(hook, _COMPUTE_WEIGHTS)]
-    known = {*module._parameters, *(getattr(module, "parametrizations", None) or ()), *map(_weight_name, computes)}
+    known = {*module._parameters, *(getattr(module, "parametrizations", None) or ()), *map(_weight_of, computes)}
     if unknown := [name for name, _ in _weights(module) if name not in known]:
         raise PlanError(
             f"the plan cuts the recurrent layer {path!r}, whose {unknown[0]!r} is neither a parameter nor computed by "
-            "weight_norm, spectral_norm, pruning or a parametrization of torch: whether it fits the other weights "
-            "can't be known, and torch does not check it"
+            "weight_norm, spectral_norm, pruning or a parametrization of torch. So idap can't know whether it fits the "
+            "other weights, and torch does not check it"
         )
     try:
         for hook in computes:
@@ -164,7 +164,7 @@ def _shapes_after(module: nn.RNNBase, path: str, cut: Mapping[int, tuple[int, ..
         ) from error
 
 
-def _weight_name(hook: Any) -> str:
+def _weight_of(hook: Any) -> str:
     """The name of the weight that a hook computes."""
     return str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", ""))
 
@@ -174,7 +174,7 @@ _COMPUTE_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def _recurrent_shapes(module: nn.RNNBase, values: Mapping[str, Size]) -> dict[str, tuple[int, ...]]:
-    """The names of a recurrent layer's weights -> the shapes that its sizes give them."""
+    """Name of each weight of a recurrent layer -> the shape that the layer's sizes require."""
     sizes = {name: getattr(module, name) for name in ("input_size", "hidden_size", "num_layers", "proj_size")}
     sizes |= {name: value for name, value in values.items() if name in sizes}
     directions = 2 if module.bidirectional else 1

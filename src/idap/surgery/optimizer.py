@@ -1,4 +1,4 @@
-"""Cut a user's optimiser as its model was cut, so that training goes on with the momentum that it has."""
+"""Cut a user's optimiser as its model was cut, so that training continues with the same momentum."""
 
 import copy
 from collections import defaultdict
@@ -16,22 +16,23 @@ from idap.surgery.fit import check_fit
 _OF_TORCH = ("defaults", "state", "param_groups")
 
 Follows = dict[Tensor, tuple[nn.Parameter, dict[int, tuple[int, ...]]] | None]
-"""Parameter of the old model -> what it became, and the slots kept of each dimension; None if it vanished."""
+"""Parameter of the old model -> its counterpart in the cut model, and the kept slots of each dimension; None if it was
+removed."""
 
 
 def slice_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module, plan: Plan) -> Optimizer:
     """Make the optimiser of a cut model from that of the model before the cut.
 
     Args:
-        optimizer: of parameters of `before`; it is left as it was. Its state must be per parameter, as that of SGD and
-            Adam is: numbers, and tensors that have the parameter's size, or 1, in each dimension.
+        optimizer: it trains parameters of `before`, and is left as it was. Its state must be per parameter, as that of
+            SGD and Adam is: numbers, and tensors that have the parameter's size, or 1, in each dimension.
         before: the model that the plan was made for.
         after: what the plan made of it.
         plan: in the indices of `before`.
 
     Returns:
-        An optimiser of the same class with the same groups and settings, of the parameters of `after`. State that has a
-        parameter's shape is cut as the parameter is, other state is copied; parameters that vanished are left out.
+        An optimiser of the same class with the same groups and settings, for the parameters of `after`. State that has
+        a parameter's shape is cut as the parameter is, other state is copied; removed parameters are left out.
         Hooks, and schedulers that wrap the optimiser, stay with the old one.
 
     Raises:
@@ -61,7 +62,7 @@ def slice_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module, p
                     f"{tuple(parameter.shape)} that {type(before).__name__} does not have; build it from the "
                     "parameters of the model that is cut"
                 )
-            follows[parameter] = _successor(names[id(parameter)], found, plan)
+            follows[parameter] = _counterpart(names[id(parameter)], found, plan)
     stray = [key for key in optimizer.state if key not in follows]
     if stray:
         raise _other_state(optimizer, "state that belongs to no parameter of its groups")
@@ -74,14 +75,14 @@ def slice_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module, p
         }
     )
     for name, value in vars(optimizer).items():
-        # What else torch and the class keep, such as flags; hooks and wrapped methods are the old one's own.
+        # Other attributes of torch and of the class, such as flags; hooks and wrapped methods belong to the old one.
         if name not in vars(small) and not hasattr(type(optimizer), name):
             setattr(small, name, type(value)() if "hooks" in name else copy.deepcopy(value))
     return small
 
 
 def hyperparameters(optimizer: Optimizer) -> dict[str, Any]:
-    """Class and settings of an optimiser as plain values, to tell one from another."""
+    """Class and settings of an optimiser as plain values, to tell optimisers apart."""
     groups = [
         {
             name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
@@ -102,10 +103,10 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _successor(
+def _counterpart(
     names: list[str], found: dict[str, nn.Parameter], plan: Plan
 ) -> tuple[nn.Parameter, dict[int, tuple[int, ...]]] | None:
-    """What a parameter became and the slots it kept; None if it vanished."""
+    """The counterpart of a parameter in the cut model, and its kept slots; None if it was removed."""
     kept = next((dict(plan.tensors[name]) for name in names if name in plan.tensors), {})
     left = [name for name in names if not plan.removes(name)]
     if not left:
@@ -123,23 +124,23 @@ def _successor(
 
 
 def _group(group: dict[str, Any], follows: Follows) -> dict[str, Any]:
-    """A group of the parameters that are left, with its settings."""
+    """A group of the optimiser without the removed parameters, with its settings."""
     left = [place for place, parameter in enumerate(group["params"]) if follows[parameter] is not None]
     settings = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
     if "param_names" in settings:
         settings["param_names"] = [settings["param_names"][place] for place in left]
-    parameters = [successor[0] for parameter in group["params"] if (successor := follows[parameter]) is not None]
+    parameters = [found[0] for parameter in group["params"] if (found := follows[parameter]) is not None]
     return {"params": parameters, **settings}
 
 
 def _state(optimizer: Optimizer, follows: Follows, names: dict[int, list[str]]) -> dict[Tensor, dict[str, Any]]:
-    """The state of the parameters that are left."""
+    """The state of the parameters that are kept, cut as they are."""
     found: dict[Tensor, dict[str, Any]] = defaultdict(dict)
     for parameter, held in optimizer.state.items():
-        successor = follows[parameter]
-        if successor is None:
+        counterpart = follows[parameter]
+        if counterpart is None:
             continue
-        small, kept = successor
+        small, kept = counterpart
         found[small] = {}
         for name, value in held.items():
             if isinstance(value, Tensor):
@@ -162,7 +163,7 @@ def _cut(optimizer: Optimizer, value: Tensor, parameter: Tensor, kept: dict[int,
 
 
 def _check_own(optimizer: Optimizer) -> None:
-    """Refuse what keeps tensors elsewhere: they would be those of the old model."""
+    """Refuse an optimiser that keeps tensors in attributes of its own: they would be those of the old model."""
     for name, value in vars(optimizer).items():
         if name not in _OF_TORCH and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             raise _other_state(optimizer, f"tensors in its attribute {name!r}")

@@ -1,9 +1,9 @@
 """Give a module the code of a program: its class becomes a subclass whose forward runs that code.
 
 Parameters, their names, submodules and hooks stay as they are; the module can be trained, copied, pickled and
-exported like any other. Programs come from files, so nothing in them is executed as it stands: they call functions of
-the list in `idap.structure.code.vocabulary` alone, each with arguments that it takes, Python source is generated from
-checked parts only, and what it makes is counted (`idap.surgery.allowance`).
+exported like any other. Programs come from files, so no text in them is executed as it stands. They may call only the
+functions listed in `idap.structure.code.vocabulary`, with arguments that these take. Python source is generated from
+checked parts only, and the memory and work of each call are bounded (`idap.surgery.allowance`).
 """
 
 import inspect
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from idap.errors import PlanError, RewrittenModuleError
 from idap.structure.code.program import Program, Routine, Tree, references
-from idap.structure.code.vocabulary import call_refusal
+from idap.structure.code.vocabulary import module_hazard
 from idap.surgery.allowance import Allowance, Known, Unlimited
 from idap.surgery.source import function_of, inputs_of
 
 KNOWN_SIZES = 1024
-"""How many sizes of inputs a rewritten module remembers."""
+"""For how many combinations of input sizes a rewritten module remembers what it counted."""
 
 _SETTINGS_OF: Mapping[str, Mapping[str, Any]] = {
     # The fused kernel of TransformerEncoderLayer would read the attention's weights without calling it.
@@ -28,21 +28,21 @@ _SETTINGS_OF: Mapping[str, Mapping[str, Any]] = {
 }
 
 SETTINGS_ABOVE: Mapping[str, Mapping[str, Any]] = {
-    # It would hand nested tensors to its layers in evaluation, for the sake of the same kernel.
+    # In evaluation mode it would pass nested tensors to its layers, because of the same kernel.
     "TransformerEncoder": {"use_nested_tensor": False},
 }
-"""Class of a module that holds a rewritten one -> attributes that it gets."""
+"""Class of a module that contains a rewritten one -> attributes that are set on it."""
 
 
 def rewrite_(module: nn.Module, program: Program) -> None:
     """Replace a module's forward by a program, in place.
 
     Args:
-        module: any module; if it was rewritten before, the new program takes the place of the old one.
+        module: any module; if it was rewritten before, the new program replaces the old one.
         program: from a plan.
 
     Raises:
-        PlanError: the program calls what is not a function of torch or not part of the module.
+        PlanError: the program calls a function that is not listed, or something that is not part of the module.
     """
     kind = original_class(type(module))
     module.__class__ = rewritten_class(kind, program, module)
@@ -52,7 +52,7 @@ def rewrite_(module: nn.Module, program: Program) -> None:
 
 
 def original_class(kind: type) -> type:
-    """The class that a rewritten module had."""
+    """The class that a rewritten module had before; of any other module, its class."""
     found: type = getattr(kind, "_idap_original", kind)
     return found
 
@@ -92,20 +92,20 @@ def _rebuild(kind: Any, program: Program) -> Any:
 
 
 def check_program(module: nn.Module, program: Program) -> None:
-    """Check that the module has all that a program names.
+    """Check that a module has every module and tensor that a program names, and that the program may call them.
 
     Raises:
-        PlanError: names the first module or tensor that is missing, or that a program may not call.
+        PlanError: names the first module or tensor that is missing, or the first module that may not be called.
     """
     for step in (step for routine in program.routines for step in routine.steps):
         if step.module:
             called = _find(module, step.module, "module")
             for part in called.modules():
                 bases = (f"{base.__module__}.{base.__qualname__}" for base in type(part).__mro__)
-                if (reason := call_refusal(bases)) is not None:
+                if (reason := module_hazard(bases)) is not None:
                     raise PlanError(
-                        f"the code of a rewritten {type(module).__name__} calls {step.module!r}, with a "
-                        f"{type(part).__name__} in it, and may not: {reason}"
+                        f"the code of a rewritten {type(module).__name__} calls {step.module!r}, which contains a "
+                        f"{type(part).__name__} that a program may not call: {reason}"
                     )
     for routine in program.routines:
         for tree in (routine.output, *(tree for step in routine.steps for tree in step.trees())):
@@ -144,21 +144,21 @@ def _compile(program: Program, signature: inspect.Signature) -> Callable[..., An
                 return way.run(self, values)
         raise RewrittenModuleError(
             f"the forward of this {type(self).__name__} was rewritten for {' or '.join(w.described for w in ways)}, "
-            f"found {_describe(given, self)}. Trace the model with inputs of the kind that it gets in use, or analyze "
-            "with swap=False."
+            f"found {_describe(given, self)}. Trace the model with inputs of the kind that it gets in use, or pass "
+            "swap=False to idap.analyze or idap.Config."
         )
 
-    # What the original's forward says of its parameters: exporters and generation ask for their names.
+    # Exporters and text generation read the names of the original forward's parameters here.
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
 
 
 class _Way:
-    """One way to call a rewritten module, and what it does then."""
+    """One way to call a rewritten module, and the code that runs then."""
 
     def __init__(self, routine: Routine, signature: inspect.Signature) -> None:
         self._parameters = signature.parameters
-        # What the traced call passed, by the parameter of forward that it was passed for.
+        # The arguments of the traced call, by the parameters of forward that took them.
         bound = signature.bind(None, *routine.args, **dict(routine.kwargs)).arguments
         bound.pop(next(iter(signature.parameters)))
         self._expected = {name: _pack(signature.parameters[name], tree) for name, tree in bound.items()}
@@ -170,15 +170,15 @@ class _Way:
         self._steps = len(routine.steps) + len(routine.guards)
 
     def run(self, module: nn.Module, values: Sequence[Any]) -> Any:
-        """What the module returns; how much that makes is counted where it is called with new sizes."""
+        """Run the routine and return its result; its work is counted if the module is called with new sizes."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return self._body(module, Unlimited(), *values)
-        if torch.compiler.is_compiling():  # with tensors that take no memory
+        if torch.compiler.is_compiling():  # the compiler calls it with tensors that take no memory
             return self._counted_after(module, Allowance(module, values), *values)
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
         sizes = (module.training, autocast, *(_size_of(value) for value in values))
         allowance = Allowance(module, values, self._known.get(sizes), steps=self._steps)
-        with allowance.scope():
+        with allowance.enter_call():
             result = self._body(module, allowance, *values)
         if not allowance.fast and not allowance.by_content:
             if len(self._known) >= KNOWN_SIZES:
@@ -187,7 +187,7 @@ class _Way:
         return result
 
     def values(self, module: nn.Module, given: Mapping[str, Any]) -> list[Any] | None:
-        """The inputs of the routine; None if it was not written for such arguments."""
+        """The inputs of the routine, taken from the arguments; None if it was not written for such arguments."""
         found: dict[int, Any] = {}
         for name, tree in self._expected.items():
             if not _take(tree, given.get(name, self._parameters[name].default), found):
@@ -199,12 +199,12 @@ class _Way:
 
 
 def _size_of(value: Any) -> Any:
-    """What decides how much is made of an input."""
+    """The properties of an input on which the work of a call depends."""
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def _describe_argument(tree: Tree) -> str:
-    """An argument as a reader knows it."""
+    """An argument in words, for messages."""
     kind = tree[:1] if isinstance(tree, tuple) else ()
     return {("value",): "a tensor", ("int",): "a whole number"}.get(kind, repr(tree))
 
@@ -218,7 +218,7 @@ def _describe(given: Mapping[str, Any], module: nn.Module) -> str:
 
 
 def _pack(parameter: inspect.Parameter, tree: Tree) -> Tree:
-    """What is bound to ``*args`` and ``**kwargs`` as a tree."""
+    """An argument as one tree; those bound to ``*args`` and ``**kwargs`` become a tuple and a dict."""
     if parameter.kind is parameter.VAR_POSITIONAL:
         return ("tuple", *tree)
     return ("dict", *tree.items()) if parameter.kind is parameter.VAR_KEYWORD else tree
@@ -231,7 +231,7 @@ def _is_default(value: Any, parameter: inspect.Parameter) -> bool:
 
 
 def _take(tree: Tree, value: Any, values: dict[int, Any]) -> bool:
-    """Pick the inputs out of an argument; whether it is of the expected kind."""
+    """Take the inputs out of an argument into `values`, and say whether the argument is of the expected kind."""
     if not isinstance(tree, tuple):
         return value is tree or (type(value) in (int, float, bool, str) and bool(value == tree))
     match tree:

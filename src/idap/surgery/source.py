@@ -1,4 +1,4 @@
-"""Turn the routine of a rewritten module into a Python function; its source is made of checked parts only."""
+"""Turn a routine of a rewritten module into a Python function, whose source is made of checked parts only."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from idap.surgery.allowance import calculate, tensor_of
 
 
 def inputs_of(routine: Routine) -> list[int]:
-    """The numbers of the values that a routine is given, in order."""
+    """The numbers of the values that are inputs of a routine, in order."""
     trees = (*routine.args, *(tree for _, tree in routine.kwargs))
     return [number for tree in trees for tag, number in references(tree) if tag in ("value", "int")]
 
@@ -28,10 +28,11 @@ def function_of(routine: Routine, inputs: Sequence[int], *, counted_after: bool 
     Args:
         routine: what the function does.
         inputs: numbers of its inputs.
-        counted_after: count what each step made, once it did; else before it does, where the allowance asks for that.
+        counted_after: True: what a step makes is counted after the step. False: it is counted before, unless the
+            allowance says that nothing needs to be counted.
 
     Raises:
-        PlanError: a part of the routine means nothing.
+        PlanError: a part of the routine is invalid.
     """
     check_routine(routine)
     _check_values(routine)
@@ -57,7 +58,7 @@ def function_of(routine: Routine, inputs: Sequence[int], *, counted_after: bool 
 
 
 def _checks(routine: Routine) -> Mapping[int, Sequence[str]]:
-    """Number of steps -> the guards after so many."""
+    """Number of steps -> source of the guards that are checked after that many steps."""
     found: dict[int, list[str]] = {}
     for left, symbol, right, known in routine.guards:
         check = f"check(self, {_source(left)}, {symbol!r}, {_source(right)}, {isinstance(right, tuple)})"
@@ -66,11 +67,11 @@ def _checks(routine: Routine) -> Mapping[int, Sequence[str]]:
 
 
 def _check_values(routine: Routine) -> None:
-    """Every value must be made before it is used: tensors by inputs and steps, whole numbers by inputs."""
+    """Check that every value is made before it is used: tensors by inputs and steps, whole numbers by inputs."""
     given = [found for tree in (*routine.args, *(tree for _, tree in routine.kwargs)) for found in references(tree)]
     made = set(given)
     if any(tag == "own" for tag, _ in made) or len({number for _, number in made}) < len(made):
-        raise PlanError("the code of a rewritten module takes a value as two kinds, or one that it holds itself")
+        raise PlanError("the code of a rewritten module has one input of two kinds, or one that is the module's own")
     asked: dict[int, list[Tree]] = {}
     for left, _, right, known in routine.guards:
         asked.setdefault(known, []).extend((left, right))
@@ -80,7 +81,7 @@ def _check_values(routine: Routine) -> None:
         for _, number in step.results:
             if ("int", number) in made:
                 raise PlanError(
-                    f"the code of a rewritten module makes value {number}, which is a number that it is given"
+                    f"the code of a rewritten module makes value {number}, which is an input and a whole number"
                 )
             made.add(("value", number))
         _check_made(asked.get(place + 1, ()), made)
@@ -100,7 +101,7 @@ def _value_numbers(trees: Iterable[Tree]) -> Iterator[int]:
 
 
 def _last_uses(routine: Routine) -> dict[int, int]:
-    """Value -> the last step that uses it, without those that are returned."""
+    """Number of a value -> the last step that uses it, without values that are returned or that guards read."""
     last: dict[int, int] = {}
     for place, step in enumerate(routine.steps):
         for number in _value_numbers(step.trees()):
@@ -122,7 +123,7 @@ def _lines(step: Instruction, place: int, globals_: dict[str, Any], *, counted_a
         globals_[f"f{place}"] = function_of_name(step.function)
         method = step.function.removeprefix("torch.Tensor.")
         if method != step.function and method.isidentifier() and step.args and _is_value(step.args[0]):
-            # torch.compile can follow methods, but not those of their functions that are written in Python.
+            # torch.compile can trace a method call, but not a call of its function if that is written in Python.
             call = f"{args[0]}.{method}({', '.join([*args[1:], *kwargs])})"
         else:
             call = f"f{place}({', '.join([*args, *kwargs])})"
@@ -190,7 +191,7 @@ def _join(trees: Sequence[Tree]) -> str:
 
 
 def _path(name: str) -> str:
-    """How a part of a module is reached: ``self.mlp.fc1``, or by `getattr` where a name is a number."""
+    """The expression for a part of a module: ``self.mlp.fc1``, or `getattr` where a name is no identifier."""
     found = "self"
     for part in name.split("."):
         plain = part.isidentifier() and not iskeyword(part)
@@ -204,7 +205,7 @@ _HOLDS: Mapping[str, Callable[[int, int], bool]] = {
 
 
 def _check_sizes(module: nn.Module, left: int, symbol: str, right: int, both: bool) -> None:
-    """What the code found when it was traced must hold; `both` says whether the right side is a size of the input."""
+    """Check that sizes compare as they did in the trace; `both`: the right side is a size of the input, too."""
     if _HOLDS[symbol](left, right):
         return
     if both:
@@ -212,20 +213,20 @@ def _check_sizes(module: nn.Module, left: int, symbol: str, right: int, both: bo
     else:
         wanted, found = f"a size {'of' if symbol == '==' else symbol} {right}", f"{left}"
     raise RewrittenModuleError(
-        f"the code of this {type(module).__name__} was rewritten for {wanted}, found {found}: it takes another way "
-        "then, or computes other numbers. Trace the model with inputs of the size that it gets in use; if it gets "
-        "both kinds, leave the code as it is by swap=False, an option of idap.analyze and of idap.Config."
+        f"the code of this {type(module).__name__} was rewritten for {wanted}, found {found}: the original code takes "
+        "another branch then, or computes other numbers. Trace the model with inputs of the size that it gets in use; "
+        "if it gets both kinds, pass swap=False to idap.analyze or idap.Config, so that no code is rewritten."
     )
 
 
 def _type_of(module: nn.Module, *given: Any) -> torch.dtype:
-    """The floating point type of the first input that has one, else of the first parameter."""
+    """The floating point type of the first input that has one, else of the first parameter that has one."""
     tensors = [*(item for item in given if isinstance(item, torch.Tensor)), *module.parameters()]
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
 
 
 def _device_of(module: nn.Module, first: Any) -> torch.device:
-    """Where the module works: where its first input is, else where its tensors are."""
+    """The device of the module's first input, else of its own first tensor."""
     if isinstance(first, torch.Tensor):
         return first.device
     tensors = [*module.parameters(), *module.buffers()]

@@ -13,11 +13,11 @@ from idap.structure.replacement import IDENTITY, LAYER, PROJECTION, ZERO, Projec
 
 
 class Pass(nn.Module):
-    """Returns the stream that it is given, whatever else it is given, such as a mask.
+    """Returns the stream as it is, and ignores other arguments, such as a mask, unless the result holds them.
 
     Args:
-        takes: place or name of the argument that is the stream.
-        gives: what is returned: ("stream",), or a tuple or list with it, with arguments handed on, and with None.
+        takes: index or name of the argument that is the stream.
+        gives: the form of the result: ("stream",), or a tuple or list of the stream, arguments and None.
     """
 
     def __init__(self, takes: int | str = 0, gives: Any = ("stream",)) -> None:
@@ -25,15 +25,15 @@ class Pass(nn.Module):
         self.takes, self.gives = takes, gives
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the removed module returned, with the stream as it came."""
+        """The result in the form in which the removed module returned it."""
         return _fill(self.gives, self.stream(_argument(args, kwargs, self.takes)), args, kwargs)
 
     def stream(self, x: Tensor) -> Tensor:
-        """What becomes of the stream."""
+        """The stream to return, here unchanged."""
         return x
 
     def extra_repr(self) -> str:
-        """Nothing in the ordinary case."""
+        """Empty if the stream is the first argument and the whole result."""
         return "" if (self.takes, self.gives) == (0, ("stream",)) else f"takes={self.takes!r}, gives={self.gives}"
 
 
@@ -47,7 +47,7 @@ class Zero(Pass):
 
 @dataclass(frozen=True)
 class LinearMap:
-    """What a projection computes, for all channels that the original has; zero for those that a model lacks.
+    """The linear map of a projection over all channels of the original; zero for channels that were removed.
 
     Attributes:
         weight: shape (outputs, inputs).
@@ -58,10 +58,10 @@ class LinearMap:
     bias: Tensor
 
     def tensors(self, projected: Projected, path: str = "") -> dict[str, Tensor]:
-        """Weight and bias as those of a layer with all channels, by the names of `Projected.tensors`.
+        """Weight and bias in the shapes of a layer with all channels, by the names of `Projected.tensors`.
 
         Raises:
-            PlanError: the map is of other sizes.
+            PlanError: the sizes of the map differ from those of the original.
         """
         shapes = {name: kept.shape for name, kept in projected.tensors(path).items()}
         if (tuple(self.weight.shape), tuple(self.bias.shape)) != (projected.sizes, projected.sizes[:1]):
@@ -75,10 +75,10 @@ class LinearMap:
 
 
 class Projection(Pass):
-    """Returns a linear map of the stream's channels, which is learned: a 1x1 convolution or a linear layer.
+    """Returns a learned linear map of the stream's channels: a 1x1 convolution or a linear layer.
 
     Args:
-        projected: sizes and stride; it starts at zero.
+        projected: sizes and stride. The map starts at zero.
         takes: as for `Pass`.
         gives: as for `Pass`.
 
@@ -99,28 +99,28 @@ class Projection(Pass):
 
     @torch.no_grad()
     def take(self, given: LinearMap, projected: Projected) -> None:
-        """Compute this map from now on: of its channels those that `projected` keeps."""
+        """Set the weights to those of a map, for the channels that `projected` keeps."""
         weight, bias = given.tensors(projected).values()
         outputs, inputs = list(projected.outputs), list(projected.inputs)
         self.get_parameter(f"{LAYER}.weight").copy_(weight[outputs][:, inputs])
         self.get_parameter(f"{LAYER}.bias").copy_(bias[outputs])
 
     def stream(self, x: Tensor) -> Tensor:
-        """The stream with other channels, and at fewer positions if it has a stride."""
+        """The stream with other channels, and at fewer positions if the layer has a stride."""
         mapped: Tensor = self.get_submodule(LAYER)(x)
         return mapped
 
 
 def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int | str) -> Any:
-    """An argument by its place or its name; where it is passed the other way, the first that there is."""
+    """An argument by its index or its name; if nothing was passed that way, the first that was passed the other way."""
     held = args if isinstance(place, int) else kwargs
     if place in (range(len(held)) if isinstance(place, int) else held):
         return held[place]  # type: ignore[index]
     others = (*kwargs.values(),) if isinstance(place, int) else args
     if not others:
         raise RewrittenModuleError(
-            f"a module that replaces a removed one was called without argument {place!r}, which its plan says "
-            "that it takes or returns"
+            f"a module that replaces a removed one was called without argument {place!r}, which it takes or returns "
+            "according to its plan"
         )
     return others[0]
 
@@ -144,7 +144,7 @@ _KINDS: Mapping[str, type[Pass]] = {IDENTITY: Pass, ZERO: Zero}
 
 
 def trial_map(projected: Projected) -> LinearMap:
-    """A map of random numbers, always the same ones, to try a cut with."""
+    """A map of random numbers from a fixed seed, to try a cut with."""
     draw = torch.Generator().manual_seed(0)
     outputs, inputs = projected.sizes
     weight = torch.randn(outputs, inputs, generator=draw) / inputs**0.5
@@ -159,12 +159,15 @@ def check_stand_in(kind: str, projected: Projected | None) -> None:
         projected: the sizes of the linear map that a projection computes.
 
     Raises:
-        PlanError: the kind is unknown, or it has sizes and is no projection, or the other way round.
+        PlanError: the kind is unknown, a projection has no sizes, or another kind has sizes.
     """
     if kind not in (*_KINDS, PROJECTION):
         raise PlanError(f"a removed module can become 'identity', 'zero' or 'projection', found {kind!r}")
     if (kind == PROJECTION) != (projected is not None):
-        raise PlanError(f"a removed module becomes {kind!r} {'with' if projected else 'without'} sizes of a linear map")
+        raise PlanError(
+            f"a removed module becomes {kind!r} {'with' if projected else 'without'} sizes of a linear map: only a "
+            "projection takes them, and it needs them"
+        )
 
 
 def stand_in(kind: str, called: CallForm | None = None, projected: Projected | None = None) -> nn.Module:
@@ -172,7 +175,7 @@ def stand_in(kind: str, called: CallForm | None = None, projected: Projected | N
 
     Args:
         kind: "identity", "zero" or "projection".
-        called: how the removed module is called; None: with the stream first, and it returns the stream alone.
+        called: how the removed module is called; None: the stream is its first argument and its whole result.
         projected: the sizes of the linear map that a projection computes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Prove a cut: the pruned model must equal the masked original, and still run in training."""
+"""Verify a cut: the cut model must compute what the masked original computes, and must still run in training mode."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +26,13 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Proof:
-    """How close the pruned model came to the masked original.
+    """How close a cut model is to the masked original.
 
     Attributes:
-        error: largest difference over largest value of the reference, over all outputs.
-        crossed: nodes where the reference had to compute over the kept slots alone; empty means that it was the
-            unchanged original with zeros in its weights.
+        error: the largest difference of an output, divided by the largest value of that output of the masked
+            original; the maximum over all outputs.
+        crossed: nodes, such as norms, that the masked original had to compute over the kept slots alone; if there are
+            none, it is the original with zeros in its weights, and otherwise unchanged.
     """
 
     error: float
@@ -49,24 +50,23 @@ def verify(
     maps: Mapping[str, LinearMap] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Proof:
-    """Compare a pruned model with the masked original on example inputs.
+    """Compare a cut model with the masked original on example inputs.
 
     Args:
         structure: of the traced original.
-        original: the model that was cut: the reference takes its weights from it, never from the pruned model.
-        pruned: what the cut made of it.
-        plan: what was to be cut, in the indices of the traced original.
+        original: the model that was cut. The masked original takes its weights from this model, never from `pruned`.
+        pruned: the cut model.
+        plan: the cut, in the indices of the traced original.
         inputs: positional and keyword inputs of the shapes that were traced.
-        since: the plan that had already been applied to `original`; None: it is the traced original.
-        maps: those that the cut was given for modules that became projections now; those of earlier ones are weights
-            of `original`.
+        since: the plan that had already been applied to `original`; None: `original` is the traced original.
+        maps: the linear maps of the projections that this cut made. Projections of earlier cuts are in `original`.
         tolerance: largest relative difference allowed.
 
     Returns:
-        The largest relative difference, and where norms were crossed.
+        The largest relative difference, and the nodes that were computed over the kept slots alone.
 
     Raises:
-        VerificationError: the pruned model doesn't run or differs; names the groups that were cut.
+        VerificationError: the cut model does not run, or its outputs differ; names the groups that were cut.
     """
     args, kwargs = inputs
     leaves = tree_leaves((args, dict(kwargs)))
@@ -75,24 +75,24 @@ def verify(
         found = outputs_of(pruned, args, dict(kwargs))
     except Exception as error:
         raise VerificationError(
-            f"the pruned model does not run: {type(error).__name__}: {error} (cut: {_names(plan)})"
+            f"the cut model does not run: {type(error).__name__}: {error} (cut: {_names(plan)})"
         ) from error
     crossed = tuple(_nodes_across(structure, structure.presence(plan.keep)))
     if len(found) != len(reference):
         raise VerificationError(
-            f"the pruned model returns {len(found)} tensors, the original {len(reference)} (cut: {_names(plan)})"
+            f"the cut model returns {len(found)} tensors, the original {len(reference)} (cut: {_names(plan)})"
         )
     worst = 0.0
     for place, (mine, theirs) in enumerate(zip(found, reference, strict=True)):
         if mine.shape != theirs.shape:
             raise VerificationError(
-                f"output {place} of the pruned model has shape {tuple(mine.shape)}, that of the masked original "
+                f"output {place} of the cut model has shape {tuple(mine.shape)}, that of the masked original "
                 f"{tuple(theirs.shape)} (cut: {_names(plan)})"
             )
         worst = max(worst, difference(mine, theirs))
     if not worst <= tolerance:
         raise VerificationError(
-            f"the pruned model differs from the masked original by {worst:.2g} of its largest output, allowed is "
+            f"the cut model differs from the masked original by {worst:.2g} of its largest output, allowed is "
             f"{tolerance:g} (cut: {_names(plan)})"
         )
     return Proof(worst, crossed)
@@ -109,7 +109,7 @@ def masked_outputs(
 ) -> list[Tensor]:
     """Outputs of the original's graph with the removed slots masked and the removed branches skipped or projected.
 
-    Of an output that is no contract only the slots that are kept are returned.
+    Outputs that may shrink, because they are no contracts, are returned with their kept slots alone.
 
     Args:
         structure: of the traced original.
@@ -117,7 +117,7 @@ def masked_outputs(
         plan: what is masked and skipped.
         inputs: the leaves of the example inputs, in order.
         since: the plan that had already been applied to `original`.
-        maps: module path -> what a projection computes that `original` does not have yet.
+        maps: module path -> the linear map of a projection that `original` does not have yet.
     """
     structure = structure.after(plan.removed)
     graph = structure.graph
@@ -144,7 +144,7 @@ def _full_size(graph: Graph, model: nn.Module, since: Plan, fresh: Mapping[str, 
     like = next((tensor for tensor in held.values() if tensor.is_floating_point()), torch.empty(0))
     full = {}
     for name, shape in graph.shapes.items():
-        if name not in held:  # of a projection that is made now; or lay in a removed block, and nothing reads it
+        if name not in held:  # it belongs to a new projection, or to a removed block, where nothing reads it
             full[name] = fresh[name].to(like) if name in fresh else like.new_zeros(shape)
             continue
         small = held[name].detach()
@@ -156,7 +156,7 @@ def _full_size(graph: Graph, model: nn.Module, since: Plan, fresh: Mapping[str, 
 
 
 def _mask(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
-    """The tensor with zeros in all slots but those kept."""
+    """The tensor with zeros in all removed slots."""
     for dim, places in kept.items():
         mask = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
         mask[list(places)] = True
@@ -169,7 +169,7 @@ def _names(plan: Plan) -> str:
 
 
 def _nodes_across(structure: Structure, present: Presence, *, every: bool = False) -> list[str]:
-    """Nodes that compute over a dimension which lost slots; products of activations only if `every`."""
+    """Nodes that compute across a dimension with removed slots; products of activations only if `every`."""
     found = []
     for name, kind in structure.layout.crossings.items():
         if kind == "contraction" and not every:
@@ -181,7 +181,7 @@ def _nodes_across(structure: Structure, present: Presence, *, every: bool = Fals
 
 
 def _over_kept(structure: Structure, present: Presence) -> Callable[[Node, Callable[[Any], Any]], Any]:
-    """Compute a node on the kept slots of its inputs, and put its result back among zeros."""
+    """A function that computes a node on the kept slots of its inputs, and fills the other slots with zeros."""
     layout = structure.layout
     sizes: dict[tuple[str, str, int | None], int] = {
         (use.node, use.argument, use.index): use.sign * count(use.dim, present) for use in layout.sizes
@@ -236,12 +236,12 @@ def training_failure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     """Run a model forward in training mode.
 
     Args:
-        model: is left as it is, buffers and torch's random state too.
+        model: left as it is, with its buffers; torch's random state does not change either.
         args: positional example inputs.
         kwargs: keyword example inputs.
 
     Returns:
-        The error that it raised; "" if it runs.
+        The error that the model raised; "" if it runs.
 
     Example:
         >>> training_failure(nn.Linear(3, 2), (torch.zeros(1, 3),), {})

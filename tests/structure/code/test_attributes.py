@@ -97,7 +97,7 @@ class Made(nn.Module):
         return self.read(self.body(self, self.write(x)).flatten(1))
 
 
-def made(
+def make_case(
     body: Callable[[Made, Tensor], Tensor], swap: bool = False, **held: Any
 ) -> tuple[Made, Structure, dict[str, int]]:
     model, x = Made(body, **held), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ def test_sizes_are_followed_to_where_they_come_from(
     body: Callable[[Made, Tensor], Tensor], held: dict[str, Any], groups: dict[str, int]
 ) -> None:
     for swap in (False, True):
-        _, structure, found = made(body, swap, **held)
+        _, structure, found = make_case(body, swap, **held)
         assert found == groups
         assert not structure.plan({name: [0] for name in groups}).programs
 
@@ -164,8 +164,8 @@ def test_sizes_are_followed_to_where_they_come_from(
 def test_what_the_code_fixes_can_go_only_where_the_code_is_rewritten(
     body: Callable[[Made, Tensor], Tensor], held: dict[str, Any], groups: dict[str, int], rewritten: dict[str, int]
 ) -> None:
-    assert made(body, **held)[2] == groups
-    _, structure, found = made(body, swap=True, **held)
+    assert make_case(body, **held)[2] == groups
+    _, structure, found = make_case(body, swap=True, **held)
     assert found == rewritten
     plan = structure.plan({name: [0] for name in rewritten})
     assert list(plan.programs) == ([""] if rewritten else [])
@@ -200,7 +200,7 @@ def test_one_number_for_two_dims_ties_them() -> None:
 
 def test_a_list_stays_a_list_and_a_tuple_a_tuple() -> None:
     for kind in (list, tuple):
-        model, structure, _ = made(lambda m, x: x.view(2, *m.shape), shape=kind((3, 4)))
+        model, structure, _ = make_case(lambda m, x: x.view(2, *m.shape), shape=kind((3, 4)))
         small = apply_plan(model, structure.plan({"write": [0]}))
         assert small.shape == kind((1, 4)) and model.shape == kind((3, 4))
 

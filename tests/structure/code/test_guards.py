@@ -1,4 +1,4 @@
-"""New code goes the way of the old for every size that compares as when it was traced, and refuses all others."""
+"""Rewritten code takes the branch of the original for all sizes that compare as in the trace, and refuses others."""
 
 import copy
 import json
@@ -147,7 +147,7 @@ def longer_than_table(part: Part, x: Tensor, _other: Tensor, _count: int) -> Ten
     return x[:, :9] if x.shape[1] >= part.table.shape[0] else x * part.table[0]
 
 
-def alike(_part: Part, x: Tensor, other: Tensor, _count: int) -> Tensor:
+def same_count(_part: Part, x: Tensor, other: Tensor, _count: int) -> Tensor:
     return x * other[:, None] if x.shape[1] == other.shape[0] else x + other.mean()
 
 
@@ -159,11 +159,11 @@ def by_count(_part: Part, x: Tensor, _other: Tensor, count: int) -> Tensor:
     return x * 2 if count > 3 else x
 
 
-def computed_with(_part: Part, x: Tensor, _other: Tensor, _count: int) -> Tensor:
+def divide_by_root(_part: Part, x: Tensor, _other: Tensor, _count: int) -> Tensor:
     return x / (x.shape[1] ** 0.5)
 
 
-def built(way: Callable[..., Tensor], length: int = 5, others: int = 5) -> tuple[nn.Module, Structure]:
+def model_and_structure(way: Callable[..., Tensor], length: int = 5, others: int = 5) -> tuple[nn.Module, Structure]:
     torch.manual_seed(0)
     model = randomised(Around(way).eval())
     return model, analyze(trace(model, (sequence(4, length, 2), torch.ones(others))))
@@ -176,7 +176,7 @@ def cut(model: nn.Module, structure: Structure) -> tuple[nn.Module, Plan]:
     return small, plan
 
 
-def masked(model: nn.Module) -> nn.Module:
+def mask_middle_rows(model: nn.Module) -> nn.Module:
     """The original without the middle row of each sample."""
     made = copy.deepcopy(model)
     with torch.no_grad():
@@ -189,19 +189,19 @@ WAYS: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], bool], str]] =
     "a number": (longer, lambda n, _: n <= 6, "a size <= 6, found 20"),
     "an attribute": (longer_than_held, lambda n, _: n <= 6, "a size <= 6, found 20"),
     "a parameter": (longer_than_table, lambda n, _: n < 9, "a size < 9, found 20"),
-    "another size": (alike, lambda n, m: n == m, "sizes with a == b, found a = 5, b = 20"),
+    "another size": (same_count, lambda n, m: n == m, "sizes with a == b, found a = 5, b = 20"),
     "arithmetic": (twice_as_long, lambda n, m: 2 * n > m + 1, "sizes with a > b, found a = 10, b = 21"),
     "a size that was given": (by_count, lambda _, m: m > 3, "a size > 3, found 2"),
-    "computed with": (computed_with, lambda n, _: n == 5, "a size of 5, found 20"),
+    "computed with": (divide_by_root, lambda n, _: n == 5, "a size of 5, found 20"),
 }
 
 
 @pytest.mark.parametrize("name", WAYS)
 def test_the_way_that_was_traced_is_taken_for_all_sizes_that_take_it(name: str) -> None:
     way, taken, message = WAYS[name]
-    model, structure = built(way)
+    model, structure = model_and_structure(way)
     small, _ = cut(model, structure)
-    original, refusals = masked(model), []
+    original, refusals = mask_middle_rows(model), []
     for length, others in SIZES:
         given = (sequence(4, length, 3), torch.randn(others))
         if taken(length, others):
@@ -216,17 +216,17 @@ def test_the_way_that_was_traced_is_taken_for_all_sizes_that_take_it(name: str) 
 
 
 def test_the_advice_of_the_message_can_be_followed() -> None:
-    model, _ = built(longer)
+    model, _ = model_and_structure(longer)
     given = (sequence(4, 20, 3), torch.ones(20))
     again = analyze(trace(model, given))
     small, _ = cut(model, again)
-    torch.testing.assert_close(small(*given), masked(model)(*given), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(small(*given), mask_middle_rows(model)(*given), rtol=1e-4, atol=1e-5)
     whole = analyze(trace(model, (sequence(4), torch.ones(5))), swap=False, required=False)
     assert not whole.groups  # left as it is, for every length
 
 
 def test_two_plans_in_a_row_keep_what_the_first_code_checked() -> None:
-    model, structure = built(alike)
+    model, structure = model_and_structure(same_count)
     small, _ = cut(model, structure)
     again = analyze(trace(small, (sequence(4), torch.ones(5))))
     smaller = apply_plan(small, again.plan({"write": [0]}))
@@ -259,7 +259,7 @@ HOSTILE: dict[str, Any] = {
 }
 
 
-def poisoned(plan: Plan, guard: Any) -> dict[str, Any]:
+def poison(plan: Plan, guard: Any) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(json.dumps(plan.to_json()))
     data["programs"]["part"][0]["guards"] = [guard]
     return data
@@ -267,19 +267,19 @@ def poisoned(plan: Plan, guard: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def guarded() -> tuple[nn.Module, Plan]:
-    model, structure = built(alike)
+    model, structure = model_and_structure(same_count)
     return model, cut(model, structure)[1]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_guard_that_means_nothing_is_refused(guarded: tuple[nn.Module, Plan], name: str) -> None:
     with pytest.raises(PlanError, match=r"means nothing|not the code of a module"):
-        Plan.from_json(poisoned(guarded[1], HOSTILE[name]))
+        Plan.from_json(poison(guarded[1], HOSTILE[name]))
 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_guard_reads_only_what_was_made_before(guarded: tuple[nn.Module, Plan], place: int) -> None:
-    plan = Plan.from_json(poisoned(guarded[1], [["size", ["value", 6], 0], "==", 5, place]))
+    plan = Plan.from_json(poison(guarded[1], [["size", ["value", 6], 0], "==", 5, place]))
     with pytest.raises(PlanError, match="uses value 6, which nothing makes"):
         apply_plan(guarded[0], plan)
 

@@ -1,4 +1,4 @@
-"""How the code follows a cut: first by new values of attributes, then by new code, else not at all."""
+"""How the code follows a cut: first by new values of attributes, then by rewritten code, else not at all."""
 
 from collections.abc import Callable
 
@@ -45,7 +45,7 @@ def as_a_number(part: Part, x: Tensor) -> Tensor:
     return x.view(-1, part.count, 12 // 3).relu().flatten(1) / (part.count + 1) ** 0.5
 
 
-def settled(
+def cut_all(
     structure: Structure, rewriter: Rewriter | None = None, *, gone: str | None = None, count: int = 2
 ) -> CodeChanges:
     """What a cut of all groups to `count` units takes."""
@@ -60,21 +60,21 @@ def settled(
 
 
 def test_an_attribute_is_told_its_new_value_and_no_code_changes() -> None:
-    found = settled(of(by_attribute))
+    found = cut_all(of(by_attribute))
     assert not found.programs and not found.unmet
     assert found.values.solved[Attribute("0.1", "count", None, 3)] == 2
 
 
 def test_only_the_module_that_can_not_follow_gets_new_code() -> None:
     structure = of(by_attribute, by_literal)
-    found = settled(structure)
+    found = cut_all(structure)
     assert list(found.programs) == ["1.1"] and not found.unmet
     assert found.values.solved[Attribute("0.1", "count", None, 3)] == 2
 
 
 def test_a_cut_that_changes_nothing_takes_nothing() -> None:
     structure = of(by_literal)
-    found = settled(structure, count=12)
+    found = cut_all(structure, count=12)
     assert not found.programs and not found.unmet
     assert all(leaf.value == value for leaf, value in found.values.solved.items())
 
@@ -82,21 +82,21 @@ def test_a_cut_that_changes_nothing_takes_nothing() -> None:
 def test_a_number_is_closed_until_its_code_is_rewritten() -> None:
     structure, count = of(as_a_number), Attribute("0.1", "count", None, 3)
     assert list(structure.layout.escaped[count]) == ["0.1"]
-    found = settled(structure)
+    found = cut_all(structure)
     assert list(found.programs) == ["0.1"] and count not in found.closed
-    refused = settled(structure, Rewriter(structure.graph, enabled=False))
+    refused = cut_all(structure, Rewriter(structure.graph, enabled=False))
     assert not refused.programs and refused.unmet and count in refused.closed
 
 
 def test_what_a_removed_module_computes_closes_nothing() -> None:
     structure, count = of(as_a_number), Attribute("0.1", "count", None, 3)
-    found = settled(structure, Rewriter(structure.graph, enabled=False), gone="0.1")
+    found = cut_all(structure, Rewriter(structure.graph, enabled=False), gone="0.1")
     assert count not in found.closed
 
 
 def test_without_rewriting_the_demand_is_unmet_and_says_why() -> None:
     structure = of(by_literal)
-    found = settled(structure, Rewriter(structure.graph, enabled=False))
+    found = cut_all(structure, Rewriter(structure.graph, enabled=False))
     assert {demand.module for demand in found.unmet} == {"0.1"}
     assert any("is always 3" in demand.why(found.values, found.closed) for demand in found.unmet)
 
@@ -113,7 +113,7 @@ class Fails(Rewriter):
 def test_a_module_that_turns_out_not_to_be_writable_is_given_up() -> None:
     structure = of(by_literal, by_literal)
     rewriter = Fails(structure.graph)
-    found = settled(structure, rewriter)
+    found = cut_all(structure, rewriter)
     assert {demand.module for demand in found.unmet} == {"1.1"} and not found.programs
     assert rewriter.refused == {"1.1": "no"}
 

@@ -1,1 +1,1 @@
-"""How the code of a model follows a cut: its sizes, new values for its ints, new code where it must be."""
+"""How the code of a model follows a cut: its ints get new values; where these don't suffice, the code is rewritten."""

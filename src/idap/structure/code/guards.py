@@ -1,7 +1,8 @@
-"""What new code checks before it goes the way of the old: the sizes that the code compared still compare as they did.
+"""The guards of rewritten code: they check that sizes which the original code compared still compare as in the trace.
 
-A comparison told the code nothing but its outcome, so only that must stay: `key_padding_mask.shape[0] == bsz` holds for
-every batch size. Numbers that the code computed from a size are in the new code as they were, so that size must stay.
+A comparison influenced the code only by its outcome, so only the outcome must stay: `key_padding_mask.shape[0] == bsz`
+holds for every batch size. A number that the code computed from a size is a constant in the rewritten code, so that
+size itself must stay.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,16 +14,16 @@ from idap.graph.provenance import sources
 from idap.structure.code.program import Guard, Tree
 
 MIRRORED: Mapping[str, str] = {"==": "==", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
-"""What holds with both sides exchanged."""
+"""Relation -> the relation that holds once both sides are exchanged."""
 
 
 @dataclass(frozen=True)
 class Hand:
-    """What a module's code has at hand.
+    """The tensors and sizes that a module's code has at hand.
 
     Attributes:
-        tensors: node that holds a tensor -> number of the tensor in the new code.
-        given: size that came as an argument -> its number.
+        tensors: node that holds a tensor -> number of the tensor in the rewritten code.
+        given: size that was passed as an argument -> its number.
     """
 
     tensors: Mapping[str | None, int]
@@ -34,18 +35,18 @@ class Hand:
 
 
 def comparisons_by_module(graph: Graph) -> dict[str, list[Comparison]]:
-    """By module the sizes that its code compared, or computed with, with what must stay."""
-    asked: dict[str, list[Comparison]] = {}
+    """Module path -> the comparisons of its code; a size that the code computed with must equal its traced value."""
+    found: dict[str, list[Comparison]] = {}
     for leaf, modules in graph.escaped.items():
         for path, place in modules.items():
-            asked.setdefault(path, []).append(_as_it_was(leaf, place, path))
+            found.setdefault(path, []).append(_equal_to_traced(leaf, place, path))
     for note in graph.comparisons:
-        asked.setdefault(note.module, []).append(note)
-    return asked
+        found.setdefault(note.module, []).append(note)
+    return found
 
 
 def ever_at_hand(frames: Iterable[Frame], places: Mapping[str, str], local: Callable[[Expression], Expression]) -> Hand:
-    """All that a module has at hand in one of its calls at least; the numbers mean nothing."""
+    """Everything that a module has at hand in at least one of its calls; the numbers have no meaning."""
     tensors: dict[str | None, int] = {}
     given: dict[Expression, int] = {}
     for frame in frames:
@@ -60,41 +61,41 @@ def ever_at_hand(frames: Iterable[Frame], places: Mapping[str, str], local: Call
 
 
 class Guards:
-    """The guards of one routine, given out as soon as their sizes are at hand.
+    """The guards of one routine; each is taken as soon as its sizes are at hand.
 
     Args:
-        notes: what the module's code asked of sizes.
-        free: whether a size depends on the input and isn't touched by the cut. All others are what they were in the
-            original, which took its way by them.
+        notes: the comparisons of sizes in the module's code.
+        free: whether a size depends on the input and isn't changed by the cut. Only such sizes need a guard: all others
+            count as in the original, since they decided which branches it took.
         ever: what the module has at hand in any of its calls.
     """
 
     def __init__(self, notes: Iterable[Comparison], free: Callable[[Extent], bool], ever: Hand) -> None:
         self._free = free
-        asked = [part for note in notes for part in self._as_guards(note, ever)]
-        self._waiting = [note for note in asked if self._leaves(note)]
-        self._told: set[tuple[Tree, str, Tree]] = set()
+        parts = [part for note in notes for part in self._as_guards(note, ever)]
+        self._waiting = [note for note in parts if self._leaves(note)]
+        self._taken: set[tuple[Tree, str, Tree]] = set()
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
     def take_ready(self, hand: Hand, place: int) -> Iterator[Guard]:
-        """The guards whose sizes are at hand by now; they wait no longer."""
+        """Take the guards whose sizes are at hand by now; each is taken once."""
         ready = [note for note in self._waiting if all(self._at_hand(side, hand) for side in (note.left, note.right))]
         self._waiting = [note for note in self._waiting if note not in ready]
         for note in ready:
             left, symbol, right = self._tree(note.left, hand), note.symbol, self._tree(note.right, hand)
             if not isinstance(left, tuple):
                 left, symbol, right = right, MIRRORED[symbol], left
-            if left != right and (left, symbol, right) not in self._told:
-                self._told.add((left, symbol, right))
+            if left != right and (left, symbol, right) not in self._taken:
+                self._taken.add((left, symbol, right))
                 yield left, symbol, right, place
 
     def _as_guards(self, note: Comparison, ever: Hand) -> Sequence[Comparison]:
-        """The comparison; where a size of it can't be read, all others must be as they were."""
+        """The comparison itself; if a size in it can't be read, guards that keep all its other sizes as traced."""
         if note.known and self._at_hand(note.left, ever) and self._at_hand(note.right, ever):
             return [note]
-        return [_as_it_was(leaf, note.source, note.module) for leaf in self._leaves(note) if ever.has(leaf)]
+        return [_equal_to_traced(leaf, note.source, note.module) for leaf in self._leaves(note) if ever.has(leaf)]
 
     def _leaves(self, note: Comparison) -> list[Expression]:
         return sorted(filter(self._varies, sources(note.left) | sources(note.right)), key=str)
@@ -120,5 +121,5 @@ class Guards:
         return ("size", ("value", hand.tensors[expression.node]), expression.dim)
 
 
-def _as_it_was(leaf: Expression, place: str, module: str) -> Comparison:
+def _equal_to_traced(leaf: Expression, place: str, module: str) -> Comparison:
     return Comparison(leaf, Literal(leaf.value), place, module)

@@ -1,4 +1,4 @@
-"""A module's code as data: what replaces its forward where the code itself can't express a pruned shape.
+"""Programs: the code of a rewritten module as data. They replace a forward that can't produce the shapes after a cut.
 
 Trees of arguments are plain values, and tuples that begin with a tag:
 
@@ -30,10 +30,10 @@ Tree = Any
 DTYPES = frozenset(
     ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64")
 ) | {"complex128"}
-"""Types of numbers that a program may name: those with which all functions of torch compute."""
+"""Types of numbers that a program may name: those that all functions of torch support."""
 
 MOST_ROUTINES, MOST_STEPS, MOST_PARTS = 32, 20_000, 400_000
-"""The most ways to call one module, steps and guards of all of them, and parts of all their arguments."""
+"""The most routines of one program, the most steps and guards of all of them, and the most parts of all their trees."""
 
 Guard = tuple[Tree, str, Tree, int]
 """Two sizes, the relation in which they must stand, and the number of steps that make both known."""
@@ -48,7 +48,7 @@ class Instruction:
         module: path of a module below the one that is rewritten, "" for a function.
         args: positional arguments.
         kwargs: keyword arguments.
-        results: for each value that is used later its place in the result and its number.
+        results: for each value that is used later, its place in the result and its number.
     """
 
     function: str
@@ -67,11 +67,11 @@ class Routine:
     """What a rewritten module does when it is called in one way.
 
     Attributes:
-        args: positional arguments as they must come: ("value", n) takes a tensor, ("int", n) a whole number.
+        args: the positional arguments that it takes: ("value", n) takes a tensor, ("int", n) a whole number.
         kwargs: keyword arguments, likewise.
         steps: in order.
         output: what is returned.
-        guards: what must be as it was, because the code took its way by it or computed with it.
+        guards: relations of sizes that must still hold, because the code branched on them or computed with the sizes.
     """
 
     args: tuple[Tree, ...]
@@ -108,7 +108,7 @@ class Program:
         """Check every part of the program; see `check_routine`.
 
         Raises:
-            PlanError: names the part that means nothing, or there are more routines or steps than any module has.
+            PlanError: a part is invalid, and is named; or there are more routines, steps or parts than allowed.
         """
         steps = sum(len(routine.steps) + len(routine.guards) for routine in self.routines)
         if len(self.routines) > MOST_ROUTINES or steps > MOST_STEPS or self.parts > MOST_PARTS:
@@ -121,7 +121,7 @@ class Program:
 
     @cached_property
     def parts(self) -> int:
-        """How many parts all its trees have."""
+        """How many parts all trees of the program have together."""
         return sum(_parts(tree) for routine in self.routines for tree in _all_trees(routine))
 
     @classmethod
@@ -178,10 +178,10 @@ _SHAPES: Mapping[str, tuple[type, ...] | None] = {
 
 
 def check_tree(tree: Tree) -> None:
-    """Check that a tree is made of known tags with parts of the right types, before anything is made of it.
+    """Check that a tree consists of known tags with parts of the right types, before it is used.
 
     Raises:
-        PlanError: names the part that means nothing.
+        PlanError: names the invalid part.
     """
     if not isinstance(tree, tuple):
         number = type(tree) in (int, float) and -LARGEST < tree < LARGEST  # neither infinite nor NaN, which have a tag
@@ -213,7 +213,7 @@ def check_routine(routine: Routine) -> None:
     """Check every part of a routine; see `check_tree`.
 
     Raises:
-        PlanError: names the part that means nothing.
+        PlanError: names the invalid part.
     """
     named = [pair for pairs in (routine.kwargs, *(step.kwargs for step in routine.steps)) for pair in pairs]
     for key, _ in named:
@@ -240,7 +240,7 @@ def check_routine(routine: Routine) -> None:
 
 
 def _check_guard(guard: Guard, steps: int) -> None:
-    """Nothing but numbers, sizes of values and their arithmetic, in a relation, after one of the steps."""
+    """Check that a guard relates two numbers, sizes of values or arithmetic with these, after one of the steps."""
     if not isinstance(guard, tuple) or len(guard) != 4 or type(guard[3]) is not int or not 0 <= guard[3] <= steps:
         raise PlanError(f"the code of a rewritten module checks {guard!r}, which means nothing")
     left, symbol, right, _ = guard
@@ -278,10 +278,10 @@ DEEPEST = 64
 
 
 def tuples(tree: Any, depth: int = 0) -> Any:
-    """A tree read from JSON with tuples in the place of its lists.
+    """A tree read from JSON, with tuples instead of lists.
 
     Raises:
-        ValueError: it is nested too deep.
+        ValueError: the tree is nested too deep.
     """
     if depth > DEEPEST:
         raise ValueError(f"nested deeper than {DEEPEST} lists")
@@ -292,10 +292,10 @@ _GIVEN = ("stream", "none", "given", "tuple", "list")
 
 
 def check_tuples(data: Any) -> Any:
-    """What a stand-in returns, read from JSON: see `ModuleCall.gives`.
+    """Read the form of what a stand-in returns from JSON, and check it; see `ModuleCall.gives`.
 
     Raises:
-        TypeError, ValueError: a part means nothing.
+        TypeError, ValueError: a part is invalid.
     """
     tree = tuples(data)
     if not isinstance(tree, tuple) or not tree or not isinstance(tree[0], str) or tree[0] not in _GIVEN:

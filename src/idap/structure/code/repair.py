@@ -1,4 +1,4 @@
-"""What a cut takes beside slicing: new ints, new code; and the groups for which neither will do."""
+"""Make a model's code follow a cut by new ints or rewritten code; tie or freeze the groups for which neither works."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from idap.structure.layout import Layout, Presence
 from idap.structure.plan import Size
 
 ORDINALS = ("layer_idx",)
-"""Names of such ints: in transformers every attention and state-space layer has one."""
+"""Names of ints that number layers: in transformers every attention and state-space layer has one."""
 
 
 def renumber(modules: Mapping[str, ModuleInfo], gone: Callable[[str], bool]) -> dict[str, dict[str, Size]]:
-    """New numbers for the modules that stay, where they change.
+    """New numbers for the modules that are kept, where they change.
 
     Args:
         modules: by path.
@@ -51,7 +51,7 @@ def renumber(modules: Mapping[str, ModuleInfo], gone: Callable[[str], bool]) -> 
 
 
 def _stack(path: str, number: int) -> str:
-    """Path of the list of layers in which a module has this number; encoder and decoder count on their own."""
+    """Path of the list of layers in which a module has this number; encoder and decoder are numbered separately."""
     parts = path.split(".")
     places = [place for place, part in enumerate(parts) if part == str(number)]
     return ".".join(parts[: places[-1]]) if places else ""
@@ -63,8 +63,8 @@ class CodeChanges:
 
     Attributes:
         values: sizes after the cut, and the attributes that were solved.
-        programs: module path -> its new code.
-        unmet: demands that can't be met, those first that few groups are to blame for.
+        programs: module path -> its rewritten code.
+        unmet: demands that can't be met; of all, those on which the fewest groups depend.
         closed: attributes that must stay as they are.
     """
 
@@ -83,15 +83,15 @@ def repair_code(
     *,
     known: Collection[str] = (),
 ) -> CodeChanges:
-    """Find new values for attributes so that every demand is met; where none exist rewrite the code that demands it.
+    """Find new values for attributes so that every demand is met; where none exist, rewrite the code that demands it.
 
     Args:
-        demands: what the code says about sizes.
+        demands: what the code demands of sizes.
         layout: where units lie.
-        present: labels that stay.
+        present: labels that are kept.
         rewriter: of the same model.
         gone: whether a module is removed.
-        known: modules that are taken to be rewritten from the start, without their programs being written.
+        known: modules that count as rewritten from the start; their programs are not written again.
     """
     rewritten = set(known)
     while True:
@@ -122,7 +122,7 @@ def repair_code(
 
 
 def find_culprits(unmet: Sequence[Demand], layout: Layout) -> list[Demand]:
-    """Those that few groups are to blame for: they may be the cause of the others."""
+    """The demands that involve the fewest groups: they may be the cause of the others."""
     blame = [len(set[int]().union(*map(layout.groups_in, demand.dims(layout)))) for demand in unmet]
     return [demand for demand, count in zip(unmet, blame, strict=True) if count == min(blame)]
 
@@ -134,10 +134,10 @@ TRIALS = 4
 def expressible(
     flow: Flow, rewriter: Rewriter
 ) -> tuple[tuple[Group, ...], Layout, tuple[Demand, ...], tuple[str, ...]]:
-    """Groups, of which every cut can be expressed by the code: what it can't express is tied or frozen.
+    """Build groups such that the code can express every cut of them: what it can't express is tied or frozen.
 
     Returns:
-        The groups, where their units lie, what the code demands, and the modules that get new code.
+        The groups, where their units lie, what the code demands, and the modules that are rewritten.
     """
     given_up: set[tuple[str, str]] = set()
     flow.labels.because("the code counts it with a number that also counts something else")
@@ -160,7 +160,7 @@ def expressible(
 def _try_cuts(
     demands: Sequence[Demand], groups: Sequence[Group], layout: Layout, rewriter: Rewriter
 ) -> tuple[dict[Demand, str], tuple[str, ...]]:
-    """Cut on trial and see which demands the code can't meet, and why; and which modules get new code."""
+    """Try random cuts: which demands the code can't meet, and why; and which modules are rewritten."""
     rewritten: dict[str, None] = {}
     for seed in range(TRIALS):
         random = np.random.default_rng(seed)
@@ -177,7 +177,7 @@ def _try_cuts(
 
 
 def _why(demand: Demand, settled: CodeChanges, rewriter: Rewriter) -> str:
-    """Why the code can't follow, and why it can't be written anew either: one line."""
+    """Why the code can't meet a demand, and why it can't be rewritten either, in one line."""
     why = demand.why(settled.values, settled.closed)
     refusal = None if demand.defines else rewriter.refused.get(demand.module)
-    return f"{why}; the code can't be written anew: {refusal}" if refusal else why
+    return f"{why}; the code can't be rewritten: {refusal}" if refusal else why

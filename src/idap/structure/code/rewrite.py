@@ -1,8 +1,8 @@
-"""Write a module's code anew with the sizes that a cut asks for, where the code itself can't come to them.
+"""Rewrite a module's code with the sizes after a cut, where the original code can't produce them.
 
-Every int that counts a pruned dimension becomes the number that the cut leaves; every other int stays the expression
-that the code computes, so that the batch size and the image size stay free. Numbers that the code computes from
-sizes, such as the scale of an attention, keep their original value.
+Every int that counts a cut dimension becomes the number that the cut leaves. Every other int stays the expression that
+the code computes, so that the batch size and the image size stay free. Numbers that the code computes from sizes, such
+as the scale of an attention, keep their original value.
 """
 
 import math
@@ -18,7 +18,7 @@ from idap.graph.rules.layers import default_scale
 from idap.structure.code.guards import Guards, Hand, comparisons_by_module, ever_at_hand
 from idap.structure.code.program import Instruction, Program, Routine, Tree
 from idap.structure.code.sizes import Values, size_position
-from idap.structure.code.vocabulary import call_refusal, mistake
+from idap.structure.code.vocabulary import mistake, module_hazard
 from idap.structure.layout import Layout
 
 _HAS_TRAINING = ("dropout", "batch_norm", "instance_norm")
@@ -26,7 +26,7 @@ _CONTAINERS: Mapping[type, str] = {tuple: "tuple", list: "list"}
 
 
 class CannotRewriteError(Exception):
-    """Why a module's code can't be written anew; never leaves the analysis."""
+    """Why a module's code can't be rewritten; never leaves the analysis."""
 
 
 class Rewriter:
@@ -59,7 +59,7 @@ class Rewriter:
             self._paths[path].append(alias)
 
     def possible(self, path: str) -> bool:
-        """Whether a module's code could be written anew as it is."""
+        """Whether a module's code can be rewritten at all: this is tried without a cut."""
         if not self.enabled or path not in self.graph.frames:
             return False
         if path not in self._checked:
@@ -74,7 +74,7 @@ class Rewriter:
         """The code of a module after a cut.
 
         Raises:
-            CannotRewriteError: it can't be written.
+            CannotRewriteError: the code can't be rewritten.
         """
         wanted: dict[tuple[str, int], int] = {}
         for use in layout.sizes:
@@ -85,7 +85,7 @@ class Rewriter:
                 if position is not None:
                     wanted[use.node, position] = count
                 elif values.slots(use.dim) != use.dim.shape[1]:
-                    raise CannotRewriteError(f"it can't be told where {node.where()} gets its {use.argument}")
+                    raise CannotRewriteError(f"it is not known where {node.where()} gets its {use.argument}")
         return self._write(path, lambda frame: _Writer(self, path, frame, values, wanted).routine())
 
     def _write(self, path: str, write: Callable[[Frame], Routine]) -> Program:
@@ -93,19 +93,19 @@ class Rewriter:
         for frames in self.graph.frames[path]:
             first, *others = (write(frame) for frame in frames)
             if any(other != first for other in others):
-                raise CannotRewriteError("it does something else each time it is called")
+                raise CannotRewriteError("it does something different each time it is called")
             found.append(first)
         return Program(tuple(dict.fromkeys(found)))
 
     def comparisons_at(self, path: str) -> tuple[Sequence[Comparison], Hand]:
-        """What a module's code asked of sizes, and all that it has at hand in one of its calls at least."""
+        """The comparisons of sizes in a module's code, and everything that it has at hand in at least one call."""
         if path not in self._ever:
             frames = (frame for calls in self.graph.frames[path] for frame in calls)
             self._ever[path] = ever_at_hand(frames, self.graph.places, self.local)
         return self._asked.get(path, ()), self._ever[path]
 
     def local(self, expression: Expression) -> Expression:
-        """An expression of a frame in the names of the graph."""
+        """An expression of a frame, with the names of the graph."""
         if isinstance(expression, Extent) and expression.node not in self.graph.nodes:
             node = self.graph.places.get(expression.node)
             return Extent(node, expression.dim, expression.value) if node else Literal(expression.value)
@@ -157,7 +157,7 @@ class _Writer:
         return Routine(args, kwargs, tuple(steps), self._tree(self._frame.output), tuple(guards))
 
     def _guards(self) -> Guards:
-        """What must stay as the code found it."""
+        """The guards of this routine."""
         notes, ever = self._rewriter.comparisons_at(self._path)
         return Guards(notes, self._follows_input, ever)
 
@@ -167,12 +167,12 @@ class _Writer:
         return Hand(held, {local(item): n for item, n in self._given.items() if self._now(item) == item.value})
 
     def _follows_input(self, extent: Extent) -> bool:
-        """Whether a size is what the input makes it, before the cut as after it."""
+        """Whether a size depends on the input, and is the same before and after the cut."""
         node = self._rewriter.graph.nodes[extent.node]
         return node.op not in ("parameter", "buffer", "constant") and self._now(extent) == extent.value
 
     def _input(self, item: Any) -> Tree:
-        """An argument as it comes: tensors and sizes get a number, all else must be the same each time."""
+        """An argument of the module: tensors and sizes get a number; all else must be the same in each call."""
         if isinstance(item, Ref):
             return ("value", self._new(item.name))
         if isinstance(item, Attribute | Extent | Literal | Operation):
@@ -215,15 +215,15 @@ class _Writer:
         return Instruction(step.function, module, args, tuple(kwargs.items()), results)
 
     def _callable_module(self, called: str) -> str:
-        """The path of a module that is called, as seen from here."""
+        """The path of a called module, relative to the module that is rewritten."""
         for path, info in self._rewriter.graph.modules.items():
             within = path == called or path.startswith(f"{called}.")
-            if within and (reason := call_refusal(info.bases)) is not None:
-                raise CannotRewriteError(f"its code calls {path}, which new code may not: {reason}")
+            if within and (reason := module_hazard(info.bases)) is not None:
+                raise CannotRewriteError(f"its code calls {path}, which rewritten code may not call: {reason}")
         return self._rewriter.below(self._path, called, tensor=False)
 
     def _scale_argument(self, nodes: list[Node], kwargs: Mapping[str, Tree]) -> dict[str, Tree]:
-        """The scale of an attention, where the code leaves it to follow the head width."""
+        """The original scale of an attention, if the code uses the default, which follows the head width."""
         for node in nodes:
             scale = default_scale(self._rewriter.graph, node)
             if scale is not None and kwargs.get("scale") is None:
@@ -262,17 +262,17 @@ class _Writer:
         if isinstance(item, torch.memory_format):
             return ("format", str(item).removeprefix("torch."))
         kind = item.kind if isinstance(item, Unseen) else type(item).__name__
-        raise CannotRewriteError(f"its code hands on {kind}")
+        raise CannotRewriteError(f"its code passes on {kind}")
 
     def _tensor(self, name: str) -> Tree:
         if name in self._number:
             return ("value", self._number[name])
         if name.startswith("tensor:"):
             return ("own", self._rewriter.below(self._path, name.removeprefix("tensor:"), tensor=True))
-        raise CannotRewriteError("its code uses a tensor from outside of it")
+        raise CannotRewriteError("its code uses a tensor from outside of the module")
 
     def _int(self, expression: Expression) -> Tree:
-        """An int in the place that is read next: the number that a cut asks for, else what it was."""
+        """The next int of a call: the number that the cut requires, else the original one."""
         if self._handing_on:
             return self._calc(expression)
         target = self._targets.get(self._position, expression.value)
@@ -280,7 +280,7 @@ class _Writer:
         return self._fit(expression, target)
 
     def _fit(self, expression: Expression, target: int) -> Tree:
-        """The expression if it gives the target, else as much of it as can stay, else the number."""
+        """The expression if it gives the target, else as much of it as can be kept, else the number."""
         if not self._known:
             return self._keep_size(expression)
         if isinstance(expression, Literal):
@@ -297,16 +297,16 @@ class _Writer:
         return target
 
     def _keep_size(self, expression: Expression) -> Tree:
-        """A size given to a call that the exported model does not make: what it must be is not known."""
+        """A size passed to a call that the exported model does not make, so that its value after the cut is unknown."""
         unseen = any(
             isinstance(leaf, Extent) and leaf.node not in self._rewriter.graph.places for leaf in sources(expression)
         )
         if unseen or self._now(expression) != expression.value:
-            raise CannotRewriteError("its code takes another way when it is exported")
+            raise CannotRewriteError("its code takes another branch when it is exported")
         return expression.value if isinstance(expression, Literal) else self._calc(expression)
 
     def _stays(self, expression: Expression) -> bool:
-        """Whether a size depends on the input and isn't touched by the cut."""
+        """Whether a size depends on the input and isn't changed by the cut."""
         reads = expression in self._given or isinstance(expression, Extent | Operation)
         return reads and self._now(expression) == expression.value
 

@@ -1,4 +1,4 @@
-"""What a model's code says about sizes: which ints it reads, gives, compares; and which must change with a plan."""
+"""What a model's code demands of sizes: which ints it reads, passes on and compares, and which must follow a plan."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from idap.structure.plan import Size
 
 @dataclass(frozen=True, eq=False)
 class Demand:
-    """Two sizes that must be equal after every cut, or stand in another relation.
+    """Two sizes that must be equal, or stand in another relation, after every cut.
 
     Attributes:
-        found: what the code computes.
-        wanted: what it must be; None means as many as `dim` has slots then.
-        dim: the dimension that is counted, if one is.
-        sign: -1 where the size counts from the end.
-        place: where the code says so, for messages.
-        node: the operator that is given the size, "" if there is none.
-        defines: the attribute that has no meaning but to hold this size, such as ``in_features``.
-        module: the module whose code says so; "" for a description of a tensor, or for the model itself.
-        reason: why it can't be met, where that is known from the start.
+        found: the size that the code computes.
+        wanted: the size that it must be; None: the number of slots that `dim` has after the cut.
+        dim: the dimension whose slots are counted, if there is one.
+        sign: -1 if the size counts from the end.
+        place: where the code makes the demand, for messages.
+        node: the operator that takes the size, "" if there is none.
+        defines: the attribute whose only purpose is to hold this size, such as ``in_features``.
+        module: the module whose code makes the demand; "" for a description of a tensor, or for the model itself.
+        reason: why the demand can't be met, if that is known from the start.
         symbol: the relation.
     """
 
@@ -42,19 +42,19 @@ class Demand:
     symbol: str = "=="
 
     def holds(self, values: "Values") -> bool:
-        """Whether both sides are equal, or as they should be."""
+        """Whether both sides stand in the relation."""
         found, wanted = values.of(self.found), self.target(values)
         if self.symbol == "==":
             return found == wanted
         return found is not None and wanted is not None and bool(getattr(found, RELATIONS[self.symbol])(wanted))
 
     def target(self, values: "Values") -> int | None:
-        """What the size must be."""
+        """The value that the size must have."""
         return self.sign * values.slots(self.dim) if self.dim is not None else values.of(self.wanted)
 
     @cached_property
     def leaves(self) -> frozenset[Expression]:
-        """What the code reads on both sides."""
+        """Everything from which the code computes either side."""
         return frozenset(sources(self.found) | (sources(self.wanted) if self.wanted is not None else set()))
 
     @cached_property
@@ -63,31 +63,31 @@ class Demand:
         return frozenset(leaf for leaf in self.leaves if isinstance(leaf, Attribute))
 
     def dims(self, layout: Layout) -> list[Dim]:
-        """The dimensions on which it depends."""
+        """The dimensions on which the demand depends."""
         read = [layout.dims[leaf.node][0][leaf.dim] for leaf in self.leaves if isinstance(leaf, Extent)]
         return read if self.dim is None else [self.dim, *read]
 
     def why(self, values: "Values", closed: Set[Attribute]) -> str:
-        """Why the code can't follow: one line."""
+        """Why the code can't meet the demand, in one line."""
         if self.reason:
             return self.reason
         if self.symbol != "==":
-            return f"{self.place} would not be {self.symbol} any more"
+            return f"{self.place} would no longer give {self.symbol!r}"
         numbers = sorted(map(str, self.attributes & closed))
         if numbers:
             return f"{self.place} comes from {', '.join(numbers)}, which the code also uses as a number"
         if isinstance(self.found, Literal):
-            return f"{self.place} is always {self.found}: no attribute of a module and no shape tells it"
+            return f"{self.place} is always {self.found}: it comes from no attribute of a module and from no shape"
         found, wanted = values.of(self.found), self.target(values)
         return f"{self.place} is computed as {self.found}, which gives {found}, not {wanted}"
 
 
 class Values:
-    """What every size is after a cut, as far as it is known.
+    """The value of every size after a cut, as far as it is known.
 
     Args:
         layout: where units lie.
-        present: labels that stay.
+        present: labels that are kept.
 
     Attributes:
         solved: attributes whose value was found.
@@ -107,7 +107,7 @@ class Values:
             return None
 
     def slots(self, dim: Dim) -> int:
-        """How many slots of a dim stay."""
+        """How many slots of a dim are kept."""
         if id(dim) not in self._counts:
             self._counts[id(dim)] = count(dim, self._present)
         return self._counts[id(dim)]
@@ -122,11 +122,11 @@ class Values:
 
 
 def solve_attributes(demands: Sequence[Demand], values: Values, closed: Set[Attribute] = frozenset()) -> list[Demand]:
-    """Find new values for the attributes that feed sizes, so that every demand is met.
+    """Find new values for the attributes from which sizes come, so that every demand is met.
 
     Args:
-        demands: what the code says about sizes.
-        values: sizes after the cut; receives the attributes.
+        demands: what the code demands of sizes.
+        values: sizes after the cut; the solved attributes are added to it.
         closed: attributes that must stay as they are.
 
     Returns:
@@ -136,19 +136,19 @@ def solve_attributes(demands: Sequence[Demand], values: Values, closed: Set[Attr
     for demand in demands:
         for attribute in demand.attributes:
             reading.setdefault(attribute, []).append(demand)
-    # What merely describes a tensor is known at once, unless it takes another attribute, such as the groups.
-    plainly = [demand for demand in demands if demand.defines and len(demand.attributes) == 1]
-    lastly = [demand for demand in demands if demand.defines and len(demand.attributes) > 1]
+    # An attribute that only describes a tensor is known at once, unless it depends on another one, such as the groups.
+    first = [demand for demand in demands if demand.defines and len(demand.attributes) == 1]
+    last = [demand for demand in demands if demand.defines and len(demand.attributes) > 1]
     used = [demand for demand in demands if not demand.defines and demand.symbol == "==" and demand.attributes]
-    for stage in (plainly, used, used, used, lastly):  # twice more: one demand may tell what another lacks
+    for stage in (first, used, used, used, last):  # three times: one demand may give what another lacks
         for demand in stage:
-            asked = (demand.defines,) if demand.defines else demand.attributes
-            free = [leaf for leaf in asked if leaf not in closed and leaf not in values.solved]
+            candidates = (demand.defines,) if demand.defines else demand.attributes
+            free = [leaf for leaf in candidates if leaf not in closed and leaf not in values.solved]
             if len(free) != 1:
                 continue
             if not demand.holds(values):
                 _solve(free[0], demand, reading, values, closed)
-            elif demand.found == free[0]:  # told to stay
+            elif demand.found == free[0]:  # the demand says that it stays
                 values.solved[demand.found] = demand.found.value
     return [demand for demand in demands if not demand.holds(values)]
 
@@ -160,7 +160,7 @@ def _solve(
     values: Values,
     closed: Set[Attribute],
 ) -> None:
-    """Give the one attribute that is free the largest value that meets this demand, and if possible all others."""
+    """Set the one free attribute to the largest value that meets this demand and, if possible, all others."""
     known = closed | set(values.solved) | {free}
     others = [other for other in reading[free] if other.attributes <= known]
     meeting = []
@@ -208,16 +208,17 @@ SHAPES_OF: Mapping[str, Mapping[str, Places]] = {
     "Embedding": {"num_embeddings": (("weight", 0),), "embedding_dim": (("weight", 1),)},
     "PReLU": {"num_parameters": (("weight", 0),)},
 }
-"""Class of torch.nn (without its 1d, 2d, 3d) -> ints that describe its tensors -> (tensor, dimension), first found."""
+"""Class of torch.nn (without its 1d, 2d, 3d) -> int that describes a tensor -> (tensor, dimension); the first that the
+module has counts."""
 
 PER_GROUP = {"Conv": "in_channels", "ConvTranspose": "out_channels"}
-"""Class of torch.nn -> the int of which the tensor holds only the share of one group."""
+"""Class of torch.nn -> the int that is a tensor's size times the number of groups."""
 
 
 def demands_of(graph: Graph, layout: Dims) -> list[Demand]:
-    """Everything that the code says about sizes."""
-    asked = [*_argument_demands(graph, layout.sizes), *_pin_demands(graph, layout), *_module_demands(graph)]
-    return [*asked, *_comparison_demands(graph, layout, set().union(*(demand.attributes for demand in asked)))]
+    """All demands of the code on sizes."""
+    found = [*_argument_demands(graph, layout.sizes), *_pin_demands(graph, layout), *_module_demands(graph)]
+    return [*found, *_comparison_demands(graph, layout, set().union(*(demand.attributes for demand in found)))]
 
 
 def _argument_demands(graph: Graph, uses: Iterable[SizeUse]) -> Iterator[Demand]:
@@ -242,7 +243,7 @@ def _pin_demands(graph: Graph, layout: Dims) -> Iterator[Demand]:
 
 
 def _comparison_demands(graph: Graph, layout: Dims, changing: Set[Attribute]) -> Iterator[Demand]:
-    """What the code found when it compared sizes, of which one may change."""
+    """The comparisons of sizes in the code, if one of their sizes may change; their outcomes must stay."""
     for note in graph.comparisons:
         if not any(
             len(layout.dims[leaf.node][0][leaf.dim]) if isinstance(leaf, Extent) else leaf in changing
@@ -279,7 +280,7 @@ def _size_of(graph: Graph, nodes: Mapping[str, str], info: ModuleInfo, places: P
 
 
 def size_position(node: Node, use: SizeUse) -> int | None:
-    """Which of the ints of the eager call became this argument; None if that can't be told."""
+    """Which of the ints of the eager call became this argument; None if that is not known."""
     given = ints((node.args, dict(node.kwargs)))
     place = _place(node, use)
     eager = [size.value for size in node.sizes]
@@ -295,7 +296,7 @@ def _old(node: Node, use: SizeUse) -> int:
 
 
 def _place(node: Node, use: SizeUse) -> int | None:
-    """Position of the argument among all ints of the node's arguments; None if it was left to its default."""
+    """Position of the argument among all ints of the node's arguments; None if it has its default value."""
     names = [argument.name for argument in operator(node)._schema.arguments]
     passed = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     before = 0

@@ -1,11 +1,11 @@
-"""The functions that a program may call, each with the arguments that it may hand over: `functions.txt`, a line each.
+"""The functions that a program may call, and the arguments that it may pass: `functions.txt`, one function per line.
 
-Plans come from strangers. So the list holds functions that compute tensors from tensors and numbers, and nothing that
-reaches memory by address, keeps what it is given, calls back, or makes tensors of a size that data decide. Arguments
-are those of the function's ATen schema, without `out`, generators, layouts and names of dimensions.
+Plans may come from strangers. So the list holds only functions that compute tensors from tensors and numbers. None of
+them reads memory by address, keeps its arguments, calls back, or makes tensors whose size depends on data. The
+arguments are those of the function's ATen schema, without `out`, generators, layouts and names of dimensions.
 
 A signature lists its parameters, separated by spaces, as ``name:kind``. ``name=:kind`` may be left out, ``name:kind?``
-may be None, and ``a|b`` is of either kind. Parameters after ``*`` are passed by name alone. ``*sizes:int`` takes whole
+may be None, and ``a|b`` takes either kind. Parameters after ``*`` are passed by name alone. ``*sizes:int`` takes whole
 numbers one by one, or one list of them. `` / `` separates overloads.
 """
 
@@ -28,9 +28,9 @@ class Parameter:
 
     Attributes:
         name: as callers pass it.
-        kinds: what it takes; see `KINDS`. A kind in quotes is that very text.
+        kinds: kinds of arguments that it takes; see `KINDS`. A kind in quotes takes exactly the quoted text.
         required: whether it must be passed.
-        by_name: whether it is passed by name alone.
+        by_name: whether it can only be passed by name.
         rest: whether it takes all positional arguments that are left.
     """
 
@@ -58,7 +58,7 @@ def read_signatures(text: str) -> tuple[Signature, ...]:
 
 
 def fits(overloads: Iterable[Signature], args: Sequence[Tree], kwargs: Iterable[tuple[str, Tree]]) -> bool:
-    """Whether one of the overloads takes the arguments: as many as it has, by its names, each of its kind.
+    """Whether one of the overloads takes the arguments: their number, their names and the kind of each.
 
     >>> softmax = read_signatures("self:tensor dim:int * dtype=:dtype?")
     >>> fits(softmax, (("value", 0), -1), ())
@@ -79,12 +79,12 @@ def _read_signature(text: str) -> Signature:
             continue
         match = re.fullmatch(r"(\*?)(\w+)(=?):(\S+)", word)
         if match is None:
-            raise ValueError(f"{word!r} is no parameter")
+            raise ValueError(f"{word!r} is not a parameter")
         rest, name, optional, kinds = match.groups()
         either = tuple(kinds.removesuffix("?").split("|")) + (("none",) if kinds.endswith("?") else ())
         unknown = [kind for kind in either if kind not in KINDS and kind[0] != "'"]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no kind of argument")
+            raise ValueError(f"{unknown[0]!r} is not a kind of argument")
         found.append(Parameter(name, either, not optional, by_name, bool(rest)))
     return tuple(found)
 
@@ -128,12 +128,12 @@ def _number(tree: Tree) -> bool:
 
 
 def _all(takes: Callable[[Tree], bool]) -> Callable[[Tree], bool]:
-    """Whether a tree is a list of what is taken."""
+    """A test whether a tree is a list or tuple, each item of which passes another test."""
     return lambda tree: _tag(tree) in ("list", "tuple") and all(map(takes, tree[1:]))
 
 
 def _plain(least: int, most: int) -> Callable[[Tree], bool]:
-    """Whether a tree is a number that stands in the plan, or a list of such numbers, within bounds."""
+    """A test whether a tree is a number that the plan holds literally, or a list of such numbers, within bounds."""
 
     def takes(tree: Tree) -> bool:
         numbers = tree[1:] if _tag(tree) in ("list", "tuple") else (tree,)
@@ -147,14 +147,14 @@ def _tensor(tree: Tree) -> bool:
 
 
 def _index(tree: Tree) -> bool:
-    """What stands between the brackets of ``x[...]``."""
+    """Whether a tree may stand between the brackets of ``x[...]``."""
     if _tag(tree) == "slice":
         return all(part is None or _int(part) for part in tree[1:])
     return tree is None or type(tree) is bool or _int(tree) or _tensor(tree) or tree == ("ellipsis",)
 
 
 def _indices(tree: Tree) -> bool:
-    """A tuple of indices, or one; lists of numbers in their place make tensors, so they are none."""
+    """Whether a tree is an index or a tuple of them; lists of numbers are not, since torch makes tensors of them."""
     return _index(tree) or (_tag(tree) == "tuple" and all(map(_index, tree[1:])))
 
 
@@ -195,8 +195,8 @@ UNCHECKED_MODULES: Mapping[str, str] = {
     "torchvision.ops.roi_align.RoIAlign": _ROIS,
     "torchvision.ops.roi_pool.RoIPool": _ROIS,
 }
-"""Class of a module that a program may not call -> the reason. Modules are the user's own, so no list can be complete;
-docs/security.md says what that means."""
+"""Class of a module that a program may not call -> the reason. Modules are the user's own, so the list can't be
+complete; docs/security.md says what that means."""
 
 
 @cache
@@ -213,38 +213,38 @@ def vocabulary() -> Mapping[str, tuple[Signature, ...]]:
 
 @cache
 def exclusions() -> frozenset[str]:
-    """The functions that models of the coverage call and that a program may not, with the reason in the file."""
+    """The functions that models of the coverage call but a program may not; the file gives the reasons."""
     lines = files(__package__).joinpath(FILE).read_text(encoding="utf-8").splitlines()
-    told = [line.partition("(")[0].removeprefix("# refused:") for line in lines if line.startswith("# refused:")]
-    return frozenset(name for line in told for name in line.split())
+    refused = [line.partition("(")[0].removeprefix("# refused:") for line in lines if line.startswith("# refused:")]
+    return frozenset(name for line in refused for name in line.split())
 
 
-def call_refusal(bases: Iterable[str]) -> str | None:
+def module_hazard(bases: Iterable[str]) -> str | None:
     """Why a program may not call a module; None if it may.
 
-    Programs decide what the modules that they call are given. The kernels of a few classes read memory by their inputs
-    and do not check them.
+    Programs choose the inputs of the modules that they call. The kernels of a few classes use inputs as positions in
+    memory without checking them.
 
     Args:
-        bases: the names of its class and of all that it derives from, with their packages.
+        bases: the names of the module's class and of all its base classes, with their packages.
 
-    >>> call_refusal(["mine.Bag", "torch.nn.modules.sparse.EmbeddingBag"])
+    >>> module_hazard(["mine.Bag", "torch.nn.modules.sparse.EmbeddingBag"])
     'its kernel reads its tables by offsets that it does not check'
-    >>> call_refusal(["torch.nn.modules.sparse.Embedding"]) is None
+    >>> module_hazard(["torch.nn.modules.sparse.Embedding"]) is None
     True
     """
     return next((UNCHECKED_MODULES[name] for name in bases if name in UNCHECKED_MODULES), None)
 
 
 def function_of_name(name: str) -> Callable[..., Any]:
-    """A function of the list."""
+    """The function of the list with this name."""
     if name not in vocabulary():
         raise KeyError(name)
     return torch_functions()[name]
 
 
 def takes_device(name: str) -> bool:
-    """Whether a function of the list can be told on which device it makes a tensor."""
+    """Whether a function of the list takes the device on which it makes a tensor."""
     return any(parameter.name == "device" for signature in vocabulary()[name] for parameter in signature)
 
 
@@ -264,5 +264,5 @@ def mistake(name: str, args: Sequence[Tree], kwargs: Iterable[tuple[str, Tree]])
     by_place = name.rpartition(".")[2].startswith("__")  # Python's own methods take no names
     if fits(vocabulary()[name], args, kwargs) and not (kwargs and by_place):
         return ""
-    told = ", ".join([*map(repr, args), *(f"{key}={tree!r}" for key, tree in kwargs)])
-    return f"calls {name!r} with arguments that rewritten code may not give it: {told:.200}"
+    given = ", ".join([*map(repr, args), *(f"{key}={tree!r}" for key, tree in kwargs)])
+    return f"calls {name!r} with arguments that rewritten code may not give it: {given:.200}"
