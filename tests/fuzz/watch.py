@@ -128,7 +128,7 @@ def _judge_source(source: Any, filename: Any) -> str:
 
 
 _NAMES = re.compile(
-    r"v\d+|f\d+|self|allowance|dict|device|kind|result|torch|calc|check|device_of|type_of|slice|float|getattr|body"
+    r"v\d+|f\d+|self|allowance|dict|device|kind|result|torch|calc|check|device_of|type_of|tensor_of|slice|float|getattr|body"
 )
 _NODES = (
     *(ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Expr, ast.Call, ast.keyword),

@@ -235,19 +235,14 @@ def test_code_that_torch_would_not_survive_is_refused(nested: Any, step: list[An
         apply_plan(model, with_steps(data, "", step))
 
 
-def test_a_group_norm_of_two_types_is_refused(nested: Any) -> None:
-    """Its gradient reads behind the weights; the sizes of inputs are remembered with their types."""
-    model, data = nested
-    ones = ["torch.ones", "", [4], [], [[[], 90]]]
-    norm = ["torch.nn.functional.group_norm", "", [["value", 0], 2, ["value", 90]], [], [[[], 91]]]
-    small = apply_plan(model, with_steps(data, "inner.inner", ones, norm)).inner.inner
-    small(torch.ones(2, 4))
-    with pytest.raises(
-        RewrittenModuleError, match=r"takes tensors of one type only, found torch.bfloat16 and torch.float32"
-    ):
-        small(torch.ones(2, 4, dtype=torch.bfloat16))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        small(torch.ones(2, 4))
+def test_a_projection_of_a_recurrent_layer_stays_smaller_than_its_state() -> None:
+    """Torch tells by the sizes of the states whether there is one."""
+    model = nn.ModuleDict({"rnn": nn.LSTM(64, 8, num_layers=2, bias=False, proj_size=3)})
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    gates = tuple(gate * 8 + unit for gate in range(4) for unit in range(3))
+    tensors = {name: {1: (0, 1, 2)} if "weight_hr" in name else {0: gates} for name in shapes}
+    with pytest.raises(PlanError, match=r"hidden size of the recurrent layer 'rnn' 3 and its projection 3"):
+        apply_plan(model, Plan(tensors=tensors, shapes=shapes, attributes={"rnn": {"hidden_size": 3}}))
 
 
 def test_a_stand_in_without_the_argument_that_it_returns_says_so() -> None:

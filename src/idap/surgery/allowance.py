@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from idap.errors import RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
-from idap.surgery.effort import check_types, effort_of, parts_of
+from idap.surgery.effort import effort_of, parts_of
 
 LEAST = 2**26
 """Elements that all steps of a call may make together, however small the module is."""
@@ -105,7 +105,8 @@ class Allowance:
 
     Attributes:
         fast: whether nothing needs to be counted, because all sizes are those of an earlier call.
-        by_content: whether a step made a result whose size depends on the content of a mask.
+        by_content: whether a size depends on more than the sizes of the inputs, such as the content of a mask, so that
+            what was counted does not hold for the next call.
     """
 
     def __init__(self, module: nn.Module, given: Sequence[Any], known: Known | None = None, *, steps: int = 0) -> None:
@@ -118,6 +119,7 @@ class Allowance:
         self._total = 0
         self._steps = steps
         self._before = Count()
+        self._known_is_spent = False
 
     @contextmanager
     def enter_call(self) -> Iterator[None]:
@@ -130,11 +132,17 @@ class Allowance:
             if self._known is None:
                 self._spend(Count(steps=self._steps), "its first step")
             elif not self._outer.fast:
-                self._spend(self._known.count, "its first step")
+                self._spend_known()
             yield
         finally:
             if token is not None:
                 _OUTERMOST.reset(token)
+
+    def _spend_known(self) -> None:
+        """Add all that such a call made before, once."""
+        if self._known is not None and not self._known_is_spent:
+            self._known_is_spent = True
+            self._spend(self._known.count, "its first step")
 
     @property
     def known(self) -> Known:
@@ -159,7 +167,8 @@ class Allowance:
         shapes = tuple(tuple(tensor.shape) for tensor in _tensors(result))
         before = self._known.shapes if self._known else ()
         if self.fast and (len(self._shapes) >= len(before) or before[len(self._shapes)] != shapes):
-            self.fast = False
+            self.fast, self.by_content = False, True  # what is known of such calls stays
+            self._spend_known()
         self._shapes.append(shapes)
         return result if self.fast else self.note(name, result)
 
@@ -189,14 +198,13 @@ class Allowance:
         """Compute a call on the meta device, and count what it makes."""
         try:
             self._spend(Count(elements=SMALLEST * parts_of(name, args, kwargs)), name)
-            check_types(name, args, kwargs)
             result = function(*args, **kwargs)
         except RewrittenModuleError:
             raise
         except Exception as error:
             if name in _BY_CONTENT and len(args) > 1 and _one_mask(args[1]):
                 self.by_content = True
-                self._spend(Count(elements=args[0].numel()), name)
+                self._spend(Count(elements=args[0].numel() * (1 + _tensors(args[1])[0].ndim)), name)
                 return
             kind = type(self._module).__name__
             raise RewrittenModuleError(

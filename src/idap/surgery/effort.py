@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _PRODUCTS = (
@@ -24,7 +23,6 @@ _PRODUCTS = (
 )
 
 _SPLITS = ("split", "chunk", "unbind", "tensor_split", "split_with_sizes")
-_ONE_TYPE = ("group_norm", "native_group_norm")
 
 
 def effort_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]) -> tuple[int, int]:
@@ -68,19 +66,6 @@ def parts_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     ]
     sizes = [size for tensor in _tensors_of(args, kwargs)[:1] for size in tensor.shape]
     return max((1, *sizes, *counts))
-
-
-def check_types(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Check types that torch does not: a group norm in half precision with weights of another type breaks gradients.
-
-    Raises:
-        TypeError: the types differ.
-    """
-    tensors = _tensors_of(args, kwargs)
-    types = {tensor.dtype for tensor in tensors}
-    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))  # it converts them to one type
-    if _short(name) in _ONE_TYPE and len(types) > 1 and not autocast:
-        raise TypeError(f"it takes tensors of one type only, found {' and '.join(sorted(map(str, types)))}")
 
 
 def _short(name: str) -> str:

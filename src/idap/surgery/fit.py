@@ -124,7 +124,14 @@ def _check_recurrent_layer(
     shapes = {name: tuple(tensor.shape) for name, tensor in _weights(module)}
     if not {id(tensor) for _, tensor in tensors_with_names(module)}.isdisjoint(cut):
         shapes = _shapes_after(module, path, cut)
-    for name, wanted in _recurrent_shapes(module, values).items():
+    sizes = {name: getattr(module, name) for name in ("input_size", "hidden_size", "num_layers", "proj_size")}
+    sizes |= {name: value for name, value in values.items() if name in sizes}
+    if sizes["proj_size"] and sizes["hidden_size"] <= sizes["proj_size"]:
+        raise PlanError(
+            f"the plan makes the hidden size of the recurrent layer {path!r} {sizes['hidden_size']} and its projection "
+            f"{sizes['proj_size']}; torch takes equal ones for a layer without a projection"
+        )
+    for name, wanted in _recurrent_shapes(module, sizes).items():
         if shapes.get(name, wanted) != wanted:
             raise PlanError(
                 f"the plan gives {f'{path}.{name}'.removeprefix('.')!r} the shape {shapes[name]}, but the sizes of its "
@@ -173,10 +180,8 @@ _COMPUTE_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Hooks of torch that compute a weight from others before each forward pass."""
 
 
-def _recurrent_shapes(module: nn.RNNBase, values: Mapping[str, Size]) -> dict[str, tuple[int, ...]]:
+def _recurrent_shapes(module: nn.RNNBase, sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name of each weight of a recurrent layer -> the shape that the layer's sizes require."""
-    sizes = {name: getattr(module, name) for name in ("input_size", "hidden_size", "num_layers", "proj_size")}
-    sizes |= {name: value for name, value in values.items() if name in sizes}
     directions = 2 if module.bidirectional else 1
     written = sizes["proj_size"] or sizes["hidden_size"]
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1) * sizes["hidden_size"]

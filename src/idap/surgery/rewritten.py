@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from idap.errors import PlanError, RewrittenModuleError
+from idap.graph.provenance import sizes_held
 from idap.structure.code.program import Program, Routine, Tree, references
 from idap.structure.code.vocabulary import module_hazard
 from idap.surgery.allowance import Allowance, Known, Unlimited
@@ -102,7 +103,7 @@ def check_program(module: nn.Module, program: Program) -> None:
             called = _find(module, step.module, "module")
             for part in called.modules():
                 bases = (f"{base.__module__}.{base.__qualname__}" for base in type(part).__mro__)
-                if (reason := module_hazard(bases)) is not None:
+                if (reason := module_hazard(bases, sizes_held(part))) is not None:
                     raise PlanError(
                         f"the code of a rewritten {type(module).__name__} calls {step.module!r}, which contains a "
                         f"{type(part).__name__} that a program may not call: {reason}"

@@ -12,6 +12,7 @@ from idap.errors import PlanError, RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
 from idap.graph.provenance import RELATIONS
 from idap.structure.code.program import Instruction, Routine, Tree, check_routine, references
+from idap.structure.code.safeguards import SAFEGUARDED
 from idap.structure.code.vocabulary import function_of_name, takes_device
 from idap.surgery.allowance import calculate, tensor_of
 
@@ -122,7 +123,8 @@ def _lines(step: Instruction, place: int, globals_: dict[str, Any], *, counted_a
     else:
         globals_[f"f{place}"] = function_of_name(step.function)
         method = step.function.removeprefix("torch.Tensor.")
-        if method != step.function and method.isidentifier() and step.args and _is_value(step.args[0]):
+        plain = step.function not in SAFEGUARDED
+        if plain and method != step.function and method.isidentifier() and step.args and _is_value(step.args[0]):
             # torch.compile can trace a method call, but not a call of its function if that is written in Python.
             call = f"{args[0]}.{method}({', '.join([*args[1:], *kwargs])})"
         else:

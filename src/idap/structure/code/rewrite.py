@@ -218,7 +218,7 @@ class _Writer:
         """The path of a called module, relative to the module that is rewritten."""
         for path, info in self._rewriter.graph.modules.items():
             within = path == called or path.startswith(f"{called}.")
-            if within and (reason := module_hazard(info.bases)) is not None:
+            if within and (reason := module_hazard(info.bases, info.sizes)) is not None:
                 raise CannotRewriteError(f"its code calls {path}, which rewritten code may not call: {reason}")
         return self._rewriter.below(self._path, called, tensor=False)
 

@@ -17,6 +17,7 @@ from importlib.resources import files
 from typing import Any
 
 from idap.graph.recording import torch_functions
+from idap.structure.code.safeguards import SAFEGUARDED
 
 Tree = Any
 """An argument as data; see `idap.structure.code.program`."""
@@ -183,6 +184,7 @@ KINDS: Mapping[str, Callable[[Tree], bool]] = {
 """Kind of argument -> whether a tree is one."""
 
 FILE = "functions.txt"
+_POOL_SIZES = ("padding", "dilation")
 
 _ROIS = "its kernel reads images by numbers in its boxes that it does not check"
 UNCHECKED_MODULES: Mapping[str, str] = {
@@ -219,7 +221,7 @@ def exclusions() -> frozenset[str]:
     return frozenset(name for line in refused for name in line.split())
 
 
-def module_hazard(bases: Iterable[str]) -> str | None:
+def module_hazard(bases: Iterable[str], sizes: Mapping[str, int | tuple[int, ...]] | None = None) -> str | None:
     """Why a program may not call a module; None if it may.
 
     Programs choose the inputs of the modules that they call. The kernels of a few classes use inputs as positions in
@@ -227,20 +229,27 @@ def module_hazard(bases: Iterable[str]) -> str | None:
 
     Args:
         bases: the names of the module's class and of all its base classes, with their packages.
+        sizes: the whole numbers, and tuples of them, that the module holds.
 
     >>> module_hazard(["mine.Bag", "torch.nn.modules.sparse.EmbeddingBag"])
     'its kernel reads its tables by offsets that it does not check'
     >>> module_hazard(["torch.nn.modules.sparse.Embedding"]) is None
     True
+    >>> module_hazard(["torch.nn.modules.pooling._MaxPoolNd"], {"padding": 1, "dilation": (2, 2)})
+    'with padding and a dilation, its gradient may lie outside of a small input'
     """
+    bases, sizes = tuple(bases), sizes or {}
+    padding, dilation = (max(each) if isinstance(each := sizes.get(name, 0), tuple) else each for name in _POOL_SIZES)
+    if "torch.nn.modules.pooling._MaxPoolNd" in bases and padding > 0 and dilation > 1:
+        return "with padding and a dilation, its gradient may lie outside of a small input"
     return next((UNCHECKED_MODULES[name] for name in bases if name in UNCHECKED_MODULES), None)
 
 
 def function_of_name(name: str) -> Callable[..., Any]:
-    """The function of the list with this name."""
+    """The function of the list with this name, or the one that rewritten code calls in its place."""
     if name not in vocabulary():
         raise KeyError(name)
-    return torch_functions()[name]
+    return SAFEGUARDED.get(name) or torch_functions()[name]
 
 
 def takes_device(name: str) -> bool:
