@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from idap.errors import PlanError
 from idap.structure.plan import Plan
 from idap.surgery.apply import apply_plan, apply_plan_, cut_tensor
-from idap.surgery.fit import check_fit
+from idap.surgery.check_plan import check_fit
 from idap.surgery.rewritten import original_class
 from tests.nets import Net, by_name, every_net, structure_of
 

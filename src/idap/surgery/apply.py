@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from idap.graph.run import copy_computed, forget_cached
 from idap.structure.plan import Plan
-from idap.surgery.fit import check_fit, tensors_with_names
+from idap.surgery.check_plan import check_fit, tensors_with_names
 from idap.surgery.rewritten import SETTINGS_ABOVE, rewrite_
 from idap.surgery.stand_ins import LinearMap, Projection, stand_in
 

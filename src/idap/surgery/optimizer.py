@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from idap.errors import PlanError
 from idap.structure.plan import Plan
 from idap.surgery.apply import cut_tensor
-from idap.surgery.fit import check_fit
+from idap.surgery.check_plan import check_fit
 
 _OF_TORCH = ("defaults", "state", "param_groups")
 
