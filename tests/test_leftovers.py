@@ -15,6 +15,7 @@ from torch import nn
 from idap.deploy.export import export_weights
 from idap.files import atomic_write, folder_beside, is_leftover, write_bytes
 from idap.hugging_face.folder import _put
+from idap.ownership import HOLDER, LOCK
 from idap.record import RunFolder
 from idap.saving.stream import MARKER, apply_to_checkpoint
 from idap.structure.plan import Plan
@@ -95,13 +96,13 @@ def test_a_plan_that_is_applied_to_files(tmp_path, number):
 
 
 def test_nothing_lies_in_the_folder_before_its_marker(tmp_path):
-    """A process that is killed while it makes the marker leaves an empty folder, which is welcome."""
+    """A process that is killed while it makes the marker leaves a folder with its lock alone, which is welcome."""
     save_file({"weight": torch.zeros(4, 2)}, tmp_path / "big.safetensors")
     code = "from idap.saving import stream; from idap.structure.plan import Plan\n"
     code += "Path.touch = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
     code += "plan = Plan(tensors={'weight': {0: (0, 2)}}, shapes={'weight': (4, 2)})\n"
     run_until_killed(f"{code}stream.apply_to_checkpoint(plan, 'big.safetensors', 'small')", tmp_path)
-    assert not any((tmp_path / "small").iterdir())
+    assert sorted(file.name for file in (tmp_path / "small").iterdir()) == [HOLDER, LOCK]
     plan = Plan(tensors={"weight": {0: (0, 2)}}, shapes={"weight": (4, 2)})
     apply_to_checkpoint(plan, tmp_path / "big.safetensors", tmp_path / "small")
 

@@ -102,6 +102,22 @@ def test_no_size_becomes_zero(name: str, value: int) -> None:
         apply_plan(model, Plan(attributes={"attention": {name: value}}))
 
 
+def test_the_place_of_a_layer_may_become_zero() -> None:
+    """Layers that stay are numbered from 0 again; that is no size of a kernel."""
+    model = nn.ModuleDict({"a": Numbered(3)})
+    assert apply_plan(model, Plan(attributes={"a": {"layer_idx": 0}}))["a"].layer_idx == 0
+    with pytest.raises(PlanError, match=r"can't become -1; .* down to 0"):
+        apply_plan(model, Plan(attributes={"a": {"layer_idx": -1}}))
+
+
+class Numbered(nn.Module):
+    """A layer that knows its place."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.layer_idx = place
+
+
 class Bags(nn.Module):
     """Its view has a literal width, so a cut needs rewritten code, which would have to call the table or the images."""
 

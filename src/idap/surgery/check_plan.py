@@ -86,19 +86,28 @@ def _check_attributes(path: str, module: nn.Module, values: Mapping[str, Size]) 
     for name, value in values.items():
         if name not in held:
             raise PlanError(f"the plan does not fit this model: module {path!r} has no attribute {name!r}")
-        if not _can_become(held[name], value):
+        least = 1 if _is_of_torch(module) else 0
+        if not _can_become(held[name], value, least):
             raise PlanError(
                 f"the plan does not fit this model: {name!r} of module {path!r} is {held[name]!r} and can't become "
-                f"{value!r}; a plan may only make sizes smaller, down to 1"
+                f"{value!r}; a plan may only make sizes smaller, down to {least}"
             )
 
 
-def _can_become(held: Size, value: Size) -> bool:
-    """Whether a plan may change an attribute so: the same count of ints, each unchanged, or smaller and positive."""
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether a module derives from a layer of torch, whose kernels may divide by its sizes.
+
+    Other modules may hold their place in the model, which becomes 0 where the ones before them are removed.
+    """
+    return any(base.__module__.startswith("torch.") and base is not nn.Module for base in type(module).__mro__)
+
+
+def _can_become(held: Size, value: Size, least: int) -> bool:
+    """Whether a plan may change an attribute so: the same count of ints, each unchanged, or smaller down to `least`."""
     before, after = (size if isinstance(size, tuple) else (size,) for size in (held, value))
     if isinstance(held, tuple) != isinstance(value, tuple) or len(before) != len(after):
         return False
-    return all(new == old or 1 <= new <= old for old, new in zip(before, after, strict=True))
+    return all(new == old or least <= new <= old for old, new in zip(before, after, strict=True))
 
 
 def _check_recurrent(model: nn.Module, plan: Plan) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import idap
+from idap.errors import UncheckedFileWarning
 from idap.models.resolve import build_model
 from tests.cli.commands.test_commands import SCRIPT, plain_terminal, text  # noqa: F401 - a fixture
 from tests.cli.commands.test_commands import idap as command
@@ -88,7 +90,11 @@ def test_a_run_knows_everything(small):
     found = json.loads(command("evaluate", "run", "--trust", "--weights", "ones.safetensors", "--json").stdout)
     assert found["original"] is not None and found["compressed"] == small[1]
     Path("ones.safetensors").rename("run/original.safetensors")  # as a run keeps them
-    assert json.loads(command("evaluate", "run", "--trust", "--json").stdout)["original"] == found["original"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UncheckedFileWarning)
+        ended = command("evaluate", "run", "--trust", "--json")
+    assert json.loads(ended.stdout)["original"] == found["original"]
+    assert "original.safetensors was written without checksums" in text(ended.stderr)
 
 
 def test_the_original_has_as_many_outputs_as_in_the_run(small, tmp_path):
