@@ -36,7 +36,7 @@ For each model, without any hint about it:
 - **wrong list caught**: one index list of the cut is shifted by one slot; the verification must fail.
 - **blocks exact**: how many of the residual branches and blocks that can be removed were exact when each was removed on
   its own; random sets of them were tried too.
-- **new code**: the modules whose own code can't produce the sizes of this cut, so that it was rewritten.
+- **rewritten**: the modules whose own code can't produce the sizes of this cut, so that it was rewritten.
 - **Torch-Pruning** 1.6.1, its high-level pruner, removing 50 % of everything but the layers that write the outputs,
   called as in `tests/conformance/peer.py`, with at most 60 s of processor time for each model. Empty: not run yet. It
   gets no hints either. If it is told which layers are attention and how to cut their heads, it runs on more models of
@@ -90,7 +90,7 @@ def _totals(rows: Sequence[dict[str, Any]]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = _head("model", "parameters", "export s", "analysis s", "groups", "prunable", "permuted", "cut", "alone",
-                  "wrong list caught", "blocks exact", "new code", "Torch-Pruning")  # fmt: skip
+                  "wrong list caught", "blocks exact", "rewritten", "Torch-Pruning")  # fmt: skip
     for row in rows:
         name = [row["model"].partition(":")[2], _millions(row["parameters"])]
         if row["failure"]:
