@@ -126,6 +126,7 @@ def test_the_median_of_an_expanded_tensor(name: str) -> None:
     x = torch.tensor([[0.66], [0.25]]).expand(2, 5001)
     assert_close(function_of_name(name)(x, 1)[0], torch.tensor([0.66, 0.25]), rtol=0, atol=0)
     assert_close(function_of_name(name)(x), torch.tensor(0.25), rtol=0, atol=0)
+    assert_close(function_of_name("torch.median")(input=x, dim=1)[0], torch.tensor([0.66, 0.25]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["torch.div", "torch.Tensor.div", "torch.Tensor.div_"])
@@ -143,6 +144,8 @@ def test_division_towards_zero(name: str, kind: torch.dtype) -> None:
 
 def test_the_smallest_whole_number_is_divided_by_minus_one() -> None:
     """In torch, this ends the process."""
+    by_name = function_of_name("torch.div")(input=torch.tensor([-7, 7]), other=2, rounding_mode="trunc")
+    assert by_name.tolist() == [-3, 3]
     smallest = torch.full((3,), -(2**31), dtype=torch.int32)
     assert function_of_name("torch.div")(smallest, -1, rounding_mode="trunc").dtype == torch.int32
 

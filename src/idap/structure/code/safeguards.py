@@ -73,8 +73,10 @@ def _median(function: Callable[..., Any]) -> Callable[..., Any]:
     """A median of numbers that lie one behind the other: the kernel for CPUs misreads expanded dimensions."""
 
     @wraps(function)
-    def median(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return function(self.contiguous(), *args, **kwargs)
+    def median(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return function(args[0].contiguous(), *args[1:], **kwargs)
+        return function(**{**kwargs, "input": kwargs["input"].contiguous()})
 
     return median
 
@@ -83,17 +85,19 @@ def _division(function: Callable[..., Any]) -> Callable[..., Any]:
     """A division that whole numbers survive: the smallest one by -1, rounded towards zero, ends the process."""
 
     @wraps(function)
-    def divide(self: Tensor, other: Any, *, rounding_mode: str | None = None) -> Tensor:
-        parts = [part for part in (self, other) if isinstance(part, Tensor)]
-        whole = not any(part.is_floating_point() or part.is_complex() for part in parts) and not isinstance(
-            other, float
+    def divide(*args: Any, **kwargs: Any) -> Any:
+        number = args[0] if args else kwargs["input"]
+        other = args[1] if len(args) > 1 else kwargs["other"]
+        parts = [part for part in (number, other) if isinstance(part, Tensor)]
+        whole = not isinstance(other, float) and not any(
+            part.is_floating_point() or part.is_complex() for part in parts
         )
-        if rounding_mode != "trunc" or not whole:
-            return function(self, other, rounding_mode=rounding_mode)  # type: ignore[no-any-return]
-        floor = torch.div(self, other, rounding_mode="floor")
-        inexact = (floor * other != self) & ((self < 0) != (other < 0))
+        if kwargs.get("rounding_mode") != "trunc" or not whole:
+            return function(*args, **kwargs)
+        floor = torch.div(number, other, rounding_mode="floor")
+        inexact = (floor * other != number) & ((number < 0) != (other < 0))
         quotient = floor + inexact.to(floor.dtype)
-        return self.copy_(quotient) if function is torch.Tensor.div_ else quotient
+        return number.copy_(quotient) if function is torch.Tensor.div_ else quotient
 
     return divide
 
@@ -112,4 +116,4 @@ SAFEGUARDED: Mapping[str, Callable[..., Any]] = {
     "torch.nn.functional.max_pool3d": _pool(F.max_pool3d, 3),
     "torch.nn.functional.scaled_dot_product_attention": _attention,
 }
-"""Name of a function of the list -> what rewritten code calls in its place, with the same positional arguments."""
+"""Name of a function of the list -> what rewritten code calls in its place, with the same arguments."""
