@@ -180,10 +180,10 @@ def _change_folder(run: Path, dice: random.Random) -> str:
             (run / MODEL).write_text("x")
             return "model is a file"
         case "all":
-            shutil.rmtree(run / CHECKPOINTS)
+            shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
             if dice.random() < 0.5:
                 (run / CHECKPOINTS).write_text("x")
             return "no checkpoints"
         case _:
-            (run / f".run.json.{'a' * 32}").mkdir()
+            (run / f".run.json.{'a' * 32}").mkdir(exist_ok=True)
             return "a folder that is named like an unfinished file"

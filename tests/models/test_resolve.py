@@ -344,10 +344,14 @@ class TestWeights:
                 {"weight": torch.zeros(2, 3, dtype=torch.cfloat), "bias": torch.zeros(2)},
                 "'weight' with complex numbers",
             ),
+            (
+                {"weight": torch.zeros(2, 3, dtype=torch.int32), "bias": torch.zeros(2)},
+                r"'weight' with whole numbers \(torch.int32\), those of the model are torch.float32",
+            ),
             ({"weight": [1.0], "bias": torch.zeros(2)}, r"holds dict with the keys weight, bias; expected tensors"),
             ({"state_dict": {(1, 2): torch.zeros(1)}}, r"holds a tensor under \(1, 2\)"),
         ],
-        ids=["integers", "sparse", "meta", "complex", "a list", "tuples"],
+        ids=["integers", "sparse", "meta", "complex", "whole", "a list", "tuples"],
     )
     def test_what_are_no_weights_is_said(self, tmp_path, state, text):
         torch.save(state, tmp_path / "w.pt")

@@ -185,6 +185,10 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pa
                 f"holds {name!r} with shape {tuple(tensor.shape)}, the model's has {tuple(wanted[name].shape)}"
             )
             break
+        if name in wanted and wanted[name].is_floating_point() and not tensor.dtype.is_floating_point:
+            kind = "complex numbers" if tensor.is_complex() else f"whole numbers ({tensor.dtype})"
+            problems.append(f"holds {name!r} with {kind}, those of the model are {wanted[name].dtype}")
+            break
         if name in wanted and tensor.is_complex() and not wanted[name].is_complex():
             problems.append(f"holds {name!r} with complex numbers, those of the model are {wanted[name].dtype}")
             break

@@ -32,7 +32,7 @@ DTYPES = frozenset(
 ) | {"complex128"}
 """Types of numbers that a program may name: those that all functions of torch support."""
 
-MOST_ROUTINES, MOST_STEPS, MOST_PARTS = 32, 20_000, 400_000
+_MOST = {"routines": 32, "steps": 20_000, "parts": 400_000}
 """The most routines of one program, the most steps and guards of all of them, and the most parts of all their trees."""
 
 Guard = tuple[Tree, str, Tree, int]
@@ -111,11 +111,7 @@ class Program:
             PlanError: a part is invalid, and is named; or there are more routines, steps or parts than allowed.
         """
         steps = sum(len(routine.steps) + len(routine.guards) for routine in self.routines)
-        if len(self.routines) > MOST_ROUTINES or steps > MOST_STEPS or self.parts > MOST_PARTS:
-            raise PlanError(
-                f"the code of a rewritten module has {len(self.routines)} routines, {steps:,} steps and {self.parts:,} "
-                f"parts; the most are {MOST_ROUTINES}, {MOST_STEPS:,} and {MOST_PARTS:,}"
-            )
+        _check_size(routines=len(self.routines), steps=steps, parts=self.parts)
         for routine in self.routines:
             check_routine(routine)
 
@@ -132,11 +128,20 @@ class Program:
             PlanError: a part is missing or of the wrong type.
         """
         try:
+            steps = sum(len(routine["steps"]) + len(routine["guards"]) for routine in data)
+            _check_size(routines=len(data), steps=steps)
             program = cls(tuple(map(_routine, data)))
             program.check()
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"this is not the code of a module: {type(error).__name__}: {error}") from error
         return program
+
+
+def _check_size(**counts: int) -> None:
+    """Refuse code that is too large; what can be counted early is counted before anything is made of it."""
+    for name, count in counts.items():
+        if count > _MOST[name]:
+            raise PlanError(f"the code of a rewritten module has {count:,} {name}; at most {_MOST[name]:,} are allowed")
 
 
 def _all_trees(routine: Routine) -> Iterator[Tree]:
