@@ -164,7 +164,7 @@ def _state(run: Path) -> str:
 
 def _change_folder(run: Path, dice: random.Random) -> str:
     """Change what lies beside the files of the record."""
-    states = sorted((run / CHECKPOINTS).glob("*"))
+    states = sorted(each for each in (run / CHECKPOINTS).glob("*") if each.is_dir() and any(each.iterdir()))
     match dice.choice(("state", "state", "file", "model", "all", "temporary")):
         case "state" if states:
             state = dice.choice(states)
@@ -175,7 +175,7 @@ def _change_folder(run: Path, dice: random.Random) -> str:
             content, did = structural.mutate_bytes(file.read_bytes(), dice)
             file.write_bytes(content)
             return f"{file.parent.name}/{file.name}: {did}"
-        case "model" if (run / MODEL).exists():
+        case "model" if (run / MODEL).is_dir():
             shutil.rmtree(run / MODEL)
             (run / MODEL).write_text("x")
             return "model is a file"
