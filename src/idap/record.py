@@ -37,7 +37,7 @@ from idap.files import (
     write_json,
 )
 from idap.ownership import HOLDER, LOCK, Claim, InUseError
-from idap.steps import Step
+from idap.steps import Step, seal_line
 
 RUN, STEPS, CHECKPOINTS, MODEL = "run.json", "steps.jsonl", "checkpoints", "model"
 BEFORE, AFTER = "divergence-before.json", "divergence-after.json"
@@ -242,7 +242,7 @@ class RunFolder:
             if (self.path / STEPS).is_symlink():  # its target may lie anywhere
                 raise OSError("it is a link")
             with (self.path / STEPS).open("a", encoding="utf-8") as steps:
-                steps.write(json_text(asdict(step)) + "\n")
+                steps.write(json_text(seal_line(json.loads(json_text(asdict(step))))) + "\n")
                 steps.flush()
                 os.fsync(steps.fileno())
         except OSError as error:

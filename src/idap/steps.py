@@ -1,7 +1,10 @@
 """The record of the decisions of a run, and the rule when a goal counts as met."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 LATENCY_NOISE = 0.02
 """How far a final measurement of latency may lie above its target and still meet it, as a share of the target."""
@@ -148,3 +151,27 @@ class Step:
     def is_refused(self) -> bool:
         """Whether the step was rolled back for its metric or a fault, not because filters were better."""
         return not self.accepted and not self.is_beaten
+
+
+CHECKSUM = "checksum"
+"""Key of the checksum of a line, in that line."""
+
+
+def seal_line(decision: Mapping[str, Any]) -> dict[str, Any]:
+    """A decision, as JSON holds it, with its checksum: a line of steps.jsonl.
+
+    >>> is_intact(seal_line({"index": 0})), is_intact({**seal_line({"index": 0}), "index": 1}), is_intact({"index": 0})
+    (True, False, True)
+    """
+    return {**decision, CHECKSUM: _line_checksum(decision)}
+
+
+def is_intact(line: Mapping[str, Any]) -> bool:
+    """Whether a line of steps.jsonl holds what was written; one without a checksum counts as intact."""
+    rest = {key: value for key, value in line.items() if key != CHECKSUM}
+    return CHECKSUM not in line or line[CHECKSUM] == _line_checksum(rest)
+
+
+def _line_checksum(decision: Mapping[str, Any]) -> str:
+    text = json.dumps(decision, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

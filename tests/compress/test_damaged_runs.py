@@ -21,6 +21,7 @@ from idap.report.comparing import check_runs, compare_page, comparison_data
 from idap.report.page import run_page
 from idap.report.reading import read_run
 from idap.saving.checkpoint import load
+from idap.steps import CHECKSUM, seal_line
 from idap.training.recovery import Recovery
 from tests.compress.tiny import config, task, train_net
 from tests.fuzz.mutations import damages, misplacements, mutations
@@ -181,9 +182,22 @@ def test_a_decision_that_takes_what_is_not_there(runs, tmp_path):
     shutil.copytree(runs / "part", run)
     first, second, *rest = (run / STEPS).read_text().splitlines()
     removed = json.loads(first)["removed"]
-    (run / STEPS).write_text("\n".join([first, json.dumps(json.loads(second) | {"removed": removed}), *rest]) + "\n")
+    unsealed = {key: value for key, value in json.loads(second).items() if key != CHECKSUM}
+    (run / STEPS).write_text("\n".join([first, json.dumps(seal_line(unsealed | {"removed": removed})), *rest]) + "\n")
     with pytest.raises(RunFolderError, match=r"line 2 of .*steps\.jsonl is a decision that does not fit the run: "):
         begin_run(run, resume=True)
+
+
+def test_a_decision_that_was_changed_into_another_one_is_noticed(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "part", run)
+    first, *rest = (run / STEPS).read_text().splitlines()
+    line = json.loads(first)
+    for key, value in (("turn", line["turn"] + 1), ("metric", line["metric"] + 0.001), (CHECKSUM, "0" * 16)):
+        (run / STEPS).write_text("\n".join([json.dumps(line | {key: value}), *rest]) + "\n")
+        for read in (lambda: begin_run(run, resume=True), lambda: read_run(run)):
+            with pytest.raises(RunFolderError, match=r"line 1 of .*steps\.jsonl .*: its checksum does not match"):
+                read()
 
 
 def test_an_accepted_state_whose_plan_was_changed(runs, tmp_path):

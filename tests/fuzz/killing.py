@@ -153,7 +153,7 @@ def draw_moment(dice: random.Random, whole: Ended) -> Moment:
 
 VOLATILE = {
     "run.json": ("environment", "preparation"),
-    "steps.jsonl": ("seconds", "phases"),
+    "steps.jsonl": ("seconds", "phases", "checksum"),
     "result.json": ("seconds", "ended"),
     "measured.json": ("latency",),
 }

@@ -44,6 +44,10 @@ def test_a_setting_is_the_same_whether_a_recipe_says_it_or_leaves_it_out(tmp_pat
             {"recipe": {"data": {"name": "cifar10"}}},
             r"on different data: data\.name is 'digits' and 'cifar10'",
         ),
+        (
+            {"recipe": {"data": {"name": "digits", "size": None}}},
+            r"on different data: data\.size is not set and None",
+        ),
         ({"recipe": None}, "evaluated on different data: one of them has no recipe, so its data are unknown"),
         (
             {"task": {"metric": "f1", "higher_is_better": True, "worst": None}},

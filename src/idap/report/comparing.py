@@ -78,8 +78,9 @@ def _data_settings(run: Run) -> dict[str, Any]:
 def _describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     if not ours or not theirs:
         return "one of them has no recipe, so its data are unknown"
-    key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
-    return f"{key} is {ours.get(key)!r} and {theirs.get(key)!r}"
+    shown = [{key: repr(value) for key, value in each.items()} for each in (ours, theirs)]
+    key = next(key for key in {**ours, **theirs} if (key in ours) != (key in theirs) or ours[key] != theirs[key])
+    return f"{key} is {' and '.join(each.get(key, 'not set') for each in shown)}"
 
 
 def _machine(run: Run) -> tuple[Any, ...]:

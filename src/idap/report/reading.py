@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from idap.errors import RunFolderError
 from idap.record import AFTER, BEFORE, MEASURED, RESULT, RUN, STEPS, read_json, read_object, read_steps, remedy
 from idap.report.contents import LARGEST, Costs, Measurement, Profile, RunEnd, RunRecipe, Settings, Verdict
-from idap.steps import Removal, Step
+from idap.steps import Removal, Step, is_intact
 
 Kind = TypeVar("Kind")
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
@@ -170,6 +170,8 @@ def read_decisions(folder: Path, settings: Settings, *, whole: bool = True) -> t
         where = f"line {number} of {folder / STEPS}"
         step = _validate(line, Step, folder / STEPS, where)
         fault = _step_fault(step, number - 1, settings)
+        if not fault and not is_intact(line):
+            fault = "its checksum does not match what it holds"
         if fault:
             raise _format_error(folder / STEPS, fault, where)
         steps.append(step)

@@ -250,6 +250,7 @@ def _claim(out: Path, size: int) -> Iterator[None]:
             yield
         finally:
             claim.release()
+        (out / MARKER).unlink(missing_ok=True)  # last: until here, the same command may run again after a kill
     except InUseError as error:
         raise CheckpointError(
             f"{out} is in use by {error}: only one process may write there. Wait until it has ended, or choose another "
@@ -286,7 +287,6 @@ def _write(
         size = sum(entry.nbytes for shard in shards.values() for entry in shard)
         places = {entry.name: name for name, shard in shards.items() for entry in shard}
         write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-    (out / MARKER).unlink()
     return subnormal
 
 
