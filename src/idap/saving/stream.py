@@ -239,9 +239,8 @@ def _claim(out: Path, size: int) -> Iterator[None]:
         claim.acquire()
         try:
             _check_free(out, size)  # another process may have finished in the meantime
-            (
-                out / MARKER
-            ).touch()  # it is empty, so it can't be incomplete: a process killed here leaves only the marker
+            # It is empty, so it can't be incomplete: a process that is killed here leaves only the marker.
+            (out / MARKER).touch()
             for path in out.iterdir():
                 if is_leftover(path.name):
                     remove_unfinished(path)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from idap.errors import RewrittenModuleError
 from idap.graph.ir import ARITHMETIC
-from idap.surgery.effort import effort_of, parts_of
+from idap.surgery.effort import effort_of, parts_of, tensors_in
 
 LEAST = 2**26
 """Elements that all steps of a call may make together, however small the module is."""
@@ -164,7 +164,7 @@ class Allowance:
 
     def hand_on(self, name: str, result: Any) -> Any:
         """Check the shapes that a module returned, and return its result; if they are new, counting starts here."""
-        shapes = tuple(tuple(tensor.shape) for tensor in _tensors(result))
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(result))
         before = self._known.shapes if self._known else ()
         if self.fast and (len(self._shapes) >= len(before) or before[len(self._shapes)] != shapes):
             self.fast, self.by_content = False, True  # what is known of such calls stays
@@ -187,7 +187,7 @@ class Allowance:
         Raises:
             RewrittenModuleError: the call would make too much, or can't be computed.
         """
-        if all(tensor.layout == torch.strided and not tensor.is_nested for tensor in _tensors((args, kwargs))):
+        if all(tensor.layout == torch.strided and not tensor.is_nested for tensor in tensors_in((args, kwargs))):
             # Modes that count calls, such as idap's probes or a counter of FLOPs, and hooks must not see this estimate.
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
                 device = {"device": _META} if makes else {}
@@ -204,19 +204,19 @@ class Allowance:
         except Exception as error:
             if name in _BY_CONTENT and len(args) > 1 and _one_mask(args[1]):
                 self.by_content = True
-                self._spend(Count(elements=args[0].numel() * (1 + _tensors(args[1])[0].ndim)), name)
+                self._spend(Count(elements=args[0].numel() * (1 + tensors_in(args[1])[0].ndim)), name)
                 return
             kind = type(self._module).__name__
             raise RewrittenModuleError(
                 f"the rewritten code of this {kind} can't compute {name} with these arguments: {error}"
             ) from error
-        temporary, products = effort_of(name, args, kwargs, _tensors(result))
+        temporary, products = effort_of(name, args, kwargs, tensors_in(result))
         self._spend(Count(temporary, products), name)
         self.note(name, result)
 
     def note(self, name: str, result: Any) -> Any:
         """Count the elements of a step's result, and return it."""
-        self._spend(Count(sum(map(_elements, _tensors(result)))), name)
+        self._spend(Count(sum(map(_elements, tensors_in(result)))), name)
         return result
 
     def _spend(self, count: Count, name: str) -> None:
@@ -286,14 +286,6 @@ def tensor_of(name: str, result: Any) -> Tensor:
     return result
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, tuple | list):
-        return [tensor for item in tree for tensor in _tensors(item)]
-    return [tensor for item in tree.values() for tensor in _tensors(item)] if isinstance(tree, Mapping) else []
-
-
 def _elements(tensor: Tensor) -> int:
     """The elements that a tensor counts for; an empty one counts for its other sizes, since loops may run over them."""
     elements = tensor.numel()
@@ -324,5 +316,5 @@ def _on_meta(tree: Any) -> Any:
 
 def _one_mask(index: Any) -> bool:
     """Whether a mask is the only tensor of an index, which then can't pick more elements than there are."""
-    picked = _tensors(index)
+    picked = tensors_in(index)
     return len(picked) == 1 and picked[0].dtype == torch.bool

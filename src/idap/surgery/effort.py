@@ -43,7 +43,7 @@ def effort_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], results
     (0, 2001)
     """
     short = _short(name)
-    tensors = _tensors_of(args, kwargs)
+    tensors = tensors_in((args, kwargs))
     made, read = sum(tensor.numel() for tensor in results), sum(tensor.numel() for tensor in tensors)
     temporary, products = _special_effort(short, args, kwargs, tensors, made)
     return temporary, max(products, made + read)  # a sum reads many elements and makes few
@@ -64,7 +64,7 @@ def parts_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     counts = [item for item in given if isinstance(item, int)] + [
         len(item) + 1 for item in given if isinstance(item, tuple | list)
     ]
-    sizes = [size for tensor in _tensors_of(args, kwargs)[:1] for size in tensor.shape]
+    sizes = [size for tensor in tensors_in((args, kwargs))[:1] for size in tensor.shape]
     return max((1, *sizes, *counts))
 
 
@@ -72,10 +72,13 @@ def _short(name: str) -> str:
     return name.rpartition(".")[2].strip("_")
 
 
-def _tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    given = (*args, *kwargs.values())
-    flat = [item for part in given for item in (part if isinstance(part, list | tuple) else (part,))]
-    return [item for item in flat if isinstance(item, Tensor)]
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in arguments or results, also in tuples, lists and dictionaries."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, tuple | list):
+        return [tensor for item in tree for tensor in tensors_in(item)]
+    return [tensor for item in tree.values() for tensor in tensors_in(item)] if isinstance(tree, Mapping) else []
 
 
 def _special_effort(

@@ -98,16 +98,14 @@ def check_program(module: nn.Module, program: Program) -> None:
     Raises:
         PlanError: names the first module or tensor that is missing, or the first module that may not be called.
     """
-    for step in (step for routine in program.routines for step in routine.steps):
-        if step.module:
-            called = _find(module, step.module, "module")
-            for part in called.modules():
-                bases = (f"{base.__module__}.{base.__qualname__}" for base in type(part).__mro__)
-                if (reason := module_hazard(bases, sizes_held(part))) is not None:
-                    raise PlanError(
-                        f"the code of a rewritten {type(module).__name__} calls {step.module!r}, which contains a "
-                        f"{type(part).__name__} that a program may not call: {reason}"
-                    )
+    for path in {step.module: None for routine in program.routines for step in routine.steps if step.module}:
+        for part in _find(module, path, "module").modules():
+            bases = (f"{base.__module__}.{base.__qualname__}" for base in type(part).__mro__)
+            if (reason := module_hazard(bases, sizes_held(part))) is not None:
+                raise PlanError(
+                    f"the code of a rewritten {type(module).__name__} calls {path!r}, which contains a "
+                    f"{type(part).__name__} that a program may not call: {reason}"
+                )
     for routine in program.routines:
         for tree in (routine.output, *(tree for step in routine.steps for tree in step.trees())):
             for tag, name in references(tree):

@@ -38,6 +38,7 @@ class Rewriter:
 
     Attributes:
         refused: module path -> why it can't be rewritten.
+        hazards: path of a module that rewritten code may not call -> why.
     """
 
     def __init__(self, graph: Graph, *, enabled: bool = True) -> None:
@@ -49,6 +50,8 @@ class Rewriter:
         for node in graph.nodes.values():
             if node.place:
                 self.nodes.setdefault(node.place, []).append(node)
+        hazards = ((path, module_hazard(info.bases, info.sizes)) for path, info in graph.modules.items())
+        self.hazards = {path: reason for path, reason in hazards if reason is not None}
         self._asked = comparisons_by_module(graph)
         self._ever: dict[str, Hand] = {}
         self._names: dict[str, list[str]] = {name: [name] for name in graph.shapes}
@@ -216,9 +219,8 @@ class _Writer:
 
     def _callable_module(self, called: str) -> str:
         """The path of a called module, relative to the module that is rewritten."""
-        for path, info in self._rewriter.graph.modules.items():
-            within = path == called or path.startswith(f"{called}.")
-            if within and (reason := module_hazard(info.bases, info.sizes)) is not None:
+        for path, reason in self._rewriter.hazards.items():
+            if path == called or path.startswith(f"{called}."):
                 raise CannotRewriteError(f"its code calls {path}, which rewritten code may not call: {reason}")
         return self._rewriter.below(self._path, called, tensor=False)
 
